@@ -1,0 +1,1 @@
+"""Images to a prepared dataset, with Ray Data."""

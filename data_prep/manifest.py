@@ -1,0 +1,93 @@
+"""The written format of a prepared dataset: the one thing that `trainer` knows of `data_prep`.
+
+DATASET/{train,val,test}/part-NNNNN.parquet
+    image   uint8 fixed-shape tensor [image_size, image_size, channels]
+    label   int32, an index into class_names
+    path    string, relative to the source
+    sha256  string, of the source file's bytes
+DATASET/rejected.parquet    path, reason
+DATASET/manifest.json       this model; written last, so that its presence is the commit
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+REJECTED_NAME = "rejected.parquet"
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+
+
+class DataFile(BaseModel):
+    """One Parquet file of a split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    """Relative to the dataset, for example ``train/part-00000.parquet``."""
+    rows: int
+    bytes: int
+    sha256: str
+    """Of the file, to notice a damaged or exchanged one."""
+    content_sha256: str
+    """Of its rows (labels, paths, pixels), independent of the Parquet writer's version."""
+
+
+class Split(BaseModel):
+    """The files of one split, in row order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows_per_class: list[int]
+    """One count for each of the manifest's class_names."""
+    files: list[DataFile]
+
+    @property
+    def rows(self) -> int:
+        """The number of images."""
+        return sum(self.rows_per_class)
+
+
+class Manifest(BaseModel):
+    """What a prepared dataset holds and how it was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    image_size: int
+    """Height and width in pixels."""
+    channels: Literal[1, 3]
+    class_names: list[str]
+    """Sorted; a label is an index into this list."""
+    splits: dict[SplitName, Split]
+    rejected_rows: int
+    pixel_mean: list[float]
+    """One value a channel over the train split, in pixel values 0-255."""
+    pixel_std: list[float]
+    seed: int
+    val_fraction: float
+    test_fraction: float
+    source: str
+    fingerprint: str
+    """SHA-256 over all that a training run can see: two datasets with the same fingerprint train the same."""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+
+def parse_manifest(text: str | bytes) -> Manifest:
+    """Returns the manifest that ``manifest.json`` holds.
+
+    Raises:
+        ValueError: the text is not a manifest of this format version; says the first field that is wrong.
+    """
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{field}: {first['msg']} (this program reads format version {FORMAT_VERSION})") from error

@@ -1,0 +1,98 @@
+"""The files of a dataset in the making: staged chunks of decoded images, and the Parquet files made from them.
+
+A staged chunk holds the images of one fixed slice of the source, in source order: a file of raw pixels, which costs a
+memory copy to write and to read, and a small table of its rows. Once every chunk is there the splits are known, and
+each group of chunks becomes one Parquet file a split.
+"""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_prep.manifest import DataFile
+from trainer import storage
+
+STAGED_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("label", pa.int32()),
+        ("split", pa.string()),
+        ("sha256", pa.string()),
+        ("pixels_sha256", pa.string()),
+        ("reason", pa.string()),  # null, or why the file was rejected
+    ]
+)
+ROWS_SUFFIX = ".rows.parquet"
+_PIXELS_SUFFIX = ".pixels.npy"
+
+
+def images_to_arrow(images: npt.NDArray[np.uint8]) -> pa.Array:
+    """Returns uint8 ``[rows, height, width, channels]`` as an Arrow tensor column, without a copy."""
+    shape = images.shape[1:]
+    flat = pa.array(images.reshape(-1))
+    pixels = int(np.prod(shape))
+    return pa.ExtensionArray.from_storage(
+        pa.fixed_shape_tensor(pa.uint8(), shape), pa.FixedSizeListArray.from_arrays(flat, pixels)
+    )
+
+
+def write_chunk(uri: str, pixels: npt.NDArray[np.uint8], rows: pa.Table) -> None:
+    """Stages one chunk.
+
+    Args:
+        uri: of the chunk, without a suffix.
+        pixels: uint8 ``[images, image_size, image_size, channels]`` of the rows that were not rejected, in row order.
+        rows: columns of STAGED_SCHEMA, one row a file of the slice.
+    """
+    sink = io.BytesIO()
+    np.save(sink, pixels, allow_pickle=False)
+    storage.write_bytes(uri + _PIXELS_SUFFIX, sink.getvalue())
+    # Written last: its presence commits the chunk.
+    storage.write_bytes(uri + ROWS_SUFFIX, storage.parquet_bytes(rows))
+
+
+def read_chunk_rows(uri: str) -> pa.Table:
+    """Returns the rows of a staged chunk, without its pixels."""
+    return storage.parquet_table(storage.read_bytes(uri + ROWS_SUFFIX))
+
+
+def read_chunk_pixels(uri: str) -> npt.NDArray[np.uint8]:
+    """Returns the pixels of a staged chunk, uint8 ``[images, image_size, image_size, channels]``."""
+    pixels: npt.NDArray[np.uint8] = np.load(io.BytesIO(storage.read_bytes(uri + _PIXELS_SUFFIX)), allow_pickle=False)
+    return pixels
+
+
+def write_data_file(dataset: str, path: str, images: npt.NDArray[np.uint8], rows: pa.Table) -> DataFile:
+    """Writes one Parquet file of a split.
+
+    Args:
+        dataset: URI of the dataset.
+        path: of the file, relative to it.
+        images: uint8 ``[rows, image_size, image_size, channels]``.
+        rows: columns label, path and sha256.
+    """
+    table = rows.add_column(0, "image", images_to_arrow(images))
+    # Parquet has no 8-bit type: split by byte, the three empty bytes of each pixel compress to nothing.
+    split_by_byte = ["image.list.element"]
+    content = storage.parquet_bytes(
+        table, use_dictionary=False, use_byte_stream_split=split_by_byte, write_statistics=False
+    )
+    storage.write_bytes(storage.join(dataset, path), content)
+    return DataFile(
+        path=path,
+        rows=len(rows),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        content_sha256=_hash_rows(images, rows),
+    )
+
+
+def _hash_rows(images: npt.NDArray[np.uint8], rows: pa.Table) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps([rows["label"].to_pylist(), rows["path"].to_pylist()]).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Trains one architecture on a prepared dataset, or on the embedded one."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+from typer import Option
+
+from trainer import console
+from trainer.errors import TrainingError
+
+if TYPE_CHECKING:
+    from trainer.launch import ArchitectureDescription
+    from trainer.run_folder import RunResult
+
+
+def main(
+    arch: Annotated[str, Option(help="Architecture; --list-archs shows them.")] = "",
+    list_archs: Annotated[bool, Option("--list-archs", help="Show the architectures and end.")] = False,
+    dataset: Annotated[str, Option(help="Prepared dataset, local or s3://; default: 5,000 MNIST images.")] = "",
+    storage: Annotated[str, Option(help="Where the run folder goes, local or s3://.")] = "runs",
+    run_name: Annotated[str, Option(help="Default: arch and time. A used name continues its run.")] = "",
+    num_workers: Annotated[str, Option(help="A number, or auto: one a GPU, or one.")] = "auto",
+    recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
+    global_batch_size: Annotated[int | None, Option(help="Images a step over all workers.")] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the train split.")] = None,
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"] | None, Option()] = None,
+    base_learning_rate: Annotated[float | None, Option(help="Peak, for a global batch of 256.")] = None,
+    momentum: Annotated[float | None, Option(help="Of sgd.")] = None,
+    nesterov: Annotated[bool | None, Option(help="Of sgd.")] = None,
+    beta_1: Annotated[float | None, Option(help="Of adam and adamw.")] = None,
+    beta_2: Annotated[float | None, Option(help="Of adam and adamw.")] = None,
+    epsilon: Annotated[float | None, Option(help="Of adam and adamw.")] = None,
+    weight_decay: Annotated[float | None, Option(help="Decoupled, on kernels.")] = None,
+    schedule: Annotated[Literal["cosine", "constant"] | None, Option(help="After the warmup.")] = None,
+    warmup_epochs: Annotated[float | None, Option(help="At most a tenth of the steps.")] = None,
+    clip_norm: Annotated[float | None, Option(help="Largest L2 norm of a gradient; 0 does not clip.")] = None,
+    label_smoothing: Annotated[float | None, Option()] = None,
+    input_scaling: Annotated[Literal["standardise", "unit"] | None, Option(help="Of the pixels.")] = None,
+    precision: Annotated[Literal["float32", "mixed_bfloat16"] | None, Option(help="Of the layers.")] = None,
+    seed: Annotated[int, Option(help="Of initialisation, dropout and data order.")] = 0,
+    keep_best: Annotated[int | None, Option(help="Checkpoints kept beside the last one.")] = None,
+    evaluate_test: Annotated[bool, Option("--evaluate-test", help="Read the test split once, at the end.")] = False,
+    max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
+) -> None:
+    """Train on every GPU of the cluster that RAY_ADDRESS names, or on this machine, and write a run folder."""
+    options = locals()
+    with console.exit_codes():
+        # Not at the top: --help and wrong options answer without loading Ray.
+        from data_prep.embedded import prepare_embedded
+        from trainer import launch
+        from trainer.cluster import connect
+
+        if list_archs:
+            print_architectures(launch.describe_architectures(dataset))
+            return
+        launch.check_arch(arch)
+        if dataset:
+            launch.check_dataset(arch, dataset)
+        run = launch.run_uri(storage, run_name, arch)
+        with connect() as resources, console.show_events() as on_event:
+            dataset = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
+            config, manifest = launch.build_config({**options, "dataset": dataset}, resources)
+            result = launch.launch(config, manifest, run, resources, max_failures=max_failures, on_event=on_event)
+        print_result(run, result)
+        if result.status == "diverged":
+            raise TrainingError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
+
+
+def print_architectures(described: "list[ArchitectureDescription]") -> None:
+    """Print what there is to choose from."""
+    table = Table("arch", "parameters", "at size", "smallest size", "source")
+    for one in described:
+        parameters = f"{one.parameters:,}" if one.parameters else "too small"
+        table.add_row(one.name, parameters, str(one.image_size), str(one.min_image_size), one.source)
+    console.stdout.print(table)
+
+
+def print_result(run: str, result: "RunResult") -> None:
+    """Print what a run came to."""
+    lines = [f"best of {result.epochs} epochs: {result.best_epoch}", f"val {result.val}"]
+    lines += [f"test {result.test}"] if result.test else []
+    console.stdout.print("\n".join([*lines, f"run: {run}"]), markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

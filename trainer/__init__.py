@@ -1,0 +1,1 @@
+"""Everything between a prepared dataset and a finished run."""

@@ -1,0 +1,71 @@
+"""The registry of architectures: a literal table from the name to how the network is built.
+
+Importing this package does not import TensorFlow, so that arguments are checked at once. The families import Keras
+inside their build functions for the same reason.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.architectures.alexnet import build_alexnet
+from trainer.architectures.cnn import build_cnn
+from trainer.architectures.inception import build_inception_notes
+from trainer.architectures.vgg import build_vgg
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One architecture: a family's build function and the data that makes it this variant."""
+
+    build: Callable[..., Any]
+    """``build(image_size, channels, num_classes, **arguments)`` returns a `tf_keras.Model` from float32
+    ``[batch, image_size, image_size, channels]`` to float32 logits ``[batch, num_classes]``."""
+    min_image_size: int
+    """Smallest height and width in pixels that leaves every layer at least one pixel."""
+    source: str
+    head: Literal["softmax", "sigmoid"] = "softmax"
+    """The activation that turns logits into the scores of an export. Training uses the logits: Keras does the same
+    behind ``activation='sigmoid'`` with a categorical cross-entropy (``backend._get_logits``)."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARCHITECTURES: Mapping[str, ModelSpec] = {
+    "cnn_sigmoid": ModelSpec(
+        build_cnn, 22, "training notes, 2023-04-12, first", head="sigmoid", arguments={"later_filters": (64, 32)}
+    ),
+    "cnn_softmax": ModelSpec(
+        build_cnn, 22, "training notes, 2023-04-12, second", arguments={"later_filters": (64, 32)}
+    ),
+    "cnn_deep": ModelSpec(
+        build_cnn, 46, "training notes, 2023-04-12, third", arguments={"later_filters": (64, 32, 32)}
+    ),
+    "cnn_tapered": ModelSpec(
+        build_cnn, 46, "training notes, 2023-04-12, fourth", arguments={"later_filters": (16, 32, 64)}
+    ),
+    "alexnet": ModelSpec(build_alexnet, 67, "Krizhevsky et al. 2012, as in the training notes (BatchNorm for LRN)"),
+    "vgg19": ModelSpec(
+        build_vgg, 32, "Simonyan & Zisserman 2014, table 1, column E", arguments={"convolutions": (2, 2, 4, 4, 4)}
+    ),
+    "inception_notes": ModelSpec(build_inception_notes, 1, "training notes, 2023-04-13 (sequential, no branches)"),
+}
+
+
+def build_model(arch: str, image_size: int, channels: int, num_classes: int) -> Any:
+    """Returns a new `tf_keras.Model` from float32 ``[batch, image_size, image_size, channels]`` to float32 logits.
+
+    Raises:
+        KeyError: the architecture is not in ARCHITECTURES.
+    """
+    spec = ARCHITECTURES[arch]
+    return spec.build(image_size, channels, num_classes, **spec.arguments)
+
+
+def count_parameters(arch: str, image_size: int, channels: int, num_classes: int) -> int:
+    """Returns the number of weights, trainable or not, without allocating any."""
+    import tensorflow as tf
+
+    # In a graph of its own a variable is only a symbol: VGG19 is counted without its 558 MB.
+    with tf.Graph().as_default():
+        count: int = build_model(arch, image_size, channels, num_classes).count_params()
+    return count

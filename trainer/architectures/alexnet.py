@@ -1,0 +1,56 @@
+"""AlexNet (Krizhevsky, Sutskever, Hinton 2012, section 3.5) as the training notes wrote it.
+
+Departures from the paper, all from the notes: BatchNorm after each convolution in place of local response
+normalisation after the first two, and no split of the layers over two GPUs.
+"""
+
+from typing import Any
+
+# filters, kernel, strides, padding, and whether a 3x3/2 max pooling follows.
+_CONVOLUTIONS = (
+    (96, 11, 4, "valid", True),
+    (256, 5, 1, "same", True),
+    (384, 3, 1, "same", False),
+    (384, 3, 1, "same", False),
+    (256, 3, 1, "same", True),
+)
+
+
+def build_alexnet(
+    image_size: int,
+    channels: int,
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    dense_units: int = 4096,
+    dropout: float = 0.5,
+) -> Any:
+    """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
+
+    Args:
+        image_size: height and width of the input in pixels, 67 or more.
+        channels: 1 or 3.
+        num_classes: width of the last layer.
+        width: factor on the filters of every convolution; 1 is the paper's.
+        dense_units: width of the two hidden dense layers.
+        dropout: fraction of the dense units that is dropped in training.
+    """
+    from tf_keras import Input, Sequential, layers
+
+    model = Sequential([Input((image_size, image_size, channels))])
+    for block, (filters, kernel, strides, padding, pooled) in enumerate(_CONVOLUTIONS, start=1):
+        model.add(
+            layers.Conv2D(
+                round(filters * width), kernel, strides, padding=padding, activation="relu", name=f"conv{block}"
+            )
+        )
+        # Statistics over the global batch: the result does not depend on how many workers share it.
+        model.add(layers.BatchNormalization(synchronized=True, name=f"batch_norm{block}"))
+        if pooled:
+            model.add(layers.MaxPooling2D(3, 2, name=f"pool{block}"))
+    model.add(layers.Flatten(name="flatten"))
+    for block in (1, 2):
+        model.add(layers.Dense(dense_units, activation="relu", name=f"dense{block}"))
+        model.add(layers.Dropout(dropout, name=f"dropout{block}"))
+    model.add(layers.Dense(num_classes, dtype="float32", name="logits"))
+    return model

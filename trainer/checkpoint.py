@@ -1,0 +1,180 @@
+"""The checkpoint format: resumable, complete or invisible, and loaded without running code from a file.
+
+    RUN/checkpoints/step-00000327/model.safetensors      weights by variable name
+                                  optimizer.safetensors  optimizer state by variable name
+                                  predictions.parquet    validation: label, predicted, confidence, ... of each row
+                                  checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
+
+A folder without ``checkpoint.json`` is not a checkpoint. Nothing else is consulted: the last checkpoint and the best
+ones are found by listing.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer import storage
+from trainer.errors import InputError
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_COMMIT_NAME = "checkpoint.json"
+MODEL_NAME = "model.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+PREDICTIONS_NAME = "predictions.parquet"
+
+
+class Checkpoint(BaseModel):
+    """What ``checkpoint.json`` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int
+    """Epochs that were finished."""
+    step: int
+    """Optimizer steps that were taken."""
+    history: list[dict[str, float]]
+    """One row of metrics an epoch, up to this one: so no epoch is counted twice after a restart."""
+    sha256: dict[str, str]
+    """Of each other file of the checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint's folder."""
+        return checkpoint_name(self.step)
+
+    @property
+    def rank(self) -> tuple[float, float, int]:
+        """Larger is better: validation accuracy, then lower validation loss, then earlier."""
+        return rank_epoch(self.history[-1])
+
+
+def rank_epoch(row: dict[str, float]) -> tuple[float, float, int]:
+    """Returns the sort key of one epoch's metrics; larger is better."""
+    return (row["val_accuracy"], -row["val_loss"], -int(row["epoch"]))
+
+
+def checkpoint_name(step: int) -> str:
+    """Returns the folder name of the checkpoint after a number of optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    folder: str, epoch: int, step: int, history: list[dict[str, float]], files: dict[str, bytes]
+) -> Checkpoint:
+    """Writes one checkpoint below ``folder``; it appears when all its files are there."""
+    checkpoint = Checkpoint(
+        epoch=epoch,
+        step=step,
+        history=history,
+        sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    )
+    uri = storage.join(folder, checkpoint.name)
+    for name, content in files.items():
+        storage.write_bytes(storage.join(uri, name), content)
+    storage.write_bytes(storage.join(uri, _COMMIT_NAME), checkpoint.model_dump_json(indent=2).encode())
+    return checkpoint
+
+
+def find_checkpoints(folder: str) -> list[Checkpoint]:
+    """Returns the complete checkpoints below ``folder``, by step.
+
+    Raises:
+        InputError: a commit cannot be read.
+    """
+    checkpoints = []
+    for name in storage.find_folders(folder):
+        uri = storage.join(folder, name, _COMMIT_NAME)
+        try:
+            checkpoints.append(Checkpoint.model_validate_json(storage.read_bytes(uri)))
+        except FileNotFoundError:
+            continue
+        except ValidationError as error:
+            raise InputError(f"{uri} is no checkpoint of this program: {error.errors()[0]['msg']}") from error
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+
+
+def find_last(folder: str) -> Checkpoint | None:
+    """Returns the checkpoint with the most steps, or None where there are none."""
+    found = find_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def find_best(folder: str) -> Checkpoint | None:
+    """Returns the best checkpoint by validation, or None where there are none."""
+    return max(find_checkpoints(folder), key=lambda checkpoint: checkpoint.rank, default=None)
+
+
+def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
+    """Returns one file of a checkpoint.
+
+    Raises:
+        InputError: it is not the file that was written.
+    """
+    uri = storage.join(folder, checkpoint.name, name)
+    content = storage.read_bytes(uri)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != checkpoint.sha256[name]:
+        raise InputError(
+            f"{uri} has sha256 {digest}, its checkpoint.json says {checkpoint.sha256[name]}; it is damaged: delete the "
+            f"folder {checkpoint.name} to go on from the checkpoint before it"
+        )
+    return content
+
+
+def delete_old_checkpoints(folder: str, keep_best: int) -> None:
+    """Deletes all but the last checkpoint and the best ones."""
+    checkpoints = find_checkpoints(folder)
+    best = sorted(checkpoints, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
+    for checkpoint in checkpoints:
+        if checkpoint not in best and checkpoint is not checkpoints[-1]:
+            uri = storage.join(folder, checkpoint.name)
+            # The commit goes first, so that a half-deleted folder is not a checkpoint.
+            storage.delete_file(storage.join(uri, _COMMIT_NAME))
+            storage.delete_folder(uri)
+
+
+def to_safetensors(arrays: Arrays) -> bytes:
+    """Returns named arrays as one safetensors file."""
+    content: bytes = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return content
+
+
+def from_safetensors(content: bytes) -> Arrays:
+    """Returns the named arrays of a safetensors file."""
+    arrays: Arrays = safetensors.numpy.load(content)
+    return arrays
+
+
+def read_variables(variables: Any) -> Arrays:
+    """Returns the value of each variable by name.
+
+    Under MultiWorkerMirroredStrategy this is collective: reading a BatchNorm average communicates, so every worker must
+    call it, in the same order.
+    """
+    arrays = {variable.name: np.asarray(variable.numpy()) for variable in variables}
+    if len(arrays) != len(variables):
+        raise ValueError("two variables have the same name; give the layers names that differ")
+    return arrays
+
+
+def assign_variables(variables: Any, arrays: Arrays) -> None:
+    """Sets each variable to the array of its name.
+
+    Raises:
+        ValueError: names or shapes differ; says the first that does.
+    """
+    if {variable.name for variable in variables} != arrays.keys():
+        difference = sorted({variable.name for variable in variables} ^ arrays.keys())
+        raise ValueError(f"the checkpoint has other variables than the model: {difference[0]!r} is in one of them only")
+    for variable in variables:
+        array = arrays[variable.name]
+        if tuple(variable.shape) != array.shape:
+            raise ValueError(
+                f"{variable.name} has shape {array.shape} in the checkpoint, {variable.shape} in the model"
+            )
+        variable.assign(array)

@@ -1,0 +1,66 @@
+"""Connects to Ray: the cluster that RAY_ADDRESS names (as in a submitted job), or one of our own on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+import ray.data
+
+# Set in every process of the job before it can import TensorFlow.
+WORKER_ENVIRONMENT = {
+    # tf.keras is tf_keras: Keras 3 cannot train under MultiWorkerMirroredStrategy.
+    "TF_USE_LEGACY_KERAS": "1",
+    # Errors only.
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+# What Ray would tell the user is told by the job; these hold for the driver and what it starts.
+_RAY_ENVIRONMENT = {
+    # How soon the controller notices that the workers have ended or died.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A warning about a default of a later version.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A batch job on somebody's cluster reports nothing to anybody else.
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the connected cluster has in all."""
+
+    num_nodes: int
+    num_cpus: float
+    num_gpus: int
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[Resources]:
+    """Connects to Ray for the time of the context and yields what the cluster has.
+
+    Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
+    happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
+    the job itself.
+    """
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    local = "RAY_ADDRESS" not in os.environ
+    ray.init(
+        address="local" if local else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        **({"include_dashboard": False} if local else {}),
+    )
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        total = ray.cluster_resources()
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        yield Resources(num_nodes, total.get("CPU", 0.0), int(total.get("GPU", 0)))
+    finally:
+        ray.shutdown()

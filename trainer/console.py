@@ -1,0 +1,73 @@
+"""How every job speaks and ends: progress on stderr, results on stdout, and the exit codes.
+
+On a terminal there are progress bars; piped or in a job log there are plain lines without control characters.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from trainer.errors import InputError, TrainingError
+from trainer.events import Event, OnEvent, StageProgressed
+
+stdout = Console(soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+# A job log gets a line about an unfinished stage at most this often.
+_PLAIN_INTERVAL_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr."""
+    try:
+        yield
+    except InputError as error:
+        stderr.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except TrainingError as error:
+        stderr.print(f"failed: {error}", markup=False)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def show_events() -> Iterator[OnEvent]:
+    """Yields a function that shows each event: a stage as a bar, anything else as a line."""
+    if not stderr.is_terminal:
+        yield _plain_lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bars:
+        task_of_stage: dict[str, TaskID] = {}
+
+        def show(event: Event) -> None:
+            if not isinstance(event, StageProgressed):
+                bars.print(str(event), markup=False)
+                return
+            if event.stage not in task_of_stage:
+                task_of_stage[event.stage] = bars.add_task(event.stage, total=event.total)
+            bars.update(task_of_stage[event.stage], completed=event.done, total=event.total)
+            if event.done >= event.total:
+                bars.remove_task(task_of_stage.pop(event.stage))
+
+        yield show
+
+
+def _plain_lines() -> OnEvent:
+    last_line = time.monotonic()
+
+    def show(event: Event) -> None:
+        nonlocal last_line
+        if not isinstance(event, StageProgressed):
+            stderr.print(str(event), markup=False)
+        elif time.monotonic() - last_line >= _PLAIN_INTERVAL_SECONDS:
+            stderr.print(f"{event.stage}: {event.done} of {event.total}", markup=False)
+        else:
+            return
+        last_line = time.monotonic()
+
+    return show

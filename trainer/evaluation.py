@@ -1,0 +1,122 @@
+"""Exact evaluation: every row of a split once, whatever the number of workers, and the numbers drawn from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from trainer.dataset import BatchFeed, ImageSplit
+
+# Columns of what `trainer.step.compile_eval_step` returns for each row.
+COLUMNS = ("loss", "predicted", "confidence", "likelier")
+
+
+class ClassResult(BaseModel):
+    """How many images of one class were told right."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    correct: int
+    total: int
+
+
+class EvaluationResult(BaseModel):
+    """What a split says of a model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    split: str
+    loss: float
+    """Mean cross-entropy in nats."""
+    correct: int
+    total: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    """95% Wilson score interval."""
+    per_class: list[ClassResult]
+    confusion: list[list[int]]
+    """Rows are true labels, columns predicted ones."""
+
+    def __str__(self) -> str:
+        low, high = self.accuracy_interval
+        return (
+            f"loss: {self.loss:.4f} - accuracy: {self.accuracy:.4f} ({self.correct} of {self.total}, "
+            f"95% interval {low:.3f}-{high:.3f})"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a split on all workers together.
+
+    Batches have one size on any number of workers and a row's result does not depend on its neighbours, so the numbers
+    are the same as those of a single worker. The last batch is filled up with rows that are dropped again afterwards.
+    """
+
+    split: ImageSplit
+    batch_size: int
+    rank: int
+    num_workers: int
+    eval_step: Callable[[Any, Any], Any]
+    gather: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+    def evaluate(self) -> npt.NDArray[np.float32]:
+        """Returns float32 ``[rows, len(COLUMNS)]`` in row order, on every worker; all workers must call it."""
+        num_batches = -(-len(self.split) // self.batch_size)
+        batches_per_worker = -(-num_batches // self.num_workers)
+        own = range(self.rank, batches_per_worker * self.num_workers, self.num_workers)
+        results = [np.asarray(self.eval_step(*batch)) for batch in BatchFeed().batches(self._batch, own)]
+        gathered = self.gather(np.concatenate(results))
+        # From [worker, batch of the worker, row of the batch] back to row order.
+        by_worker = gathered.reshape(self.num_workers, batches_per_worker, self.batch_size, -1)
+        return by_worker.swapaxes(0, 1).reshape(-1, by_worker.shape[-1])[: len(self.split)]
+
+    def _batch(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+        rows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        rows = np.minimum(rows, len(self.split) - 1)
+        return self.split.images[rows], self.split.labels[rows]
+
+
+def mean_loss_and_accuracy(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]) -> tuple[float, float]:
+    """Returns the mean cross-entropy and the accuracy of what `Evaluator.evaluate` returned."""
+    loss = float(np.mean(outcomes[:, COLUMNS.index("loss")], dtype=np.float64))
+    accuracy = float(np.mean(outcomes[:, COLUMNS.index("predicted")].astype(np.int32) == labels))
+    return loss, accuracy
+
+
+def predictions_table(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]) -> pa.Table:
+    """Returns one row an image: label, predicted, confidence, likelier and loss, in the split's row order."""
+    columns: dict[str, Any] = {"label": pa.array(labels, pa.int32())}
+    for index, name in enumerate(COLUMNS):
+        kind = pa.int32() if name in ("predicted", "likelier") else pa.float32()
+        columns[name] = pa.array(outcomes[:, index]).cast(kind)
+    return pa.table(columns)
+
+
+def summarise(split: str, predictions: pa.Table, class_names: list[str]) -> EvaluationResult:
+    """Returns the numbers of a table of predictions, as `predictions_table` makes it."""
+    from scipy.stats import binomtest
+
+    labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
+    confusion = np.zeros((len(class_names), len(class_names)), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    correct, total = int(np.trace(confusion)), len(labels)
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return EvaluationResult(
+        split=split,
+        loss=float(np.mean(predictions["loss"].to_numpy(), dtype=np.float64)),
+        correct=correct,
+        total=total,
+        accuracy=correct / total,
+        accuracy_interval=(float(interval.low), float(interval.high)),
+        per_class=[
+            ClassResult(name=name, correct=int(confusion[label, label]), total=int(confusion[label].sum()))
+            for label, name in enumerate(class_names)
+        ],
+        confusion=confusion.tolist(),
+    )

@@ -1,0 +1,29 @@
+"""What the driver tells a training worker and what the first one answers, importable without TensorFlow."""
+
+from dataclasses import dataclass
+
+from data_prep.manifest import Manifest
+from trainer.config import TrainConfig
+from trainer.events import OnEvent
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What every worker is told."""
+
+    config: TrainConfig
+    manifest: Manifest
+    run: str
+    """URI of the run folder."""
+    send_event: OnEvent
+    """Tells the driver of progress; never waits."""
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """What the first worker answers."""
+
+    reason: str
+    """Why the run ended early; empty if it did not."""
+    attempts: int
+    parameters: int

@@ -1,0 +1,333 @@
+"""Starts a run from the driver: checks everything that can be checked, runs the workers, closes the run folder.
+
+`jobs/train.py` and `jobs/sweep.py` start runs through `launch` alone.
+"""
+
+import re
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.queue import Empty, Queue
+
+from data_prep.manifest import Manifest
+from trainer import checkpoint as checkpoints
+from trainer import storage
+from trainer.architectures import ARCHITECTURES, count_parameters
+from trainer.backend import TensorFlowConfig
+from trainer.cluster import Resources
+from trainer.config import TrainConfig, find_differences, parse_config
+from trainer.dataset import cache_folder, load_manifest
+from trainer.errors import InputError, TrainingError
+from trainer.evaluation import summarise
+from trainer.events import Event, OnEvent, RunStarted, ignore_event
+from trainer.job import WorkerJob, WorkerResult
+from trainer.notes import write_note
+from trainer.plots import write_plots
+from trainer.recipes import RECIPES
+from trainer.run_folder import RunFolder, RunResult, describe_run
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ArchitectureDescription:
+    """One line of the list of architectures."""
+
+    name: str
+    parameters: int
+    image_size: int
+    """Height and width in pixels for which the parameters are counted."""
+    min_image_size: int
+    source: str
+
+
+def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
+    """Returns what there is to choose from, counted for a dataset; "" is the embedded one."""
+    manifest = load_manifest(storage.resolve_uri(dataset)) if dataset else None
+    described = []
+    for name, spec in ARCHITECTURES.items():
+        if manifest is None:
+            image_size, channels, num_classes = embedded_dataset(name, "")[1], 1, 10
+        else:
+            image_size, channels, num_classes = manifest.image_size, manifest.channels, manifest.num_classes
+        fits = image_size >= spec.min_image_size
+        parameters = count_parameters(name, image_size, channels, num_classes) if fits else 0
+        described.append(ArchitectureDescription(name, parameters, image_size, spec.min_image_size, spec.source))
+    return described
+
+
+def check_arch(arch: str) -> None:
+    """Raises InputError where there is no such architecture."""
+    if arch not in ARCHITECTURES:
+        raise InputError(f"--arch {arch!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
+
+
+def check_dataset(arch: str, dataset: str) -> Manifest:
+    """Returns the manifest of a dataset that an architecture can be trained on.
+
+    Raises:
+        InputError: there is no committed dataset, or the architecture cannot take it.
+    """
+    manifest = load_manifest(storage.resolve_uri(dataset))
+    smallest = ARCHITECTURES[arch].min_image_size
+    if manifest.image_size < smallest:
+        raise InputError(
+            f"--arch {arch} needs images of {smallest}x{smallest} pixels or more, {dataset} has "
+            f"{manifest.image_size}x{manifest.image_size}; prepare it with --image-size {smallest} or more"
+        )
+    for split in ("train", "val"):
+        if not manifest.splits[split].rows:
+            raise InputError(f"{dataset} has no {split} images; prepare it with a larger --{split}-fraction")
+    return manifest
+
+
+def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
+    """Returns where the embedded dataset of an architecture is kept, and its image size in pixels.
+
+    It is as small as the architecture allows: enlarged digits take time and tell a network nothing.
+    """
+    image_size = max(28, ARCHITECTURES[arch].min_image_size)
+    root = storage.resolve_uri(storage_uri)
+    folder = str(cache_folder()) if storage.is_local(root) else root
+    return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
+
+
+def run_uri(storage_uri: str, run_name: str, arch: str) -> str:
+    """Returns the URI of a run folder; without a name, of one named after the architecture and the time."""
+    name = run_name or f"{arch}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(
+            f"--run-name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+    return storage.join(storage.resolve_uri(storage_uri), name)
+
+
+def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest]:
+    """Returns the whole config of a run, and the manifest of its dataset.
+
+    Args:
+        options: values by field of TrainConfig; None means that the recipe says. ``num_workers`` is text: a number, or
+            "auto" for one a GPU, or one where there is none. Other names are passed over.
+        resources: of the cluster.
+
+    Raises:
+        InputError: a value is not allowed, or the values do not fit each other, the dataset or the cluster.
+    """
+    arch, recipe = options["arch"], options["recipe"]
+    if recipe not in RECIPES:
+        raise InputError(f"--recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
+    dataset = storage.resolve_uri(options["dataset"])
+    manifest = check_dataset(arch, dataset)
+    given = {name: options[name] for name in TrainConfig.model_fields if options.get(name) is not None}
+    config = parse_config(
+        {
+            **RECIPES[recipe][arch],
+            **given,
+            "dataset": dataset,
+            "dataset_fingerprint": manifest.fingerprint,
+            "num_workers": _parse_num_workers(options["num_workers"], resources),
+        }
+    )
+    rows = manifest.splits["train"].rows
+    if config.global_batch_size > rows:
+        raise InputError(
+            f"--global-batch-size {config.global_batch_size} is more than the {rows} train images of {dataset}; "
+            f"give {rows} or less"
+        )
+    if config.evaluate_test and not manifest.splits["test"].rows:
+        raise InputError(f"--evaluate-test: {dataset} has no test images; prepare it with a --test-fraction")
+    return config, manifest
+
+
+def launch(
+    config: TrainConfig,
+    manifest: Manifest,
+    run_uri: str,
+    resources: Resources,
+    *,
+    max_failures: int = 3,
+    on_event: OnEvent = ignore_event,
+) -> RunResult:
+    """Starts a run, or continues it from its last checkpoint, and returns its result.
+
+    A run that is finished is not started again: its result is returned.
+
+    Args:
+        config: of the run.
+        manifest: of its dataset.
+        run_uri: the run folder, local or s3://.
+        resources: of the cluster, which is connected.
+        max_failures: how often lost workers are started again.
+        on_event: told of the start, of steps and of epochs.
+
+    Raises:
+        InputError: the run name is used by another config, or the storage cannot be used by all nodes.
+        TrainingError: the workers failed more often than allowed.
+    """
+    run = RunFolder(run_uri)
+    _check_storage(run, resources)
+    record = run.read_record()
+    if record is not None:
+        differences = find_differences(record.config, config)
+        if differences:
+            raise InputError(
+                f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); "
+                "choose another --run-name, or the same options to continue it"
+            )
+    if result := run.read_result():
+        return result
+    if record is None:
+        run.write_record(describe_run(config, f"{resources}"))
+    on_event(_describe_start(run, config, manifest))
+    worker_result = _run_workers(config, manifest, run, resources, max_failures, on_event)
+    return _close_run(run, config, manifest, worker_result)
+
+
+def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> RunStarted:
+    last = checkpoints.find_last(run.checkpoints)
+    rows = manifest.splits["train"].rows
+    return RunStarted(
+        global_batch_size=config.global_batch_size,
+        num_replicas=config.num_workers,
+        per_replica_batch_size=config.per_replica_batch_size,
+        steps_per_epoch=rows // config.global_batch_size,
+        rows=rows,
+        epochs=config.epochs,
+        finished_epochs=last.epoch if last else 0,
+    )
+
+
+def _parse_num_workers(num_workers: str, resources: Resources) -> int:
+    if num_workers == "auto":
+        return max(1, resources.num_gpus)
+    if not num_workers.isdecimal() or int(num_workers) < 1:
+        raise InputError(f"--num-workers {num_workers!r}: give a number from 1, or auto (one a GPU, else one)")
+    if resources.num_gpus and int(num_workers) > resources.num_gpus:
+        raise InputError(
+            f"--num-workers {num_workers} needs {num_workers} GPUs, the cluster has {resources.num_gpus}; "
+            f"give {resources.num_gpus} or less, or auto"
+        )
+    return int(num_workers)
+
+
+def _check_storage(run: RunFolder, resources: Resources) -> None:
+    if storage.is_local(run.uri) and resources.num_nodes > 1:
+        raise InputError(
+            f"--storage {run.uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not share "
+            "it; give s3://bucket/prefix"
+        )
+    storage.check_writable(run.uri)
+
+
+def _scaling(config: TrainConfig, resources: Resources) -> ScalingConfig:
+    """Gives each worker a GPU where there are GPUs, and never the last CPU: Ray Data needs one."""
+    cpus = (
+        min(1.0, (resources.num_cpus - 1) / config.num_workers) if resources.num_cpus > 1 else 0.5 / config.num_workers
+    )
+    wanted = {"CPU": cpus} | ({"GPU": 1} if resources.num_gpus else {})
+    return ScalingConfig(num_workers=config.num_workers, use_gpu=bool(resources.num_gpus), resources_per_worker=wanted)
+
+
+def _run_workers(
+    config: TrainConfig,
+    manifest: Manifest,
+    run: RunFolder,
+    resources: Resources,
+    max_failures: int,
+    on_event: OnEvent,
+) -> WorkerResult:
+    # The train loop imports TensorFlow; the driver must not (3 s of one core), so it is named, not imported.
+    def train_loop(arguments: dict[str, WorkerJob]) -> WorkerResult:
+        from trainer.loop import train_worker
+
+        return train_worker(arguments["job"])
+
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def send_event(event: Event) -> None:
+        queue.actor.put_nowait.remote(event)
+
+    # Ray's own bookkeeping: the state of the run is in the run folder (docs/decisions/0003).
+    bookkeeping = tempfile.TemporaryDirectory(prefix="ray-train-")
+    trainer = DataParallelTrainer(
+        train_loop,
+        train_loop_config={"job": WorkerJob(config, manifest, run.uri, send_event)},
+        backend_config=TensorFlowConfig(),
+        scaling_config=_scaling(config, resources),
+        run_config=RunConfig(
+            name=run.name, storage_path=bookkeeping.name, failure_config=FailureConfig(max_failures=max_failures)
+        ),
+    )
+    ended = threading.Event()
+    listener = threading.Thread(target=_forward_events, args=(queue, ended, on_event), daemon=True)
+    listener.start()
+    try:
+        worker_result: WorkerResult = trainer.fit().return_value
+        return worker_result
+    except TrainingFailedError as error:
+        raise _find_cause(error, run) from error
+    finally:
+        ended.set()
+        listener.join()
+        queue.shutdown()
+        bookkeeping.cleanup()
+
+
+def _forward_events(queue: Queue, ended: threading.Event, on_event: OnEvent) -> None:
+    while True:
+        was_ended = ended.is_set()
+        try:
+            on_event(queue.get(timeout=_POLL_SECONDS))
+        except Empty:
+            if was_ended:
+                return
+
+
+def _find_cause(error: TrainingFailedError, run: RunFolder) -> Exception:
+    """Returns the error to show: a worker's own InputError, or that the run failed and how to go on."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, InputError):
+            return cause
+    reasons = {str(failure).strip().splitlines()[-1] for failure in failures.values()} or {str(error).splitlines()[-1]}
+    return TrainingError(
+        f"run {run.name}: {'; '.join(sorted(reasons))}; the same command continues it from its last checkpoint"
+    )
+
+
+def _close_run(run: RunFolder, config: TrainConfig, manifest: Manifest, worker_result: WorkerResult) -> RunResult:
+    """Writes what is drawn from a run when its workers have ended: plots, note, result."""
+    best = checkpoints.find_best(run.checkpoints)
+    last = checkpoints.find_last(run.checkpoints)
+    if best is None or last is None:
+        raise TrainingError(f"run {run.name} ended before its first checkpoint: {worker_result.reason}")
+    predictions = storage.parquet_table(checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+    test = None
+    if config.evaluate_test and not worker_result.reason:
+        content = storage.read_bytes(run.path("test_predictions.parquet"))
+        test = summarise("test", storage.parquet_table(content), manifest.class_names)
+    result = RunResult(
+        status="diverged" if worker_result.reason else "completed",
+        reason=worker_result.reason,
+        parameters=worker_result.parameters,
+        best_epoch=best.epoch,
+        best_checkpoint=best.name,
+        val=summarise("val", predictions, manifest.class_names),
+        test=test,
+        epochs=last.epoch,
+        steps=last.step,
+        attempts=worker_result.attempts,
+        train_seconds=sum(row["epoch_seconds"] for row in last.history),
+    )
+    run.write_metrics(last.history)
+    write_plots(run, last.history, result)
+    write_note(run, config, manifest, result)
+    run.write_result(result)
+    return result

@@ -1,0 +1,238 @@
+"""The training loop: what every Ray Train worker runs.
+
+Order at the start of an attempt: data, network, then the state: the last complete checkpoint of this run if there is
+one, else the seeded initialisation.
+"""
+
+import contextlib
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray.train
+import tensorflow as tf
+from ray.train.collective import broadcast_from_rank_zero
+
+from trainer import checkpoint as checkpoints
+from trainer import storage
+from trainer.architectures import ARCHITECTURES
+from trainer.checkpoint import Checkpoint
+from trainer.config import TrainConfig
+from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
+from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
+from trainer.events import EpochFinished, StageProgressed
+from trainer.job import WorkerJob, WorkerResult
+from trainer.run_folder import RunFolder
+from trainer.step import (
+    STEP_ACCURACY,
+    STEP_CLIPPED,
+    STEP_GRAD_NORM,
+    STEP_LOSS,
+    Network,
+    build_network,
+    compile_eval_step,
+    compile_gather,
+    compile_train_step,
+    export_model,
+)
+
+_PROGRESS_INTERVAL_SECONDS = 0.5
+# Every worker looks at the same loss at the same steps, so all stop together.
+_STEPS_BETWEEN_FINITE_CHECKS = 50
+_GIB = 2**30
+
+
+class DivergedError(Exception):
+    """The loss became NaN or infinite; the message says between which steps."""
+
+
+def train_worker(job: WorkerJob) -> WorkerResult:
+    """Trains the run's network from its last checkpoint, or from scratch, to its last epoch."""
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    _share_devices(context.get_local_world_size())
+    run, config = RunFolder(job.run), job.config
+    attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
+
+    splits = {name: open_split(config.dataset, job.manifest, name) for name in ("train", "val")}
+    steps_per_epoch = len(splits["train"]) // config.global_batch_size
+    network = build_network(job.manifest, config, steps_per_epoch)
+    train_step = compile_train_step(network, job.manifest, config)
+    eval_step, gather = compile_eval_step(network, job.manifest, config), compile_gather(network)
+
+    def evaluator(split: ImageSplit) -> Evaluator:
+        return Evaluator(split, config.per_replica_batch_size, rank, num_workers, eval_step, gather)
+
+    last = broadcast_from_rank_zero(checkpoints.find_last(run.checkpoints) if rank == 0 else None)
+    history: list[dict[str, float]] = []
+    if last is not None:
+        _restore(network, run, last)
+        history = list(last.history)
+
+    reason = ""
+    with _background_writer() as write:
+        try:
+            for epoch in range(len(history) + 1, config.epochs + 1):
+                started = time.perf_counter()
+                row = _train_epoch(job, splits["train"], train_step, rank, num_workers, epoch, steps_per_epoch)
+                outcomes = evaluator(splits["val"]).evaluate()
+                row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, splits["val"].labels)
+                row["learning_rate"] = float(network.optimizer.learning_rate.numpy())
+                waited, peak = gather([[row["data_wait_seconds"], _peak_memory_gib()]]).max(axis=0)
+                row["data_wait_seconds"], row["peak_memory_gib"] = float(waited), float(peak)
+                row |= {"attempt": attempt, "num_workers": num_workers, "global_batch_size": config.global_batch_size}
+                row["epoch_seconds"] = time.perf_counter() - started
+                history = [*history, row]
+                arrays = (
+                    checkpoints.read_variables(network.model.variables),
+                    checkpoints.read_variables(network.optimizer.variables),
+                )
+                if rank == 0:
+                    predictions = predictions_table(outcomes, splits["val"].labels)
+                    write(lambda *parts: _save(run, config, *parts), epoch, row["step"], history, arrays, predictions)
+                    job.send_event(EpochFinished(row, config.epochs))
+        except DivergedError as error:
+            reason = str(error)
+
+    best = broadcast_from_rank_zero(checkpoints.find_best(run.checkpoints) if rank == 0 else None)
+    if best is not None and config.evaluate_test and not reason:
+        _restore(network, run, best)
+        test = open_split(config.dataset, job.manifest, "test")
+        table = predictions_table(evaluator(test).evaluate(), test.labels)
+        if rank == 0:
+            storage.write_bytes(run.path("test_predictions.parquet"), storage.parquet_bytes(table))
+    if best is not None and rank == 0:
+        _export(run, best, job)
+    return WorkerResult(reason, attempt, network.model.count_params())
+
+
+def _share_devices(workers_on_node: int) -> None:
+    """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    cores = len(os.sched_getaffinity(0))
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // workers_on_node))
+
+
+def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
+    for name, variables in (
+        (checkpoints.MODEL_NAME, network.model.variables),
+        (checkpoints.OPTIMIZER_NAME, network.optimizer.variables),
+    ):
+        content = checkpoints.read_file(run.checkpoints, checkpoint, name)
+        with network.strategy.scope():
+            checkpoints.assign_variables(variables, checkpoints.from_safetensors(content))
+
+
+def _train_epoch(
+    job: WorkerJob,
+    split: ImageSplit,
+    train_step: Callable[[Any, Any], Any],
+    rank: int,
+    num_workers: int,
+    epoch: int,
+    steps_per_epoch: int,
+) -> dict[str, float]:
+    """Takes every optimizer step of one epoch and returns the part of its metrics row that training knows."""
+    config = job.config
+    order = epoch_order(len(split), config.seed, epoch)
+
+    def make_batch(step: int) -> tuple[Any, Any]:
+        rows = worker_rows(order, step, config.global_batch_size, rank, num_workers)
+        return tf.constant(split.images[rows]), tf.constant(split.labels[rows])
+
+    first_step = (epoch - 1) * steps_per_epoch
+    feed = BatchFeed()
+    started = last_event = time.perf_counter()
+    stats: list[Any] = []
+    for images, labels in feed.batches(make_batch, range(steps_per_epoch)):
+        stats.append(train_step(images, labels))
+        if len(stats) % _STEPS_BETWEEN_FINITE_CHECKS == 0:
+            _check_finite(stats, first_step)
+        if rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
+            last_event = time.perf_counter()
+            job.send_event(StageProgressed(f"epoch {epoch}", len(stats), steps_per_epoch))
+    _check_finite(stats, first_step)
+    seconds = time.perf_counter() - started
+    means: npt.NDArray[np.float64] = np.stack(stats).mean(axis=0, dtype=np.float64)
+    return {
+        "epoch": epoch,
+        "step": epoch * steps_per_epoch,
+        "loss": float(means[STEP_LOSS]),
+        "accuracy": float(means[STEP_ACCURACY]),
+        "grad_norm": float(means[STEP_GRAD_NORM]),
+        "clipped_fraction": float(means[STEP_CLIPPED]),
+        "images_per_second": steps_per_epoch * config.global_batch_size / seconds,
+        "data_wait_seconds": feed.wait_seconds,
+    }
+
+
+def _check_finite(stats: list[Any], first_step: int) -> None:
+    losses = np.asarray(stats[-1])[STEP_LOSS], np.asarray(stats[-1])[STEP_GRAD_NORM]
+    if not np.isfinite(losses).all():
+        unchecked = (len(stats) - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
+        steps = f"[{first_step + len(stats) - unchecked + 1}, {first_step + len(stats)}]"
+        raise DivergedError(f"the loss or its gradient became nan or inf somewhere within steps {steps}")
+
+
+def _peak_memory_gib() -> float:
+    """Returns the most memory that this worker has used: on its GPU if it has one, else resident."""
+    if tf.config.list_logical_devices("GPU"):
+        return float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / _GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+
+
+@contextlib.contextmanager
+def _background_writer() -> Iterator[Callable[..., None]]:
+    """Yields a function that calls another one in a thread while training goes on, one at a time.
+
+    An error of the thread is raised at the next call or at the end of the context.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
+        pending: Future[None] | None = None
+
+        def write(function: Callable[..., None], *arguments: Any) -> None:
+            nonlocal pending
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(function, *arguments)
+
+        yield write
+        if pending is not None:
+            pending.result()
+
+
+def _save(
+    run: RunFolder,
+    config: TrainConfig,
+    epoch: int,
+    step: int,
+    history: list[dict[str, float]],
+    arrays: tuple[checkpoints.Arrays, checkpoints.Arrays],
+    predictions: Any,
+) -> None:
+    model, optimizer = arrays
+    files = {
+        checkpoints.MODEL_NAME: checkpoints.to_safetensors(model),
+        checkpoints.OPTIMIZER_NAME: checkpoints.to_safetensors(optimizer),
+        checkpoints.PREDICTIONS_NAME: storage.parquet_bytes(predictions),
+    }
+    checkpoints.save_checkpoint(run.checkpoints, epoch, step, history, files)
+    checkpoints.delete_old_checkpoints(run.checkpoints, config.keep_best)
+    run.write_metrics(history)
+
+
+def _export(run: RunFolder, best: Checkpoint, job: WorkerJob) -> None:
+    arrays = checkpoints.from_safetensors(checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME))
+    model = export_model(arrays, job.manifest, job.config, ARCHITECTURES[job.config.arch].head)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.keras")
+        model.save(path)
+        storage.write_bytes(run.path("model.keras"), path.read_bytes())

@@ -1,0 +1,146 @@
+"""The run folder: its names, and the two records that open and close a run.
+
+STORAGE/RUN/config.json      RunRecord; before step 1
+STORAGE/RUN/attempts/        one small file each time the workers start
+STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
+STORAGE/RUN/metrics.parquet  one row an epoch
+STORAGE/RUN/model.keras      the best weights, for use elsewhere
+STORAGE/RUN/plots/*.png      curves and confusion matrix
+STORAGE/RUN/note.md          the note of the run
+STORAGE/RUN/result.json      RunResult; written last
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer import storage
+from trainer.config import TrainConfig
+from trainer.errors import InputError
+from trainer.evaluation import EvaluationResult
+
+_RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
+
+
+class RunRecord(BaseModel):
+    """What ``config.json`` holds: the config and the circumstances."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: TrainConfig
+    command: str
+    code_version: str
+    """Git commit, with "+changes" where the checkout differed from it, or the installed version."""
+    packages: dict[str, str]
+    python: str
+    hardware: str
+    started: datetime
+
+
+class RunResult(BaseModel):
+    """What ``result.json`` holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Literal["completed", "diverged"]
+    reason: str = ""
+    parameters: int
+    best_epoch: int
+    best_checkpoint: str
+    val: EvaluationResult
+    """Of the best checkpoint."""
+    test: EvaluationResult | None = None
+    """Of the best checkpoint, where it was asked for."""
+    epochs: int
+    steps: int
+    attempts: int
+    train_seconds: float
+    """Sum of the epochs, evaluation included."""
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.checkpoints = storage.join(uri, "checkpoints")
+
+    @property
+    def name(self) -> str:
+        """The run name."""
+        return storage.basename(self.uri)
+
+    def path(self, *parts: str) -> str:
+        """Returns the URI of a file in the folder."""
+        return storage.join(self.uri, *parts)
+
+    def read_record(self) -> RunRecord | None:
+        """Returns the record of the run, or None where none was started."""
+        try:
+            return RunRecord.model_validate_json(storage.read_bytes(self.path("config.json")))
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise InputError(
+                f"{self.path('config.json')} is not a config of this program ({error.errors()[0]['msg']}); "
+                "choose another --run-name"
+            ) from error
+
+    def write_record(self, record: RunRecord) -> None:
+        """Writes ``config.json``."""
+        storage.write_bytes(self.path("config.json"), record.model_dump_json(indent=2).encode())
+
+    def read_result(self) -> RunResult | None:
+        """Returns the result of a finished run, or None where it is not finished."""
+        try:
+            return RunResult.model_validate_json(storage.read_bytes(self.path("result.json")))
+        except FileNotFoundError:
+            return None
+
+    def write_result(self, result: RunResult) -> None:
+        """Writes ``result.json``: the run is finished."""
+        storage.write_bytes(self.path("result.json"), result.model_dump_json(indent=2).encode())
+
+    def start_attempt(self) -> int:
+        """Records that the workers have started and returns how often they have, this time included."""
+        attempt = len(storage.find_files(self.path("attempts"))) + 1
+        content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node()})
+        storage.write_bytes(self.path("attempts", f"{attempt:04d}.json"), content.encode())
+        return attempt
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """Writes ``metrics.parquet`` anew."""
+        storage.write_bytes(self.path("metrics.parquet"), storage.parquet_bytes(pa.Table.from_pylist(history)))
+
+
+def describe_run(config: TrainConfig, hardware: str) -> RunRecord:
+    """Returns the record of a run that starts now."""
+    return RunRecord(
+        config=config,
+        command=shlex.join(["python", *sys.argv]),
+        code_version=_code_version(),
+        packages={name: version(name) for name in _RECORDED_PACKAGES},
+        python=platform.python_version(),
+        hardware=hardware,
+        started=datetime.now(UTC),
+    )
+
+
+def _code_version() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return version("training-notes")  # shipped without its repository

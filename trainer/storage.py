@@ -1,0 +1,226 @@
+"""The one door to files: local paths and ``s3://bucket/prefix`` URIs behave alike.
+
+Nothing here relies on rename, append or listing order of an object store. A write is one object that appears whole or
+not at all, so a small object written last can serve as a commit. Credentials and endpoint are never arguments: s3fs
+reads the standard AWS variables and files on every node, so no secret enters a config, a pickle or a log.
+"""
+
+import contextlib
+import functools
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from trainer.errors import InputError
+
+# s3fs retries each request itself; botocore's standard mode adds backoff with jitter below it.
+_S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 5}, "connect_timeout": 10, "read_timeout": 60},
+}
+
+
+def resolve_uri(location: str) -> str:
+    """Returns an absolute form of a local path, or an ``s3://`` URI without a trailing slash.
+
+    Raises:
+        InputError: the location has another scheme, or names no bucket.
+    """
+    scheme, separator, rest = location.partition("://")
+    if not separator:
+        return str(Path(location).expanduser().absolute())
+    if scheme != "s3":
+        raise InputError(f"{location!r}: unknown scheme {scheme!r}; give a local path or s3://bucket/prefix")
+    if not rest.strip("/"):
+        raise InputError(f"{location!r} names no bucket; give s3://bucket/prefix")
+    return location.rstrip("/")
+
+
+def is_local(uri: str) -> bool:
+    """Returns whether the URI is a path on this machine's file system."""
+    return "://" not in uri
+
+
+def join(uri: str, *parts: str) -> str:
+    """Returns the URI of a file below ``uri``."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def basename(uri: str) -> str:
+    """Returns the last component of a path or URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def read_bytes(uri: str) -> bytes:
+    """Returns the content of one file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the storage refused or could not be reached.
+    """
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        content: bytes = filesystem.cat_file(path)
+        return content
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Writes one file that appears whole or not at all, making its parent folders.
+
+    Raises:
+        InputError: the storage refused or could not be reached.
+    """
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        if isinstance(filesystem, LocalFileSystem):
+            _write_local(Path(path), content)
+        else:
+            filesystem.pipe_file(path, content)
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    """Returns a table as the content of a Parquet file; options are those of `pyarrow.parquet.write_table`."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="lz4", **options)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def parquet_table(content: bytes) -> pa.Table:
+    """Returns the table that the content of a Parquet file holds."""
+    return pq.read_table(pa.BufferReader(content))
+
+
+def exists(uri: str) -> bool:
+    """Returns whether one file, or at least one file below a folder, exists."""
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        return bool(filesystem.exists(path))
+
+
+def find_files(uri: str) -> dict[str, int]:
+    """Returns the size in bytes of every file below a folder by its path relative to it, sorted by path.
+
+    Local symlinks to folders are not followed, so a loop cannot trap the walk. A folder that is not there is empty.
+    """
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        if isinstance(filesystem, LocalFileSystem):
+            sizes = _local_sizes(Path(path))
+        else:
+            root = path.rstrip("/") + "/"
+            entries = filesystem.find(path, detail=True)
+            # Some tools leave empty "folder/" marker objects.
+            sizes = {
+                name.removeprefix(root): entry["size"]
+                for name, entry in entries.items()
+                if name.startswith(root) and not name.endswith("/")
+            }
+    return dict(sorted(sizes.items()))
+
+
+def find_folders(uri: str) -> list[str]:
+    """Returns the names of the folders directly below a folder, sorted. A folder that is not there has none."""
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        try:
+            entries = filesystem.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted(basename(entry["name"]) for entry in entries if entry["type"] == "directory")
+
+
+def delete_file(uri: str) -> None:
+    """Deletes one file; one that is not there is no error."""
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm_file(path)
+
+
+def delete_folder(uri: str) -> None:
+    """Deletes a folder and all below it; one that is not there is no error."""
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm(path, recursive=True)
+
+
+def check_writable(uri: str) -> None:
+    """Writes, reads and deletes a small file below ``uri``, to fail before any work is done.
+
+    Raises:
+        InputError: one of the three failed; says which storage and which variables to look at.
+    """
+    probe = join(uri, f".write-check-{uuid.uuid4().hex}")
+    write_bytes(probe, b"ok")
+    if read_bytes(probe) != b"ok":
+        raise InputError(f"{uri}: a file that was just written reads back differently; use another storage")
+    delete_file(probe)
+
+
+@functools.cache
+def _open_filesystem_for(scheme: str) -> fsspec.AbstractFileSystem:
+    return fsspec.filesystem(scheme, **(_S3_OPTIONS if scheme == "s3" else {}))
+
+
+def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    scheme, separator, path = uri.partition("://")
+    return (_open_filesystem_for(scheme), path) if separator else (_open_filesystem_for("file"), uri)
+
+
+def _write_local(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _local_sizes(root: Path) -> dict[str, int]:
+    sizes = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            if path.is_file():
+                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    return sizes
+
+
+@contextlib.contextmanager
+def _clear_errors(uri: str) -> Iterator[None]:
+    """Turns what a storage can answer into one line with the place and what to set, never with a secret."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{uri}: not found") from error
+    except OSError as error:
+        if is_local(uri):
+            raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
+        raise InputError(_s3_message(uri, error)) from error
+    except Exception as error:
+        if is_local(uri) or not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            raise
+        raise InputError(_s3_message(uri, error)) from error
+
+
+def _s3_message(uri: str, error: Exception) -> str:
+    bucket = uri.removeprefix("s3://").partition("/")[0]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{uri}: bucket {bucket!r} at {endpoint} answered {reason!r}; check AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY and AWS_PROFILE on every node"
+    )
