@@ -1,5 +1,6 @@
 """Trains one architecture on a prepared dataset, or on the embedded one."""
 
+import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -21,6 +22,7 @@ def main(
     storage: Annotated[str, Option(help="Where the run folder goes, local or s3://.")] = "runs",
     run_name: Annotated[str, Option(help="Default: arch and time. A used name continues its run.")] = "",
     num_workers: Annotated[str, Option(help="A number, or auto: one a GPU, or one.")] = "auto",
+    arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     global_batch_size: Annotated[int | None, Option(help="Images a step over all workers.")] = None,
     epochs: Annotated[int | None, Option(help="Passes over the train split.")] = None,
@@ -44,7 +46,7 @@ def main(
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
 ) -> None:
     """Train on every GPU of the cluster that RAY_ADDRESS names, or on this machine, and write a run folder."""
-    options = locals()
+    options = {**locals(), "arch_arguments": dict(map(parse_assignment, arch_argument))}
     with console.exit_codes():
         # Not at the top: --help and wrong options answer without loading Ray.
         from data_prep.embedded import prepare_embedded
@@ -65,6 +67,15 @@ def main(
         print_result(run, result)
         if result.status == "diverged":
             raise TrainingError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """Return the name and the JSON value of NAME=VALUE."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--arch-argument {text!r}: give NAME=NUMBER or NAME=[NUMBER,...]") from error
 
 
 def print_architectures(described: "list[ArchitectureDescription]") -> None:

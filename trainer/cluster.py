@@ -35,6 +35,8 @@ class Resources:
     num_nodes: int
     num_cpus: float
     num_gpus: int
+    hardware: str
+    """The nodes in words."""
 
 
 @contextlib.contextmanager
@@ -59,8 +61,16 @@ def connect() -> Iterator[Resources]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        total = ray.cluster_resources()
-        num_nodes = sum(node["Alive"] for node in ray.nodes())
-        yield Resources(num_nodes, total.get("CPU", 0.0), int(total.get("GPU", 0)))
+        yield _read_resources()
     finally:
         ray.shutdown()
+
+
+def _read_resources() -> Resources:
+    total = ray.cluster_resources()
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    num_cpus, num_gpus = total.get("CPU", 0.0), int(total.get("GPU", 0))
+    # Ray names each kind of GPU by a resource of its own.
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in total if name.startswith("accelerator_type:"))
+    hardware = f"{num_nodes} node{'s' * (num_nodes > 1)}, {num_cpus:g} CPUs, {num_gpus} GPUs {' '.join(kinds)}"
+    return Resources(num_nodes, num_cpus, num_gpus, f"{hardware.strip()}, {total.get('memory', 0) / 2**30:.0f} GiB")

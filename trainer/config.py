@@ -15,6 +15,8 @@ class TrainConfig(BaseModel):
 
     arch: str
     """A key of `trainer.architectures.ARCHITECTURES`."""
+    arch_arguments: dict[str, float | int | list[int]] = {}
+    """Of the architecture's family (``width``, ``dropout``, ...), in place of the architecture's own."""
     recipe: Literal["modern", "notes"] = "modern"
     """Where the values that the command line left open came from; see `trainer.recipes`."""
     dataset: str

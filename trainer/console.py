@@ -58,16 +58,16 @@ def show_events() -> Iterator[OnEvent]:
 
 
 def _plain_lines() -> OnEvent:
-    last_line = time.monotonic()
+    stage, last_line = "", 0.0
 
     def show(event: Event) -> None:
-        nonlocal last_line
+        nonlocal stage, last_line
         if not isinstance(event, StageProgressed):
             stderr.print(str(event), markup=False)
+        elif event.stage != stage:
+            stage, last_line = event.stage, time.monotonic()
         elif time.monotonic() - last_line >= _PLAIN_INTERVAL_SECONDS:
             stderr.print(f"{event.stage}: {event.done} of {event.total}", markup=False)
-        else:
-            return
-        last_line = time.monotonic()
+            last_line = time.monotonic()
 
     return show

@@ -18,7 +18,7 @@ from ray.util.queue import Empty, Queue
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import storage
-from trainer.architectures import ARCHITECTURES, count_parameters
+from trainer.architectures import ARCHITECTURES, count_parameters, family_arguments
 from trainer.backend import TensorFlowConfig
 from trainer.cluster import Resources
 from trainer.config import TrainConfig, find_differences, parse_config
@@ -125,6 +125,10 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
     dataset = storage.resolve_uri(options["dataset"])
     manifest = check_dataset(arch, dataset)
     given = {name: options[name] for name in TrainConfig.model_fields if options.get(name) is not None}
+    unknown = given.get("arch_arguments", {}).keys() - set(family_arguments(arch))
+    if unknown:
+        allowed = ", ".join(family_arguments(arch))
+        raise InputError(f"--arch-argument {min(unknown)!r} is unknown; {arch} has {allowed}")
     config = parse_config(
         {
             **RECIPES[recipe][arch],
@@ -183,7 +187,7 @@ def launch(
     if result := run.read_result():
         return result
     if record is None:
-        run.write_record(describe_run(config, f"{resources}"))
+        run.write_record(describe_run(config, resources.hardware))
     on_event(_describe_start(run, config, manifest))
     worker_result = _run_workers(config, manifest, run, resources, max_failures, on_event)
     return _close_run(run, config, manifest, worker_result)

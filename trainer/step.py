@@ -44,22 +44,26 @@ def build_network(manifest: Manifest, config: TrainConfig, steps_per_epoch: int)
     keras.mixed_precision.set_global_policy(config.precision)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
-        model = build_model(config.arch, manifest.image_size, manifest.channels, manifest.num_classes)
+        model = _build_model(manifest, config)
         optimizer = _build_optimizer(config, build_schedule(config, steps_per_epoch))
         optimizer.build(model.trainable_variables)
     return Network(strategy, model, optimizer)
 
 
+def _build_model(manifest: Manifest, config: TrainConfig) -> Any:
+    shape = (manifest.image_size, manifest.channels, manifest.num_classes)
+    return build_model(config.arch, *shape, config.arch_arguments)
+
+
 def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
+    weight_decay = config.weight_decay or None
     if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(
-            schedule, config.momentum, config.nesterov, weight_decay=config.weight_decay or None
-        )
+        momentum = {"momentum": config.momentum, "nesterov": config.nesterov}
+        optimizer = keras.optimizers.SGD(schedule, weight_decay=weight_decay, **momentum)
     else:
-        optimizer_class = keras.optimizers.AdamW if config.optimizer == "adamw" else keras.optimizers.Adam
-        optimizer = optimizer_class(
-            schedule, config.beta_1, config.beta_2, config.epsilon, weight_decay=config.weight_decay or None
-        )
+        optimizer_class = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[config.optimizer]
+        moments = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
+        optimizer = optimizer_class(schedule, weight_decay=weight_decay, **moments)
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     return optimizer
@@ -157,7 +161,7 @@ def export_model(arrays: dict[str, Any], manifest: Manifest, config: TrainConfig
     from trainer.checkpoint import assign_variables
 
     keras.mixed_precision.set_global_policy("float32")
-    network = build_model(config.arch, manifest.image_size, manifest.channels, manifest.num_classes)
+    network = _build_model(manifest, config)
     assign_variables(network.variables, arrays)
     scale, offset = pixel_scaling(manifest, config)
     images = keras.Input((manifest.image_size, manifest.image_size, manifest.channels), name="images")

@@ -58,6 +58,11 @@ def basename(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2]
 
 
+def parent(uri: str) -> str:
+    """Returns the folder of a path or URI."""
+    return uri.rstrip("/").rpartition("/")[0]
+
+
 def read_bytes(uri: str) -> bytes:
     """Returns the content of one file.
 

@@ -4,6 +4,7 @@ Importing this package does not import TensorFlow, so that arguments are checked
 inside their build functions for the same reason.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -51,14 +52,26 @@ ARCHITECTURES: Mapping[str, ModelSpec] = {
 }
 
 
-def build_model(arch: str, image_size: int, channels: int, num_classes: int) -> Any:
+def build_model(
+    arch: str, image_size: int, channels: int, num_classes: int, arguments: Mapping[str, Any] | None = None
+) -> Any:
     """Returns a new `tf_keras.Model` from float32 ``[batch, image_size, image_size, channels]`` to float32 logits.
 
-    Raises:
-        KeyError: the architecture is not in ARCHITECTURES.
+    Args:
+        arch: a key of ARCHITECTURES.
+        image_size: height and width of the input in pixels.
+        channels: 1 or 3.
+        num_classes: width of the last layer.
+        arguments: of the family, in place of the architecture's own; see `family_arguments`.
     """
     spec = ARCHITECTURES[arch]
-    return spec.build(image_size, channels, num_classes, **spec.arguments)
+    return spec.build(image_size, channels, num_classes, **{**spec.arguments, **(arguments or {})})
+
+
+def family_arguments(arch: str) -> list[str]:
+    """Returns the names of what can be set besides the architecture's name, such as ``width`` or ``dropout``."""
+    parameters = inspect.signature(ARCHITECTURES[arch].build).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def count_parameters(arch: str, image_size: int, channels: int, num_classes: int) -> int:
