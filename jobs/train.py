@@ -59,12 +59,12 @@ def main(
         launch.check_arch(arch)
         if dataset:
             launch.check_dataset(arch, dataset)
-        run = launch.run_uri(storage, run_name, arch)
         with connect() as resources, console.show_events() as on_event:
+            run = launch.open_run(storage, run_name, arch, resources)
             dataset = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
             config, manifest = launch.build_config({**options, "dataset": dataset}, resources)
             result = launch.launch(config, manifest, run, resources, max_failures=max_failures, on_event=on_event)
-        print_result(run, result)
+        print_result(run.uri, result)
         if result.status == "diverged":
             raise TrainingError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
 

@@ -140,7 +140,7 @@ def delete_old_checkpoints(folder: str, keep_best: int) -> None:
 
 def to_safetensors(arrays: Arrays) -> bytes:
     """Returns named arrays as one safetensors file."""
-    content: bytes = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    content: bytes = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     return content
 
 

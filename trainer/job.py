@@ -27,3 +27,5 @@ class WorkerResult:
     """Why the run ended early; empty if it did not."""
     attempts: int
     parameters: int
+    weights_crc32: tuple[int, ...]
+    """Of the weights that each worker held at the end: all the same."""

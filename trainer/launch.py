@@ -98,14 +98,25 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
 
 
-def run_uri(storage_uri: str, run_name: str, arch: str) -> str:
-    """Returns the URI of a run folder; without a name, of one named after the architecture and the time."""
+def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -> RunFolder:
+    """Returns the run folder of a name, new or used; without a name, of one made of the architecture and the time.
+
+    Raises:
+        InputError: the name is not allowed, or the storage cannot be written, or not from every node.
+    """
     name = run_name or f"{arch}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(
             f"--run-name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit"
         )
-    return storage.join(storage.resolve_uri(storage_uri), name)
+    run = RunFolder(storage.join(storage.resolve_uri(storage_uri), name))
+    if storage.is_local(run.uri) and resources.num_nodes > 1:
+        raise InputError(
+            f"--storage {storage_uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not "
+            "share it; give s3://bucket/prefix"
+        )
+    storage.check_writable(run.uri)
+    return run
 
 
 def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest]:
@@ -152,7 +163,7 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
 def launch(
     config: TrainConfig,
     manifest: Manifest,
-    run_uri: str,
+    run: RunFolder,
     resources: Resources,
     *,
     max_failures: int = 3,
@@ -165,17 +176,15 @@ def launch(
     Args:
         config: of the run.
         manifest: of its dataset.
-        run_uri: the run folder, local or s3://.
+        run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
         max_failures: how often lost workers are started again.
         on_event: told of the start, of steps and of epochs.
 
     Raises:
-        InputError: the run name is used by another config, or the storage cannot be used by all nodes.
+        InputError: the run name is used by another config.
         TrainingError: the workers failed more often than allowed.
     """
-    run = RunFolder(run_uri)
-    _check_storage(run, resources)
     record = run.read_record()
     if record is not None:
         differences = find_differences(record.config, config)
@@ -218,15 +227,6 @@ def _parse_num_workers(num_workers: str, resources: Resources) -> int:
             f"give {resources.num_gpus} or less, or auto"
         )
     return int(num_workers)
-
-
-def _check_storage(run: RunFolder, resources: Resources) -> None:
-    if storage.is_local(run.uri) and resources.num_nodes > 1:
-        raise InputError(
-            f"--storage {run.uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not share "
-            "it; give s3://bucket/prefix"
-        )
-    storage.check_writable(run.uri)
 
 
 def _scaling(config: TrainConfig, resources: Resources) -> ScalingConfig:
@@ -328,6 +328,7 @@ def _close_run(run: RunFolder, config: TrainConfig, manifest: Manifest, worker_r
         epochs=last.epoch,
         steps=last.step,
         attempts=worker_result.attempts,
+        weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )
     run.write_metrics(last.history)

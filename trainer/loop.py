@@ -9,6 +9,7 @@ import os
 import resource
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -101,6 +102,7 @@ def train_worker(job: WorkerJob) -> WorkerResult:
         except DivergedError as error:
             reason = str(error)
 
+    weights_crc32 = _gather_weights_crc32(network, gather)
     best = broadcast_from_rank_zero(checkpoints.find_best(run.checkpoints) if rank == 0 else None)
     if best is not None and config.evaluate_test and not reason:
         _restore(network, run, best)
@@ -110,7 +112,24 @@ def train_worker(job: WorkerJob) -> WorkerResult:
             storage.write_bytes(run.path("test_predictions.parquet"), storage.parquet_bytes(table))
     if best is not None and rank == 0:
         _export(run, best, job)
-    return WorkerResult(reason, attempt, network.model.count_params())
+    return WorkerResult(reason, attempt, network.model.count_params(), weights_crc32)
+
+
+def _gather_weights_crc32(network: Network, gather: Callable[[Any], Any]) -> tuple[int, ...]:
+    """Returns the checksum of every worker's weights.
+
+    Raises:
+        RuntimeError: they differ, so the workers did not train one network.
+    """
+    checksum = 0
+    for array in checkpoints.read_variables(network.model.variables).values():
+        checksum = zlib.crc32(array.tobytes(), checksum)
+    # Two halves, since float32 holds integers up to 2**24 exactly.
+    halves = gather([[checksum >> 16, checksum & 0xFFFF]]).astype(np.int64)
+    of_workers = tuple(int(high << 16 | low) for high, low in halves)
+    if len(set(of_workers)) > 1:
+        raise RuntimeError(f"the workers hold different weights (CRC-32 by rank: {of_workers}); report this as a bug")
+    return of_workers
 
 
 def _share_devices(workers_on_node: int) -> None:

@@ -11,6 +11,7 @@ STORAGE/RUN/result.json      RunResult; written last
 """
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -63,6 +64,8 @@ class RunResult(BaseModel):
     epochs: int
     steps: int
     attempts: int
+    weights_crc32: tuple[int, ...]
+    """Of the last weights as each worker held them: one number, once a worker."""
     train_seconds: float
     """Sum of the epochs, evaluation included."""
 
@@ -113,7 +116,7 @@ class RunFolder:
     def start_attempt(self) -> int:
         """Records that the workers have started and returns how often they have, this time included."""
         attempt = len(storage.find_files(self.path("attempts"))) + 1
-        content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node()})
+        content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node(), "pid": os.getpid()})
         storage.write_bytes(self.path("attempts", f"{attempt:04d}.json"), content.encode())
         return attempt
 

@@ -86,8 +86,11 @@ def write_bytes(uri: str, content: bytes) -> None:
         filesystem, path = _open_filesystem(uri)
         if isinstance(filesystem, LocalFileSystem):
             _write_local(Path(path), content)
-        else:
+            return
+        try:
             filesystem.pipe_file(path, content)
+        except FileNotFoundError as error:
+            raise InputError(_s3_message(uri, "no such bucket")) from error
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
@@ -214,17 +217,20 @@ def _clear_errors(uri: str) -> Iterator[None]:
     except OSError as error:
         if is_local(uri):
             raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
-        raise InputError(_s3_message(uri, error)) from error
+        raise InputError(_s3_message(uri, _first_line(error))) from error
     except Exception as error:
         if is_local(uri) or not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
             raise
-        raise InputError(_s3_message(uri, error)) from error
+        raise InputError(_s3_message(uri, _first_line(error))) from error
 
 
-def _s3_message(uri: str, error: Exception) -> str:
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _s3_message(uri: str, reason: str) -> str:
     bucket = uri.removeprefix("s3://").partition("/")[0]
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"{uri}: bucket {bucket!r} at {endpoint} answered {reason!r}; check AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, "
         "AWS_SECRET_ACCESS_KEY and AWS_PROFILE on every node"

@@ -1,0 +1,86 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """The cache of datasets starts empty and leaves the user's alone; Ray's processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int = 0) -> Path:
+    """Writes a source of three classes that a small network can learn: stripes of three directions, as PNG files."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:size, :size]
+    for name, position in (("across", rows), ("down", columns), ("slanted", rows + columns)):
+        (folder / name).mkdir(parents=True)
+        for index in range(images_per_class):
+            phase, period = random.uniform(0, 6.28), random.uniform(6, 12)
+            stripes = 128 + 90 * np.sin(phase + 6.28 * position / period) + random.normal(0, 20, (size, size))
+            Image.fromarray(stripes.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index:03d}.png")
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An empty bucket on a real HTTP object store that every process started meanwhile can reach."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-no-file-may-hold")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for_port(port)
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("training")
+            yield "s3://training"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def wait_for_port(port: int, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def run_job(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python jobs/NAME.py ...`` as a user would."""
+    script, *options = arguments
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "jobs" / script), *options],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,129 @@
+"""The jobs as a user types them, against a real HTTP object store."""
+
+import json
+import re
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import run_job, write_stripes
+
+SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
+TRAINING = [*SMALL, "--num-workers", "2", "--global-batch-size", "20", "--base-learning-rate", "0.05", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def dataset(bucket, tmp_path_factory) -> str:
+    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=30)
+    prepared = run_job("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32")
+    assert prepared.returncode == 0, prepared.stderr
+    assert "90 images 32x32x1, 0 rejected" in prepared.stdout
+    return f"{bucket}/stripes"
+
+
+@pytest.fixture(scope="module")
+def train(bucket, dataset):
+    def run(*options: str):
+        return run_job("train.py", *TRAINING, "--dataset", dataset, "--storage", f"{bucket}/runs", *options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(train):
+    finished = train("--run-name", "first", "--evaluate-test")
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def object_names(prefix: str) -> list[str]:
+    return fsspec.filesystem("s3", skip_instance_cache=True).find(prefix)
+
+
+def test_a_job_log_has_one_line_of_arithmetic_and_one_an_epoch(finished):
+    lines = finished.stderr.splitlines()
+    assert lines[0] == (
+        "global batch 20 = 2 replicas x 10; 66 images = 3 steps an epoch + 6 left out (others each epoch); "
+        "2 epochs = 6 steps"
+    )
+    assert [line.partition(" - ")[0] for line in lines[1:]] == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_no_output_has_control_characters(finished):
+    assert not re.search(r"[^\n -~]", finished.stdout + finished.stderr)
+
+
+def test_the_result_is_k_of_n_with_its_interval(finished):
+    pattern = r"val loss: [\d.]+ - accuracy: [\d.]+ \(\d+ of 12, 95% interval [\d.]+-[\d.]+\)"
+    assert re.search(pattern, finished.stdout)
+    assert re.search(r"test loss: .* of 12, ", finished.stdout)
+
+
+def test_the_run_folder_is_in_the_bucket(bucket, finished):
+    names = {name.removeprefix("training/runs/first/").split("/")[0] for name in object_names(f"{bucket}/runs/first")}
+    assert {"config.json", "metrics.parquet", "checkpoints", "result.json", "note.md", "model.keras", "plots"} <= names
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    with filesystem.open(f"{bucket}/runs/first/metrics.parquet") as file:
+        assert pq.read_table(file)["step"].to_pylist() == [3, 6]
+
+
+def test_no_secret_is_written(bucket, finished, monkeypatch):
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    texts = [filesystem.cat(name) for name in object_names(bucket) if not name.endswith((".parquet", ".safetensors"))]
+    assert texts
+    for text in [*texts, finished.stdout.encode(), finished.stderr.encode()]:
+        assert b"a-secret-that-no-file-may-hold" not in text
+
+
+def test_the_same_command_of_a_finished_run_shows_its_result(train, finished):
+    again = train("--run-name", "first", "--evaluate-test")
+    assert (again.returncode, again.stdout) == (0, finished.stdout)
+    assert again.stderr == ""
+
+
+def test_a_used_name_with_another_config_is_refused(train, finished):
+    other = train("--run-name", "first", "--seed", "1")
+    assert other.returncode == 2
+    assert "seed: 0 -> 1; evaluate_test: True -> False" in other.stderr
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(train):
+    odd = train("--global-batch-size", "21")
+    assert odd.returncode == 2
+    assert "21 cannot be divided over 2 workers; give a multiple of 2, such as 20 or 22" in odd.stderr
+
+
+def test_a_dataset_that_is_not_committed_is_refused(bucket):
+    missing = run_job("train.py", "--arch", "alexnet", "--dataset", f"{bucket}/nothing")
+    assert missing.returncode == 2
+    assert "holds no prepared dataset" in missing.stderr
+
+
+def test_images_too_small_for_the_architecture_are_refused(dataset):
+    small = run_job("train.py", "--arch", "alexnet", "--dataset", dataset)
+    assert small.returncode == 2
+    assert "needs images of 67x67 pixels or more" in small.stderr
+
+
+def test_a_missing_bucket_is_refused_before_anything_starts(dataset):
+    nowhere = run_job("train.py", *TRAINING, "--dataset", dataset, "--storage", "s3://no-such-bucket/runs")
+    assert nowhere.returncode == 2
+    assert "'no-such-bucket'" in nowhere.stderr
+    assert "AWS_ENDPOINT_URL" in nowhere.stderr
+
+
+def test_a_wrong_endpoint_is_refused_with_its_name(dataset):
+    unreachable = run_job("train.py", *TRAINING, "--dataset", dataset, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert unreachable.returncode == 2
+    assert "http://127.0.0.1:9" in unreachable.stderr
+
+
+def test_the_embedded_dataset_is_prepared_once(tmp_path):
+    options = ["--arch", "cnn_tapered", "--epochs", "1", "--storage", str(tmp_path), "--global-batch-size", "500"]
+    first = run_job("train.py", *options, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert first.returncode == 0, first.stderr
+    assert "3500 images = 7 steps an epoch" in first.stderr
+    (manifest,) = Path(tmp_path / "cache").rglob("manifest.json")
+    assert json.loads(manifest.read_text())["splits"]["val"]["rows_per_class"] == [75] * 10

@@ -1,0 +1,159 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import data_prep.prepare
+from data_prep.manifest import SPLITS
+from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import write_stripes
+from trainer.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("resources")
+CONFIG = PrepareConfig(image_size=20, max_bad_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=20)
+    (folder / "down" / "page.jpg").write_bytes(b"<html>not found</html>")
+    (folder / "down" / "empty.png").write_bytes(b"")
+    (folder / "LICENSE").write_text("free")
+    twin = Image.open(folder / "across" / "000.png")
+    twin.save(folder / "across" / "twin.bmp")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(str(source), str(folder), CONFIG)
+    return folder
+
+
+def read_split(dataset: Path, split: str) -> pd.DataFrame:
+    return pd.concat(pq.read_table(path).to_pandas() for path in sorted((dataset / split).glob("*.parquet")))
+
+
+def test_every_image_is_in_one_split_with_its_pixels(source, dataset):
+    rows = pd.concat(read_split(dataset, split) for split in SPLITS).set_index("path")
+    assert sorted(rows.index) == sorted(
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.*")
+        if path.name not in ("page.jpg", "empty.png")
+    )
+    original = Image.open(source / "slanted" / "007.png").resize((20, 20), Image.Resampling.LANCZOS)
+    stored = np.asarray(rows.loc["slanted/007.png", "image"], np.int16).reshape(20, 20)
+    assert np.abs(stored - np.asarray(original, np.int16)).max() <= 1
+    assert rows.loc["slanted/007.png", "label"] == 2
+    assert (
+        rows.loc["slanted/007.png", "sha256"] == hashlib.sha256((source / "slanted/007.png").read_bytes()).hexdigest()
+    )
+
+
+def test_images_are_fixed_shape_tensors_for_plain_pyarrow(dataset):
+    table = pq.read_table(next((dataset / "train").glob("*.parquet")))
+    assert table.schema.field("image").type.extension_name == "arrow.fixed_shape_tensor"
+    assert table["image"].combine_chunks().to_numpy_ndarray().shape == (table.num_rows, 20, 20, 1)
+
+
+def test_manifest_counts_and_checksums_are_those_of_the_files(dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    assert manifest["class_names"] == ["across", "down", "slanted"]
+    for split in SPLITS:
+        files = manifest["splits"][split]["files"]
+        assert [file["path"] for file in files] == sorted(f"{split}/{p.name}" for p in (dataset / split).iterdir())
+        for file in files:
+            content = (dataset / file["path"]).read_bytes()
+            assert file["sha256"] == hashlib.sha256(content).hexdigest()
+            assert file["bytes"] == len(content)
+        labels = read_split(dataset, split)["label"]
+        assert manifest["splits"][split]["rows_per_class"] == np.bincount(labels, minlength=3).tolist()
+    train = np.stack(read_split(dataset, "train")["image"]).astype(np.float64)
+    np.testing.assert_allclose(manifest["pixel_mean"], [train.mean()])
+    np.testing.assert_allclose(manifest["pixel_std"], [train.std()])
+
+
+def test_splits_are_stratified_and_twins_stay_together(dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    assert manifest["splits"]["val"]["rows_per_class"] == [3, 3, 3]
+    assert manifest["splits"]["test"]["rows_per_class"] == [3, 3, 3]
+    split_of = {path: split for split in SPLITS for path in read_split(dataset, split)["path"]}
+    assert split_of["across/000.png"] == split_of["across/twin.bmp"]
+
+
+def test_unused_files_are_listed_with_their_reasons(dataset):
+    rejected = pq.read_table(dataset / "rejected.parquet").to_pydict()
+    assert dict(zip(rejected["path"], rejected["reason"], strict=True)) == {
+        "LICENSE": "not_in_a_class_folder",
+        "down/empty.png": "empty",
+        "down/page.jpg": "not_an_image",
+    }
+
+
+def test_nothing_of_the_work_is_left(dataset):
+    assert {path.name for path in dataset.iterdir()} == {*SPLITS, "rejected.parquet", "manifest.json"}
+
+
+def test_the_number_of_tasks_changes_nothing(source, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep.prepare, "_MAX_SLICE_IMAGES", 7)
+    manifest = prepare(str(source), str(tmp_path / "dataset"), CONFIG)
+    assert manifest.fingerprint == json.loads((dataset / "manifest.json").read_text())["fingerprint"]
+
+
+def test_an_interrupted_preparation_keeps_its_finished_chunks(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep.prepare, "_MAX_SLICE_IMAGES", 7)
+    target = tmp_path / "dataset"
+
+    def interrupt_writing(event):
+        if event.stage == "write":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(source), str(target), CONFIG, on_event=interrupt_writing)
+    assert not (target / "manifest.json").exists()
+    first_stage_events = []
+    prepare(str(source), str(target), CONFIG, on_event=first_stage_events.append)
+    assert first_stage_events[0].done == first_stage_events[0].total == 63
+
+
+def test_other_options_do_not_use_old_chunks(source, tmp_path):
+    target = tmp_path / "dataset"
+
+    def interrupt_writing(event):
+        if event.stage == "write":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(source), str(target), CONFIG, on_event=interrupt_writing)
+    manifest = prepare(str(source), str(target), CONFIG.model_copy(update={"image_size": 24}))
+    assert manifest.image_size == 24
+    assert read_split(target, "train")["image"].iloc[0].size == 24 * 24
+
+
+def test_a_finished_dataset_is_not_made_again_and_not_replaced_unasked(source, dataset):
+    before = (dataset / "manifest.json").stat().st_mtime_ns
+    prepare(str(source), str(dataset), CONFIG)
+    assert (dataset / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"seed 0 there, 1 asked.*--overwrite"):
+        prepare(str(source), str(dataset), CONFIG.model_copy(update={"seed": 1}))
+
+
+def test_overwrite_replaces_the_dataset_and_nothing_else(source, tmp_path):
+    target = tmp_path / "dataset"
+    prepare(str(source), str(target), CONFIG)
+    (target / "mine.txt").write_text("keep")
+    manifest = prepare(str(source), str(target), CONFIG.model_copy(update={"channels": 3}), overwrite=True)
+    assert manifest.channels == 3
+    assert (target / "mine.txt").read_text() == "keep"
+
+
+def test_too_many_bad_files_are_refused_before_anything_is_committed(source, tmp_path):
+    with pytest.raises(InputError, match=r"2 of 63 images were rejected .*down/empty.png \(empty\)"):
+        prepare(str(source), str(tmp_path / "dataset"), CONFIG.model_copy(update={"max_bad_fraction": 0.01}))
+    assert not (tmp_path / "dataset" / "manifest.json").exists()

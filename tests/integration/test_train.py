@@ -1,0 +1,208 @@
+"""Real Ray, one and two real workers: the same numbers, exact steps, and a worker that dies."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import write_stripes
+from trainer import checkpoint as checkpoints
+from trainer import launch, step
+from trainer.dataset import load_manifest, open_split
+from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
+from trainer.events import EpochFinished, RunStarted
+from trainer.run_folder import RunFolder, RunResult
+
+# 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
+GLOBAL_BATCH_SIZE = 20
+PLAIN = {
+    "arch": "cnn_softmax",
+    "arch_arguments": {"first_filters": 8, "later_filters": [8], "dense_units": 32},
+    "base_learning_rate": 0.05,
+}
+WITH_BATCH_NORM = {"arch": "alexnet", "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def dataset(resources, tmp_path_factory) -> Path:
+    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(str(source), str(folder), PrepareConfig(image_size=67))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(resources, dataset, tmp_path_factory):
+    storage = tmp_path_factory.mktemp("runs")
+
+    def run(name: str, network: dict, num_workers: int, on_event=lambda event: None, **options) -> RunFolder:
+        options = {
+            **network,
+            "recipe": "modern",
+            "dataset": str(dataset),
+            "num_workers": str(num_workers),
+            "global_batch_size": GLOBAL_BATCH_SIZE,
+            "epochs": 3,
+            **options,
+        }
+        config, manifest = launch.build_config(options, resources)
+        run = launch.open_run(str(storage), name, config.arch, resources)
+        launch.launch(config, manifest, run, resources, on_event=on_event)
+        return run
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain_run_of_one(train):
+    return train("plain-1", PLAIN, 1)
+
+
+@pytest.fixture(scope="module")
+def plain_run_of_two(train):
+    return train("plain-2", PLAIN, 2, evaluate_test=True)
+
+
+def metrics(run: RunFolder) -> dict[str, list[float]]:
+    return pq.read_table(run.path("metrics.parquet")).to_pydict()
+
+
+def last_weights(run: RunFolder) -> checkpoints.Arrays:
+    last = checkpoints.find_last(run.checkpoints)
+    return checkpoints.from_safetensors(checkpoints.read_file(run.checkpoints, last, checkpoints.MODEL_NAME))
+
+
+def assert_same_training(one: RunFolder, two: RunFolder) -> None:
+    of_one, of_two = metrics(one), metrics(two)
+    for name in ("loss", "accuracy", "val_loss", "val_accuracy", "grad_norm"):
+        np.testing.assert_allclose(of_two[name], of_one[name], rtol=1e-4, err_msg=name)
+
+
+def test_two_workers_train_like_one(plain_run_of_one, plain_run_of_two):
+    assert metrics(plain_run_of_two)["num_workers"] == [2, 2, 2]
+    assert_same_training(plain_run_of_one, plain_run_of_two)
+
+
+def test_the_network_learns(plain_run_of_one):
+    assert metrics(plain_run_of_one)["val_loss"][-1] < 0.7 * np.log(3)
+
+
+def test_every_epoch_takes_exactly_its_steps(plain_run_of_two):
+    last = checkpoints.find_last(plain_run_of_two.checkpoints)
+    content = checkpoints.read_file(plain_run_of_two.checkpoints, last, checkpoints.OPTIMIZER_NAME)
+    iterations = [int(v) for name, v in checkpoints.from_safetensors(content).items() if "iteration" in name]
+    assert iterations == [last.step] == [3 * (84 // GLOBAL_BATCH_SIZE)]
+    assert metrics(plain_run_of_two)["step"] == [4, 8, 12]
+
+
+def test_every_validation_row_counts_once(plain_run_of_one, plain_run_of_two):
+    for run in (plain_run_of_one, plain_run_of_two):
+        best = checkpoints.find_best(run.checkpoints)
+        predictions = pq.read_table(run.path("checkpoints", best.name, checkpoints.PREDICTIONS_NAME))
+        assert predictions.num_rows == 18
+        assert predictions["label"].to_pylist() == [0] * 6 + [1] * 6 + [2] * 6
+
+
+def test_validation_over_two_workers_is_exactly_that_of_one_process(plain_run_of_two, dataset):
+    config, manifest = plain_run_of_two.read_record().config, load_manifest(str(dataset))
+    network = step.build_network(manifest, config.model_copy(update={"num_workers": 1}), steps_per_epoch=4)
+    best = checkpoints.find_best(plain_run_of_two.checkpoints)
+    content = checkpoints.read_file(plain_run_of_two.checkpoints, best, checkpoints.MODEL_NAME)
+    checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
+    val = open_split(str(dataset), manifest, "val")
+    eval_step, gather = step.compile_eval_step(network, manifest, config), step.compile_gather(network)
+    outcomes = Evaluator(val, config.per_replica_batch_size, 0, 1, eval_step, gather).evaluate()
+    row = best.history[-1]
+    assert mean_loss_and_accuracy(outcomes, val.labels) == (row["val_loss"], row["val_accuracy"])
+
+
+def test_both_workers_hold_the_same_weights(plain_run_of_two):
+    of_first, of_second = plain_run_of_two.read_result().weights_crc32
+    assert of_first == of_second
+
+
+def test_result_and_note_say_k_of_n(plain_run_of_two):
+    result = RunResult.model_validate_json(Path(plain_run_of_two.path("result.json")).read_text())
+    assert (result.status, result.val.total, result.test.total, result.attempts) == ("completed", 18, 18, 1)
+    assert sum(map(sum, result.val.confusion)) == 18
+    low, high = result.val.accuracy_interval
+    assert low < result.val.accuracy < high or result.val.accuracy == 1
+    note = Path(plain_run_of_two.path("note.md")).read_text()
+    assert f"loss: {result.val.loss:.4f} - accuracy: {result.val.accuracy:.4f} ({result.val.correct} of 18" in note
+
+
+def test_run_folder_is_complete(plain_run_of_two):
+    names = {path.name for path in Path(plain_run_of_two.uri).iterdir()}
+    assert {"config.json", "metrics.parquet", "checkpoints", "result.json", "note.md", "model.keras", "plots"} <= names
+    record = json.loads(Path(plain_run_of_two.path("config.json")).read_text())
+    assert record["config"]["num_workers"] == 2
+    assert record["config"]["dataset_fingerprint"]
+
+
+def test_export_gives_the_scores_of_the_best_checkpoint(plain_run_of_one, dataset):
+    import tf_keras
+
+    val = pq.read_table(next((dataset / "val").glob("*.parquet")))
+    scores = tf_keras.models.load_model(plain_run_of_one.path("model.keras"), compile=False).predict(
+        val["image"].combine_chunks().to_numpy_ndarray(), verbose=0
+    )
+    best = checkpoints.find_best(plain_run_of_one.checkpoints)
+    predictions = pq.read_table(plain_run_of_one.path("checkpoints", best.name, checkpoints.PREDICTIONS_NAME))
+    np.testing.assert_allclose(scores.max(axis=1), predictions[COLUMNS[2]].to_numpy(), rtol=1e-4)
+    np.testing.assert_array_equal(scores.argmax(axis=1), predictions[COLUMNS[1]].to_numpy())
+
+
+def test_a_finished_run_is_not_trained_again(train, plain_run_of_two):
+    events = []
+    train("plain-2", PLAIN, 2, events.append, evaluate_test=True)
+    assert events == []
+
+
+def test_a_used_name_with_other_options_is_refused(train, plain_run_of_two):
+    with pytest.raises(launch.InputError, match=r"epochs: 3 -> 4.*another --run-name"):
+        train("plain-2", PLAIN, 2, evaluate_test=True, epochs=4)
+
+
+@pytest.fixture(scope="module")
+def batch_norm_runs(train):
+    """One worker undisturbed; two workers of which the first is killed in the third epoch."""
+    events = []
+
+    def kill_first_worker(event):
+        events.append(event)
+        if isinstance(event, EpochFinished) and event.row["epoch"] == 2 and event.row["attempt"] == 1:
+            attempt = next(Path(run_of_two.path("attempts")).iterdir())
+            os.kill(json.loads(attempt.read_text())["pid"], signal.SIGKILL)
+
+    run_of_one = train("batch-norm-1", WITH_BATCH_NORM, 1)
+    run_of_two = RunFolder(run_of_one.uri.replace("batch-norm-1", "batch-norm-2"))
+    train("batch-norm-2", WITH_BATCH_NORM, 2, kill_first_worker)
+    return run_of_one, run_of_two, events
+
+
+def test_batch_norm_over_two_workers_trains_like_one_though_a_worker_dies(batch_norm_runs):
+    run_of_one, run_of_two, events = batch_norm_runs
+    assert sum(isinstance(event, RunStarted) for event in events) == 1
+    of_two = metrics(run_of_two)
+    assert of_two["epoch"] == [1, 2, 3]
+    assert of_two["attempt"][0] == 1
+    assert of_two["attempt"][-1] == 2
+    assert_same_training(run_of_one, run_of_two)
+
+
+def test_the_dead_worker_is_in_the_result(batch_norm_runs):
+    _, run_of_two, _ = batch_norm_runs
+    assert RunFolder(run_of_two.uri).read_result().attempts == 2
+
+
+def test_batch_norm_averages_are_in_the_checkpoint(batch_norm_runs):
+    of_one, of_two = map(last_weights, batch_norm_runs[:2])
+    averages = [name for name in of_one if "moving_" in name]
+    assert len(averages) == 10
+    for name in averages:
+        np.testing.assert_allclose(of_two[name], of_one[name], rtol=2e-3, atol=1e-4, err_msg=name)
