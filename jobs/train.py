@@ -89,9 +89,11 @@ def print_architectures(described: "list[ArchitectureDescription]") -> None:
 
 def print_result(run: str, result: "RunResult") -> None:
     """Print what a run came to."""
-    lines = [f"best of {result.epochs} epochs: {result.best_epoch}", f"val {result.val}"]
-    lines += [f"test {result.test}"] if result.test else []
-    console.stdout.print("\n".join([*lines, f"run: {run}"]), markup=False)
+    console.stdout.print(f"best epoch  {result.best_epoch} of {result.epochs}")
+    console.stdout.print(f"val         {result.val}", markup=False)
+    if result.test:
+        console.stdout.print(f"test        {result.test}", markup=False)
+    console.stdout.print(f"run         {run}", markup=False)
 
 
 if __name__ == "__main__":

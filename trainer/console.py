@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.errors import InputError, TrainingError
 from trainer.events import Event, OnEvent, StageProgressed
@@ -36,23 +36,21 @@ def exit_codes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def show_events() -> Iterator[OnEvent]:
-    """Yields a function that shows each event: a stage as a bar, anything else as a line."""
+    """Yields a function that shows each event: the current stage as a bar, anything else as a line."""
     if not stderr.is_terminal:
         yield _plain_lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as bars:
-        task_of_stage: dict[str, TaskID] = {}
+        bar = bars.add_task("", visible=False)
 
         def show(event: Event) -> None:
-            if not isinstance(event, StageProgressed):
-                bars.print(str(event), markup=False)
-                return
-            if event.stage not in task_of_stage:
-                task_of_stage[event.stage] = bars.add_task(event.stage, total=event.total)
-            bars.update(task_of_stage[event.stage], completed=event.done, total=event.total)
-            if event.done >= event.total:
-                bars.remove_task(task_of_stage.pop(event.stage))
+            if isinstance(event, StageProgressed):
+                if event.stage != bars.tasks[0].description:
+                    bars.reset(bar, description=event.stage, total=event.total)
+                bars.update(bar, completed=event.done, visible=event.done < event.total)
+            else:
+                bars.print(str(event), markup=False, soft_wrap=True)
 
         yield show
 

@@ -25,7 +25,7 @@ from trainer.config import TrainConfig, find_differences, parse_config
 from trainer.dataset import cache_folder, load_manifest
 from trainer.errors import InputError, TrainingError
 from trainer.evaluation import summarise
-from trainer.events import Event, OnEvent, RunStarted, ignore_event
+from trainer.events import Event, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
 from trainer.notes import write_note
 from trainer.plots import write_plots
@@ -198,6 +198,7 @@ def launch(
     if record is None:
         run.write_record(describe_run(config, resources.hardware))
     on_event(_describe_start(run, config, manifest))
+    on_event(StageProgressed("starting workers", 0, config.num_workers))
     worker_result = _run_workers(config, manifest, run, resources, max_failures, on_event)
     return _close_run(run, config, manifest, worker_result)
 

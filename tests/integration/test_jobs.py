@@ -56,9 +56,9 @@ def test_no_output_has_control_characters(finished):
 
 
 def test_the_result_is_k_of_n_with_its_interval(finished):
-    pattern = r"val loss: [\d.]+ - accuracy: [\d.]+ \(\d+ of 12, 95% interval [\d.]+-[\d.]+\)"
+    pattern = r"val +loss: [\d.]+ - accuracy: [\d.]+ \(\d+ of 12, 95% interval [\d.]+-[\d.]+\)"
     assert re.search(pattern, finished.stdout)
-    assert re.search(r"test loss: .* of 12, ", finished.stdout)
+    assert re.search(r"test +loss: .* of 12, ", finished.stdout)
 
 
 def test_the_run_folder_is_in_the_bucket(bucket, finished):
