@@ -136,14 +136,15 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
     dataset = storage.resolve_uri(options["dataset"])
     manifest = check_dataset(arch, dataset)
     given = {name: options[name] for name in TrainConfig.model_fields if options.get(name) is not None}
-    unknown = given.get("arch_arguments", {}).keys() - set(family_arguments(arch))
+    values = {**RECIPES[recipe][arch], **given}
+    values["arch_arguments"] = {**RECIPES[recipe][arch].get("arch_arguments", {}), **given.get("arch_arguments", {})}
+    unknown = values["arch_arguments"].keys() - set(family_arguments(arch))
     if unknown:
         allowed = ", ".join(family_arguments(arch))
         raise InputError(f"--arch-argument {min(unknown)!r} is unknown; {arch} has {allowed}")
     config = parse_config(
         {
-            **RECIPES[recipe][arch],
-            **given,
+            **values,
             "dataset": dataset,
             "dataset_fingerprint": manifest.fingerprint,
             "num_workers": _parse_num_workers(options["num_workers"], resources),

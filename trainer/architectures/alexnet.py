@@ -24,6 +24,7 @@ def build_alexnet(
     width: float = 1.0,
     dense_units: int = 4096,
     dropout: float = 0.5,
+    batch_norm_momentum: float = 0.99,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
 
@@ -34,6 +35,8 @@ def build_alexnet(
         width: factor on the filters of every convolution; 1 is the paper's.
         dense_units: width of the two hidden dense layers.
         dropout: fraction of the dense units that is dropped in training.
+        batch_norm_momentum: of the moving averages; 0.99, Keras' default and so the notes', needs hundreds of steps
+            before the averages are those of the data.
     """
     from tf_keras import Input, Sequential, layers
 
@@ -45,7 +48,7 @@ def build_alexnet(
             )
         )
         # Statistics over the global batch: the result does not depend on how many workers share it.
-        model.add(layers.BatchNormalization(synchronized=True, name=f"batch_norm{block}"))
+        model.add(layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name=f"batch_norm{block}"))
         if pooled:
             model.add(layers.MaxPooling2D(3, 2, name=f"pool{block}"))
     model.add(layers.Flatten(name="flatten"))

@@ -1,0 +1,107 @@
+"""`ray job submit` as a user types it, against a head with token authentication."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, free_port, wait_for_port, write_stripes
+
+TRAINING = [
+    "--arch",
+    "cnn_softmax",
+    "--arch-argument",
+    "first_filters=8",
+    "--arch-argument",
+    "dense_units=32",
+    "--epochs",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """A home of its own with a new token; python and ray are those of this environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    home = tmp_path_factory.mktemp("home")
+    environment = {**os.environ, "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token"}
+    subprocess.run(["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    return environment
+
+
+@pytest.fixture(scope="module")
+def submit(environment, tmp_path_factory):
+    """A head that was started in the checkout; returns a function that submits a command from elsewhere."""
+    port, dashboard_port = free_port(), free_port()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    # Ray's socket names must be short.
+    session = Path("/tmp", f"ray-head-{port}")
+    command = f"ray start --head --block --port {port} --dashboard-port {dashboard_port} --temp-dir {session}".split()
+    head = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        address = f"http://127.0.0.1:{dashboard_port}"
+        return subprocess.run(
+            ["ray", "job", "submit", *arguments],
+            cwd=elsewhere,
+            env={**environment, "RAY_API_SERVER_ADDRESS": address, **extra},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    try:
+        wait_for_port(dashboard_port)
+        yield run
+    finally:
+        head.send_signal(signal.SIGINT)
+        head.wait()
+
+
+def test_the_command_as_typed_trains_in_the_checkout_of_the_head(submit, tmp_path):
+    job = submit("--", "python", "jobs/train.py", *TRAINING, "--storage", str(tmp_path / "runs"), "--run-name", "one")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "succeeded" in job.stdout
+    assert "of 750, 95% interval" in job.stdout
+    assert (tmp_path / "runs" / "one" / "result.json").exists()
+
+
+def test_a_working_directory_ships_its_own_code(submit, tmp_path):
+    checkout = tmp_path / "checkout"
+    tracked = subprocess.run(
+        ["git", "ls-files", "jobs", "trainer", "data_prep"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    )
+    for name in tracked.stdout.split():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes((REPOSITORY / name).read_bytes())
+    (checkout / "trainer" / "errors.py").write_text(
+        (checkout / "trainer" / "errors.py").read_text() + "\nSHIPPED = 1\n"
+    )
+    script = "import trainer.errors; print('shipped code', trainer.errors.SHIPPED)"
+    (checkout / "jobs" / "which.py").write_text(script)
+    which = submit("--working-dir", str(checkout), "--", "python", "jobs/which.py")
+    assert "shipped code 1" in which.stdout, which.stdout + which.stderr
+    source = write_stripes(tmp_path / "source", images_per_class=8)
+    job = submit(
+        "--working-dir", str(checkout), "--", "python", "jobs/prepare.py", str(source), str(tmp_path / "dataset")
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert (tmp_path / "dataset" / "manifest.json").exists()
+
+
+def test_a_run_that_fails_makes_the_job_fail(submit):
+    job = submit("--", "python", "jobs/train.py", "--arch", "lenet")
+    assert job.returncode == 1
+    assert "'lenet' is unknown; choose from cnn_sigmoid" in job.stdout
+    assert "exit code 2" in job.stdout + job.stderr
+
+
+def test_without_a_token_nothing_is_accepted(submit, tmp_path):
+    job = submit("--", "python", "jobs/train.py", *TRAINING, RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
+    assert job.returncode != 0
+    assert "uthentication" in job.stdout + job.stderr
