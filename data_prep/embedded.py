@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
-from data_prep.prepare import PrepareConfig, prepare, read_manifest
+from data_prep.manifest import read_manifest
+from data_prep.prepare import PrepareConfig, prepare
 from trainer import storage
 from trainer.events import OnEvent, ignore_event
 

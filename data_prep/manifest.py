@@ -13,6 +13,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer import storage
+from trainer.errors import InputError
+
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.parquet"
@@ -91,3 +94,18 @@ def parse_manifest(text: str | bytes) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ValueError(f"{field}: {first['msg']} (this program reads format version {FORMAT_VERSION})") from error
+
+
+def read_manifest(dataset: str) -> Manifest | None:
+    """Returns the manifest of the dataset at a URI, or None where none has been committed.
+
+    Raises:
+        InputError: there is one that this program cannot read, or the storage cannot be read.
+    """
+    uri = storage.join(dataset, MANIFEST_NAME)
+    try:
+        return parse_manifest(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{uri}: {error}; prepare the dataset again with --overwrite") from error

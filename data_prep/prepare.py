@@ -28,7 +28,7 @@ from data_prep.manifest import (
     Manifest,
     Split,
     SplitName,
-    parse_manifest,
+    read_manifest,
 )
 from data_prep.shards import (
     ROWS_SUFFIX,
@@ -135,21 +135,6 @@ def prepare(
     storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.model_dump_json(indent=2).encode())
     storage.delete_folder(storage.join(dataset, _STAGING))
     return manifest
-
-
-def read_manifest(dataset: str) -> Manifest | None:
-    """Returns the manifest of a dataset, or None where none has been committed.
-
-    Raises:
-        InputError: there is one that this program cannot read.
-    """
-    uri = storage.join(dataset, MANIFEST_NAME)
-    try:
-        return parse_manifest(storage.read_bytes(uri))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise InputError(f"{uri}: {error}; prepare the dataset again with --overwrite") from error
 
 
 def _delete_dataset(dataset: str) -> None:

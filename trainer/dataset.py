@@ -21,7 +21,7 @@ import platformdirs
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from data_prep.manifest import MANIFEST_NAME, DataFile, Manifest, SplitName, parse_manifest
+from data_prep.manifest import MANIFEST_NAME, DataFile, Manifest, SplitName, read_manifest
 from trainer import storage
 from trainer.errors import InputError
 
@@ -49,16 +49,13 @@ def load_manifest(dataset: str) -> Manifest:
     Raises:
         InputError: there is none, or this program cannot read it.
     """
-    uri = storage.join(dataset, MANIFEST_NAME)
-    try:
-        return parse_manifest(storage.read_bytes(uri))
-    except FileNotFoundError as error:
+    manifest = read_manifest(dataset)
+    if manifest is None:
         raise InputError(
             f"{dataset} holds no prepared dataset: there is no {MANIFEST_NAME}, which is written last; "
             f"run: python jobs/prepare.py SOURCE {dataset}"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{uri}: {error}; prepare the dataset again with --overwrite") from error
+        )
+    return manifest
 
 
 def cache_folder() -> Path:

@@ -1,12 +1,12 @@
 """The errors that a job turns into an exit code."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """The arguments or the data are wrong: exit 2, before anything is started.
 
     The message is one line that says what was given, what is allowed and what to do.
     """
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Exception):
     """The run started and failed: exit 1."""

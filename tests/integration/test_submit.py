@@ -10,16 +10,8 @@ import pytest
 
 from tests.conftest import REPOSITORY, free_port, wait_for_port, write_stripes
 
-TRAINING = [
-    "--arch",
-    "cnn_softmax",
-    "--arch-argument",
-    "first_filters=8",
-    "--arch-argument",
-    "dense_units=32",
-    "--epochs",
-    "1",
-]
+NETWORK = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
+TRAINING = [*NETWORK, "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")
