@@ -5,7 +5,9 @@ DATASET/{train,val,test}/part-NNNNN.parquet
     label   int32, an index into class_names
     path    string, relative to the source
     sha256  string, of the source file's bytes
-DATASET/rejected.parquet    path, reason
+DATASET/rejected.parquet    path, reason: every file that was not used
+DATASET/duplicates.parquet  group, path, split, leaks: images that are the same or nearly so
+DATASET/README.md           the same in words, with contact_sheet.png
 DATASET/manifest.json       this model; written last, so that its presence is the commit
 """
 
@@ -19,6 +21,7 @@ from trainer.errors import InputError
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.parquet"
+DUPLICATES_NAME = "duplicates.parquet"
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
@@ -62,10 +65,17 @@ class Manifest(BaseModel):
     image_size: int
     """Height and width in pixels."""
     channels: Literal[1, 3]
+    resize: Literal["fit", "crop", "pad"]
+    background: int
     class_names: list[str]
     """Sorted; a label is an index into this list."""
     splits: dict[SplitName, Split]
-    rejected_rows: int
+    rejected: dict[str, int]
+    """Files that were not used, by reason."""
+    duplicate_images: int
+    """Images that have a twin, the same or nearly so."""
+    leaked_images: int
+    """Of these, images with a twin in another split: only where the source gave the splits."""
     pixel_mean: list[float]
     """One value a channel over the train split, in pixel values 0-255."""
     pixel_std: list[float]

@@ -8,19 +8,24 @@ number of nodes, and chunks that an interrupted attempt staged are used again.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from data_prep.decode import RejectedImageError, decode_image
+from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME, write_card
+from data_prep.contents import read_contents
+from data_prep.decode import ImageOptions, Pixels, RejectReason
+from data_prep.duplicates import HASH_BYTES, group_duplicates, list_duplicates, perceptual_hash
+from data_prep.isolation import decode_isolated
 from data_prep.manifest import (
+    DUPLICATES_NAME,
     MANIFEST_NAME,
     REJECTED_NAME,
     SPLITS,
@@ -38,31 +43,25 @@ from data_prep.shards import (
     write_chunk,
     write_data_file,
 )
-from data_prep.sources import Source, find_images
+from data_prep.sources import Source, SourceFormat, find_images
 from data_prep.splits import assign_splits
 from trainer import storage
 from trainer.errors import InputError
 from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.lease import hold_lease
 
 # A slice is one task: small enough to keep every core busy on a small source and to lose little when a node dies, and
 # its images fit a worker's memory many times over.
 _MAX_SLICE_IMAGES = 256
 _MAX_SLICE_BYTES = 32 * 2**20
 _DATA_FILE_BYTES = 128 * 2**20
-# Reads overlap the latency of an object store; decoding stays on the task's one core.
-_READERS_PER_TASK = 8
 _STAGING = "_staging"
+_CHUNK_PREFIX = "chunk-"
 
 
-class PrepareConfig(BaseModel):
+class PrepareConfig(ImageOptions):
     """What a prepared dataset depends on besides its source."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    image_size: int = Field(250, ge=1)
-    """Height and width in pixels; the notes used 250."""
-    channels: Literal[1, 3] = 1
-    """1 for gray, 3 for RGB."""
     val_fraction: float = Field(0.15, gt=0, lt=1)
     """Of each class, unless the source has a val folder."""
     test_fraction: float = Field(0.15, ge=0, lt=1)
@@ -94,14 +93,21 @@ def parse_config(**values: Any) -> PrepareConfig:
 
 
 def prepare(
-    source: str, dataset: str, config: PrepareConfig, *, overwrite: bool = False, on_event: OnEvent = ignore_event
+    source: str,
+    dataset: str,
+    config: PrepareConfig,
+    *,
+    source_format: SourceFormat | None = None,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore_event,
 ) -> Manifest:
-    """Makes a prepared dataset of a class-folder source; needs a Ray cluster to be connected.
+    """Makes a prepared dataset; needs a Ray cluster to be connected.
 
     Args:
-        source: local folder or s3:// prefix.
+        source: local folder or file, or s3:// prefix or object; see `data_prep.sources`.
         dataset: local folder or s3:// prefix to write to.
         config: size, channels and splits.
+        source_format: None tells it from the source.
         overwrite: replace a dataset that is there.
         on_event: told about finished tasks.
 
@@ -120,26 +126,31 @@ def prepare(
         _check_same_preparation(existing, source, dataset, config)
         return existing
 
-    found = find_images(source)
-    slices = _slice_images(found, config)
-    _open_staging(dataset, found, config)
-    _stage_chunks(found.uri, dataset, slices, config, on_event)
-    images, rejected = _read_staged_rows(dataset, len(slices))
-    _check_rejected(rejected, len(found.images), config)
+    with hold_lease(storage.join(dataset, _STAGING, "lease"), f"DATASET {dataset}"):
+        found = find_images(source, source_format)
+        slices = _slice_images(found, config)
+        _open_staging(dataset, found, config)
+        _stage_chunks(found, dataset, slices, config, on_event)
+        images, rejected = _read_staged_rows(dataset, len(slices))
+        _check_rejected(rejected, len(found.images), config)
+        groups = group_duplicates(np.asarray(images["pixels_sha256"]), _stack_hashes(images["perceptual_hash"]))
+        splits = assign_splits(images, groups, config.val_fraction, config.test_fraction, config.seed)
+        files, histogram = _write_data_files(dataset, images, splits, config, on_event)
 
-    splits = assign_splits(images, config.val_fraction, config.test_fraction, config.seed)
-    files, histogram = _write_data_files(dataset, images, splits, config, on_event)
-    manifest = _build_manifest(found, config, images, splits, files, histogram, len(rejected))
-    all_rejected = pa.concat_tables([rejected, found.ignored.cast(rejected.schema)])
-    storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(all_rejected.sort_by("path")))
-    storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.model_dump_json(indent=2).encode())
+        duplicates = list_duplicates(images, groups, splits)
+        storage.write_bytes(storage.join(dataset, DUPLICATES_NAME), storage.parquet_bytes(duplicates))
+        rejected = pa.concat_tables([rejected, found.ignored.cast(rejected.schema)]).sort_by("path")
+        storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
+        manifest = _build_manifest(source, found, config, images, splits, files, histogram, rejected, duplicates)
+        write_card(dataset, manifest)
+        storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.model_dump_json(indent=2).encode())
     storage.delete_folder(storage.join(dataset, _STAGING))
     return manifest
 
 
 def _delete_dataset(dataset: str) -> None:
     """Deletes what a preparation writes, and nothing else that may be in the folder; the commit goes first."""
-    for name in (MANIFEST_NAME, REJECTED_NAME):
+    for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
     for name in (*SPLITS, _STAGING):
         storage.delete_folder(storage.join(dataset, name))
@@ -159,21 +170,21 @@ def _check_same_preparation(existing: Manifest, source: str, dataset: str, confi
         )
 
 
-def _slice_images(found: Source, config: PrepareConfig) -> list[pa.Table]:
+def _slice_images(found: Source, config: PrepareConfig) -> list[range]:
     image_bytes = config.image_size**2 * config.channels
     rows = max(1, min(_MAX_SLICE_IMAGES, _MAX_SLICE_BYTES // image_bytes))
-    return [found.images.slice(start, rows) for start in range(0, len(found.images), rows)]
+    return [range(start, min(start + rows, len(found.images))) for start in range(0, len(found.images), rows)]
 
 
 def _chunk_uri(dataset: str, index: int) -> str:
-    return storage.join(dataset, _STAGING, f"chunk-{index:06d}")
+    return storage.join(dataset, _STAGING, f"{_CHUNK_PREFIX}{index:06d}")
 
 
 def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> None:
     """Keeps the chunks of an interrupted attempt at the same preparation and deletes those of any other."""
-    digest = hashlib.sha256(config.model_dump_json(include={"image_size", "channels"}).encode())
-    for column in found.images.columns:
-        digest.update(json.dumps(column.to_pylist()).encode())
+    digest = hashlib.sha256(config.model_dump_json(include=set(ImageOptions.model_fields)).encode())
+    for batch in found.images.combine_chunks().to_batches():
+        digest.update(batch.serialize())
     plan = digest.hexdigest().encode()
     plan_uri = storage.join(dataset, _STAGING, "plan")
     try:
@@ -181,28 +192,23 @@ def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> None:
             return
     except FileNotFoundError:
         pass
-    storage.delete_folder(storage.join(dataset, _STAGING))
+    for name in storage.find_files(storage.join(dataset, _STAGING)):
+        if name.startswith(_CHUNK_PREFIX):
+            storage.delete_file(storage.join(dataset, _STAGING, name))
     storage.write_bytes(plan_uri, plan)
 
 
-def _stage_chunks(source: str, dataset: str, slices: list[pa.Table], config: PrepareConfig, on_event: OnEvent) -> None:
+def _stage_chunks(found: Source, dataset: str, slices: list[range], config: PrepareConfig, on_event: OnEvent) -> None:
     staged = storage.find_files(storage.join(dataset, _STAGING))
-    missing = [
-        index
-        for index in range(len(slices))
-        if storage.basename(_chunk_uri(dataset, index)) + ROWS_SUFFIX not in staged
-    ]
-    items = [
-        {
-            "uri": _chunk_uri(dataset, index),
-            **{name: slices[index][name].to_pylist() for name in ("path", "label", "split")},
-        }
-        for index in missing
-    ]
-    total = sum(map(len, slices))
-    done = total - sum(len(slices[index]) for index in missing)
+    commits = [storage.basename(_chunk_uri(dataset, index)) + ROWS_SUFFIX for index in range(len(slices))]
+    missing = [index for index, commit in enumerate(commits) if commit not in staged]
+    items = [{"chunk": index, "start": slices[index].start, "rows": len(slices[index])} for index in missing]
+    total = len(found.images)
+    done = total - sum(item["rows"] for item in items)
     on_event(StageProgressed("decode", done, total))
-    for result in _run_tasks(_decode_slice, items, source=source, config=config):
+    # One copy of the list a node, in Ray's shared memory.
+    images = ray.put(found.images)
+    for result in _run_tasks(_decode_slice, items, images=images, source=found.uri, dataset=dataset, config=config):
         done += result["images"]
         on_event(StageProgressed("decode", done, total))
 
@@ -215,24 +221,39 @@ def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, An
     yield from dataset.map(function, fn_kwargs=arguments).iter_rows()
 
 
-def _decode_slice(item: dict[str, Any], source: str, config: PrepareConfig) -> dict[str, Any]:
+def _decode_slice(
+    item: dict[str, Any], images: Any, source: str, dataset: str, config: PrepareConfig
+) -> dict[str, Any]:
     """Decodes the images of one slice and stages them as one chunk."""
-    pixels = np.empty((len(item["path"]), config.image_size, config.image_size, config.channels), np.uint8)
+    listed = ray.get(images).slice(item["start"], item["rows"])
+    contents = list(read_contents(source, listed))
+    options = ImageOptions(**config.model_dump(include=set(ImageOptions.model_fields)))
+    outcomes = iter(decode_isolated([content for content in contents if content is not None], options))
+    pixels: list[Pixels] = []
     rows: list[dict[str, Any]] = []
-    kept = 0
-    with ThreadPoolExecutor(_READERS_PER_TASK) as readers:
-        contents = readers.map(lambda path: storage.read_bytes(storage.join(source, path)), item["path"])
-        for path, label, split, content in zip(item["path"], item["label"], item["split"], contents, strict=True):
-            row = {"path": path, "label": label, "split": split, "sha256": hashlib.sha256(content).hexdigest()}
-            try:
-                pixels[kept] = decode_image(content, config.image_size, config.channels)
-            except RejectedImageError as error:
-                rows.append({**row, "reason": error.reason})
-            else:
-                rows.append({**row, "pixels_sha256": hashlib.sha256(pixels[kept].data).hexdigest()})
-                kept += 1
-    write_chunk(item["uri"], pixels[:kept], pa.Table.from_pylist(rows, schema=STAGED_SCHEMA))
+    for row, content in zip(listed.select(["path", "label", "split"]).to_pylist(), contents, strict=True):
+        outcome: Pixels | RejectReason = "unreadable" if content is None else next(outcomes)
+        if isinstance(outcome, str):
+            rows.append({**row, "reason": outcome})
+            continue
+        pixels.append(outcome)
+        rows.append(
+            {
+                **row,
+                "sha256": hashlib.sha256(content or b"").hexdigest(),
+                "pixels_sha256": hashlib.sha256(outcome.data).hexdigest(),
+                "perceptual_hash": perceptual_hash(outcome),
+            }
+        )
+    shape = (len(pixels), config.image_size, config.image_size, config.channels)
+    stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
+    write_chunk(_chunk_uri(dataset, item["chunk"]), stacked, pa.Table.from_pylist(rows, schema=STAGED_SCHEMA))
     return {"images": len(rows)}
+
+
+def _stack_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    flat = np.frombuffer(b"".join(column.to_pylist()), np.uint8)
+    return flat.reshape(-1, HASH_BYTES)
 
 
 def _read_staged_rows(dataset: str, num_chunks: int) -> tuple[pa.Table, pa.Table]:
@@ -311,13 +332,15 @@ def _channel_histogram(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def _build_manifest(
+    source: str,
     found: Source,
     config: PrepareConfig,
     images: pa.Table,
     splits: list[SplitName],
     files: dict[SplitName, list[DataFile]],
     histogram: npt.NDArray[np.int64],
-    rejected_rows: int,
+    rejected: pa.Table,
+    duplicates: pa.Table,
 ) -> Manifest:
     labels, split_of = np.asarray(images["label"]), np.asarray(splits)
     num_classes = len(found.class_names)
@@ -340,14 +363,18 @@ def _build_manifest(
     return Manifest(
         image_size=config.image_size,
         channels=config.channels,
+        resize=config.resize,
+        background=config.background,
         class_names=found.class_names,
         splits=described,
-        rejected_rows=rejected_rows,
+        rejected=dict(Counter(rejected["reason"].to_pylist()).most_common()),
+        duplicate_images=len(duplicates),
+        leaked_images=pc.sum(duplicates["leaks"]).as_py() or 0,
         pixel_mean=mean.tolist(),
         pixel_std=std.tolist(),
         seed=config.seed,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
-        source=found.uri,
+        source=source,
         fingerprint=hashlib.sha256(json.dumps(visible).encode()).hexdigest(),
     )

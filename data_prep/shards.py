@@ -23,6 +23,7 @@ STAGED_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("sha256", pa.string()),
         ("pixels_sha256", pa.string()),
+        ("perceptual_hash", pa.binary()),
         ("reason", pa.string()),  # null, or why the file was rejected
     ]
 )

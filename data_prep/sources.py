@@ -1,16 +1,49 @@
-"""Finds the images of a source: a folder or prefix with one folder per class, split or not."""
+"""Finds the images of a source, before any of them is read: where each one is, its class, and its split if it has one.
 
-from collections.abc import Iterable
+    folder       SOURCE/CLASS/**/image.jpg or SOURCE/{train,val,test}/CLASS/**/image.jpg
+    table        CSV, JSON lines or Parquet with columns path (or file_name), label and, if wanted, split; paths are
+                 relative to the table's folder and stay inside it
+    parquet      one file or a folder of them, with image bytes in a column image (bytes, or a struct with a field
+                 bytes, as on the Hugging Face hub), label and, if wanted, split
+    webdataset   one tar or a folder of them, with KEY.jpg and KEY.cls (or KEY.json with a field label) side by side
+
+Files of the last two take their split from a split column or from their name (train-00000.parquet, val/0.tar).
+"""
+
+import csv
+import io
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from data_prep.manifest import SPLITS, SplitName
 from trainer import storage
 from trainer.errors import InputError
 
-_SPLIT_FOLDERS: dict[str, SplitName] = {
+SourceFormat = Literal["folder", "table", "parquet", "webdataset"]
+SOURCE_FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
+
+IMAGES_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # names the image within the source
+        ("label", pa.int32()),
+        ("split", pa.string()),  # null where the source does not say
+        ("container", pa.string()),  # null, or the tar or Parquet file that holds the bytes, relative to the source
+        ("offset", pa.int64()),  # in a tar: of its first byte; in a Parquet file: its row
+        ("bytes", pa.int64()),  # in a tar or a folder: its size
+    ]
+)
+
+_SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -21,76 +54,227 @@ _SPLIT_FOLDERS: dict[str, SplitName] = {
     "testing": "test",
 }
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+_TABLE_SUFFIXES = {".csv", ".jsonl", ".ndjson"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a source holds, before any file is opened."""
+    """What a source holds, before any image is read."""
 
     uri: str
+    """The folder that paths and containers are relative to."""
     class_names: list[str]
-    """Sorted; a label is an index into this list."""
+    """Sorted as text; a label is an index into this list."""
     images: pa.Table
-    """path (string, relative to the uri), label (int32), split (string or null), bytes (int64), sorted by path."""
+    """Columns of IMAGES_SCHEMA, sorted by path."""
     ignored: pa.Table
     """path, reason: files that are not images by their place or name."""
 
     @property
     def given_splits(self) -> list[SplitName]:
-        """The splits that the source itself defines; empty where it has no train/ val/ test/ folders."""
+        """The splits that the source itself defines."""
         found = set(self.images["split"].unique().to_pylist())
         return [split for split in SPLITS if split in found]
 
 
-def find_images(source: str) -> Source:
-    """Lists a class-folder source once.
+@dataclass
+class _Found:
+    """One image while the classes are not known yet."""
+
+    path: str
+    class_name: str
+    split: SplitName | None = None
+    container: str | None = None
+    offset: int = 0
+    bytes: int = 0
+
+
+def find_images(source: str, source_format: SourceFormat | None = None) -> Source:
+    """Lists a source once.
+
+    Args:
+        source: local path or s3:// URI of a folder or a file.
+        source_format: as in the module's description; None tells it from the source.
 
     Raises:
-        InputError: there is no such folder, it has fewer than two classes, or a split has a class that train has not.
+        InputError: there is nothing there, it is of a format that is not read, it has fewer than two classes, or a
+            split has a class that train has not.
     """
     uri = storage.resolve_uri(source)
-    sizes = storage.find_files(uri)
-    if not sizes:
+    is_file = PurePosixPath(uri).suffix.lower() in {*_TABLE_SUFFIXES, ".parquet", ".tar", ".tfrecord", ".tfrecords"}
+    root = storage.parent(uri) if is_file else uri
+    sizes = {storage.basename(uri): 0} if is_file else storage.find_files(uri)
+    visible = {path: size for path, size in sizes.items() if not _is_hidden(PurePosixPath(path))}
+    if not visible:
         raise InputError(f"{source}: no files there; give a folder or prefix that has one folder of images per class")
-    rows, ignored = _sort_files(sizes)
-    class_names = sorted({class_name for _, class_name, _ in rows})
-    if len(class_names) < 2:
-        raise InputError(
-            f"{source}: {len(class_names)} class folders with images ({', '.join(class_names) or 'none'}); "
-            "two or more are needed, as SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg"
-        )
-    _check_classes_of_splits(source, rows)
-    label_of = {name: label for label, name in enumerate(class_names)}
-    images = pa.table(
-        {
-            "path": pa.array([path for path, _, _ in rows], pa.string()),
-            "label": pa.array([label_of[class_name] for _, class_name, _ in rows], pa.int32()),
-            "split": pa.array([split for _, _, split in rows], pa.string()),
-            "bytes": pa.array([sizes[path] for path, _, _ in rows], pa.int64()),
-        }
-    )
-    return Source(uri, class_names, images, pa.table({"path": list(ignored), "reason": list(ignored.values())}))
-
-
-def _sort_files(sizes: Iterable[str]) -> tuple[list[tuple[str, str, SplitName | None]], dict[str, str]]:
-    """Returns (path, class name, split) of each image by its place, and the reason for each other file."""
-    rows: list[tuple[str, str, SplitName | None]] = []
     ignored: dict[str, str] = {}
-    visible = [PurePosixPath(path) for path in sizes if not _is_hidden(PurePosixPath(path))]
+    match source_format or _detect_format(root, visible):
+        case "folder":
+            found = list(_find_in_folders(visible, ignored))
+        case "table":
+            found = list(_find_in_table(root, next(iter(visible))))
+        case "parquet":
+            found = [image for path in sorted(visible) for image in _find_in_parquet(root, path, ignored)]
+        case "webdataset":
+            found = [image for path in sorted(visible) for image in _find_in_tar(root, path, ignored)]
+    return _to_source(source, root, found, ignored)
+
+
+def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
+    suffixes = {PurePosixPath(path).suffix.lower() for path in paths}
+    if suffixes & {".tfrecord", ".tfrecords"}:
+        raise InputError(
+            f"{root}: TFRecord files are not read; write the images into class folders, a WebDataset tar or Parquet"
+        )
+    if suffixes & _IMAGE_SUFFIXES:
+        return "folder"
+    if suffixes & _TABLE_SUFFIXES:
+        return "table"
+    if ".tar" in suffixes:
+        return "webdataset"
+    if ".parquet" in suffixes:
+        first = next(path for path in paths if path.endswith(".parquet"))
+        names = storage.read_parquet_schema(storage.join(root, first)).names
+        return "parquet" if "image" in names else "table"
+    return "folder"
+
+
+def _find_in_folders(sizes: dict[str, int], ignored: dict[str, str]) -> Iterator[_Found]:
+    paths = [PurePosixPath(path) for path in sizes]
     # The folders are splits only if all of them are: a class may be called "test".
-    top_folders = {path.parts[0] for path in visible if len(path.parts) > 1 and _is_image(path)}
-    is_split = (
-        bool(top_folders) and top_folders <= _SPLIT_FOLDERS.keys() and "train" in map(_SPLIT_FOLDERS.get, top_folders)
-    )
-    for path in visible:
+    top_folders = {path.parts[0] for path in paths if len(path.parts) > 1 and _is_image(path)}
+    is_split = top_folders <= _SPLIT_NAMES.keys() and "train" in {_SPLIT_NAMES.get(name) for name in top_folders}
+    for path in paths:
         folders = path.parts[1:-1] if is_split else path.parts[:-1]
         if not folders:
             ignored[str(path)] = "not_in_a_class_folder"
         elif not _is_image(path):
             ignored[str(path)] = "not_an_image_name"
         else:
-            rows.append((str(path), folders[0], _SPLIT_FOLDERS[path.parts[0]] if is_split else None))
-    return rows, ignored
+            split = _SPLIT_NAMES[path.parts[0]] if is_split else None
+            yield _Found(str(path), folders[0], split, bytes=sizes[str(path)])
+
+
+def _find_in_table(root: str, name: str) -> Iterator[_Found]:
+    rows = _read_table(storage.join(root, name))
+    columns = rows[0].keys() if rows else set()
+    path_column = next((column for column in ("path", "file_name") if column in columns), None)
+    if path_column is None or "label" not in columns:
+        raise InputError(
+            f"{name} has the columns {', '.join(columns) or '(none)'}; needed are path (or file_name), label and, if "
+            "wanted, split"
+        )
+    for number, row in enumerate(rows, start=1):
+        path = posixpath.normpath(str(row[path_column]))
+        if path.startswith(("/", "../")) or path == ".." or "://" in path:
+            raise InputError(
+                f"{name}, row {number}: {row[path_column]!r} leaves the table's folder {root}; "
+                "give paths relative to it"
+            )
+        yield _Found(path, str(row["label"]), _parse_split(name, number, row.get("split")))
+
+
+def _read_table(uri: str) -> list[dict[str, Any]]:
+    content = storage.read_bytes(uri)
+    try:
+        if uri.endswith(".parquet"):
+            return storage.parquet_table(content).to_pylist()  # type: ignore[no-any-return]
+        text = content.decode("utf-8-sig")
+        if uri.endswith(".csv"):
+            return list(csv.DictReader(io.StringIO(text), strict=True))
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{uri} cannot be read as a table: {error}") from error
+
+
+def _find_in_parquet(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Found]:
+    if not path.endswith(".parquet"):
+        ignored[path] = "not_a_parquet_file"
+        return
+    uri = storage.join(root, path)
+    names = storage.read_parquet_schema(uri).names
+    if not {"image", "label"} <= set(names):
+        raise InputError(f"{uri} has the columns {', '.join(names)}; needed are image, label and, if wanted, split")
+    with storage.open_file(uri) as file:
+        rows = pq.read_table(file, columns=[name for name in ("label", "split") if name in names])
+    splits = rows["split"].to_pylist() if "split" in rows.schema.names else [_split_of_name(path)] * len(rows)
+    for row, (label, split) in enumerate(zip(rows["label"].to_pylist(), splits, strict=True)):
+        yield _Found(f"{path}#{row:08d}", str(label), _parse_split(path, row, split), path, row)
+
+
+def _find_in_tar(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Found]:
+    if not path.endswith(".tar"):
+        ignored[path] = "not_a_tar"
+        return
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, str] = {}
+    with storage.open_file(storage.join(root, path)) as file, tarfile.open(fileobj=file) as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            key, _, extension = name.partition(".")
+            key = f"{folder}/{key}"
+            if not member.isfile():
+                continue
+            if f".{extension.lower()}" in _IMAGE_SUFFIXES:
+                images[key] = member
+            elif extension in ("cls", "json"):
+                text = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
+                label = json.loads(text).get("label") if extension == "json" else text.strip()
+                if label is not None:
+                    labels[key] = str(label)
+            else:
+                ignored[f"{path}#{member.name}"] = "not_an_image_name"
+    for key, member in images.items():
+        name = f"{path}#{member.name}"
+        if key in labels:
+            yield _Found(name, labels[key], _split_of_name(path), path, member.offset_data, member.size)
+        else:
+            ignored[name] = "no_label"
+
+
+def _split_of_name(path: str) -> SplitName | None:
+    return _SPLIT_NAMES.get(re.split(r"[-_./]", path, maxsplit=1)[0])
+
+
+def _parse_split(name: str, row: int, split: Any) -> SplitName | None:
+    if split is None or split == "":
+        return None
+    if str(split) not in _SPLIT_NAMES:
+        raise InputError(f"{name}, row {row}: split {split!r} is unknown; use train, val or test")
+    return _SPLIT_NAMES[str(split)]
+
+
+def _to_source(source: str, root: str, found: list[_Found], ignored: dict[str, str]) -> Source:
+    class_names = sorted({image.class_name for image in found})
+    if len(class_names) < 2:
+        raise InputError(
+            f"{source}: images of {len(class_names)} classes ({', '.join(class_names) or 'none'}); two or more are "
+            "needed, as SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg"
+        )
+    for split in ("val", "test"):
+        unknown = {image.class_name for image in found if image.split == split} - {
+            image.class_name for image in found if image.split in ("train", None)
+        }
+        if unknown:
+            raise InputError(
+                f"{source}: {split} has classes that train has not: {', '.join(sorted(unknown))}; "
+                "add training images of them or remove them"
+            )
+    label_of = {name: label for label, name in enumerate(class_names)}
+    columns = {
+        "path": [image.path for image in found],
+        "label": [label_of[image.class_name] for image in found],
+        **{name: [getattr(image, name) for image in found] for name in ("split", "container", "offset", "bytes")},
+    }
+    images = pa.table(columns, schema=IMAGES_SCHEMA).sort_by("path")
+    repeated = pc.filter(images["path"].value_counts().field("values"), _more_than_once(images))
+    if len(repeated):
+        raise InputError(f"{source} names {repeated[0].as_py()!r} more than once; name each image once")
+    return Source(root, class_names, images, pa.table({"path": list(ignored), "reason": list(ignored.values())}))
+
+
+def _more_than_once(images: pa.Table) -> pa.Array:
+    return pc.greater(images["path"].value_counts().field("counts"), 1)
 
 
 def _is_hidden(path: PurePosixPath) -> bool:
@@ -99,16 +283,3 @@ def _is_hidden(path: PurePosixPath) -> bool:
 
 def _is_image(path: PurePosixPath) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES
-
-
-def _check_classes_of_splits(source: str, rows: list[tuple[str, str, SplitName | None]]) -> None:
-    classes: dict[SplitName | None, set[str]] = {}
-    for _, class_name, split in rows:
-        classes.setdefault(split, set()).add(class_name)
-    for split in ("val", "test"):
-        unknown = classes.get(split, set()) - classes.get("train", set())
-        if unknown:
-            raise InputError(
-                f"{source}: {split} has classes that train has not: {', '.join(sorted(unknown))}; "
-                "add training images of them or remove the folders"
-            )

@@ -1,12 +1,12 @@
 """Prepares a folder or prefix of images for training."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.manifest import SPLITS, Manifest
+from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from trainer import console
 
 
@@ -15,6 +15,11 @@ def main(
     dataset: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write the prepared dataset to.")],
     image_size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 250,
     channels: Annotated[int, typer.Option(min=1, max=3, help="1 for gray, 3 for RGB.")] = 1,
+    resize: Annotated[Literal["fit", "crop", "pad"], typer.Option(help="Into the square.")] = "fit",
+    background: Annotated[int, typer.Option(min=0, max=255, help="Behind transparency, and bars of pad.")] = 255,
+    source_format: Annotated[
+        Literal["folder", "table", "parquet", "webdataset"] | None, typer.Option("--format", help="Default: detected.")
+    ] = None,
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no val.")] = 0.15,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no splits.")] = 0.15,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
@@ -29,13 +34,17 @@ def main(
         config = parse_config(
             image_size=image_size,
             channels=channels,
+            resize=resize,
+            background=background,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,
             max_bad_fraction=max_bad_fraction,
         )
         with connect(), console.show_events() as on_event:
-            manifest = prepare(source, dataset, config, overwrite=overwrite, on_event=on_event)
+            manifest = prepare(
+                source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=on_event
+            )
         print_manifest(dataset, manifest)
 
 
@@ -49,9 +58,16 @@ def print_manifest(dataset: str, manifest: Manifest) -> None:
     table.add_section()
     table.add_row("all", *map(str, totals), str(sum(totals)))
     console.stdout.print(table)
-    size, rejected = manifest.image_size, manifest.rejected_rows
-    summary = f"{dataset}: {sum(totals)} images {size}x{size}x{manifest.channels}, {rejected} rejected"
-    console.stdout.print(summary, markup=False)
+    size, rejected = manifest.image_size, manifest.rejected
+    reasons = f" ({', '.join(f'{reason}: {count}' for reason, count in rejected.items())})" if rejected else ""
+    summary = (
+        f"{sum(totals)} images {size}x{size}x{manifest.channels}, {sum(rejected.values())} files not used{reasons}"
+    )
+    console.stdout.print(f"{dataset}: {summary}", markup=False)
+    if manifest.duplicate_images:
+        console.stdout.print(f"{manifest.duplicate_images} images have a duplicate, see {DUPLICATES_NAME}")
+    if manifest.leaked_images:
+        console.stderr.print(f"warning: {manifest.leaked_images} images have a duplicate in another split of SOURCE")
 
 
 if __name__ == "__main__":

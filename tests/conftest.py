@@ -30,8 +30,10 @@ def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int
         (folder / name).mkdir(parents=True)
         for index in range(images_per_class):
             phase, period = random.uniform(0, 6.28), random.uniform(6, 12)
-            stripes = 128 + 90 * np.sin(phase + 6.28 * position / period) + random.normal(0, 20, (size, size))
-            Image.fromarray(stripes.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index:03d}.png")
+            stripes = 128 + 70 * np.sin(phase + 6.28 * position / period) + random.normal(0, 20, (size, size))
+            # Patches of their own, or two images of a class would be near duplicates.
+            patches = random.normal(0, 40, (8, 8)).repeat(size // 8, axis=0).repeat(size // 8, axis=1)
+            Image.fromarray((stripes + patches).clip(0, 255).astype(np.uint8)).save(folder / name / f"{index:03d}.png")
     return folder
 
 

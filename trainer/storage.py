@@ -35,7 +35,7 @@ def resolve_uri(location: str) -> str:
     """
     scheme, separator, rest = location.partition("://")
     if not separator:
-        return str(Path(location).expanduser().absolute())
+        return os.path.abspath(os.path.expanduser(location))
     if scheme != "s3":
         raise InputError(f"{location!r}: unknown scheme {scheme!r}; give a local path or s3://bucket/prefix")
     if not rest.strip("/"):
@@ -63,8 +63,8 @@ def parent(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[0]
 
 
-def read_bytes(uri: str) -> bytes:
-    """Returns the content of one file.
+def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
+    """Returns the content of one file, or ``length`` bytes of it from ``start``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -72,8 +72,23 @@ def read_bytes(uri: str) -> bytes:
     """
     with _clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
-        content: bytes = filesystem.cat_file(path)
+        content: bytes = filesystem.cat_file(path, start, None if length is None else start + length)
         return content
+
+
+@contextlib.contextmanager
+def open_file(uri: str) -> Iterator[Any]:
+    """Opens one file to read parts of it."""
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        with filesystem.open(path, "rb") as file:
+            yield file
+
+
+def read_parquet_schema(uri: str) -> pa.Schema:
+    """Returns the Arrow schema of one Parquet file, reading its footer only."""
+    with open_file(uri) as file:
+        return pq.read_schema(file)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -91,6 +106,30 @@ def write_bytes(uri: str, content: bytes) -> None:
             filesystem.pipe_file(path, content)
         except FileNotFoundError as error:
             raise InputError(_s3_message(uri, "no such bucket")) from error
+
+
+def create_file(uri: str, content: bytes) -> bool:
+    """Writes one file unless it exists, and returns whether it did.
+
+    The check and the write are one where the storage has conditional writes; Swift and old Ceph have none.
+    """
+    with _clear_errors(uri):
+        filesystem, path = _open_filesystem(uri)
+        if isinstance(filesystem, LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(path, "xb") as file:
+                    file.write(content)
+            except FileExistsError:
+                return False
+            return True
+        if filesystem.exists(path):
+            return False
+        try:
+            filesystem.pipe_file(path, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:

@@ -19,7 +19,7 @@ def dataset(bucket, tmp_path_factory) -> str:
     source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=30)
     prepared = run_job("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32")
     assert prepared.returncode == 0, prepared.stderr
-    assert "90 images 32x32x1, 0 rejected" in prepared.stdout
+    assert "90 images 32x32x1, 0 files not used" in prepared.stdout
     return f"{bucket}/stripes"
 
 

@@ -1,9 +1,13 @@
 import hashlib
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -47,7 +51,7 @@ def test_every_image_is_in_one_split_with_its_pixels(source, dataset):
         for path in source.rglob("*.*")
         if path.name not in ("page.jpg", "empty.png")
     )
-    original = Image.open(source / "slanted" / "007.png").resize((20, 20), Image.Resampling.LANCZOS)
+    original = Image.open(source / "slanted" / "007.png").resize((20, 20), Image.Resampling.BOX)
     stored = np.asarray(rows.loc["slanted/007.png", "image"], np.int16).reshape(20, 20)
     assert np.abs(stored - np.asarray(original, np.int16)).max() <= 1
     assert rows.loc["slanted/007.png", "label"] == 2
@@ -85,6 +89,9 @@ def test_splits_are_stratified_and_twins_stay_together(dataset):
     assert manifest["splits"]["test"]["rows_per_class"] == [3, 3, 3]
     split_of = {path: split for split in SPLITS for path in read_split(dataset, split)["path"]}
     assert split_of["across/000.png"] == split_of["across/twin.bmp"]
+    duplicates = pq.read_table(dataset / "duplicates.parquet").to_pydict()
+    assert duplicates["path"] == ["across/000.png", "across/twin.bmp"]
+    assert duplicates["leaks"] == [False, False]
 
 
 def test_unused_files_are_listed_with_their_reasons(dataset):
@@ -97,7 +104,14 @@ def test_unused_files_are_listed_with_their_reasons(dataset):
 
 
 def test_nothing_of_the_work_is_left(dataset):
-    assert {path.name for path in dataset.iterdir()} == {*SPLITS, "rejected.parquet", "manifest.json"}
+    assert {path.name for path in dataset.iterdir()} == {
+        *SPLITS,
+        "rejected.parquet",
+        "duplicates.parquet",
+        "README.md",
+        "contact_sheet.png",
+        "manifest.json",
+    }
 
 
 def test_the_number_of_tasks_changes_nothing(source, dataset, tmp_path, monkeypatch):
@@ -157,3 +171,104 @@ def test_too_many_bad_files_are_refused_before_anything_is_committed(source, tmp
     with pytest.raises(InputError, match=r"2 of 63 images were rejected .*down/empty.png \(empty\)"):
         prepare(str(source), str(tmp_path / "dataset"), CONFIG.model_copy(update={"max_bad_fraction": 0.01}))
     assert not (tmp_path / "dataset" / "manifest.json").exists()
+
+
+def test_a_given_split_is_kept_and_its_leaks_are_listed(tmp_path):
+    source = tmp_path / "source"
+    for split, seed in (("train", 1), ("validation", 2)):
+        write_stripes(source / split, images_per_class=6, seed=seed)
+    copied = Image.open(source / "train" / "down" / "003.png").convert("RGB")
+    copied.resize((60, 60), Image.Resampling.BICUBIC).save(source / "validation" / "down" / "copy.jpg", quality=80)
+    manifest = prepare(str(source), str(tmp_path / "dataset"), CONFIG)
+    assert [manifest.splits[split].rows for split in SPLITS] == [18, 19, 0]
+    duplicates = pq.read_table(tmp_path / "dataset" / "duplicates.parquet").to_pydict()
+    leaked = [path for path, leaks in zip(duplicates["path"], duplicates["leaks"], strict=True) if leaks]
+    assert leaked == ["train/down/003.png", "validation/down/copy.jpg"]
+    assert manifest.leaked_images == 2
+
+
+def test_a_second_preparation_of_the_same_dataset_is_refused(source, tmp_path):
+    target = tmp_path / "dataset"
+
+    def prepare_again(event):
+        with pytest.raises(InputError, match=r"DATASET .* is in use by process \d+ on"):
+            prepare(str(source), str(target), CONFIG)
+
+    prepare(str(source), str(target), CONFIG, on_event=prepare_again)
+    assert (target / "manifest.json").exists()
+
+
+def write_as_table(source: Path, folder: Path, suffix: str) -> Path:
+    shutil.copytree(source, folder / "pictures", ignore=shutil.ignore_patterns("LICENSE", "*.html"))
+    rows = [
+        {"file_name": path.relative_to(folder).as_posix(), "label": path.parent.name}
+        for path in sorted((folder / "pictures").rglob("*.*"))
+    ]
+    table = pd.DataFrame([*rows, {"file_name": "pictures/missing.png", "label": "down"}])
+    path = folder / f"table{suffix}"
+    match suffix:
+        case ".csv":
+            table.to_csv(path, index=False)
+        case ".jsonl":
+            table.to_json(path, orient="records", lines=True)
+        case ".parquet":
+            table.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_table_gives_the_same_images_as_folders(source, dataset, tmp_path, suffix):
+    table = write_as_table(source, tmp_path, suffix)
+    manifest = prepare(str(table), str(tmp_path / "dataset"), CONFIG)
+    assert manifest.rejected == {"empty": 1, "not_an_image": 1, "unreadable": 1}
+    of_folder = json.loads((dataset / "manifest.json").read_text())
+    assert manifest.class_names == of_folder["class_names"]
+    assert manifest.splits["train"].rows_per_class == of_folder["splits"]["train"]["rows_per_class"]
+    same = {hashlib.sha256(bytes(row)).hexdigest() for row in read_split(dataset, "train")["image"]}
+    assert same == {
+        hashlib.sha256(bytes(row)).hexdigest() for row in read_split(tmp_path / "dataset", "train")["image"]
+    }
+
+
+def test_parquet_with_image_bytes_is_read(source, tmp_path):
+    paths = sorted(path for path in source.rglob("*.png") if path.stat().st_size)
+    (tmp_path / "hub").mkdir()
+    for split, chosen in (("train", paths[::2]), ("test", paths[1::2])):
+        rows = [
+            {"image": {"bytes": path.read_bytes(), "path": path.name}, "label": path.parent.name} for path in chosen
+        ]
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, tmp_path / "hub" / f"{split}-00000-of-00001.parquet", row_group_size=7)
+    manifest = prepare(str(tmp_path / "hub"), str(tmp_path / "dataset"), CONFIG)
+    assert manifest.splits["test"].rows_per_class == [10, 10, 10]
+    first = read_split(tmp_path / "dataset", "test").iloc[0]
+    assert first["sha256"] == hashlib.sha256(paths[1].read_bytes()).hexdigest()
+
+
+def test_a_webdataset_tar_is_read(source, tmp_path):
+    paths = sorted(path for path in source.rglob("*.png") if path.stat().st_size)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number, path in enumerate(paths):
+            tar.add(path, f"{number:04d}.png")
+            label = path.parent.name.encode()
+            member = tarfile.TarInfo(f"{number:04d}.cls")
+            member.size = len(label)
+            tar.addfile(member, io.BytesIO(label))
+    manifest = prepare(str(tmp_path / "shard.tar"), str(tmp_path / "dataset"), CONFIG)
+    assert manifest.class_names == ["across", "down", "slanted"]
+    rows = pd.concat(read_split(tmp_path / "dataset", split) for split in SPLITS)
+    assert sorted(rows["sha256"]) == sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+
+
+def test_tfrecord_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "train.tfrecord").write_bytes(b"anything")
+    with pytest.raises(InputError, match="TFRecord files are not read"):
+        prepare(str(tmp_path), str(tmp_path.with_name("dataset")), CONFIG)
+
+
+def test_a_table_cannot_name_files_outside_its_folder(tmp_path):
+    (tmp_path / "inside").mkdir()
+    table = tmp_path / "inside" / "table.csv"
+    table.write_text("path,label\n../secret.png,a\nb.png,b\n")
+    with pytest.raises(InputError, match=r"row 1: '../secret.png' leaves the table's folder"):
+        prepare(str(table), str(tmp_path / "dataset"), CONFIG)

@@ -1,0 +1,64 @@
+"""Reads the bytes of images, wherever their source keeps them: files, members of a tar, rows of a Parquet file."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer import storage
+
+# Reads overlap the latency of an object store.
+_READERS = 8
+
+
+def read_contents(source: str, images: pa.Table) -> Iterator[bytes | None]:
+    """Yields the bytes of each image in turn, or None where there is no such file.
+
+    Args:
+        source: URI of the folder that paths and containers are relative to.
+        images: columns of `data_prep.sources.IMAGES_SCHEMA`.
+    """
+    containers = set(images["container"].unique().to_pylist())
+    if containers == {None} or all(container.endswith(".tar") for container in containers if container):
+        with ThreadPoolExecutor(_READERS) as readers:
+            yield from readers.map(lambda row: _read_one(source, row), images.to_pylist())
+    else:
+        yield from _read_rows(source, images.to_pylist())
+
+
+def _read_one(source: str, row: dict[str, Any]) -> bytes | None:
+    try:
+        if row["container"] is None:
+            return storage.read_bytes(storage.join(source, row["path"]))
+        return storage.read_bytes(storage.join(source, row["container"]), row["offset"], row["bytes"])
+    except FileNotFoundError:
+        return None
+
+
+def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None]:
+    """Yields the image column of rows of Parquet files; only the row groups that hold them are read."""
+    group_of_file: tuple[str, int] | None = None
+    images: list[Any] = []
+    first_row = 0
+    for row in rows:
+        if group_of_file is None or group_of_file[0] != row["container"] or row["offset"] >= first_row + len(images):
+            with storage.open_file(storage.join(source, row["container"])) as file:
+                parquet = pq.ParquetFile(file)
+                group, first_row = _find_row_group(parquet.metadata, row["offset"])
+                images = parquet.read_row_group(group, columns=["image"])["image"].to_pylist()
+            group_of_file = (row["container"], group)
+        image = images[row["offset"] - first_row]
+        yield image["bytes"] if isinstance(image, dict) else image
+
+
+def _find_row_group(metadata: Any, row: int) -> tuple[int, int]:
+    """Returns the row group that holds a row, and the row number of its first row."""
+    first_row = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < first_row + rows:
+            return group, first_row
+        first_row += rows
+    raise IndexError(row)
