@@ -58,7 +58,10 @@ def _format_card(manifest: Manifest) -> str:
 
 
 def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
-    """Returns one row of tiles a class: the first training images of each."""
+    """Returns one row of tiles a class: the first training images of each.
+
+    Labels are read first, and pixels of those row groups only that have an image to show.
+    """
     num_classes = min(manifest.num_classes, _MOST_CLASSES)
     mode = "L" if manifest.channels == 1 else "RGB"
     sheet = Image.new(mode, (_IMAGES_PER_CLASS * _TILE_PIXELS, num_classes * _TILE_PIXELS), "white")
@@ -67,12 +70,19 @@ def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
         if min(drawn) == _IMAGES_PER_CLASS:
             break
         with storage.open_file(storage.join(dataset, file.path)) as content:
-            table = pq.read_table(content, columns=["image", "label"])
-        images, labels = table["image"].combine_chunks().to_numpy_ndarray(), table["label"].to_numpy()
-        for label in range(num_classes):
-            for row in np.flatnonzero(labels == label)[: _IMAGES_PER_CLASS - drawn[label]]:
-                picture = Image.fromarray(images[row, ..., 0] if manifest.channels == 1 else images[row])
-                tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
-                sheet.paste(tile, (drawn[label] * _TILE_PIXELS, label * _TILE_PIXELS))
-                drawn[label] += 1
+            parquet = pq.ParquetFile(content)
+            for group in range(parquet.num_row_groups):
+                labels = parquet.read_row_group(group, columns=["label"])["label"].to_numpy()
+                missing = [
+                    label for label in np.unique(labels) if label < num_classes and drawn[label] < _IMAGES_PER_CLASS
+                ]
+                if not missing:
+                    continue
+                images = parquet.read_row_group(group, columns=["image"])["image"].combine_chunks().to_numpy_ndarray()
+                for label in missing:
+                    for row in np.flatnonzero(labels == label)[: _IMAGES_PER_CLASS - drawn[label]]:
+                        picture = Image.fromarray(images[row, ..., 0] if manifest.channels == 1 else images[row])
+                        tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
+                        sheet.paste(tile, (drawn[label] * _TILE_PIXELS, int(label) * _TILE_PIXELS))
+                        drawn[label] += 1
     return sheet

@@ -29,9 +29,9 @@ def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> bytes:
     Args:
         pixels: uint8 ``[height, width, channels]``.
     """
-    gray = pixels.mean(axis=2).astype(np.float32) if pixels.shape[2] > 1 else pixels[..., 0].astype(np.float32)
-    small = cv2.resize(gray, (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA)
-    return np.packbits(np.diff(small, axis=1) > _LEAST_DIFFERENCE).tobytes()
+    small = cv2.resize(pixels, (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    gray = small.mean(axis=2) if small.ndim == 3 else small
+    return np.packbits(np.diff(gray, axis=1) > _LEAST_DIFFERENCE).tobytes()
 
 
 def group_duplicates(pixels_sha256: npt.NDArray[np.str_], hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:

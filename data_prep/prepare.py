@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -328,7 +329,13 @@ def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
 
 def _channel_histogram(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """Returns how often each value occurs in each channel: exact whatever the order, unlike a sum of floats."""
-    return np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])])
+    channels = images.shape[-1]
+    histogram = np.zeros((channels, 256), np.int64)
+    # Image by image: OpenCV returns counts as float32, which holds integers up to 2**24.
+    for image in images:
+        for channel in range(channels):
+            histogram[channel] += cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+    return histogram
 
 
 def _build_manifest(

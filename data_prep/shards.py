@@ -29,6 +29,8 @@ STAGED_SCHEMA = pa.schema(
 )
 ROWS_SUFFIX = ".rows.parquet"
 _PIXELS_SUFFIX = ".pixels.npy"
+# Writing and reading are about twice as fast as with one group a file, whose 32-bit pixels do not fit the cache.
+_ROW_GROUP_BYTES = 16 * 2**20
 
 
 def images_to_arrow(images: npt.NDArray[np.uint8]) -> pa.Array:
@@ -51,9 +53,9 @@ def write_chunk(uri: str, pixels: npt.NDArray[np.uint8], rows: pa.Table) -> None
     """
     sink = io.BytesIO()
     np.save(sink, pixels, allow_pickle=False)
-    storage.write_bytes(uri + _PIXELS_SUFFIX, sink.getvalue())
+    storage.write_bytes(uri + _PIXELS_SUFFIX, sink.getvalue(), sync=False)
     # Written last: its presence commits the chunk.
-    storage.write_bytes(uri + ROWS_SUFFIX, storage.parquet_bytes(rows))
+    storage.write_bytes(uri + ROWS_SUFFIX, storage.parquet_bytes(rows), sync=False)
 
 
 def read_chunk_rows(uri: str) -> pa.Table:
@@ -80,9 +82,14 @@ def write_data_file(dataset: str, path: str, images: npt.NDArray[np.uint8], rows
     # Parquet has no 8-bit type: split by byte, the three empty bytes of each pixel compress to nothing.
     split_by_byte = ["image.list.element"]
     content = storage.parquet_bytes(
-        table, use_dictionary=False, use_byte_stream_split=split_by_byte, write_statistics=False
+        table,
+        use_dictionary=False,
+        use_byte_stream_split=split_by_byte,
+        write_statistics=False,
+        row_group_size=max(1, _ROW_GROUP_BYTES // images[0].nbytes),
     )
-    storage.write_bytes(storage.join(dataset, path), content)
+    # Not synced: the manifest has its checksum.
+    storage.write_bytes(storage.join(dataset, path), content, sync=False)
     return DataFile(
         path=path,
         rows=len(rows),

@@ -91,8 +91,13 @@ def read_parquet_schema(uri: str) -> pa.Schema:
         return pq.read_schema(file)
 
 
-def write_bytes(uri: str, content: bytes) -> None:
+def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
     """Writes one file that appears whole or not at all, making its parent folders.
+
+    Args:
+        uri: of the file.
+        content: of the file.
+        sync: wait until a local disk has it, so that it survives a loss of power too. An object store always does.
 
     Raises:
         InputError: the storage refused or could not be reached.
@@ -100,7 +105,7 @@ def write_bytes(uri: str, content: bytes) -> None:
     with _clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         if isinstance(filesystem, LocalFileSystem):
-            _write_local(Path(path), content)
+            _write_local(Path(path), content, sync)
             return
         try:
             filesystem.pipe_file(path, content)
@@ -223,14 +228,15 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return (_open_filesystem_for(scheme), path) if separator else (_open_filesystem_for("file"), uri)
 
 
-def _write_local(path: Path, content: bytes) -> None:
+def _write_local(path: Path, content: bytes, sync: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
