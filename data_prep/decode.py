@@ -28,6 +28,8 @@ RejectReason = Literal[
 ]
 REJECT_REASONS: tuple[RejectReason, ...] = get_args(RejectReason)
 
+# A TIFF or WebP that was cut off cannot be identified, but it is not something else.
+_FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 # 100 megapixels: above all but a few cameras. The header is enough to refuse, before pixels are allocated; what is
 # allowed takes at most about 1.2 GB in the decoder.
@@ -93,7 +95,7 @@ def decode_image(content: bytes, options: ImageOptions) -> Pixels:
             if pixels is None:
                 pixels = _decode_with_pillow(header, options)
     except UnidentifiedImageError as error:
-        raise RejectedImageError("not_an_image") from error
+        raise RejectedImageError("damaged" if content.startswith(_FIRST_BYTES) else "not_an_image") from error
     except MemoryError as error:
         raise RejectedImageError("too_much_memory") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
@@ -107,9 +109,16 @@ def _decode_plain_jpeg(content: bytes, header: Image.Image, options: ImageOption
     # OpenCV returns what there is of a file that was cut off, and its CMYK is not Adobe's.
     if header.format != "JPEG" or header.mode not in ("L", "RGB") or not content.rstrip(b"\0").endswith(_JPEG_END):
         return None
-    # What the decoder can average by powers of two in the frequency domain need not be resized.
+    # What the decoder can average by powers of two in the frequency domain need not be resized. Half as much again is
+    # left, since averaging nearly as many pixels as there are would blur what the same picture in a PNG keeps. Sides
+    # that the factor does not divide would be rounded up, which stretches the picture.
     side = max(header.size) if options.resize == "pad" else min(header.size)
-    reduction = max((factor for factor in _REDUCED_FLAGS if side // factor >= options.image_size), default=1)
+    reduction = max(
+        factor
+        for factor in _REDUCED_FLAGS
+        if factor == 1
+        or (side >= 1.5 * options.image_size * factor and header.width % factor == header.height % factor == 0)
+    )
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED_FLAGS[reduction][options.channels])
     if pixels is None:
         return None

@@ -108,15 +108,20 @@ def find_images(source: str, source_format: SourceFormat | None = None) -> Sourc
     if not visible:
         raise InputError(f"{source}: no files there; give a folder or prefix that has one folder of images per class")
     ignored: dict[str, str] = {}
-    match source_format or _detect_format(root, visible):
-        case "folder":
-            found = list(_find_in_folders(visible, ignored))
-        case "table":
-            found = list(_find_in_table(root, next(iter(visible))))
-        case "parquet":
-            found = [image for path in sorted(visible) for image in _find_in_parquet(root, path, ignored)]
-        case "webdataset":
-            found = [image for path in sorted(visible) for image in _find_in_tar(root, path, ignored)]
+    try:
+        match source_format or _detect_format(root, visible):
+            case "folder":
+                found = list(_find_in_folders(visible, ignored))
+            case "table":
+                found = list(_find_in_table(root, next(iter(visible))))
+            case "parquet":
+                found = [image for path in sorted(visible) for image in _find_in_parquet(root, path, ignored)]
+            case "webdataset":
+                found = [image for path in sorted(visible) for image in _find_in_tar(root, path, ignored)]
+    except FileNotFoundError as error:
+        raise InputError(f"{error}; give a folder, a table, a Parquet file or a tar that is there") from error
+    except (pa.ArrowInvalid, tarfile.TarError) as error:
+        raise InputError(f"{source} is damaged or not what its name says: {str(error).splitlines()[0]}") from error
     return _to_source(source, root, found, ignored)
 
 
@@ -157,7 +162,7 @@ def _find_in_folders(sizes: dict[str, int], ignored: dict[str, str]) -> Iterator
 
 def _find_in_table(root: str, name: str) -> Iterator[_Found]:
     rows = _read_table(storage.join(root, name))
-    columns = rows[0].keys() if rows else set()
+    columns = list(rows[0]) if rows else []
     path_column = next((column for column in ("path", "file_name") if column in columns), None)
     if path_column is None or "label" not in columns:
         raise InputError(
@@ -165,13 +170,17 @@ def _find_in_table(root: str, name: str) -> Iterator[_Found]:
             "wanted, split"
         )
     for number, row in enumerate(rows, start=1):
-        path = posixpath.normpath(str(row[path_column]))
-        if path.startswith(("/", "../")) or path == ".." or "://" in path:
+        given, label = row.get(path_column), row.get("label")
+        if given in (None, "") or label in (None, ""):
             raise InputError(
-                f"{name}, row {number}: {row[path_column]!r} leaves the table's folder {root}; "
-                "give paths relative to it"
+                f"{name}, row {number} has no {path_column if given in (None, '') else 'label'}; complete it"
             )
-        yield _Found(path, str(row["label"]), _parse_split(name, number, row.get("split")))
+        path = posixpath.normpath(str(given))
+        if path.startswith(("/", "../")) or path == ".." or "://" in str(given):
+            raise InputError(
+                f"{name}, row {number}: {given!r} leaves the table's folder {root}; give paths relative to it"
+            )
+        yield _Found(path, str(label), _parse_split(name, number, row.get("split")))
 
 
 def _read_table(uri: str) -> list[dict[str, Any]]:
@@ -182,9 +191,12 @@ def _read_table(uri: str) -> list[dict[str, Any]]:
         text = content.decode("utf-8-sig")
         if uri.endswith(".csv"):
             return list(csv.DictReader(io.StringIO(text), strict=True))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (ValueError, csv.Error) as error:
         raise InputError(f"{uri} cannot be read as a table: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{uri} cannot be read as a table: each line must be a JSON object")
+    return rows
 
 
 def _find_in_parquet(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Found]:
@@ -208,7 +220,7 @@ def _find_in_tar(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Fou
         return
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
-    with storage.open_file(storage.join(root, path)) as file, tarfile.open(fileobj=file) as tar:
+    with storage.open_file(storage.join(root, path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
             key, _, extension = name.partition(".")
@@ -233,7 +245,8 @@ def _find_in_tar(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Fou
 
 
 def _split_of_name(path: str) -> SplitName | None:
-    return _SPLIT_NAMES.get(re.split(r"[-_./]", path, maxsplit=1)[0])
+    words = (re.split(r"[-_.]", part, maxsplit=1)[0] for part in PurePosixPath(path).parts)
+    return next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
 
 
 def _parse_split(name: str, row: int, split: Any) -> SplitName | None:

@@ -16,7 +16,7 @@ def assign_splits(
     """Returns the split of each row: the given one, or a stratified draw among the rows that have none.
 
     A group of duplicates is never divided, even across classes. Within each class the groups are ordered by a hash of
-    the seed and their pixels; test takes the first, val the next, train the rest.
+    the seed and their pixels; test takes the first, val the next, train the rest, and always the last.
 
     A source with splits of its own keeps them. Only val is drawn from train where it is missing, since training needs
     it; a test split is never taken out of images that somebody meant to train on.
@@ -29,35 +29,42 @@ def assign_splits(
         seed: another seed gives another draw.
     """
     given: list[SplitName | None] = images["split"].to_pylist()
-    found = set(given) - {None}
-    if found:
+    drawn_from: SplitName | None = None
+    if any(given):
+        given = [split or "train" for split in given]
         test_fraction = 0.0
-        drawn_from = "train" if "val" not in found else None
-    else:
-        drawn_from = None
+        drawn_from = "train" if "val" not in given else None
     labels: list[int] = images["label"].to_pylist()
     digests: list[str] = images["pixels_sha256"].to_pylist()
 
     members: dict[int, list[int]] = defaultdict(list)
     for row, group in enumerate(groups.tolist()):
-        if not found or given[row] == drawn_from:
+        if given[row] == drawn_from:
             members[group].append(row)
-    # What orders a group must not depend on where its images stand in the source.
-    digest_of = {group: min(digests[row] for row in rows) for group, rows in members.items()}
-    groups_of_class: dict[int, list[int]] = defaultdict(list)
+    order = {group: _draw(seed, [digests[row] for row in rows]) for group, rows in members.items()}
+    groups_of_class: dict[int, set[int]] = defaultdict(set)
     for group, rows in members.items():
-        groups_of_class[min(labels[row] for row in rows)].append(group)
+        for row in rows:
+            groups_of_class[labels[row]].add(group)
+    always_train = {max(of_class, key=order.__getitem__) for of_class in groups_of_class.values()}
 
     splits: list[SplitName] = [split or "train" for split in given]
-    for class_groups in groups_of_class.values():
-        class_groups.sort(key=lambda group: hashlib.sha256(f"{seed}:{digest_of[group]}".encode()).digest())
-        total = sum(len(members[group]) for group in class_groups)
+    assigned = set(always_train)
+    for label in sorted(groups_of_class):
+        of_class = groups_of_class[label]
+        total = sum(labels[row] == label for group in of_class for row in members[group])
         remaining: dict[SplitName, int] = {"test": round(total * test_fraction), "val": round(total * val_fraction)}
-        for group in class_groups[:-1]:  # the last group always trains
+        for group in sorted(of_class - assigned, key=order.__getitem__):
             for split, wanted in remaining.items():
                 if wanted >= len(members[group]):
                     remaining[split] -= len(members[group])
+                    assigned.add(group)
                     for row in members[group]:
                         splits[row] = split
                     break
     return splits
+
+
+def _draw(seed: int, digests: list[str]) -> bytes:
+    """Returns what orders a group: it does not depend on where the images stand in the source."""
+    return hashlib.sha256(f"{seed}:{min(digests)}".encode()).digest()

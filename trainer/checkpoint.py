@@ -31,7 +31,8 @@ PREDICTIONS_NAME = "predictions.parquet"
 class Checkpoint(BaseModel):
     """What ``checkpoint.json`` holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A loss may be infinite; JSON has no such number, so it is written as most JSON readers take it.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     epoch: int
     """Epochs that were finished."""

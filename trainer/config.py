@@ -11,7 +11,7 @@ from trainer.errors import InputError
 class TrainConfig(BaseModel):
     """Everything that the result of a run depends on. ``config.json`` holds it, with nothing left to a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     arch: str
     """A key of `trainer.architectures.ARCHITECTURES`."""

@@ -28,7 +28,7 @@ class ClassResult(BaseModel):
 class EvaluationResult(BaseModel):
     """What a split says of a model."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     split: str
     loss: float

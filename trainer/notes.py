@@ -43,5 +43,5 @@ def format_note(run: RunFolder, config: TrainConfig, manifest: Manifest, result:
     if result.reason:
         lines += ["", f"diverged: {result.reason}"]
     lines += ["", "| class | right | of |", "|---|---|---|"]
-    lines += [f"| {one.name} | {one.correct} | {one.total} |" for one in result.val.per_class]
+    lines += [f"| {one.name.replace('|', '\\|')} | {one.correct} | {one.total} |" for one in result.val.per_class]
     return "\n".join(lines) + "\n"

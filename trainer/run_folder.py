@@ -50,7 +50,7 @@ class RunRecord(BaseModel):
 class RunResult(BaseModel):
     """What ``result.json`` holds."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     status: Literal["completed", "diverged"]
     reason: str = ""
@@ -108,6 +108,11 @@ class RunFolder:
             return RunResult.model_validate_json(storage.read_bytes(self.path("result.json")))
         except FileNotFoundError:
             return None
+        except ValidationError as error:
+            raise InputError(
+                f"{self.path('result.json')} is not a result of this program ({error.errors()[0]['msg']}); "
+                "choose another --run-name"
+            ) from error
 
     def write_result(self, result: RunResult) -> None:
         """Writes ``result.json``: the run is finished."""
