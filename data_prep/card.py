@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_prep.manifest import DUPLICATES_NAME, REJECTED_NAME, SPLITS, Manifest
 from trainer import storage
+from trainer.markdown import format_table
 
 CARD_NAME = "README.md"
 CONTACT_SHEET_NAME = "contact_sheet.png"
@@ -29,18 +30,13 @@ def _format_card(manifest: Manifest) -> str:
     size = manifest.image_size
     counts = [manifest.splits[split].rows_per_class for split in SPLITS]
     totals = [sum(column) for column in counts]
+    of_classes = [(name, *row, sum(row)) for name, *row in zip(manifest.class_names, *counts, strict=True)]
     lines = [
         f"# {sum(totals)} images of {manifest.num_classes} classes",
         "",
         f"{size}x{size}x{manifest.channels} uint8, from {manifest.source}",
         "",
-        f"| class | {' | '.join(SPLITS)} | total |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {' | '.join(map(str, row))} | {sum(row)} |"
-            for name, *row in zip(manifest.class_names, *counts, strict=True)
-        ),
-        f"| all | {' | '.join(map(str, totals))} | {sum(totals)} |",
+        *format_table(("class", *SPLITS, "total"), [*of_classes, ("all", *totals, sum(totals))]),
         "",
         f"Not used: {sum(manifest.rejected.values())} files ({REJECTED_NAME})",
         *(f"- {reason}: {count}" for reason, count in manifest.rejected.items()),

@@ -4,6 +4,7 @@ from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig
+from trainer.markdown import format_table
 from trainer.run_folder import RunFolder, RunResult
 
 
@@ -42,6 +43,6 @@ def format_note(run: RunFolder, config: TrainConfig, manifest: Manifest, result:
     ]
     if result.reason:
         lines += ["", f"diverged: {result.reason}"]
-    lines += ["", "| class | right | of |", "|---|---|---|"]
-    lines += [f"| {one.name.replace('|', '\\|')} | {one.correct} | {one.total} |" for one in result.val.per_class]
+    counts = [(one.name, one.correct, one.total) for one in result.val.per_class]
+    lines += ["", *format_table(("class", "right", "of"), counts)]
     return "\n".join(lines) + "\n"
