@@ -1,8 +1,10 @@
 """The card of a dataset: its counts, what was left out and why, and a picture of every class."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -54,31 +56,37 @@ def _format_card(manifest: Manifest) -> str:
 
 
 def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
-    """Returns one row of tiles a class: the first training images of each.
-
-    Labels are read first, and pixels of those row groups only that have an image to show.
-    """
+    """Returns one row of tiles a class: the first training images of each."""
     num_classes = min(manifest.num_classes, _MOST_CLASSES)
     mode = "L" if manifest.channels == 1 else "RGB"
     sheet = Image.new(mode, (_IMAGES_PER_CLASS * _TILE_PIXELS, num_classes * _TILE_PIXELS), "white")
-    drawn = [0] * num_classes
+    for label, column, pixels in _first_images(dataset, manifest, num_classes):
+        picture = Image.fromarray(pixels[..., 0] if manifest.channels == 1 else pixels)
+        tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (column * _TILE_PIXELS, label * _TILE_PIXELS))
+    return sheet
+
+
+def _first_images(
+    dataset: str, manifest: Manifest, num_classes: int
+) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
+    """Yields label, number within the class and pixels of the first training images of each class.
+
+    Labels are read first, and pixels of those row groups only that have an image to show.
+    """
+    found = [0] * num_classes
     for file in manifest.splits["train"].files:
-        if min(drawn) == _IMAGES_PER_CLASS:
-            break
         with storage.open_file(storage.join(dataset, file.path)) as content:
             parquet = pq.ParquetFile(content)
             for group in range(parquet.num_row_groups):
+                if min(found) == _IMAGES_PER_CLASS:
+                    return
                 labels = parquet.read_row_group(group, columns=["label"])["label"].to_numpy()
-                missing = [
-                    label for label in np.unique(labels) if label < num_classes and drawn[label] < _IMAGES_PER_CLASS
-                ]
-                if not missing:
+                wanted = [label for label in range(num_classes) if found[label] < _IMAGES_PER_CLASS and label in labels]
+                if not wanted:
                     continue
                 images = parquet.read_row_group(group, columns=["image"])["image"].combine_chunks().to_numpy_ndarray()
-                for label in missing:
-                    for row in np.flatnonzero(labels == label)[: _IMAGES_PER_CLASS - drawn[label]]:
-                        picture = Image.fromarray(images[row, ..., 0] if manifest.channels == 1 else images[row])
-                        tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
-                        sheet.paste(tile, (drawn[label] * _TILE_PIXELS, int(label) * _TILE_PIXELS))
-                        drawn[label] += 1
-    return sheet
+                for label in wanted:
+                    for row in np.flatnonzero(labels == label)[: _IMAGES_PER_CLASS - found[label]]:
+                        yield label, found[label], images[row]
+                        found[label] += 1
