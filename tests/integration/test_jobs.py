@@ -2,21 +2,28 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import run_job, write_stripes
+from tests.conftest import REPOSITORY, run_job, write_stripes
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 TRAINING = [*SMALL, "--num-workers", "2", "--global-batch-size", "20", "--base-learning-rate", "0.05", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
-def dataset(bucket, tmp_path_factory) -> str:
-    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=30)
+def source(tmp_path_factory) -> Path:
+    return write_stripes(tmp_path_factory.mktemp("source"), images_per_class=30)
+
+
+@pytest.fixture(scope="module")
+def dataset(bucket, source) -> str:
     prepared = run_job("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32")
     assert prepared.returncode == 0, prepared.stderr
     assert "90 images 32x32x1, 0 files not used" in prepared.stdout
@@ -127,3 +134,32 @@ def test_the_embedded_dataset_is_prepared_once(tmp_path):
     assert "3500 images = 7 steps an epoch" in first.stderr
     (manifest,) = Path(tmp_path / "cache").rglob("manifest.json")
     assert json.loads(manifest.read_text())["splits"]["val"]["rows_per_class"] == [75] * 10
+
+
+def read_fingerprint(dataset: str) -> str:
+    return json.loads(fsspec.open(f"{dataset}/manifest.json").open().read())["fingerprint"]
+
+
+def test_a_source_in_the_bucket_gives_the_same_dataset_anywhere(bucket, source, dataset, tmp_path):
+    fsspec.filesystem("s3", skip_instance_cache=True).put(f"{source}/", f"{bucket}/images/", recursive=True)
+    local = run_job("prepare.py", f"{bucket}/images", str(tmp_path / "local"), "--image-size", "32")
+    remote = run_job("prepare.py", f"{bucket}/images", f"{bucket}/again", "--image-size", "32")
+    assert (local.returncode, remote.returncode) == (0, 0), local.stderr + remote.stderr
+    assert read_fingerprint(str(tmp_path / "local")) == read_fingerprint(f"{bucket}/again") == read_fingerprint(dataset)
+
+
+def test_a_killed_preparation_is_finished_by_the_same_command(tmp_path):
+    source = write_stripes(tmp_path / "source", images_per_class=200)
+    command = [sys.executable, str(REPOSITORY / "jobs" / "prepare.py"), str(source)]
+    options = ["--image-size", "200"]
+    killed = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stderr=subprocess.DEVNULL)
+    while killed.poll() is None and not list((tmp_path / "killed").glob("_staging/*.rows.parquet")):
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    again = run_job("prepare.py", str(source), str(tmp_path / "killed"), *options)
+    assert again.returncode == 0, again.stderr
+    whole = run_job("prepare.py", str(source), str(tmp_path / "whole"), *options)
+    assert whole.returncode == 0, whole.stderr
+    assert read_fingerprint(str(tmp_path / "killed")) == read_fingerprint(str(tmp_path / "whole"))
