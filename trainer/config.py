@@ -29,7 +29,8 @@ class TrainConfig(BaseModel):
     """Images an optimizer step, over all workers."""
     epochs: int = Field(10, ge=1)
     """Passes over the train split."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
+    """adamw is adam by another name: weight decay is decoupled in all of them."""
     base_learning_rate: float = Field(gt=0)
     """Peak learning rate for a global batch of 256; scaled linearly to the actual one (a starting guess, B11)."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -37,11 +38,11 @@ class TrainConfig(BaseModel):
     nesterov: bool = True
     """Of sgd."""
     beta_1: float = Field(0.9, ge=0, lt=1)
-    """Of adam and adamw."""
+    """Of adam, adamw and nadam."""
     beta_2: float = Field(0.999, ge=0, lt=1)
-    """Of adam and adamw."""
+    """Of adam, adamw and nadam."""
     epsilon: float = Field(1e-7, gt=0)
-    """Of adam and adamw."""
+    """Of adam, adamw and nadam."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled, on kernels only (not on biases and BatchNorm)."""
     schedule: Literal["cosine", "constant"] = "cosine"

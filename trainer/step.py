@@ -56,14 +56,13 @@ def _build_model(manifest: Manifest, config: TrainConfig) -> Any:
 
 
 def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
-    weight_decay = config.weight_decay or None
     if config.optimizer == "sgd":
-        momentum = {"momentum": config.momentum, "nesterov": config.nesterov}
-        optimizer = keras.optimizers.SGD(schedule, weight_decay=weight_decay, **momentum)
+        optimizer_class, options = keras.optimizers.SGD, {"momentum": config.momentum, "nesterov": config.nesterov}
     else:
-        optimizer_class = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[config.optimizer]
-        moments = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
-        optimizer = optimizer_class(schedule, weight_decay=weight_decay, **moments)
+        # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
+        optimizer_class = keras.optimizers.Nadam if config.optimizer == "nadam" else keras.optimizers.Adam
+        options = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
+    optimizer = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     return optimizer
