@@ -20,10 +20,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from trainer.errors import InputError
 
-# s3fs retries each request itself; botocore's standard mode adds backoff with jitter below it.
+# s3fs tries each request again, waiting 0.1 x 1.7**n seconds, at most 15; botocore's one retry below it adds jitter. A
+# storage that has never answered is likely misnamed: 3 s of waiting. One that has is worth two minutes.
+_TRIES_BEFORE_FIRST_ANSWER = 6
+_TRIES = 16
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
-    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 5}, "connect_timeout": 10, "read_timeout": 60},
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 2}, "connect_timeout": 5, "read_timeout": 60},
 }
 
 
@@ -220,7 +223,28 @@ def check_writable(uri: str) -> None:
 
 @functools.cache
 def _open_filesystem_for(scheme: str) -> fsspec.AbstractFileSystem:
-    return fsspec.filesystem(scheme, **(_S3_OPTIONS if scheme == "s3" else {}))
+    if scheme != "s3":
+        return fsspec.filesystem(scheme)
+    from s3fs.core import set_custom_error_handler
+
+    set_custom_error_handler(_is_transient)
+    filesystem = fsspec.filesystem("s3", **_S3_OPTIONS)
+    filesystem.retries = _TRIES_BEFORE_FIRST_ANSWER
+    return filesystem
+
+
+def _is_transient(error: Exception) -> bool:
+    """Returns whether s3fs, which knows some of these itself, shall try a failed request again."""
+    from botocore.exceptions import ClientError, ConnectionError
+
+    if isinstance(error, ClientError):
+        return bool(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500)
+    return isinstance(error, ConnectionError)
+
+
+def _note_answer(uri: str) -> None:
+    if not is_local(uri):
+        _open_filesystem_for("s3").retries = _TRIES
 
 
 def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -257,7 +281,9 @@ def _clear_errors(uri: str) -> Iterator[None]:
     """Turns what a storage can answer into one line with the place and what to set, never with a secret."""
     try:
         yield
+        _note_answer(uri)
     except FileNotFoundError as error:
+        _note_answer(uri)
         raise FileNotFoundError(f"{uri}: not found") from error
     except OSError as error:
         if is_local(uri):
