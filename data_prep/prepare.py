@@ -47,7 +47,7 @@ from data_prep.shards import (
 from data_prep.sources import Source, SourceFormat, find_images
 from data_prep.splits import assign_splits
 from trainer import storage
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.lease import hold_lease
 
@@ -121,13 +121,14 @@ def prepare(
     source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
     if storage.join(dataset, "").startswith(storage.join(source, "")):
         raise InputError(f"DATASET {dataset} lies in SOURCE {source}; give a folder outside it")
-    if overwrite:
-        _delete_dataset(dataset)
-    elif existing := read_manifest(dataset):
+    existing = read_manifest(dataset)
+    if existing and not overwrite:
         _check_same_preparation(existing, source, dataset, config)
         return existing
 
     with hold_lease(storage.join(dataset, _STAGING, "lease"), f"DATASET {dataset}"):
+        if overwrite:
+            _delete_dataset(dataset)
         found = find_images(source, source_format)
         slices = _slice_images(found, config)
         _open_staging(dataset, found, config)
@@ -153,8 +154,9 @@ def _delete_dataset(dataset: str) -> None:
     """Deletes what a preparation writes, and nothing else that may be in the folder; the commit goes first."""
     for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
-    for name in (*SPLITS, _STAGING):
-        storage.delete_folder(storage.join(dataset, name))
+    for split in SPLITS:
+        storage.delete_folder(storage.join(dataset, split))
+    _delete_chunks(dataset)
 
 
 def _check_same_preparation(existing: Manifest, source: str, dataset: str, config: PrepareConfig) -> None:
@@ -193,10 +195,14 @@ def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> None:
             return
     except FileNotFoundError:
         pass
+    _delete_chunks(dataset)
+    storage.write_bytes(plan_uri, plan)
+
+
+def _delete_chunks(dataset: str) -> None:
     for name in storage.find_files(storage.join(dataset, _STAGING)):
         if name.startswith(_CHUNK_PREFIX):
             storage.delete_file(storage.join(dataset, _STAGING, name))
-    storage.write_bytes(plan_uri, plan)
 
 
 def _stage_chunks(found: Source, dataset: str, slices: list[range], config: PrepareConfig, on_event: OnEvent) -> None:
@@ -215,11 +221,24 @@ def _stage_chunks(found: Source, dataset: str, slices: list[range], config: Prep
 
 
 def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any]], **arguments: Any) -> Any:
-    """Yields ``function(item, **arguments)`` of each item as a Ray Data task of its own, as they finish."""
+    """Yields ``function(item, **arguments)`` of each item as a Ray Data task of its own, as they finish.
+
+    Raises:
+        InputError: a task raised it.
+        JobError: a task failed in another way.
+    """
     if not items:
         return
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    yield from dataset.map(function, fn_kwargs=arguments).iter_rows()
+    try:
+        yield from dataset.map(function, fn_kwargs=arguments).iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None:
+            raise cause from error
+        raise JobError(f"a task failed: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _decode_slice(

@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Option
 
 from trainer import console
-from trainer.errors import TrainingError
+from trainer.errors import JobError
 
 if TYPE_CHECKING:
     from trainer.launch import ArchitectureDescription
@@ -66,7 +66,7 @@ def main(
             result = launch.launch(config, manifest, run, resources, max_failures=max_failures, on_event=on_event)
         print_result(run.uri, result)
         if result.status == "diverged":
-            raise TrainingError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
+            raise JobError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
 
 
 def parse_assignment(text: str) -> tuple[str, object]:

@@ -58,7 +58,7 @@ def connect() -> Iterator[Resources]:
         **({"include_dashboard": False} if local else {}),
     )
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield _read_resources()

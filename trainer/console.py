@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.errors import InputError, TrainingError
+from trainer.errors import InputError, JobError
 from trainer.events import Event, OnEvent, StageProgressed
 
 stdout = Console(soft_wrap=True, highlight=False)
@@ -29,7 +29,7 @@ def exit_codes() -> Iterator[None]:
     except InputError as error:
         stderr.print(f"error: {error}", markup=False)
         sys.exit(2)
-    except TrainingError as error:
+    except JobError as error:
         stderr.print(f"failed: {error}", markup=False)
         sys.exit(1)
 

@@ -8,5 +8,5 @@ class InputError(Exception):
     """
 
 
-class TrainingError(Exception):
-    """The run started and failed: exit 1."""
+class JobError(Exception):
+    """The job started and failed: exit 1."""

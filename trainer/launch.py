@@ -23,7 +23,7 @@ from trainer.backend import TensorFlowConfig
 from trainer.cluster import Resources
 from trainer.config import TrainConfig, find_differences, parse_config
 from trainer.dataset import cache_folder, load_manifest
-from trainer.errors import InputError, TrainingError
+from trainer.errors import InputError, JobError
 from trainer.evaluation import summarise
 from trainer.events import Event, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
@@ -184,7 +184,7 @@ def launch(
 
     Raises:
         InputError: the run name is used by another config.
-        TrainingError: the workers failed more often than allowed.
+        JobError: the workers failed more often than allowed.
     """
     record = run.read_record()
     if record is not None:
@@ -303,7 +303,7 @@ def _find_cause(error: TrainingFailedError, run: RunFolder) -> Exception:
         if isinstance(cause, InputError):
             return cause
     reasons = {str(failure).strip().splitlines()[-1] for failure in failures.values()} or {str(error).splitlines()[-1]}
-    return TrainingError(
+    return JobError(
         f"run {run.name}: {'; '.join(sorted(reasons))}; the same command continues it from its last checkpoint"
     )
 
@@ -313,7 +313,7 @@ def _close_run(run: RunFolder, config: TrainConfig, manifest: Manifest, worker_r
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
     if best is None or last is None:
-        raise TrainingError(f"run {run.name} ended before its first checkpoint: {worker_result.reason}")
+        raise JobError(f"run {run.name} ended before its first checkpoint: {worker_result.reason}")
     predictions = storage.parquet_table(checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME))
     test = None
     if config.evaluate_test and not worker_result.reason:
