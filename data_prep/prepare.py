@@ -231,14 +231,22 @@ def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, An
         return
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     try:
-        yield from dataset.map(function, fn_kwargs=arguments).iter_rows()
+        for result in dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments).iter_rows():
+            if "error" in result:
+                raise InputError(result["error"])
+            yield result
     except ray.exceptions.RayTaskError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            raise cause from error
-        raise JobError(f"a task failed: {str(error).strip().splitlines()[-1]}") from error
+        # Ray keeps the task's own error as text only, above its own.
+        own = str(error).partition("\n\n")[0].splitlines()[-1]
+        raise JobError(f"a task of Ray Data failed: {own}") from error
+
+
+def _report_error(item: dict[str, Any], function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+    """Returns what the function returns, or the error that its caller is to raise: Ray does not keep it."""
+    try:
+        return function(item, **arguments)
+    except InputError as error:
+        return {"error": str(error)}
 
 
 def _decode_slice(

@@ -16,7 +16,7 @@ import data_prep.prepare
 from data_prep.manifest import SPLITS
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 
 pytestmark = pytest.mark.usefixtures("resources")
 CONFIG = PrepareConfig(image_size=20, max_bad_fraction=0.1)
@@ -272,3 +272,17 @@ def test_a_table_cannot_name_files_outside_its_folder(tmp_path):
     table.write_text("path,label\n../secret.png,a\nb.png,b\n")
     with pytest.raises(InputError, match=r"row 1: '../secret.png' leaves the table's folder"):
         prepare(str(table), str(tmp_path / "dataset"), CONFIG)
+
+
+def refuse(item):
+    raise InputError("what the task said")
+
+
+def fail(item):
+    raise KeyError("what went wrong")
+
+
+@pytest.mark.parametrize(("task", "error"), [(refuse, "^what the task said$"), (fail, "KeyError: 'what went wrong'")])
+def test_the_error_of_a_task_is_the_error_of_the_job(task, error):
+    with pytest.raises((InputError, JobError), match=error):
+        list(data_prep.prepare._run_tasks(task, [{"row": 1}, {"row": 2}]))

@@ -1,0 +1,59 @@
+import io
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.contents import read_contents
+from data_prep.sources import IMAGES_SCHEMA, find_images
+
+
+def as_images(rows: list[dict]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
+
+
+def test_files_come_in_the_order_of_the_rows(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(str(number).encode())
+    order = [*range(29, -1, -1), 3, 3]
+    contents = read_contents(str(tmp_path), as_images([{"path": f"{number}.png"} for number in order]))
+    assert list(contents) == [str(number).encode() for number in order]
+
+
+def test_a_file_that_is_not_there_has_no_content(tmp_path):
+    (tmp_path / "here.png").write_bytes(b"1")
+    images = as_images([{"path": "gone.png"}, {"path": "here.png"}, {"path": "no/folder.png"}])
+    assert list(read_contents(str(tmp_path), images)) == [None, b"1", None]
+
+
+def test_no_rows_give_nothing(tmp_path):
+    assert list(read_contents(str(tmp_path), as_images([]))) == []
+
+
+def test_members_of_a_tar_are_read_from_their_place(tmp_path):
+    contents = {f"{number}.png": bytes([number]) * (700 * number) for number in range(1, 5)}
+    for name in ("train-0.tar", "train-1.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for path, content in {**contents, "1.cls": b"a", "2.cls": b"b", "3.cls": b"a", "4.cls": b"b"}.items():
+                member = tarfile.TarInfo(path)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    found = find_images(str(tmp_path))
+    assert list(read_contents(found.uri, found.images)) == [*contents.values(), *contents.values()]
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_rows_of_parquet_files_come_in_order_across_row_groups(tmp_path, as_struct):
+    expected = []
+    for file in range(2):
+        contents = [f"{file}-{row}".encode() for row in range(7)]
+        images = [{"bytes": content, "path": ""} for content in contents] if as_struct else contents
+        pq.write_table(
+            pa.table({"image": images, "label": list("abababa")}), tmp_path / f"{file}.parquet", row_group_size=3
+        )
+        expected += contents
+    found = find_images(str(tmp_path))
+    assert list(read_contents(found.uri, found.images)) == expected
+    # A slice begins and ends within row groups.
+    assert list(read_contents(found.uri, found.images.slice(4, 6))) == expected[4:10]

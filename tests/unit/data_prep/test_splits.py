@@ -1,0 +1,141 @@
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_prep.splits import assign_splits
+
+
+def table(labels, digests=None, splits=None) -> pa.Table:
+    digests = range(len(labels)) if digests is None else digests
+    return pa.table(
+        {
+            "label": pa.array(labels, pa.int32()),
+            "split": pa.array(splits or [None] * len(labels), pa.string()),
+            "pixels_sha256": [hashlib.sha256(str(digest).encode()).hexdigest() for digest in digests],
+        }
+    )
+
+
+def assign(images: pa.Table, groups=None, val=0.15, test=0.15, seed=0) -> list[str]:
+    groups = np.arange(len(images)) if groups is None else np.asarray(groups)
+    return assign_splits(images, groups, val, test, seed)
+
+
+def counts_of(splits: list[str], labels) -> dict[int, dict[str, int]]:
+    return {
+        label: dict(Counter(split for split, one in zip(splits, labels, strict=True) if one == label))
+        for label in set(labels)
+    }
+
+
+def test_each_class_gives_its_rounded_share_to_each_split():
+    labels = [0] * 100 + [1] * 10 + [2] * 7
+    assert counts_of(assign(table(labels), val=0.15, test=0.2), labels) == {
+        0: {"train": 65, "val": 15, "test": 20},
+        1: {"train": 6, "val": 2, "test": 2},
+        2: {"train": 5, "val": 1, "test": 1},
+    }
+
+
+def test_without_a_test_fraction_nothing_tests():
+    labels = [0] * 20 + [1] * 20
+    assert counts_of(assign(table(labels), test=0.0), labels)[0] == {"train": 17, "val": 3}
+
+
+@pytest.mark.parametrize("fraction", [0.15, 0.6, 0.99])
+def test_a_class_with_one_image_trains(fraction):
+    assert assign(table([0, 1]), val=fraction, test=0.0) == ["train", "train"]
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+def test_at_least_one_image_of_each_class_trains(images):
+    assert "train" in assign(table([0] * images), val=0.49, test=0.5)
+
+
+def test_the_same_seed_gives_the_same_splits():
+    images = table([0] * 50 + [1] * 50)
+    assert assign(images, seed=3) == assign(images, seed=3)
+
+
+def test_another_seed_gives_other_splits():
+    images = table([0] * 50 + [1] * 50)
+    assert len({tuple(assign(images, seed=seed)) for seed in range(5)}) == 5
+
+
+def test_the_order_of_the_rows_and_the_numbers_of_the_groups_change_nothing():
+    labels, digests = [0] * 40 + [1] * 40, [*range(60), *range(20)]
+    groups = np.array(digests)
+    splits = np.array(assign(table(labels, digests), groups))
+    order = np.random.default_rng(0).permutation(80)
+    shuffled = assign(table(np.array(labels)[order], np.array(digests)[order]), 1000 - groups[order])
+    assert shuffled == splits[order].tolist()
+
+
+def test_an_image_keeps_its_split_when_another_class_grows():
+    labels = [0] * 40 + [1] * 10
+    more = [*labels, *[1] * 30]
+    assert assign(table(more))[:40] == assign(table(labels))[:40]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_group_of_duplicates_never_straddles(seed):
+    labels = [0, 1] * 60
+    groups = np.random.default_rng(seed).integers(0, 30, 120)
+    splits = assign(table(labels, groups), groups, seed=seed)
+    assert all(len({split for split, one in zip(splits, groups, strict=True) if one == group}) == 1 for group in groups)
+    assert set(splits) == {"train", "val", "test"}
+
+
+def test_the_share_is_kept_where_groups_can_fill_it():
+    # 10 pairs and 80 single images.
+    groups = np.array([*np.repeat(np.arange(10), 2), *range(10, 90)])
+    images = table([0] * 100, groups)
+    for seed in range(10):
+        assert Counter(assign(images, groups, seed=seed)) == {"train": 70, "val": 15, "test": 15}
+
+
+def test_a_class_whose_images_all_have_twins_in_another_class_trains_too():
+    # Image 9 and image 10 have the same pixels; 10 is the only one of its class.
+    labels, groups = [0] * 10 + [1], [*range(10), 9]
+    images = table(labels, groups)
+    assert {assign(images, groups, val=0.4, test=0.4, seed=seed)[10] for seed in range(10)} == {"train"}
+
+
+def test_given_splits_are_kept():
+    given = ["train", "val", "test", "test", "train", "val"]
+    assert assign(table([0, 0, 0, 1, 1, 1], splits=given)) == given
+
+
+def test_given_splits_are_kept_even_where_twins_straddle():
+    assert assign(table([0, 0, 1, 1], [0, 0, 2, 3], ["train", "val", "train", "val"]), [0, 0, 2, 3]) == [
+        "train",
+        "val",
+        "train",
+        "val",
+    ]
+
+
+def test_val_is_drawn_from_train_where_it_is_missing():
+    labels = [0] * 20 + [1] * 20 + [0, 1]
+    given = ["train"] * 40 + ["test", "test"]
+    assert counts_of(assign(table(labels, splits=given), val=0.25), labels) == {
+        0: {"train": 15, "val": 5, "test": 1},
+        1: {"train": 15, "val": 5, "test": 1},
+    }
+
+
+def test_test_is_never_drawn_from_given_splits():
+    given = ["train"] * 30 + ["val"] * 10
+    assert assign(table([0] * 40, splits=given), test=0.3) == given
+
+
+def test_where_only_test_images_are_marked_val_is_drawn_from_the_rest():
+    labels = [0] * 20 + [1] * 20
+    given = ([None] * 16 + ["test"] * 4) * 2
+    assert counts_of(assign(table(labels, splits=given), val=0.25), labels) == {
+        0: {"train": 12, "val": 4, "test": 4},
+        1: {"train": 12, "val": 4, "test": 4},
+    }

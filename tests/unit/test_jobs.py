@@ -1,0 +1,138 @@
+import inspect
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from data_prep.prepare import PrepareConfig
+from data_prep.sources import SOURCE_FORMATS
+from trainer.architectures import ARCHITECTURES
+from trainer.config import TrainConfig
+
+REPOSITORY = Path(__file__).parents[2]
+JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py"))
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", str(REPOSITORY / "jobs" / script), *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+
+
+def split_stderr(finished: subprocess.CompletedProcess[str]) -> tuple[set[str], list[str]]:
+    """Returns the packages that were imported, and the lines that a user sees."""
+    lines = finished.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    return imported, [line for line in lines if not line.startswith("import time:")]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_answers_without_loading_what_only_work_needs(job):
+    finished = run(job, "--help")
+    imported, _ = split_stderr(finished)
+    assert finished.returncode == 0
+    assert "Usage" in finished.stdout
+    assert "typer" in imported
+    assert not imported & {"tensorflow", "tf_keras", "keras", "ray"}
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "message"),
+    [
+        ("train.py", ["--arch", "vgg"], f"--arch 'vgg' is unknown; choose from {', '.join(ARCHITECTURES)}"),
+        ("train.py", ["--arch", "alexnet", "--dataset", "no/such"], "holds no prepared dataset"),
+        ("train.py", ["--arch", "alexnet", "--dataset", "gs://bucket"], "unknown scheme 'gs'"),
+        ("prepare.py", ["in", "out", "--channels", "2"], "--channels 2"),
+        ("prepare.py", ["in", "out", "--val-fraction", "0.6", "--test-fraction", "0.4"], "leave no image to train on"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line_without_tensorflow(job, options, message):
+    finished = run(job, *options)
+    imported, lines = split_stderr(finished)
+    assert finished.returncode == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert finished.stdout == ""
+    assert not imported & {"tensorflow", "tf_keras", "keras"}
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "message"),
+    [
+        ("train.py", ["--optimizer", "lion"], "--optimizer"),
+        ("train.py", ["--epochs", "many"], "--epochs"),
+        ("train.py", ["--colour", "red"], "--colour"),
+        ("train.py", ["--arch", "alexnet", "--arch-argument", "width=wide"], "give NAME=NUMBER"),
+        ("prepare.py", [], "Missing argument"),
+        ("prepare.py", ["in", "out", "--resize", "stretch"], "--resize"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(job, options, message):
+    finished = run(job, *options)
+    imported, lines = split_stderr(finished)
+    assert finished.returncode == 2
+    assert message in "\n".join(lines)
+    assert "Traceback" not in finished.stderr
+    assert not imported & {"tensorflow", "ray"}
+
+
+def parameters_of(job: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(runpy.run_path(str(REPOSITORY / "jobs" / job))["main"]).parameters)
+
+
+def choices_of(annotation: object) -> set[str]:
+    """Returns the words that an annotation allows, within Annotated and beside None."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return {choice for part in get_args(annotation) for choice in choices_of(part)}
+
+
+def test_the_options_of_train_are_the_fields_of_its_config():
+    options = set(parameters_of("train.py")) - {"list_archs", "storage", "run_name", "max_failures"}
+    fields = set(TrainConfig.model_fields) - {"dataset_fingerprint"}
+    assert options - {"arch_argument"} | {"arch_arguments"} == fields
+
+
+def test_the_options_of_prepare_are_the_fields_of_its_config():
+    options = set(parameters_of("prepare.py")) - {"source", "dataset", "source_format", "overwrite"}
+    assert options == set(PrepareConfig.model_fields)
+
+
+@pytest.mark.parametrize(("job", "config"), [("train.py", TrainConfig), ("prepare.py", PrepareConfig)])
+def test_options_that_are_words_allow_what_the_config_allows(job, config):
+    compared = 0
+    for name, parameter in parameters_of(job).items():
+        allowed = choices_of(parameter.annotation)
+        if allowed and name in config.model_fields:
+            assert allowed == choices_of(config.model_fields[name].annotation), name
+            compared += 1
+    assert compared
+
+
+def test_the_formats_of_a_source_are_those_that_are_read():
+    assert choices_of(parameters_of("prepare.py")["source_format"].annotation) == set(SOURCE_FORMATS)
+
+
+def test_the_defaults_of_prepare_are_those_of_its_config():
+    parameters = parameters_of("prepare.py")
+    for name, field in PrepareConfig.model_fields.items():
+        assert parameters[name].default == field.default, name
+
+
+def test_train_leaves_to_the_recipe_what_a_recipe_can_say():
+    given = {"arch", "arch_argument", "recipe", "dataset", "num_workers", "seed", "evaluate_test"}
+    for name, parameter in parameters_of("train.py").items():
+        if name in TrainConfig.model_fields and name not in given:
+            assert parameter.default is None, name
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [("dropout=0.3", ("dropout", 0.3)), ("width=2", ("width", 2)), ("filters=[8,16]", ("filters", [8, 16]))],
+)
+def test_an_argument_of_a_family_is_a_name_and_a_value(text, parsed):
+    parse = runpy.run_path(str(REPOSITORY / "jobs" / "train.py"))["parse_assignment"]
+    assert parse(text) == parsed

@@ -1,0 +1,162 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from trainer.architectures import ARCHITECTURES, build_model, count_parameters, family_arguments
+
+# Enough of each family to run its every layer in no time.
+TINY = {
+    "cnn_sigmoid": {"first_filters": 4, "dense_units": 8},
+    "cnn_softmax": {"first_filters": 4, "dense_units": 8},
+    "cnn_deep": {"first_filters": 4, "dense_units": 8},
+    "cnn_tapered": {"first_filters": 4, "dense_units": 8},
+    "alexnet": {"width": 0.05, "dense_units": 16},
+    "vgg19": {"filters": (8, 8, 16, 16, 16), "dense_units": 32},
+    "inception_notes": {"width": 0.25},
+}
+
+
+@pytest.fixture(params=["float32", "mixed_bfloat16"])
+def precision(request):
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(request.param)
+    yield request.param
+    keras.mixed_precision.set_global_policy(before)
+
+
+def image_size_of(arch: str) -> int:
+    return max(8, ARCHITECTURES[arch].min_image_size)
+
+
+def build_tiny(arch: str, num_classes: int = 3, channels: int = 1, **arguments):
+    keras.utils.set_random_seed(0)
+    return build_model(arch, image_size_of(arch), channels, num_classes, {**TINY[arch], **arguments})
+
+
+def images_for(arch: str, count: int, channels: int = 1) -> np.ndarray:
+    shape = (count, image_size_of(arch), image_size_of(arch), channels)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_size", "channels", "num_classes", "parameters"),
+    [
+        # As the notes printed them.
+        ("cnn_sigmoid", 250, 1, 10, 27_734_190),
+        ("cnn_softmax", 250, 1, 10, 27_734_190),
+        ("cnn_deep", 250, 1, 10, 5_723_342),
+        ("cnn_tapered", 250, 1, 10, 11_148_510),
+        ("alexnet", 250, 1, 10, 58_304_586),
+        ("vgg19", 250, 1, 10, 139_610_058),
+        ("inception_notes", 250, 1, 10, 40_464_442),
+        # As published.
+        ("alexnet", 227, 3, 1000, 62_383_848),
+        ("vgg19", 224, 3, 1000, 143_667_240),
+    ],
+)
+def test_the_number_of_parameters_is_that_of_the_source(arch, image_size, channels, num_classes, parameters):
+    assert count_parameters(arch, image_size, channels, num_classes) == parameters
+
+
+def test_a_variant_of_vgg_is_its_list_of_convolutions():
+    with tf.Graph().as_default():
+        vgg16 = build_model("vgg19", 224, 3, 1000, {"convolutions": (2, 2, 3, 3, 3)})
+        assert vgg16.count_params() == 138_357_544
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_smallest_image_leaves_every_layer_a_pixel(arch):
+    with tf.Graph().as_default():
+        model = build_model(arch, ARCHITECTURES[arch].min_image_size, 1, 3)
+        assert all(size >= 1 for layer in model.layers for size in layer.output_shape[1:])
+
+
+@pytest.mark.parametrize("arch", [arch for arch, spec in ARCHITECTURES.items() if spec.min_image_size > 1])
+def test_one_pixel_less_than_the_smallest_image_is_too_few(arch):
+    with pytest.raises(ValueError):  # noqa: PT011 - Keras words it otherwise in each layer
+        count_parameters(arch, ARCHITECTURES[arch].min_image_size - 1, 1, 3)
+
+
+def test_every_architecture_has_a_tiny_form_here():
+    assert TINY.keys() == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_logits_are_float32_whatever_the_precision(arch, channels, precision):
+    model = build_tiny(arch, num_classes=5, channels=channels)
+    logits = model(images_for(arch, 2, channels))
+    assert logits.shape == (2, 5)
+    assert logits.dtype == tf.float32
+    assert np.isfinite(logits).all()
+    assert {variable.dtype for variable in model.variables} == {tf.float32}
+    inner = {layer.compute_dtype for layer in model.layers[:-1]}
+    assert inner == {"bfloat16" if precision == "mixed_bfloat16" else "float32"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_last_layer_gives_logits_and_not_scores(arch):
+    model = build_tiny(arch)
+    assert model.layers[-1].name == "logits"
+    assert model.layers[-1].activation is keras.activations.linear
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_variable_has_a_name_of_its_own(arch):
+    # A checkpoint keeps variables by name.
+    names = [variable.name for variable in build_tiny(arch).variables]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_variables_are_named_alike_each_time(arch):
+    first, second = build_tiny(arch), build_tiny(arch)
+    assert [variable.name for variable in first.variables] == [variable.name for variable in second.variables]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_loss_falls_on_one_batch(arch):
+    no_dropout = {"dropout": 0.0} if "dropout" in family_arguments(arch) else {}
+    model, images, labels = build_tiny(arch, **no_dropout), images_for(arch, 6), np.array([0, 1, 2, 0, 1, 2])
+    optimizer = keras.optimizers.Adam(0.003)
+    losses = []
+    for _ in range(30):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        losses.append(float(loss))
+    assert min(losses) < 0.7 * losses[0]
+
+
+def test_the_notes_first_layer_is_as_wide_as_the_image():
+    with tf.Graph().as_default():
+        assert build_model("cnn_softmax", 40, 1, 3).layers[0].filters == 40
+        assert build_model("cnn_softmax", 40, 1, 3, {"first_filters": 8}).layers[0].filters == 8
+
+
+def test_given_arguments_take_the_place_of_the_architectures_own():
+    with tf.Graph().as_default():
+        deep = build_model("cnn_softmax", 60, 1, 3, {"later_filters": (64, 32, 32)})
+        assert deep.count_params() == count_parameters("cnn_deep", 60, 1, 3)
+
+
+def test_only_the_first_of_the_notes_scores_by_sigmoid():
+    assert [arch for arch, spec in ARCHITECTURES.items() if spec.head == "sigmoid"] == ["cnn_sigmoid"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_arguments_of_a_family_are_those_that_it_takes(arch):
+    names = family_arguments(arch)
+    assert TINY[arch].keys() | ARCHITECTURES[arch].arguments.keys() <= set(names)
+    assert not {"image_size", "channels", "num_classes"} & set(names)
+
+
+def test_choosing_an_architecture_does_not_load_tensorflow():
+    check = "import sys, trainer.architectures; sys.exit('tensorflow' in sys.modules or 'tf_keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

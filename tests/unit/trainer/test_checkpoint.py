@@ -1,0 +1,199 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from trainer import checkpoint as checkpoints
+from trainer import storage
+from trainer.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    return str(tmp_path / "checkpoints")
+
+
+def row(epoch: int, val_accuracy: float, val_loss: float = 1.0) -> dict[str, float]:
+    return {"epoch": epoch, "val_accuracy": val_accuracy, "val_loss": val_loss}
+
+
+def save(folder: str, accuracies, **files: bytes) -> list[checkpoints.Checkpoint]:
+    """Saves one checkpoint an epoch of ten steps."""
+    history = [row(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, start=1)]
+    return [
+        checkpoints.save_checkpoint(folder, epoch, 10 * epoch, history[:epoch], files or {"model.safetensors": b"m"})
+        for epoch in range(1, len(history) + 1)
+    ]
+
+
+def steps(folder: str) -> list[int]:
+    return [checkpoint.step for checkpoint in checkpoints.find_checkpoints(folder)]
+
+
+def test_a_checkpoint_is_found_as_it_was_saved(folder):
+    saved = save(folder, [0.5, 0.6])
+    assert checkpoints.find_checkpoints(folder) == saved
+    assert saved[1].name == "step-00000020"
+    assert saved[1].history == [row(1, 0.5), row(2, 0.6)]
+
+
+def test_its_files_are_read_as_they_were_written(folder):
+    (saved,) = save(folder, [0.5], model=b"weights", optimizer=b"moments")
+    assert checkpoints.read_file(folder, saved, "model") == b"weights"
+    assert checkpoints.read_file(folder, saved, "optimizer") == b"moments"
+
+
+def test_without_checkpoints_there_is_neither_a_last_nor_a_best(folder):
+    assert checkpoints.find_checkpoints(folder) == []
+    assert checkpoints.find_last(folder) is None
+    assert checkpoints.find_best(folder) is None
+
+
+def test_the_last_has_the_most_steps_even_past_the_width_of_its_name(folder):
+    for step in (999, 100_000_000, 20_000_000):
+        checkpoints.save_checkpoint(folder, 1, step, [row(1, 0.5)], {})
+    assert checkpoints.find_last(folder).step == 100_000_000
+    assert steps(folder) == [999, 20_000_000, 100_000_000]
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([(0.5, 1.0), (0.7, 2.0), (0.6, 0.1)], 2),  # accuracy decides
+        ([(0.7, 1.0), (0.7, 0.5), (0.7, 0.9)], 2),  # then the lower loss
+        ([(0.7, 1.0), (0.7, 1.0)], 1),  # then the earlier epoch
+    ],
+)
+def test_the_best_is_that_of_the_best_validation(folder, rows, best):
+    for epoch, (accuracy, loss) in enumerate(rows, start=1):
+        checkpoints.save_checkpoint(folder, epoch, 10 * epoch, [row(epoch, accuracy, loss)], {})
+    assert checkpoints.find_best(folder).epoch == best
+
+
+def test_a_folder_without_its_commit_is_invisible(folder):
+    first, second = save(folder, [0.5, 0.6])
+    storage.delete_file(storage.join(folder, second.name, "checkpoint.json"))
+    assert checkpoints.find_last(folder) == first
+    assert checkpoints.find_best(folder) == first
+
+
+def test_a_save_that_fails_half_way_is_invisible(folder):
+    files = {"model": b"m", "model/below a file": b"o"}
+    with pytest.raises(InputError, match="give a path that can be read and written"):
+        checkpoints.save_checkpoint(folder, 1, 10, [row(1, 0.5)], files)
+    assert storage.find_files(folder) == {"step-00000010/model": 1}
+    assert checkpoints.find_checkpoints(folder) == []
+
+
+def test_stray_files_are_no_checkpoints(folder):
+    save(folder, [0.5])
+    storage.write_bytes(storage.join(folder, "notes.txt"), b"")
+    assert steps(folder) == [10]
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'{"epoch": "one"}'])
+def test_a_commit_that_cannot_be_read_is_refused(folder, content):
+    save(folder, [0.5])
+    storage.write_bytes(storage.join(folder, "step-00000010", "checkpoint.json"), content)
+    with pytest.raises(InputError, match=r"step-00000010/checkpoint.json is no checkpoint of this program"):
+        checkpoints.find_checkpoints(folder)
+
+
+def test_a_damaged_file_is_refused_with_what_to_do(folder):
+    (saved,) = save(folder, [0.5])
+    storage.write_bytes(storage.join(folder, saved.name, "model.safetensors"), b"n")
+    with pytest.raises(InputError, match=r"model.safetensors has sha256 .* damaged: delete the folder step-00000010"):
+        checkpoints.read_file(folder, saved, "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_survives(folder, value):
+    checkpoints.save_checkpoint(folder, 1, 10, [row(1, 0.1, value)], {})
+    (found,) = checkpoints.find_checkpoints(folder)
+    assert str(found.history[0]["val_loss"]) == str(value)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "keep_best", "kept"),
+    [
+        ([0.5, 0.9, 0.6, 0.7], 1, [20, 40]),
+        ([0.5, 0.9, 0.6, 0.7], 2, [20, 40]),
+        ([0.5, 0.9, 0.8, 0.7], 2, [20, 30, 40]),
+        ([0.5, 0.6, 0.7, 0.8], 1, [40]),
+        ([0.9, 0.5, 0.5, 0.5], 1, [10, 40]),
+        ([0.5, 0.5, 0.5], 2, [10, 20, 30]),
+        ([0.5, 0.6], 5, [10, 20]),
+        ([], 1, []),
+    ],
+)
+def test_the_best_and_the_last_are_kept(folder, accuracies, keep_best, kept):
+    save(folder, accuracies)
+    checkpoints.delete_old_checkpoints(folder, keep_best)
+    assert steps(folder) == kept
+    assert storage.find_folders(folder) == [checkpoints.checkpoint_name(step) for step in kept]
+
+
+def test_arrays_survive_as_safetensors():
+    arrays = {
+        "conv/kernel:0": np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1),
+        "iteration:0": np.array(7, np.int64),
+        "empty:0": np.zeros((0, 3), np.float32),
+        "flag": np.array(True),
+    }
+    restored = checkpoints.from_safetensors(checkpoints.to_safetensors(arrays))
+    assert restored.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(restored[name], array)
+        assert (restored[name].shape, restored[name].dtype) == (array.shape, array.dtype)
+
+
+class Variable:
+    """As a TensorFlow variable looks to this module."""
+
+    def __init__(self, name: str, value) -> None:
+        self.name, self.value = name, np.asarray(value)
+
+    @property
+    def shape(self):
+        return self.value.shape
+
+    def numpy(self):
+        return self.value
+
+    def assign(self, value) -> None:
+        self.value = value
+
+
+def test_variables_are_read_and_set_by_name():
+    source = [Variable("a", [1.0, 2.0]), Variable("b", 3)]
+    target = [Variable("b", 0), Variable("a", [0.0, 0.0])]
+    checkpoints.assign_variables(target, checkpoints.read_variables(source))
+    assert target[0].value == 3
+    assert target[1].value.tolist() == [1.0, 2.0]
+
+
+def test_two_variables_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two variables have the same name"):
+        checkpoints.read_variables([Variable("a", 1), Variable("a", 2)])
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], ["a", "c"]])
+def test_other_names_are_refused_before_anything_is_set(names):
+    variables = [Variable("a", 1), Variable("b", 2)]
+    with pytest.raises(ValueError, match=r"other variables than the model: '[bc]' is in one of them only"):
+        checkpoints.assign_variables(variables, {name: np.array(9) for name in names})
+    assert variables[0].value == 1
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"a has shape \(3,\) in the checkpoint, \(2,\) in the model"):
+        checkpoints.assign_variables([Variable("a", [0, 0])], {"a": np.zeros(3)})
+
+
+def test_a_commit_of_a_newer_program_is_refused(folder):
+    (saved,) = save(folder, [0.5])
+    newer = {**json.loads(saved.model_dump_json()), "shards": 2}
+    storage.write_bytes(storage.join(folder, saved.name, "checkpoint.json"), json.dumps(newer).encode())
+    with pytest.raises(InputError, match="Extra inputs are not permitted"):
+        checkpoints.find_checkpoints(folder)

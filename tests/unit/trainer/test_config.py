@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from trainer.config import TrainConfig, find_differences, parse_config
+from trainer.errors import InputError
+
+REQUIRED = {
+    "arch": "alexnet",
+    "dataset": "/datasets/cats",
+    "dataset_fingerprint": "f00d",
+    "num_workers": 2,
+    "base_learning_rate": 0.1,
+}
+
+
+def test_the_values_that_are_needed_are_enough():
+    config = parse_config(REQUIRED)
+    assert config.arch == "alexnet"
+    assert config.epochs == 10
+
+
+def test_a_config_survives_as_json_with_nothing_left_out():
+    config = parse_config({**REQUIRED, "arch_arguments": {"width": 0.5, "dense_units": 64, "filters": [8, 16]}})
+    written = config.model_dump_json()
+    assert json.loads(written).keys() == TrainConfig.model_fields.keys()
+    assert TrainConfig.model_validate_json(written) == config
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(REQUIRED).seed = 1
+
+
+def test_the_learning_rate_grows_with_the_global_batch():
+    config = parse_config({**REQUIRED, "base_learning_rate": 0.1, "global_batch_size": 64})
+    assert config.peak_learning_rate == pytest.approx(0.025)
+    assert config.per_replica_batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_workers", 0),
+        ("global_batch_size", 0),
+        ("epochs", 0),
+        ("base_learning_rate", 0.0),
+        ("base_learning_rate", -1.0),
+        ("momentum", 1.0),
+        ("beta_2", 1.0),
+        ("epsilon", 0.0),
+        ("weight_decay", -0.1),
+        ("warmup_epochs", -1.0),
+        ("clip_norm", -1.0),
+        ("label_smoothing", 1.0),
+        ("keep_best", 0),
+        ("optimizer", "lion"),
+        ("schedule", "linear"),
+        ("precision", "float16"),
+        ("input_scaling", "none"),
+        ("epochs", 2.5),
+        ("seed", "a"),
+        ("colour", "red"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_with_its_option(name, value):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
+        parse_config({**REQUIRED, name: value})
+
+
+@pytest.mark.parametrize("name", ["base_learning_rate", "weight_decay", "clip_norm", "warmup_epochs"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(name, value):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
+        parse_config({**REQUIRED, name: value})
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_value_that_is_needed_cannot_be_left_out(name):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} .*Field required"):
+        parse_config({key: value for key, value in REQUIRED.items() if key != name})
+
+
+@pytest.mark.parametrize(("batch", "suggested"), [(65, "64 or 66"), (1, "2 or 2")])
+def test_a_batch_that_cannot_be_divided_is_refused_with_those_that_can(batch, suggested):
+    with pytest.raises(
+        InputError, match=f"--global-batch-size {batch} cannot be divided over 2 workers.* {suggested}$"
+    ):
+        parse_config({**REQUIRED, "global_batch_size": batch})
+
+
+def test_equal_configs_have_no_differences():
+    assert find_differences(parse_config(REQUIRED), parse_config(REQUIRED)) == []
+
+
+def test_each_difference_is_named_with_both_values():
+    other = parse_config({**REQUIRED, "seed": 3, "arch_arguments": {"width": 0.5}})
+    assert find_differences(parse_config(REQUIRED), other) == ["arch_arguments: {} -> {'width': 0.5}", "seed: 0 -> 3"]

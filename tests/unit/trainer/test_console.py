@@ -1,0 +1,59 @@
+import pytest
+
+from trainer import console
+from trainer.errors import InputError, JobError
+from trainer.events import RunStarted, StageProgressed
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            InputError("--arch 'vgg' is unknown; choose from [a, b]"),
+            2,
+            "error: --arch 'vgg' is unknown; choose from [a, b]",
+        ),
+        (JobError("run first: out of memory"), 1, "failed: run first: out of memory"),
+    ],
+)
+def test_an_error_ends_the_job_with_its_code_and_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as ended, console.exit_codes():
+        raise error
+    assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert captured.err == line + "\n"
+    assert captured.out == ""
+
+
+def test_a_long_line_is_not_wrapped(capsys):
+    with pytest.raises(SystemExit), console.exit_codes():
+        raise InputError("long " * 100)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_another_error_is_left_as_it_is():
+    with pytest.raises(ZeroDivisionError), console.exit_codes():
+        raise ZeroDivisionError
+
+
+def test_success_ends_nothing(capsys):
+    with console.exit_codes():
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_log_has_plain_lines_of_events_and_nothing_of_quick_progress(capsys):
+    started = RunStarted(20, 2, 10, 3, 60, 2, 0)
+    with console.show_events() as show:
+        for done in range(100):
+            show(StageProgressed("decode [1]", done, 100))
+        show(started)
+    assert capsys.readouterr().err == f"{started}\n"
+
+
+def test_a_job_log_tells_of_slow_progress(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_PLAIN_INTERVAL_SECONDS", 0.0)
+    with console.show_events() as show:
+        show(StageProgressed("decode", 0, 100))
+        show(StageProgressed("decode", 50, 100))
+    assert capsys.readouterr().err == "decode: 50 of 100\n"

@@ -1,0 +1,50 @@
+import pytest
+
+from trainer.events import EpochFinished, RunStarted
+
+STARTED = {
+    "global_batch_size": 20,
+    "num_replicas": 2,
+    "per_replica_batch_size": 10,
+    "steps_per_epoch": 3,
+    "rows": 66,
+    "epochs": 2,
+    "finished_epochs": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (
+            {},
+            "global batch 20 = 2 replicas x 10; 66 images = 3 steps an epoch + 6 left out (others each epoch); "
+            "2 epochs = 6 steps",
+        ),
+        ({"rows": 60}, "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps"),
+        (
+            {"rows": 60, "finished_epochs": 1},
+            "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps; "
+            "continuing after epoch 1",
+        ),
+    ],
+)
+def test_the_start_says_the_arithmetic(values, text):
+    assert str(RunStarted(**{**STARTED, **values})) == text
+
+
+def test_an_epoch_is_one_line_in_the_words_of_the_notes():
+    row = {
+        "epoch": 3,
+        "loss": 0.93154,
+        "accuracy": 0.77273,
+        "val_loss": 1.5,
+        "val_accuracy": 0.5,
+        "learning_rate": 0.00125,
+        "images_per_second": 1234.6,
+        "epoch_seconds": 12.34,
+    }
+    assert str(EpochFinished(row, epochs=10)) == (
+        "epoch 3/10 - loss: 0.9315 - accuracy: 0.7727 - val_loss: 1.5000 - val_accuracy: 0.5000 - "
+        "learning_rate: 1.25e-03 - 1235 images/s - 12.3 s"
+    )

@@ -1,0 +1,177 @@
+import pytest
+
+from trainer import storage
+from trainer.architectures import ARCHITECTURES
+from trainer.cluster import Resources
+from trainer.errors import InputError
+from trainer.launch import build_config, check_arch, check_dataset, embedded_dataset, launch, open_run
+from trainer.run_folder import RunFolder, describe_run
+
+ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, hardware="1 node")
+FOUR_GPUS = Resources(num_nodes=2, num_cpus=16, num_gpus=4, hardware="2 nodes")
+
+
+@pytest.fixture
+def dataset(write_dataset) -> str:
+    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_file=100).uri
+
+
+@pytest.fixture
+def build(dataset):
+    """Returns a function that makes a config as `jobs/train.py` does: None is what the command line leaves open."""
+
+    def build(resources=ONE_MACHINE, **options):
+        given = {"arch": "cnn_softmax", "recipe": "modern", "dataset": dataset, "num_workers": "auto", "seed": 0}
+        return build_config({**given, "epochs": None, "optimizer": None, "storage": "runs", **options}, resources)
+
+    return build
+
+
+@pytest.mark.parametrize("arch", ["", "vgg", "AlexNet"])
+def test_an_unknown_architecture_is_refused_with_those_there_are(arch):
+    with pytest.raises(InputError, match=f"--arch '{arch}' is unknown; choose from {', '.join(ARCHITECTURES)}"):
+        check_arch(arch)
+
+
+def test_every_architecture_is_known():
+    for arch in ARCHITECTURES:
+        check_arch(arch)
+
+
+def test_a_dataset_that_fits_gives_its_manifest(dataset):
+    assert check_dataset("cnn_softmax", dataset).image_size == 24
+
+
+def test_images_too_small_for_the_architecture_are_refused_with_the_size_it_needs(dataset):
+    with pytest.raises(InputError, match=r"alexnet needs images of 67x67 pixels or more, .* 24x24.*--image-size 67"):
+        check_dataset("alexnet", dataset)
+
+
+def test_a_dataset_without_validation_images_is_refused(write_dataset):
+    with pytest.raises(InputError, match="has no val images; prepare it with a larger --val-fraction"):
+        check_dataset("inception_notes", write_dataset(rows=(7, 0, 0)).uri)
+
+
+def test_the_embedded_dataset_is_as_small_as_the_architecture_allows(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, image_size = embedded_dataset("alexnet", "runs")
+    assert image_size == 67
+    assert folder == str(tmp_path / "training-notes" / "datasets" / "mnist-5000-67")
+    assert embedded_dataset("cnn_softmax", "runs")[1] == 28
+
+
+def test_the_embedded_dataset_of_a_bucket_is_in_the_bucket():
+    assert embedded_dataset("vgg19", "s3://b/runs/") == ("s3://b/runs/datasets/mnist-5000-32", 32)
+
+
+def test_a_run_has_the_name_it_was_given(tmp_path):
+    run = open_run(str(tmp_path / "runs"), "first_1.2-a", "alexnet", ONE_MACHINE)
+    assert (run.uri, run.name) == (str(tmp_path / "runs" / "first_1.2-a"), "first_1.2-a")
+    assert storage.find_files(run.uri) == {}
+
+
+def test_a_run_without_a_name_is_called_after_its_architecture(tmp_path):
+    assert open_run(str(tmp_path), "", "alexnet", ONE_MACHINE).name.startswith("alexnet-2")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "with space", "-x", "ä"])
+def test_a_run_name_that_is_no_plain_name_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=r"--run-name .*: use letters, digits"):
+        open_run(str(tmp_path), name, "alexnet", ONE_MACHINE)
+
+
+def test_several_nodes_need_a_storage_that_they_share(tmp_path):
+    with pytest.raises(InputError, match=r"is a local path and the cluster has 2 nodes.*give s3://bucket/prefix"):
+        open_run(str(tmp_path), "first", "alexnet", FOUR_GPUS)
+
+
+def test_a_storage_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="give a path that can be read and written"):
+        open_run(str(tmp_path / "file"), "first", "alexnet", ONE_MACHINE)
+
+
+def test_what_the_command_line_leaves_open_the_recipe_says(build):
+    config, manifest = build()
+    assert (config.optimizer, config.epochs, config.weight_decay) == ("adamw", 20, 0.01)
+    assert config.dataset_fingerprint == manifest.fingerprint
+    assert build(recipe="notes")[0].optimizer == "adam"
+
+
+def test_what_the_command_line_says_goes_before_the_recipe(build):
+    config, _ = build(optimizer="sgd", epochs=3, weight_decay=0.0, arch_arguments={"dense_units": 8})
+    assert (config.optimizer, config.epochs, config.weight_decay) == ("sgd", 3, 0.0)
+    assert config.arch_arguments == {"dense_units": 8}
+
+
+def test_arguments_of_the_recipe_and_of_the_command_line_are_put_together(build, write_dataset):
+    large = write_dataset(rows=(100, 10, 0), image_size=67, rows_per_file=100).uri
+    config, _ = build(arch="alexnet", dataset=large, arch_arguments={"dropout": 0.1})
+    assert config.arch_arguments == {"batch_norm_momentum": 0.9, "dropout": 0.1}
+
+
+def test_an_unknown_recipe_is_refused(build):
+    with pytest.raises(InputError, match="--recipe 'old' is unknown; choose from notes, modern"):
+        build(recipe="old")
+
+
+def test_an_unknown_argument_of_a_family_is_refused_with_those_there_are(build):
+    with pytest.raises(
+        InputError, match=r"'depth' is unknown; cnn_softmax has later_filters, first_filters, dense_units"
+    ):
+        build(arch_arguments={"depth": 3, "dense_units": 8})
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_workers", "expected"),
+    [(ONE_MACHINE, "auto", 1), (FOUR_GPUS, "auto", 4), (FOUR_GPUS, "2", 2), (ONE_MACHINE, "2", 2)],
+)
+def test_there_is_one_worker_a_gpu_unless_asked_otherwise(build, resources, num_workers, expected):
+    assert build(resources, num_workers=num_workers)[0].num_workers == expected
+
+
+@pytest.mark.parametrize("num_workers", ["0", "-1", "two", "1.5", ""])
+def test_a_number_of_workers_that_is_none_is_refused(build, num_workers):
+    with pytest.raises(InputError, match=r"--num-workers .*: give a number from 1, or auto"):
+        build(num_workers=num_workers)
+
+
+def test_more_workers_than_gpus_are_refused(build):
+    with pytest.raises(InputError, match="--num-workers 5 needs 5 GPUs, the cluster has 4; give 4 or less, or auto"):
+        build(FOUR_GPUS, num_workers="5")
+
+
+def test_a_batch_larger_than_the_train_split_is_refused(build):
+    with pytest.raises(
+        InputError, match=r"--global-batch-size 101 is more than the 100 train images of .*; give 100 or less"
+    ):
+        build(global_batch_size=101)
+    assert build(global_batch_size=100)[0].global_batch_size == 100
+
+
+def test_a_test_split_without_images_cannot_be_evaluated(build):
+    with pytest.raises(InputError, match=r"--evaluate-test: .* has no test images"):
+        build(evaluate_test=True)
+
+
+@pytest.fixture
+def finished(build, tmp_path, make_result):
+    config, manifest = build()
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_record(describe_run(config, "1 node"))
+    run.write_result(make_result())
+    return run, config, manifest
+
+
+def test_a_finished_run_is_not_started_again(finished, make_result):
+    run, config, manifest = finished
+    events = []
+    assert launch(config, manifest, run, ONE_MACHINE, on_event=events.append) == make_result()
+    assert events == []
+
+
+def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, build):
+    run, _, manifest = finished
+    other, _ = build(epochs=3)
+    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 20 -> 3\); choose another --run-name"):
+        launch(other, manifest, run, ONE_MACHINE)

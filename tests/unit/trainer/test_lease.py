@@ -1,0 +1,72 @@
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import pytest
+
+from trainer import storage
+from trainer.errors import InputError
+from trainer.lease import hold_lease
+
+
+@pytest.fixture
+def uri(tmp_path) -> str:
+    return str(tmp_path / "dataset" / "lease")
+
+
+def write_holder(uri: str, **values) -> None:
+    holder = {"token": "other", "host": platform.node(), "pid": os.getpid(), "renewed": time.time()}
+    storage.write_bytes(uri, json.dumps({**holder, **values}).encode())
+
+
+def pid_of_a_dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_lease_is_there_while_it_is_held_and_gone_afterwards(uri):
+    with hold_lease(uri, "DATASET d"):
+        assert json.loads(storage.read_bytes(uri))["pid"] == os.getpid()
+    assert not storage.exists(uri)
+
+
+def test_a_lease_is_given_back_after_an_error(uri):
+    with pytest.raises(ZeroDivisionError), hold_lease(uri, "DATASET d"):
+        raise ZeroDivisionError
+    assert not storage.exists(uri)
+
+
+def test_a_held_lease_is_refused_with_its_holder(uri):
+    with hold_lease(uri, "DATASET d"):
+        with (
+            pytest.raises(InputError, match=rf"DATASET d is in use by process {os.getpid()} on {platform.node()}"),
+            hold_lease(uri, "DATASET d"),
+        ):
+            pass
+        assert storage.exists(uri)
+
+
+def test_a_process_of_this_machine_that_died_is_followed_at_once(uri):
+    write_holder(uri, pid=pid_of_a_dead_process())
+    with hold_lease(uri, "DATASET d"):
+        assert json.loads(storage.read_bytes(uri))["pid"] == os.getpid()
+
+
+def test_another_machine_is_followed_when_it_was_silent_for_long(uri):
+    write_holder(uri, host="elsewhere", pid=1, renewed=time.time() - 3600)
+    with hold_lease(uri, "DATASET d"):
+        assert json.loads(storage.read_bytes(uri))["host"] == platform.node()
+
+
+def test_another_machine_that_was_heard_of_lately_is_left_alone(uri):
+    write_holder(uri, host="elsewhere", pid=7, renewed=time.time() - 30)
+    with (
+        pytest.raises(InputError, match=r"in use by process 7 on elsewhere, last heard of 3\d s ago"),
+        hold_lease(uri, "DATASET d"),
+    ):
+        pass
+    assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"

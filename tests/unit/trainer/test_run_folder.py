@@ -1,0 +1,90 @@
+import json
+import math
+import platform
+import re
+import sys
+from importlib.metadata import version
+
+import pyarrow.parquet as pq
+import pytest
+
+from trainer import storage
+from trainer.errors import InputError
+from trainer.run_folder import RunFolder, describe_run
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(str(tmp_path / "runs" / "first"))
+
+
+def test_a_run_folder_knows_its_name_and_places(run, tmp_path):
+    assert run.name == "first"
+    assert run.path("plots", "curves.png") == str(tmp_path / "runs" / "first" / "plots" / "curves.png")
+    assert run.checkpoints == run.path("checkpoints")
+    assert RunFolder("s3://bucket/runs/second").name == "second"
+
+
+def test_a_new_run_has_neither_record_nor_result(run):
+    assert run.read_record() is None
+    assert run.read_result() is None
+
+
+def test_the_record_survives(run, make_config):
+    record = describe_run(make_config(arch_arguments={"dropout": 0.3}), "1 node, 4 CPUs")
+    run.write_record(record)
+    assert run.read_record() == record
+
+
+def test_the_record_tells_how_the_run_was_started(make_config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--arch", "alexnet", "--run-name", "with space"])
+    record = describe_run(make_config(), "1 node, 4 CPUs")
+    assert record.command == "python jobs/train.py --arch alexnet --run-name 'with space'"
+    assert record.hardware == "1 node, 4 CPUs"
+    assert record.python == platform.python_version()
+    assert record.packages["tensorflow"] == version("tensorflow")
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|" + re.escape(version("training-notes")), record.code_version)
+    assert record.started.utcoffset().total_seconds() == 0
+
+
+def test_without_a_repository_the_code_version_is_the_installed_one(make_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_run(make_config(), "").code_version == version("training-notes")
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"config": {"arch": "alexnet"}}'])
+def test_a_config_of_another_program_is_refused_with_what_to_do(run, content):
+    storage.write_bytes(run.path("config.json"), content)
+    with pytest.raises(InputError, match=r"config.json is not a config of this program .*; choose another --run-name"):
+        run.read_record()
+
+
+def test_the_result_survives(run, make_result, evaluation):
+    result = make_result(test=evaluation, reason="the loss became nan")
+    run.write_result(result)
+    assert run.read_result() == result
+
+
+def test_a_result_with_a_loss_that_is_not_finite_survives(run, make_result, evaluation):
+    run.write_result(make_result(status="diverged", val=evaluation.model_copy(update={"loss": math.nan})))
+    assert math.isnan(run.read_result().val.loss)
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}"])
+def test_a_result_of_another_program_is_refused(run, content):
+    storage.write_bytes(run.path("result.json"), content)
+    with pytest.raises(InputError, match=r"result\.json"):
+        run.read_result()
+
+
+def test_attempts_are_counted_from_one_and_described(run):
+    assert [run.start_attempt() for _ in range(3)] == [1, 2, 3]
+    assert list(storage.find_files(run.path("attempts"))) == ["0001.json", "0002.json", "0003.json"]
+    assert json.loads(storage.read_bytes(run.path("attempts", "0002.json")))["node"] == platform.node()
+
+
+def test_metrics_have_a_row_an_epoch_and_are_written_anew(run):
+    history = [{"epoch": epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)]
+    run.write_metrics(history[:2])
+    run.write_metrics(history)
+    assert pq.read_table(run.path("metrics.parquet")).to_pylist() == history

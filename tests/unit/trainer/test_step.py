@@ -1,0 +1,226 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from trainer.checkpoint import read_variables
+from trainer.config import TrainConfig
+from trainer.evaluation import COLUMNS
+from trainer.step import (
+    STEP_ACCURACY,
+    STEP_CLIPPED,
+    STEP_GRAD_NORM,
+    STEP_LOSS,
+    Network,
+    build_network,
+    compile_eval_step,
+    compile_gather,
+    compile_train_step,
+    export_model,
+    pixel_scaling,
+)
+
+SIZE, ROWS = 22, 6
+NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
+
+
+@pytest.fixture(autouse=True)
+def float32_afterwards():
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture
+def manifest(write_dataset):
+    return write_dataset(rows=(ROWS, 1, 1), image_size=SIZE).manifest
+
+
+@pytest.fixture
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (ROWS, SIZE, SIZE, 1), np.uint8), np.array([0, 1, 2, 0, 1, 2], np.int32)
+
+
+@dataclass
+class Started:
+    config: TrainConfig
+    network: Network
+    train_step: object
+
+    def train(self, batch, steps: int = 1) -> np.ndarray:
+        """Takes steps on one batch and returns what each told, [steps, 4]."""
+        return np.stack([self.train_step(*map(tf.constant, batch)).numpy() for _ in range(steps)])
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return read_variables(self.network.model.variables)
+
+
+@pytest.fixture
+def start(make_config, manifest):
+    """Returns a function that builds a network and its step from the fields that a test is about."""
+
+    def start(**values) -> Started:
+        base = {"global_batch_size": ROWS, "schedule": "constant", "warmup_epochs": 0, "arch_arguments": NETWORK}
+        config = make_config(**{**base, "base_learning_rate": 0.01 * 256 / ROWS, **values})
+        network = build_network(manifest, config, steps_per_epoch=10)
+        return Started(config, network, compile_train_step(network, manifest, config))
+
+    return start
+
+
+def logits_of(started: Started, manifest, images: np.ndarray) -> np.ndarray:
+    scale, offset = pixel_scaling(manifest, started.config)
+    return started.network.model(images.astype(np.float32) * scale + offset, training=False).numpy().astype(np.float64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def test_pixels_are_standardised_by_the_train_split(manifest, make_config):
+    scale, offset = pixel_scaling(manifest, make_config())
+    assert np.array([50.0, 100.0, 200.0]) * scale[0] + offset[0] == pytest.approx([-1, 0, 2])
+
+
+def test_pixels_may_be_scaled_to_the_unit_interval(manifest, make_config):
+    scale, offset = pixel_scaling(manifest, make_config(input_scaling="unit"))
+    assert np.array([0.0, 255.0]) * scale[0] + offset[0] == pytest.approx([0, 1])
+
+
+def test_each_channel_has_its_own_scale_and_a_plain_one_is_not_blown_up(manifest, make_config):
+    colour = manifest.model_copy(update={"channels": 3, "pixel_mean": [10.0, 20.0, 30.0], "pixel_std": [2.0, 4.0, 0.0]})
+    scale, offset = pixel_scaling(colour, make_config())
+    assert (scale, offset) == ([0.5, 0.25, 1.0], [-5.0, -5.0, -30.0])
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(start):
+    first, again, other = (start(seed=seed).weights() for seed in (1, 1, 2))
+    kernel = next(name for name in first if "kernel" in name)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+    assert not np.array_equal(first[kernel], other[kernel])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_a_step_tells_plain_loss_and_accuracy_before_its_update(start, manifest, batch, label_smoothing):
+    started = start(label_smoothing=label_smoothing)
+    logits = logits_of(started, manifest, batch[0])
+    told = started.train(batch)[0]
+    assert told[STEP_LOSS] == pytest.approx(-log_softmax(logits)[np.arange(ROWS), batch[1]].mean(), rel=1e-4)
+    assert told[STEP_ACCURACY] == pytest.approx((logits.argmax(axis=1) == batch[1]).mean())
+
+
+def test_a_step_goes_down_the_gradient_of_the_mean_loss(start, manifest, batch):
+    started = start(optimizer="sgd", momentum=0.0, nesterov=False)
+    before, model = started.weights(), started.network.model
+    scale, offset = pixel_scaling(manifest, started.config)
+    with tf.GradientTape() as tape:
+        logits = model(batch[0].astype(np.float32) * scale + offset, training=True)
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(batch[1], logits))
+    gradients = [gradient.numpy() for gradient in tape.gradient(loss, model.trainable_variables)]
+    told, after = started.train(batch)[0], started.weights()
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        np.testing.assert_allclose(after[variable.name], before[variable.name] - 0.01 * gradient, rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients))
+    assert told[STEP_GRAD_NORM] == pytest.approx(norm, rel=1e-4)
+    assert told[STEP_CLIPPED] == 0
+
+
+def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_told(start, batch):
+    started = start(optimizer="sgd", momentum=0.0, nesterov=False, clip_norm=1e-3)
+    before = started.weights()
+    told, after = started.train(batch)[0], started.weights()
+    moved = np.sqrt(sum(((after[name] - before[name]).astype(np.float64) ** 2).sum() for name in before))
+    assert told[STEP_GRAD_NORM] > 1e-3
+    assert told[STEP_CLIPPED] == 1
+    assert moved == pytest.approx(0.01 * 1e-3, rel=0.01)
+
+
+def test_a_gradient_that_is_short_enough_is_left_alone(start, batch):
+    plain, clipping = start(), start(clip_norm=1e3)
+    np.testing.assert_array_equal(clipping.train(batch), plain.train(batch))
+    for name, value in plain.weights().items():
+        np.testing.assert_allclose(clipping.weights()[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "nadam"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_the_network_learns_a_batch_by_heart(start, batch, optimizer, precision):
+    started = start(optimizer=optimizer, precision=precision)
+    losses = started.train(batch, steps=30)[:, STEP_LOSS]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "nadam"])
+def test_weight_decay_shrinks_kernels_and_nothing_else(start, optimizer):
+    # The images are all the mean, and the labels in balance: hardly anything to learn from.
+    images, labels = np.full((ROWS, SIZE, SIZE, 1), 100, np.uint8), np.array([0, 1, 2, 0, 1, 2], np.int32)
+    decayed, plain = (start(optimizer=optimizer, weight_decay=weight_decay) for weight_decay in (0.5, 1e-9))
+    for started in (decayed, plain):
+        started.train((images, labels))
+    for name, value in plain.weights().items():
+        if "kernel" in name:
+            assert np.linalg.norm(decayed.weights()[name]) < 0.999 * np.linalg.norm(value)
+        else:
+            np.testing.assert_allclose(decayed.weights()[name], value, atol=1e-7)
+
+
+def test_the_optimizer_follows_the_schedule(start, batch):
+    started = start(schedule="cosine", epochs=1)
+    rates = []
+    for _ in range(3):
+        started.train(batch)
+        rates.append(float(started.network.optimizer.learning_rate.numpy()))
+    assert rates == pytest.approx([0.01 * (1 + np.cos(np.pi * step / 10)) / 2 for step in range(3)], rel=1e-4)
+
+
+def test_evaluation_tells_of_each_row_what_its_logits_say(start, manifest, batch):
+    started = start()
+    started.train(batch, steps=3)
+    images, labels = batch
+    outcomes = compile_eval_step(started.network, manifest, started.config)(tf.constant(images), tf.constant(labels))
+    log_scores = log_softmax(logits_of(started, manifest, images))
+    true = log_scores[np.arange(ROWS), labels]
+    columns = dict(zip(COLUMNS, outcomes.numpy().T, strict=True))
+    np.testing.assert_allclose(columns["loss"], -true, rtol=1e-4)
+    np.testing.assert_array_equal(columns["predicted"], log_scores.argmax(axis=1))
+    np.testing.assert_allclose(columns["confidence"], np.exp(log_scores.max(axis=1)), rtol=1e-4)
+    np.testing.assert_array_equal(columns["likelier"], (log_scores > true[:, None]).sum(axis=1))
+
+
+def test_evaluation_changes_nothing_and_does_not_depend_on_the_neighbours(make_config, manifest):
+    large = manifest.model_copy(update={"image_size": 67})
+    config = make_config(arch="alexnet", arch_arguments={"width": 0.05, "dense_units": 8})
+    network = build_network(large, config, steps_per_epoch=10)
+    eval_step = compile_eval_step(network, large, config)
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (4, 67, 67, 1), np.uint8), np.array([0, 1, 2, 0], np.int32)
+    before = read_variables(network.model.variables)
+    together = eval_step(tf.constant(images), tf.constant(labels)).numpy()
+    others = np.concatenate([images[:1], 255 - images[1:]])
+    np.testing.assert_allclose(eval_step(tf.constant(others), tf.constant(labels)).numpy()[0], together[0], rtol=1e-5)
+    for name, value in read_variables(network.model.variables).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_one_worker_gathers_its_own_rows(start):
+    values = np.arange(8, dtype=np.float32).reshape(4, 2)
+    np.testing.assert_array_equal(compile_gather(start().network)(values), values)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_an_export_scores_raw_pixels_as_the_network_does(start, manifest, batch, tmp_path, head, precision):
+    started = start(precision=precision)
+    started.train(batch, steps=5)
+    export_model(started.weights(), manifest, started.config, head).save(tmp_path / "model.keras")
+    exported = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    scores = exported(batch[0]).numpy()
+    logits = logits_of(started, manifest, batch[0])
+    expected = np.exp(log_softmax(logits)) if head == "softmax" else 1 / (1 + np.exp(-logits))
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, atol=1e-5 if precision == "float32" else 0.03)
+    assert exported.name == "cnn_softmax"
