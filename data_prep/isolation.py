@@ -1,33 +1,67 @@
-"""Decodes in a process of its own: an image that makes the decoder crash or hang costs that image, not the run."""
+"""An image that makes the decoder crash or hang costs that image, not the run.
 
+Images are decoded in the task's own process, which is fast. Where it dies or hangs, Ray starts the task again, and a
+marker that the first attempt left behind tells the second one to decode in a process apart.
+"""
+
+import faulthandler
 import functools
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from data_prep.decode import ImageOptions, Pixels, RejectedImageError, RejectReason, decode_image
 
-# Images that share a call, so that what a call costs is little to each; one bad image costs these a second try.
+# Images that share a call and its time; one bad image costs these a second try.
 _IMAGES_PER_CALL = 16
 _CALL_TIMEOUT_SECONDS = 60
 
 Decode = Callable[[bytes, ImageOptions], Pixels]
 
 
-def decode_isolated(
-    contents: Sequence[bytes], options: ImageOptions, decode: Decode = decode_image
+def decode_guarded(
+    contents: Sequence[bytes], options: ImageOptions, marker: Path, decode: Decode = decode_image
 ) -> list[Pixels | RejectReason]:
     """Returns the pixels of each image, or the reason why it cannot be used.
+
+    Ends this process if an image takes longer than a minute.
 
     Args:
         contents: the bytes of each file.
         options: of `decode_image`.
-        decode: what runs in the other process; importable there by name.
+        marker: a file on this machine that stands for these contents; there while they are being decoded.
+        decode: what decodes one image.
     """
-    calls = [contents[start : start + _IMAGES_PER_CALL] for start in range(0, len(contents), _IMAGES_PER_CALL)]
+    if marker.exists():
+        outcomes = decode_isolated(contents, options, decode)
+    else:
+        marker.touch()
+        outcomes = []
+        try:
+            for call in _calls(contents):
+                faulthandler.dump_traceback_later(_CALL_TIMEOUT_SECONDS, exit=True)
+                outcomes += _decode_all(call, options, decode)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    marker.unlink()
+    return outcomes
+
+
+def decode_isolated(
+    contents: Sequence[bytes], options: ImageOptions, decode: Decode = decode_image
+) -> list[Pixels | RejectReason]:
+    """Does the same in a process apart, which may crash or hang.
+
+    Args:
+        contents: the bytes of each file.
+        options: of `decode_image`.
+        decode: what decodes one image; importable in the other process by name.
+    """
+    calls = _calls(contents)
     futures = [_submit(call, options, decode) for call in calls]
     outcomes: list[Pixels | RejectReason] = []
     for call, future in zip(calls, futures, strict=True):
@@ -36,6 +70,10 @@ def decode_isolated(
         except (FutureTimeoutError, ProcessExpired):
             outcomes += [_decode_alone(content, options, decode) for content in call]
     return outcomes
+
+
+def _calls(contents: Sequence[bytes]) -> list[Sequence[bytes]]:
+    return [contents[start : start + _IMAGES_PER_CALL] for start in range(0, len(contents), _IMAGES_PER_CALL)]
 
 
 def _decode_alone(content: bytes, options: ImageOptions, decode: Decode) -> Pixels | RejectReason:

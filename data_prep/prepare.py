@@ -8,8 +8,10 @@ number of nodes, and chunks that an interrupted attempt staged are used again.
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -24,7 +26,7 @@ from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME, write_card
 from data_prep.contents import read_contents
 from data_prep.decode import ImageOptions, Pixels, RejectReason
 from data_prep.duplicates import HASH_BYTES, group_duplicates, list_duplicates, perceptual_hash
-from data_prep.isolation import decode_isolated
+from data_prep.isolation import decode_guarded
 from data_prep.manifest import (
     DUPLICATES_NAME,
     MANIFEST_NAME,
@@ -256,7 +258,9 @@ def _decode_slice(
     listed = ray.get(images).slice(item["start"], item["rows"])
     contents = list(read_contents(source, listed))
     options = ImageOptions(**config.model_dump(include=set(ImageOptions.model_fields)))
-    outcomes = iter(decode_isolated([content for content in contents if content is not None], options))
+    uri = _chunk_uri(dataset, item["chunk"])
+    marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{hashlib.sha256(uri.encode()).hexdigest()}")
+    outcomes = iter(decode_guarded([content for content in contents if content is not None], options, marker))
     pixels: list[Pixels] = []
     rows: list[dict[str, Any]] = []
     for row, content in zip(listed.select(["path", "label", "split"]).to_pylist(), contents, strict=True):
@@ -275,7 +279,7 @@ def _decode_slice(
         )
     shape = (len(pixels), config.image_size, config.image_size, config.channels)
     stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
-    write_chunk(_chunk_uri(dataset, item["chunk"]), stacked, pa.Table.from_pylist(rows, schema=STAGED_SCHEMA))
+    write_chunk(uri, stacked, pa.Table.from_pylist(rows, schema=STAGED_SCHEMA))
     return {"images": len(rows)}
 
 

@@ -113,7 +113,7 @@ def find_images(source: str, source_format: SourceFormat | None = None) -> Sourc
             case "folder":
                 found = list(_find_in_folders(visible, ignored))
             case "table":
-                found = list(_find_in_table(root, next(iter(visible))))
+                found = list(_find_in_table(root, _find_table(source, visible)))
             case "parquet":
                 found = [image for path in sorted(visible) for image in _find_in_parquet(root, path, ignored)]
             case "webdataset":
@@ -183,6 +183,15 @@ def _find_in_table(root: str, name: str) -> Iterator[_Found]:
         yield _Found(path, str(label), _parse_split(name, number, row.get("split")))
 
 
+def _find_table(source: str, paths: Iterable[str]) -> str:
+    tables = [path for path in paths if PurePosixPath(path).suffix.lower() in {*_TABLE_SUFFIXES, ".parquet"}]
+    if len(tables) != 1:
+        raise InputError(
+            f"{source} holds {len(tables)} tables ({', '.join(tables) or 'none'}); give one of them as SOURCE"
+        )
+    return tables[0]
+
+
 def _read_table(uri: str) -> list[dict[str, Any]]:
     content = storage.read_bytes(uri)
     try:
@@ -211,6 +220,8 @@ def _find_in_parquet(root: str, path: str, ignored: dict[str, str]) -> Iterator[
         rows = pq.read_table(file, columns=[name for name in ("label", "split") if name in names])
     splits = rows["split"].to_pylist() if "split" in rows.schema.names else [_split_of_name(path)] * len(rows)
     for row, (label, split) in enumerate(zip(rows["label"].to_pylist(), splits, strict=True)):
+        if label is None:
+            raise InputError(f"{path}, row {row} has no label; complete it")
         yield _Found(f"{path}#{row:08d}", str(label), _parse_split(path, row, split), path, row)
 
 

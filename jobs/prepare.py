@@ -9,7 +9,11 @@ from rich.text import Text
 from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from trainer import console
 
+# Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+
+@app.command()
 def main(
     source: Annotated[str, typer.Argument(help="Folder or s3:// prefix with one folder of images per class.")],
     dataset: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write the prepared dataset to.")],
@@ -71,4 +75,4 @@ def print_manifest(dataset: str, manifest: Manifest) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from trainer.run_folder import RunResult
 
 
+# Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     arch: Annotated[str, Option(help="Architecture; --list-archs shows them.")] = "",
     list_archs: Annotated[bool, Option("--list-archs", help="Show the architectures and end.")] = False,
@@ -97,4 +102,4 @@ def print_result(run: str, result: "RunResult") -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -73,7 +73,7 @@ def open_split(dataset: str, manifest: Manifest, split: SplitName) -> ImageSplit
     images_path, labels_path = folder / f"{split}.images.npy", folder / f"{split}.labels.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{split}.lock"):
-        if not labels_path.exists():  # written last
+        if not labels_path.exists():
             _fill_cache(dataset, manifest, split, images_path, labels_path)
     return ImageSplit(np.load(images_path, mmap_mode="r"), np.load(labels_path))
 
@@ -93,7 +93,10 @@ def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path:
         start = end
     images.flush()
     partial.rename(images_path)
-    np.save(labels_path, labels)
+    # Written last and whole: its presence says that the cache is filled.
+    sink = io.BytesIO()
+    np.save(sink, labels)
+    storage.write_bytes(str(labels_path), sink.getvalue())
 
 
 def _read_data_file(dataset: str, file: DataFile) -> bytes:

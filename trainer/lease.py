@@ -43,7 +43,8 @@ def hold_lease(uri: str, what: str) -> Iterator[None]:
     finally:
         released.set()
         renewer.join()
-        storage.delete_file(uri)
+        if _holds(uri, token):
+            storage.delete_file(uri)
 
 
 def _acquire(uri: str, what: str, token: str) -> None:
@@ -55,8 +56,7 @@ def _acquire(uri: str, what: str, token: str) -> None:
                 f"{time.time() - holder['renewed']:.0f} s ago; wait for it to end"
             )
         storage.write_bytes(uri, _describe_holder(token))
-    holder = _read_holder(uri)
-    if holder is None or holder["token"] != token:
+    if not _holds(uri, token):
         raise InputError(f"{what} was taken by another job that started at the same moment; wait for it to end")
 
 
@@ -73,6 +73,11 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
     return holder
 
 
+def _holds(uri: str, token: str) -> bool:
+    holder = _read_holder(uri)
+    return holder is not None and holder["token"] == token
+
+
 def _is_alive(holder: dict[str, Any]) -> bool:
     if holder["host"] == platform.node():
         return os.path.exists(f"/proc/{holder['pid']}")
@@ -80,5 +85,6 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 
 
 def _renew(uri: str, token: str, released: threading.Event) -> None:
-    while not released.wait(_RENEW_SECONDS):
+    # A job that was stopped for so long that another one took over must not take the lease back.
+    while not released.wait(_RENEW_SECONDS) and _holds(uri, token):
         storage.write_bytes(uri, _describe_holder(token))

@@ -124,12 +124,15 @@ def create_file(uri: str, content: bytes) -> bool:
     with _clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         if isinstance(filesystem, LocalFileSystem):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # Linked, not opened exclusively: a file that exists is whole.
+            whole = f"{path}.{uuid.uuid4().hex}"
+            _write_local(Path(whole), content, sync=False)
             try:
-                with open(path, "xb") as file:
-                    file.write(content)
+                os.link(whole, path)
             except FileExistsError:
                 return False
+            finally:
+                os.unlink(whole)
             return True
         if filesystem.exists(path):
             return False

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from PIL import Image
 
 import data_prep.prepare
+from data_prep.decode import ImageOptions
+from data_prep.isolation import decode_guarded
 from data_prep.manifest import SPLITS
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
@@ -286,3 +289,22 @@ def fail(item):
 def test_the_error_of_a_task_is_the_error_of_the_job(task, error):
     with pytest.raises((InputError, JobError), match=error):
         list(data_prep.prepare._run_tasks(task, [{"row": 1}, {"row": 2}]))
+
+
+def decode_or_die(content, options):
+    if content == b"crash":
+        os.abort()
+    return np.full((4, 4, 1), content[0], np.uint8)
+
+
+def decode_for_real(item, marker):
+    contents = [b"a", b"crash", b"b"] if item["row"] == 1 else [b"c"]
+    outcomes = decode_guarded(contents, ImageOptions(image_size=4), Path(f"{marker}-{item['row']}"), decode_or_die)
+    return {"row": item["row"], "outcomes": [o if isinstance(o, str) else chr(o[0, 0, 0]) for o in outcomes]}
+
+
+def test_an_image_that_kills_its_task_costs_that_image(tmp_path):
+    results = data_prep.prepare._run_tasks(decode_for_real, [{"row": 1}, {"row": 2}], marker=str(tmp_path / "marker"))
+    outcomes = {result["row"]: list(result["outcomes"]) for result in results}
+    assert outcomes == {1: ["a", "decoder_crashed", "b"], 2: ["c"]}
+    assert list(tmp_path.iterdir()) == []

@@ -58,7 +58,7 @@ def test_a_crash_costs_only_the_image_that_made_it():
 
 def test_a_hang_costs_only_the_image_that_made_it(monkeypatch):
     isolation.decode_isolated([b"a"], OPTIONS, decode_or_misbehave)
-    monkeypatch.setattr(isolation, "_CALL_TIMEOUT_SECONDS", 3)
+    monkeypatch.setattr(isolation, "_CALL_TIMEOUT_SECONDS", 2)
     outcomes = isolation.decode_isolated([b"a", b"hang", b"b"], OPTIONS, decode_or_misbehave)
     assert as_text(outcomes) == ["a", "decoder_hung", "b"]
 

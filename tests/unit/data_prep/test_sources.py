@@ -308,6 +308,12 @@ def test_parquet_without_a_label_column_is_refused(tmp_path):
         find_images(str(tmp_path / "images.parquet"))
 
 
+def test_a_row_of_a_parquet_file_without_a_label_is_refused(tmp_path):
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3"], "label": ["a", "b", None]}), tmp_path / "images.parquet")
+    with pytest.raises(InputError, match=r"images\.parquet.*label"):
+        find_images(str(tmp_path / "images.parquet"))
+
+
 def write_tar(path: Path, members: dict[str, bytes]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:

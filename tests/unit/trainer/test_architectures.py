@@ -86,10 +86,9 @@ def test_every_architecture_has_a_tiny_form_here():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_logits_are_float32_whatever_the_precision(arch, channels, precision):
-    model = build_tiny(arch, num_classes=5, channels=channels)
-    logits = model(images_for(arch, 2, channels))
+def test_logits_are_float32_whatever_the_precision(arch, precision):
+    model = build_tiny(arch, num_classes=5, channels=3)
+    logits = model(images_for(arch, 2, channels=3))
     assert logits.shape == (2, 5)
     assert logits.dtype == tf.float32
     assert np.isfinite(logits).all()
@@ -106,31 +105,31 @@ def test_the_last_layer_gives_logits_and_not_scores(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_variable_has_a_name_of_its_own(arch):
+def test_every_variable_has_a_name_of_its_own_and_the_same_each_time(arch):
     # A checkpoint keeps variables by name.
-    names = [variable.name for variable in build_tiny(arch).variables]
+    names, again = ([variable.name for variable in build_tiny(arch).variables] for _ in range(2))
     assert len(set(names)) == len(names)
+    assert again == names
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_variables_are_named_alike_each_time(arch):
-    first, second = build_tiny(arch), build_tiny(arch)
-    assert [variable.name for variable in first.variables] == [variable.name for variable in second.variables]
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# The other families are trained in the integration tests.
+@pytest.mark.parametrize("arch", ["vgg19", "inception_notes"])
 def test_the_loss_falls_on_one_batch(arch):
     no_dropout = {"dropout": 0.0} if "dropout" in family_arguments(arch) else {}
     model, images, labels = build_tiny(arch, **no_dropout), images_for(arch, 6), np.array([0, 1, 2, 0, 1, 2])
-    optimizer = keras.optimizers.Adam(0.003)
-    losses = []
-    for _ in range(30):
+    optimizer = keras.optimizers.Adam(0.003, jit_compile=False)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def train_step():
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
-        losses.append(float(loss))
+        return loss
+
+    losses = [float(train_step()) for _ in range(30)]
     assert min(losses) < 0.7 * losses[0]
 
 

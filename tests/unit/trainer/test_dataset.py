@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,19 @@ def test_the_cache_holds_nothing_unfinished(write_dataset, tmp_path):
     assert str(cache_folder()).startswith(str(tmp_path / "cache"))
     names = {path.name for path in (cache_folder() / "splits" / written.manifest.fingerprint).iterdir()}
     assert names <= {"train.images.npy", "train.labels.npy", "train.lock"}
+
+
+def test_a_cache_that_could_not_be_finished_is_filled_again(write_dataset, monkeypatch):
+    written = write_dataset()
+
+    def fill_the_disk(path: Path, target: Path) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Path, "replace", fill_the_disk)
+        with pytest.raises(InputError, match="No space left"):
+            open_split(written.uri, written.manifest, "train")
+    np.testing.assert_array_equal(open_split(written.uri, written.manifest, "train").labels, written.labels["train"])
 
 
 def test_a_manifest_of_a_newer_format_is_refused(write_dataset):

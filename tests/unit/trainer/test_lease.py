@@ -70,3 +70,9 @@ def test_another_machine_that_was_heard_of_lately_is_left_alone(uri):
     ):
         pass
     assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"
+
+
+def test_a_lease_that_another_job_took_over_is_left_to_it(uri):
+    with hold_lease(uri, "DATASET d"):
+        write_holder(uri, host="elsewhere")
+    assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"

@@ -130,7 +130,7 @@ def test_what_the_file_system_refuses_is_an_input_error_with_the_place(root):
 
 
 def test_a_file_is_created_once(root):
-    uri = storage.join(root, "folder", "lease")
+    uri = storage.join(root, "new", "folder", "lease")
     assert storage.create_file(uri, b"first")
     assert not storage.create_file(uri, b"second")
     assert storage.read_bytes(uri) == b"first"
@@ -226,7 +226,9 @@ def test_a_table_survives_as_parquet(root):
 
 def test_an_unreachable_bucket_is_an_input_error_without_the_secret(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-for-any-log")
     message = storage._s3_message("s3://photos/cats", "Could not connect")
     assert message.startswith("s3://photos/cats: bucket 'photos' at http://127.0.0.1:9 answered 'Could not connect'")
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         assert name in message
+    assert "not-for-any-log" not in message
