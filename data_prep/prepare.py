@@ -8,9 +8,10 @@ number of nodes, and chunks that an interrupted attempt staged are used again.
 
 import hashlib
 import json
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,14 @@ from trainer.errors import InputError, JobError
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.lease import hold_lease
 
-# A slice is one task: small enough to keep every core busy on a small source and to lose little when a node dies, and
-# its images fit a worker's memory many times over.
+# A slice becomes one chunk, which is what an interruption loses; its images fit a worker's memory many times over.
 _MAX_SLICE_IMAGES = 256
 _MAX_SLICE_BYTES = 32 * 2**20
 _DATA_FILE_BYTES = 128 * 2**20
+# Ray Data notices the end of a task and starts the next in about 0.1 s, so a task takes several slices where there are
+# enough of them to keep every core busy, but not so many that cores wait long for the last one.
+_LEAST_TASKS_PER_CORE = 4
+_MAX_ITEMS_PER_TASK = 16
 _STAGING = "_staging"
 _CHUNK_PREFIX = "chunk-"
 
@@ -223,7 +227,7 @@ def _stage_chunks(found: Source, dataset: str, slices: list[range], config: Prep
 
 
 def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any]], **arguments: Any) -> Any:
-    """Yields ``function(item, **arguments)`` of each item as a Ray Data task of its own, as they finish.
+    """Yields ``function(item, **arguments)`` of each item, run in Ray Data tasks, as they finish.
 
     Raises:
         InputError: a task raised it.
@@ -231,7 +235,9 @@ def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, An
     """
     if not items:
         return
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    least_tasks = int(_LEAST_TASKS_PER_CORE * ray.cluster_resources().get("CPU", 1))
+    num_tasks = min(len(items), max(least_tasks, math.ceil(len(items) / _MAX_ITEMS_PER_TASK)))
+    dataset = ray.data.from_items(items, override_num_blocks=num_tasks)
     try:
         for result in dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments).iter_rows():
             if "error" in result:
@@ -255,10 +261,13 @@ def _decode_slice(
     item: dict[str, Any], images: Any, source: str, dataset: str, config: PrepareConfig
 ) -> dict[str, Any]:
     """Decodes the images of one slice and stages them as one chunk."""
+    uri = _chunk_uri(dataset, item["chunk"])
+    if storage.exists(uri + ROWS_SUFFIX):
+        # Ray runs a task again whose node or process died; what it had committed stays.
+        return {"images": item["rows"]}
     listed = ray.get(images).slice(item["start"], item["rows"])
     contents = list(read_contents(source, listed))
     options = ImageOptions(**config.model_dump(include=set(ImageOptions.model_fields)))
-    uri = _chunk_uri(dataset, item["chunk"])
     marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{hashlib.sha256(uri.encode()).hexdigest()}")
     outcomes = iter(decode_guarded([content for content in contents if content is not None], options, marker))
     pixels: list[Pixels] = []
@@ -344,7 +353,7 @@ def _write_data_files(
 
 def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
     """Writes the images of some consecutive chunks as one Parquet file a split."""
-    images = np.concatenate([read_chunk_pixels(uri) for uri in item["uris"]])
+    images = [image for uri in item["uris"] for image in read_chunk_pixels(uri)]
     rows = pa.concat_tables([read_chunk_rows(uri) for uri in item["uris"]]).filter(pc.field("reason").is_null())
     split_of = np.asarray(item["splits"])
     files: dict[str, Any] = {}
@@ -353,14 +362,13 @@ def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
         if len(members):
             path = f"{split}/part-{item['part']:05d}.parquet"
             of_split = rows.take(members).select(["label", "path", "sha256"])
-            files[split] = write_data_file(dataset, path, images[members], of_split).model_dump()
-    histogram = _channel_histogram(images[split_of == "train"])
+            files[split] = write_data_file(dataset, path, [images[row] for row in members], of_split).model_dump()
+    histogram = _channel_histogram([images[row] for row in np.flatnonzero(split_of == "train")], images[0].shape[-1])
     return {"files": json.dumps(files), "histogram": histogram, "images": len(images)}
 
 
-def _channel_histogram(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def _channel_histogram(images: Sequence[Pixels], channels: int) -> npt.NDArray[np.int64]:
     """Returns how often each value occurs in each channel: exact whatever the order, unlike a sum of floats."""
-    channels = images.shape[-1]
     histogram = np.zeros((channels, 256), np.int64)
     # Image by image: OpenCV returns counts as float32, which holds integers up to 2**24.
     for image in images:

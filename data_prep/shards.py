@@ -8,10 +8,12 @@ each group of chunks becomes one Parquet file a split.
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.manifest import DataFile
 from trainer import storage
@@ -65,29 +67,43 @@ def read_chunk_rows(uri: str) -> pa.Table:
 
 def read_chunk_pixels(uri: str) -> npt.NDArray[np.uint8]:
     """Returns the pixels of a staged chunk, uint8 ``[images, image_size, image_size, channels]``."""
-    pixels: npt.NDArray[np.uint8] = np.load(io.BytesIO(storage.read_bytes(uri + _PIXELS_SUFFIX)), allow_pickle=False)
-    return pixels
+    content = storage.read_bytes(uri + _PIXELS_SUFFIX)
+    header = io.BytesIO(content)
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    return np.frombuffer(content, dtype, offset=header.tell()).reshape(shape)
 
 
-def write_data_file(dataset: str, path: str, images: npt.NDArray[np.uint8], rows: pa.Table) -> DataFile:
+def write_data_file(dataset: str, path: str, images: Sequence[npt.NDArray[np.uint8]], rows: pa.Table) -> DataFile:
     """Writes one Parquet file of a split.
 
     Args:
         dataset: URI of the dataset.
         path: of the file, relative to it.
-        images: uint8 ``[rows, image_size, image_size, channels]``.
+        images: uint8 ``[image_size, image_size, channels]`` of each row.
         rows: columns label, path and sha256.
     """
-    table = rows.add_column(0, "image", images_to_arrow(images))
+    rows_per_group = max(1, _ROW_GROUP_BYTES // images[0].nbytes)
+    schema = pa.schema([("image", images_to_arrow(images[0][np.newaxis]).type), *rows.schema])
+    content_digest = hashlib.sha256(json.dumps([rows["label"].to_pylist(), rows["path"].to_pylist()]).encode())
+    sink = pa.BufferOutputStream()
     # Parquet has no 8-bit type: split by byte, the three empty bytes of each pixel compress to nothing.
     split_by_byte = ["image.list.element"]
-    content = storage.parquet_bytes(
-        table,
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        compression="lz4",
         use_dictionary=False,
         use_byte_stream_split=split_by_byte,
         write_statistics=False,
-        row_group_size=max(1, _ROW_GROUP_BYTES // images[0].nbytes),
-    )
+    ) as writer:
+        for start in range(0, len(rows), rows_per_group):
+            # Copied group by group: 128 MiB of fresh memory would cost about as much as encoding it.
+            group = np.stack(images[start : start + rows_per_group])
+            content_digest.update(group.data)
+            of_group = rows.slice(start, rows_per_group)
+            writer.write_table(of_group.add_column(0, schema.field("image"), images_to_arrow(group)))
+    content: bytes = sink.getvalue().to_pybytes()
     # Not synced: the manifest has its checksum.
     storage.write_bytes(storage.join(dataset, path), content, sync=False)
     return DataFile(
@@ -95,12 +111,5 @@ def write_data_file(dataset: str, path: str, images: npt.NDArray[np.uint8], rows
         rows=len(rows),
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        content_sha256=_hash_rows(images, rows),
+        content_sha256=content_digest.hexdigest(),
     )
-
-
-def _hash_rows(images: npt.NDArray[np.uint8], rows: pa.Table) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps([rows["label"].to_pylist(), rows["path"].to_pylist()]).encode())
-    digest.update(np.ascontiguousarray(images).data)
-    return digest.hexdigest()
