@@ -9,10 +9,8 @@ number of nodes, and chunks that an interrupted attempt staged are used again.
 import hashlib
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -24,10 +22,9 @@ import ray
 from pydantic import Field, ValidationError
 
 from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME, write_card
-from data_prep.contents import read_contents
-from data_prep.decode import ImageOptions, Pixels, RejectReason
+from data_prep.decode import ImageOptions, Pixels
 from data_prep.duplicates import HASH_BYTES, group_duplicates, list_duplicates, perceptual_hash
-from data_prep.isolation import decode_guarded
+from data_prep.images import decode_listed, slice_images
 from data_prep.manifest import (
     DUPLICATES_NAME,
     MANIFEST_NAME,
@@ -54,9 +51,6 @@ from trainer.errors import InputError, JobError
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.lease import hold_lease
 
-# A slice becomes one chunk, which is what an interruption loses; its images fit a worker's memory many times over.
-_MAX_SLICE_IMAGES = 256
-_MAX_SLICE_BYTES = 32 * 2**20
 _DATA_FILE_BYTES = 128 * 2**20
 # Ray Data notices the end of a task and starts the next in about 0.1 s, so a task takes several slices where there are
 # enough of them to keep every core busy, but not so many that cores wait long for the last one.
@@ -136,7 +130,7 @@ def prepare(
         if overwrite:
             _delete_dataset(dataset)
         found = find_images(source, source_format)
-        slices = _slice_images(found, config)
+        slices = slice_images(found, config)
         _open_staging(dataset, found, config)
         _stage_chunks(found, dataset, slices, config, on_event)
         images, rejected = _read_staged_rows(dataset, len(slices))
@@ -177,12 +171,6 @@ def _check_same_preparation(existing: Manifest, source: str, dataset: str, confi
             f"{dataset} already holds a dataset prepared otherwise ({'; '.join(different)}); "
             "choose another DATASET or replace it with --overwrite"
         )
-
-
-def _slice_images(found: Source, config: PrepareConfig) -> list[range]:
-    image_bytes = config.image_size**2 * config.channels
-    rows = max(1, min(_MAX_SLICE_IMAGES, _MAX_SLICE_BYTES // image_bytes))
-    return [range(start, min(start + rows, len(found.images))) for start in range(0, len(found.images), rows)]
 
 
 def _chunk_uri(dataset: str, index: int) -> str:
@@ -266,14 +254,13 @@ def _decode_slice(
         # Ray runs a task again whose node or process died; what it had committed stays.
         return {"images": item["rows"]}
     listed = ray.get(images).slice(item["start"], item["rows"])
-    contents = list(read_contents(source, listed))
     options = ImageOptions(**config.model_dump(include=set(ImageOptions.model_fields)))
-    marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{hashlib.sha256(uri.encode()).hexdigest()}")
-    outcomes = iter(decode_guarded([content for content in contents if content is not None], options, marker))
     pixels: list[Pixels] = []
     rows: list[dict[str, Any]] = []
-    for row, content in zip(listed.select(["path", "label", "split"]).to_pylist(), contents, strict=True):
-        outcome: Pixels | RejectReason = "unreadable" if content is None else next(outcomes)
+    contents, outcomes = decode_listed(source, listed, options)
+    for row, content, outcome in zip(
+        listed.select(["path", "label", "split"]).to_pylist(), contents, outcomes, strict=True
+    ):
         if isinstance(outcome, str):
             rows.append({**row, "reason": outcome})
             continue

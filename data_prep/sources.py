@@ -35,7 +35,7 @@ SOURCE_FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
 IMAGES_SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # names the image within the source
-        ("label", pa.int32()),
+        ("label", pa.int32()),  # null where the source does not say
         ("split", pa.string()),  # null where the source does not say
         ("container", pa.string()),  # null, or the tar or Parquet file that holds the bytes, relative to the source
         ("offset", pa.int64()),  # in a tar: of its first byte; in a Parquet file: its row
@@ -82,26 +82,29 @@ class _Found:
     """One image while the classes are not known yet."""
 
     path: str
-    class_name: str
+    class_name: str | None
     split: SplitName | None = None
     container: str | None = None
     offset: int = 0
     bytes: int = 0
 
 
-def find_images(source: str, source_format: SourceFormat | None = None) -> Source:
+def find_images(source: str, source_format: SourceFormat | None = None, *, labelled: bool = True) -> Source:
     """Lists a source once.
 
     Args:
         source: local path or s3:// URI of a folder or a file.
         source_format: as in the module's description; None tells it from the source.
+        labelled: every image must have a class, and there must be two or more. Otherwise images without a class have no
+            label, and a single image is a source too.
 
     Raises:
         InputError: there is nothing there, it is of a format that is not read, it has fewer than two classes, or a
             split has a class that train has not.
     """
     uri = storage.resolve_uri(source)
-    is_file = PurePosixPath(uri).suffix.lower() in {*_TABLE_SUFFIXES, ".parquet", ".tar", ".tfrecord", ".tfrecords"}
+    file_suffixes = {*_TABLE_SUFFIXES, ".parquet", ".tar", ".tfrecord", ".tfrecords"}
+    is_file = PurePosixPath(uri).suffix.lower() in (file_suffixes if labelled else file_suffixes | _IMAGE_SUFFIXES)
     root = storage.parent(uri) if is_file else uri
     sizes = {storage.basename(uri): 0} if is_file else storage.find_files(uri)
     visible = {path: size for path, size in sizes.items() if not _is_hidden(PurePosixPath(path))}
@@ -111,17 +114,21 @@ def find_images(source: str, source_format: SourceFormat | None = None) -> Sourc
     try:
         match source_format or _detect_format(root, visible):
             case "folder":
-                found = list(_find_in_folders(visible, ignored))
+                found = list(_find_in_folders(visible, ignored, labelled))
             case "table":
-                found = list(_find_in_table(root, _find_table(source, visible)))
+                found = list(_find_in_table(root, _find_table(source, visible), labelled))
             case "parquet":
-                found = [image for path in sorted(visible) for image in _find_in_parquet(root, path, ignored)]
+                found = [image for path in sorted(visible) for image in _find_in_parquet(root, path, ignored, labelled)]
             case "webdataset":
-                found = [image for path in sorted(visible) for image in _find_in_tar(root, path, ignored)]
+                found = [image for path in sorted(visible) for image in _find_in_tar(root, path, ignored, labelled)]
     except FileNotFoundError as error:
         raise InputError(f"{error}; give a folder, a table, a Parquet file or a tar that is there") from error
     except (pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(f"{source} is damaged or not what its name says: {str(error).splitlines()[0]}") from error
+    if labelled:
+        _check_classes(source, found)
+    elif not found:
+        raise InputError(f"{source}: no images there ({len(ignored)} files of other kinds); give a folder of images")
     return _to_source(source, root, found, ignored)
 
 
@@ -144,34 +151,34 @@ def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
     return "folder"
 
 
-def _find_in_folders(sizes: dict[str, int], ignored: dict[str, str]) -> Iterator[_Found]:
+def _find_in_folders(sizes: dict[str, int], ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
     paths = [PurePosixPath(path) for path in sizes]
     # The folders are splits only if all of them are: a class may be called "test".
     top_folders = {path.parts[0] for path in paths if len(path.parts) > 1 and _is_image(path)}
     is_split = top_folders <= _SPLIT_NAMES.keys() and "train" in {_SPLIT_NAMES.get(name) for name in top_folders}
     for path in paths:
         folders = path.parts[1:-1] if is_split else path.parts[:-1]
-        if not folders:
+        if labelled and not folders:
             ignored[str(path)] = "not_in_a_class_folder"
         elif not _is_image(path):
             ignored[str(path)] = "not_an_image_name"
         else:
             split = _SPLIT_NAMES[path.parts[0]] if is_split else None
-            yield _Found(str(path), folders[0], split, bytes=sizes[str(path)])
+            yield _Found(str(path), folders[0] if folders else None, split, bytes=sizes[str(path)])
 
 
-def _find_in_table(root: str, name: str) -> Iterator[_Found]:
+def _find_in_table(root: str, name: str, labelled: bool) -> Iterator[_Found]:
     rows = _read_table(storage.join(root, name))
     columns = list(rows[0]) if rows else []
     path_column = next((column for column in ("path", "file_name") if column in columns), None)
-    if path_column is None or "label" not in columns:
+    if path_column is None or (labelled and "label" not in columns):
         raise InputError(
             f"{name} has the columns {', '.join(columns) or '(none)'}; needed are path (or file_name), label and, if "
             "wanted, split"
         )
     for number, row in enumerate(rows, start=1):
         given, label = row.get(path_column), row.get("label")
-        if given in (None, "") or label in (None, ""):
+        if given in (None, "") or (labelled and label in (None, "")):
             raise InputError(
                 f"{name}, row {number} has no {path_column if given in (None, '') else 'label'}; complete it"
             )
@@ -180,7 +187,7 @@ def _find_in_table(root: str, name: str) -> Iterator[_Found]:
             raise InputError(
                 f"{name}, row {number}: {given!r} leaves the table's folder {root}; give paths relative to it"
             )
-        yield _Found(path, str(label), _parse_split(name, number, row.get("split")))
+        yield _Found(path, _to_class_name(label), _parse_split(name, number, row.get("split")))
 
 
 def _find_table(source: str, paths: Iterable[str]) -> str:
@@ -208,24 +215,26 @@ def _read_table(uri: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _find_in_parquet(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Found]:
+def _find_in_parquet(root: str, path: str, ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
     if not path.endswith(".parquet"):
         ignored[path] = "not_a_parquet_file"
         return
     uri = storage.join(root, path)
     names = storage.read_parquet_schema(uri).names
-    if not {"image", "label"} <= set(names):
+    if not ({"image", "label"} if labelled else {"image"}) <= set(names):
         raise InputError(f"{uri} has the columns {', '.join(names)}; needed are image, label and, if wanted, split")
     with storage.open_file(uri) as file:
         rows = pq.read_table(file, columns=[name for name in ("label", "split") if name in names])
-    splits = rows["split"].to_pylist() if "split" in rows.schema.names else [_split_of_name(path)] * len(rows)
-    for row, (label, split) in enumerate(zip(rows["label"].to_pylist(), splits, strict=True)):
-        if label is None:
+        num_rows = pq.ParquetFile(file).metadata.num_rows
+    labels = rows["label"].to_pylist() if "label" in names else [None] * num_rows
+    splits = rows["split"].to_pylist() if "split" in names else [_split_of_name(path)] * num_rows
+    for row, (label, split) in enumerate(zip(labels, splits, strict=True)):
+        if labelled and label is None:
             raise InputError(f"{path}, row {row} has no label; complete it")
-        yield _Found(f"{path}#{row:08d}", str(label), _parse_split(path, row, split), path, row)
+        yield _Found(f"{path}#{row:08d}", _to_class_name(label), _parse_split(path, row, split), path, row)
 
 
-def _find_in_tar(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Found]:
+def _find_in_tar(root: str, path: str, ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
     if not path.endswith(".tar"):
         ignored[path] = "not_a_tar"
         return
@@ -249,10 +258,14 @@ def _find_in_tar(root: str, path: str, ignored: dict[str, str]) -> Iterator[_Fou
                 ignored[f"{path}#{member.name}"] = "not_an_image_name"
     for key, member in images.items():
         name = f"{path}#{member.name}"
-        if key in labels:
-            yield _Found(name, labels[key], _split_of_name(path), path, member.offset_data, member.size)
-        else:
+        if labelled and key not in labels:
             ignored[name] = "no_label"
+        else:
+            yield _Found(name, labels.get(key), _split_of_name(path), path, member.offset_data, member.size)
+
+
+def _to_class_name(label: Any) -> str | None:
+    return None if label in (None, "") else str(label)
 
 
 def _split_of_name(path: str) -> SplitName | None:
@@ -268,8 +281,8 @@ def _parse_split(name: str, row: int, split: Any) -> SplitName | None:
     return _SPLIT_NAMES[str(split)]
 
 
-def _to_source(source: str, root: str, found: list[_Found], ignored: dict[str, str]) -> Source:
-    class_names = sorted({image.class_name for image in found})
+def _check_classes(source: str, found: list[_Found]) -> None:
+    class_names = _class_names(found)
     if len(class_names) < 2:
         raise InputError(
             f"{source}: images of {len(class_names)} classes ({', '.join(class_names) or 'none'}); two or more are "
@@ -281,13 +294,21 @@ def _to_source(source: str, root: str, found: list[_Found], ignored: dict[str, s
         }
         if unknown:
             raise InputError(
-                f"{source}: {split} has classes that train has not: {', '.join(sorted(unknown))}; "
+                f"{source}: {split} has classes that train has not: {', '.join(sorted(map(str, unknown)))}; "
                 "add training images of them or remove them"
             )
+
+
+def _class_names(found: list[_Found]) -> list[str]:
+    return sorted({image.class_name for image in found if image.class_name is not None})
+
+
+def _to_source(source: str, root: str, found: list[_Found], ignored: dict[str, str]) -> Source:
+    class_names = _class_names(found)
     label_of = {name: label for label, name in enumerate(class_names)}
     columns = {
         "path": [image.path for image in found],
-        "label": [label_of[image.class_name] for image in found],
+        "label": [None if image.class_name is None else label_of[image.class_name] for image in found],
         **{name: [getattr(image, name) for image in found] for name in ("split", "container", "offset", "bytes")},
     }
     images = pa.table(columns, schema=IMAGES_SCHEMA).sort_by("path")

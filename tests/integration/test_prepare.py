@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import data_prep.images
 import data_prep.prepare
 from data_prep.decode import ImageOptions
 from data_prep.isolation import decode_guarded
@@ -118,13 +119,13 @@ def test_nothing_of_the_work_is_left(dataset):
 
 
 def test_the_number_of_tasks_changes_nothing(source, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep.prepare, "_MAX_SLICE_IMAGES", 7)
+    monkeypatch.setattr(data_prep.images, "_MAX_SLICE_IMAGES", 7)
     manifest = prepare(str(source), str(tmp_path / "dataset"), CONFIG)
     assert manifest.fingerprint == json.loads((dataset / "manifest.json").read_text())["fingerprint"]
 
 
 def test_an_interrupted_preparation_keeps_its_finished_chunks(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep.prepare, "_MAX_SLICE_IMAGES", 7)
+    monkeypatch.setattr(data_prep.images, "_MAX_SLICE_IMAGES", 7)
     target = tmp_path / "dataset"
 
     def interrupt_writing(event):

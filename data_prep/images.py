@@ -1,0 +1,83 @@
+"""The images of a source, decoded slice by slice as Ray Data tasks."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from data_prep.contents import read_contents
+from data_prep.decode import ImageOptions, Pixels, RejectReason
+from data_prep.isolation import decode_guarded
+from data_prep.sources import Source, SourceFormat, find_images
+
+# A slice is what an interruption loses; its images fit a worker's memory many times over.
+_MAX_SLICE_IMAGES = 256
+_MAX_SLICE_BYTES = 32 * 2**20
+
+
+def slice_images(found: Source, options: ImageOptions) -> list[range]:
+    """Returns the rows of each slice of a source: the same for the same source and options."""
+    image_bytes = options.image_size**2 * options.channels
+    rows = max(1, min(_MAX_SLICE_IMAGES, _MAX_SLICE_BYTES // image_bytes))
+    return [range(start, min(start + rows, len(found.images))) for start in range(0, len(found.images), rows)]
+
+
+def decode_listed(
+    source: str, listed: pa.Table, options: ImageOptions
+) -> tuple[list[bytes | None], list[Pixels | RejectReason]]:
+    """Returns the bytes of each listed image, None where there are none, and its pixels or why it has none.
+
+    Args:
+        source: URI of the folder that paths and containers are relative to.
+        listed: columns of `data_prep.sources.IMAGES_SCHEMA`.
+        options: of the decoder.
+    """
+    contents = list(read_contents(source, listed))
+    slice_name = hashlib.sha256(repr((source, listed["path"][0], len(listed), options)).encode()).hexdigest()
+    marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{slice_name}")
+    decoded = iter(decode_guarded([content for content in contents if content is not None], options, marker))
+    return contents, ["unreadable" if content is None else next(decoded) for content in contents]
+
+
+def read_images(source: str, source_format: SourceFormat | None, options: ImageOptions) -> Any:
+    """Returns a `ray.data.Dataset` of the images of a source, labelled or not, as they are decoded.
+
+    Its columns are path (string), label (string, the class, empty where there is none), image (uint8 ``[image_size,
+    image_size, channels]``, zeros where it could not be decoded) and error (string, the reason, else empty).
+
+    Args:
+        source: as for `data_prep.sources.find_images`.
+        source_format: None tells it from the source.
+        options: of the decoder.
+
+    Raises:
+        InputError: there are no images.
+    """
+    found = find_images(source, source_format, labelled=False)
+    # One copy of the list a node, in Ray's shared memory.
+    images = ray.put(found.images)
+    items = [{"start": rows.start, "rows": len(rows)} for rows in slice_images(found, options)]
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _decode_slice,
+        batch_size=1,
+        fn_kwargs={"images": images, "source": found.uri, "class_names": found.class_names, "options": options},
+    )
+
+
+def _decode_slice(
+    items: dict[str, Any], images: Any, source: str, class_names: list[str], options: ImageOptions
+) -> dict[str, Any]:
+    listed = ray.get(images).slice(items["start"][0], items["rows"][0])
+    _, outcomes = decode_listed(source, listed, options)
+    nothing = np.zeros((options.image_size, options.image_size, options.channels), np.uint8)
+    labels = listed["label"].to_pylist()
+    return {
+        "path": np.array(listed["path"].to_pylist(), np.object_),
+        "label": np.array(["" if label is None else class_names[label] for label in labels], np.object_),
+        "image": np.stack([nothing if isinstance(outcome, str) else outcome for outcome in outcomes]),
+        "error": np.array([outcome if isinstance(outcome, str) else "" for outcome in outcomes], np.object_),
+    }
