@@ -1,7 +1,6 @@
 """Trains one architecture on a prepared dataset, or on the embedded one."""
 
-import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -9,6 +8,7 @@ from typer import Option
 
 from trainer import console
 from trainer.errors import JobError
+from trainer.options import add_config_options, parse_assignment
 
 if TYPE_CHECKING:
     from trainer.launch import ArchitectureDescription
@@ -20,6 +20,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 @app.command()
+@add_config_options
 def main(
     arch: Annotated[str, Option(help="Architecture; --list-archs shows them.")] = "",
     list_archs: Annotated[bool, Option("--list-archs", help="Show the architectures and end.")] = False,
@@ -29,58 +30,37 @@ def main(
     num_workers: Annotated[str, Option(help="A number, or auto: one a GPU, or one.")] = "auto",
     arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
-    global_batch_size: Annotated[int | None, Option(help="Images a step over all workers.")] = None,
-    epochs: Annotated[int | None, Option(help="Passes over the train split.")] = None,
-    optimizer: Annotated[Literal["sgd", "adam", "adamw", "nadam"] | None, Option()] = None,
-    base_learning_rate: Annotated[float | None, Option(help="Peak, for a global batch of 256.")] = None,
-    momentum: Annotated[float | None, Option(help="Of sgd.")] = None,
-    nesterov: Annotated[bool | None, Option(help="Of sgd.")] = None,
-    beta_1: Annotated[float | None, Option(help="Of adam, adamw and nadam.")] = None,
-    beta_2: Annotated[float | None, Option(help="Of adam, adamw and nadam.")] = None,
-    epsilon: Annotated[float | None, Option(help="Of adam, adamw and nadam.")] = None,
-    weight_decay: Annotated[float | None, Option(help="Decoupled, on kernels.")] = None,
-    schedule: Annotated[Literal["cosine", "constant"] | None, Option(help="After the warmup.")] = None,
-    warmup_epochs: Annotated[float | None, Option(help="At most a tenth of the steps.")] = None,
-    clip_norm: Annotated[float | None, Option(help="Largest L2 norm of a gradient; 0 does not clip.")] = None,
-    label_smoothing: Annotated[float | None, Option()] = None,
-    input_scaling: Annotated[Literal["standardise", "unit"] | None, Option(help="Of the pixels.")] = None,
-    precision: Annotated[Literal["float32", "mixed_bfloat16"] | None, Option(help="Of the layers.")] = None,
-    seed: Annotated[int, Option(help="Of initialisation, dropout and data order.")] = 0,
-    keep_best: Annotated[int | None, Option(help="Checkpoints kept beside the last one.")] = None,
-    evaluate_test: Annotated[bool, Option("--evaluate-test", help="Read the test split once, at the end.")] = False,
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
+    track: Annotated[list[str], Option(help="Where metrics go too: tensorboard, mlflow.")] = [],  # noqa: B006
+    **options: Any,
 ) -> None:
     """Train on every GPU of the cluster that RAY_ADDRESS names, or on this machine, and write a run folder."""
-    options = {**locals(), "arch_arguments": dict(map(parse_assignment, arch_argument))}
+    options |= {"arch": arch, "recipe": recipe, "num_workers": num_workers}
+    options["arch_arguments"] = dict(map(parse_assignment, arch_argument))
     with console.exit_codes():
         # Not at the top: --help and wrong options answer without loading Ray.
         from data_prep.embedded import prepare_embedded
         from trainer import launch
         from trainer.cluster import connect
+        from trainer.tracking import check_trackers
 
         if list_archs:
             print_architectures(launch.describe_architectures(dataset))
             return
-        launch.check_arch(arch)
+        launch.check_arch(arch, options["arch_arguments"])
+        check_trackers(track)
         if dataset:
             launch.check_dataset(arch, dataset)
         with connect() as resources, console.show_events() as on_event:
             run = launch.open_run(storage, run_name, arch, resources)
             dataset = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
             config, manifest = launch.build_config({**options, "dataset": dataset}, resources)
-            result = launch.launch(config, manifest, run, resources, max_failures=max_failures, on_event=on_event)
+            result = launch.launch(
+                config, manifest, run, resources, max_failures=max_failures, trackers=tuple(track), on_event=on_event
+            )
         print_result(run.uri, result)
         if result.status == "diverged":
             raise JobError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
-
-
-def parse_assignment(text: str) -> tuple[str, object]:
-    """Return the name and the JSON value of NAME=VALUE."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--arch-argument {text!r}: give NAME=NUMBER or NAME=[NUMBER,...]") from error
 
 
 def print_architectures(described: "list[ArchitectureDescription]") -> None:
@@ -98,6 +78,8 @@ def print_result(run: str, result: "RunResult") -> None:
     console.stdout.print(f"val         {result.val}", markup=False)
     if result.test:
         console.stdout.print(f"test        {result.test}", markup=False)
+    for finding in result.findings:
+        console.stdout.print(f"finding     {finding}", markup=False)
     console.stdout.print(f"run         {run}", markup=False)
 
 

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-00000327/model.safetensors      weights by variable name
                                   optimizer.safetensors  optimizer state by variable name
+                                  steps.parquet          loss, gradient norm, ... of each optimizer step so far
                                   predictions.parquet    validation: label, predicted, confidence, ... of each row
                                   checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
 
@@ -25,6 +26,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 _COMMIT_NAME = "checkpoint.json"
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
+STEPS_NAME = "steps.parquet"
 PREDICTIONS_NAME = "predictions.parquet"
 
 

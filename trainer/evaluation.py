@@ -14,6 +14,8 @@ from trainer.dataset import BatchFeed, ImageSplit
 # Columns of what `trainer.step.compile_eval_step` returns for each row.
 COLUMNS = ("loss", "predicted", "confidence", "likelier")
 
+_CALIBRATION_BINS = 15
+
 
 class ClassResult(BaseModel):
     """How many images of one class were told right."""
@@ -38,16 +40,32 @@ class EvaluationResult(BaseModel):
     accuracy: float
     accuracy_interval: tuple[float, float]
     """95% Wilson score interval."""
+    top_k: int
+    """5, or half of the classes where there are fewer than ten."""
+    top_k_correct: int
+    """Rows whose true label is among the ``top_k`` likeliest."""
+    calibration_error: float
+    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, section 2)."""
     per_class: list[ClassResult]
     confusion: list[list[int]]
     """Rows are true labels, columns predicted ones."""
 
     def __str__(self) -> str:
-        low, high = self.accuracy_interval
-        return (
-            f"loss: {self.loss:.4f} - accuracy: {self.accuracy:.4f} ({self.correct} of {self.total}, "
-            f"95% interval {low:.3f}-{high:.3f})"
-        )
+        return f"loss: {self.loss:.4f} - {describe_accuracy(self.correct, self.total)}"
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Returns the 95% Wilson score interval (Wilson 1927) of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def describe_accuracy(correct: int, total: int) -> str:
+    """Returns the form in which every accuracy is shown."""
+    low, high = accuracy_interval(correct, total)
+    return f"accuracy: {correct / total:.4f} ({correct} of {total}, 95% interval {low:.3f}-{high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -100,23 +118,31 @@ def predictions_table(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.
 
 def summarise(split: str, predictions: pa.Table, class_names: list[str]) -> EvaluationResult:
     """Returns the numbers of a table of predictions, as `predictions_table` makes it."""
-    from scipy.stats import binomtest
-
     labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
     confusion = np.zeros((len(class_names), len(class_names)), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
     correct, total = int(np.trace(confusion)), len(labels)
-    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    top_k = max(1, min(5, len(class_names) // 2))
     return EvaluationResult(
         split=split,
         loss=float(np.mean(predictions["loss"].to_numpy(), dtype=np.float64)),
         correct=correct,
         total=total,
         accuracy=correct / total,
-        accuracy_interval=(float(interval.low), float(interval.high)),
+        accuracy_interval=accuracy_interval(correct, total),
+        top_k=top_k,
+        top_k_correct=int(np.sum(predictions["likelier"].to_numpy() < top_k)),
+        calibration_error=_calibration_error(predictions["confidence"].to_numpy(), labels == predicted),
         per_class=[
             ClassResult(name=name, correct=int(confusion[label, label]), total=int(confusion[label].sum()))
             for label, name in enumerate(class_names)
         ],
         confusion=confusion.tolist(),
     )
+
+
+def _calibration_error(confidence: npt.NDArray[np.float32], is_correct: npt.NDArray[np.bool_]) -> float:
+    """Returns the mean over all rows of how far the accuracy of a bin of confidence is from its mean confidence."""
+    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(np.int64), _CALIBRATION_BINS - 1)
+    excess = np.bincount(bins, weights=is_correct - confidence.astype(np.float64), minlength=_CALIBRATION_BINS)
+    return float(np.abs(excess).sum() / len(confidence))

@@ -39,6 +39,17 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class WeightsTransferred:
+    """The network does not start from random weights alone."""
+
+    transferred: str
+    """Which layers were loaded and which were not."""
+
+    def __str__(self) -> str:
+        return self.transferred
+
+
+@dataclass(frozen=True)
 class EpochFinished:
     """An epoch is trained and evaluated."""
 
@@ -56,7 +67,7 @@ class EpochFinished:
         )
 
 
-Event = StageProgressed | RunStarted | EpochFinished
+Event = StageProgressed | RunStarted | WeightsTransferred | EpochFinished
 OnEvent = Callable[[Event], None]
 
 

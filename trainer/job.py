@@ -15,6 +15,8 @@ class WorkerJob:
     manifest: Manifest
     run: str
     """URI of the run folder."""
+    trackers: tuple[str, ...]
+    """Names of `trainer.tracking`: where metrics go besides the run folder."""
     send_event: OnEvent
     """Tells the driver of progress; never waits."""
 
@@ -27,5 +29,7 @@ class WorkerResult:
     """Why the run ended early; empty if it did not."""
     attempts: int
     parameters: int
+    layers: str
+    """The network, as code."""
     weights_crc32: tuple[int, ...]
     """Of the weights that each worker held at the end: all the same."""

@@ -7,10 +7,11 @@ import re
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.queue import Empty, Queue
@@ -23,6 +24,7 @@ from trainer.backend import TensorFlowConfig
 from trainer.cluster import Resources
 from trainer.config import TrainConfig, find_differences, parse_config
 from trainer.dataset import cache_folder, load_manifest
+from trainer.diagnostics import find_symptoms
 from trainer.errors import InputError, JobError
 from trainer.evaluation import summarise
 from trainer.events import Event, OnEvent, RunStarted, StageProgressed, ignore_event
@@ -31,6 +33,7 @@ from trainer.notes import write_note
 from trainer.plots import write_plots
 from trainer.recipes import RECIPES
 from trainer.run_folder import RunFolder, RunResult, describe_run
+from trainer.tracking import log_to_mlflow
 
 _POLL_SECONDS = 0.2
 
@@ -62,10 +65,18 @@ def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
     return described
 
 
-def check_arch(arch: str) -> None:
-    """Raises InputError where there is no such architecture."""
+def check_arch(arch: str, arguments: Mapping[str, Any]) -> None:
+    """Raises InputError where there is no such architecture, or its family has no such arguments."""
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch {arch!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
+    types = family_arguments(arch)
+    for name, value in arguments.items():
+        if name not in types:
+            raise InputError(f"--arch-argument {name!r} is unknown; {arch} has {', '.join(types)}")
+        try:
+            TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"--arch-argument {name}={value}: {error.errors()[0]['msg']}") from error
 
 
 def check_dataset(arch: str, dataset: str) -> Manifest:
@@ -133,15 +144,18 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
     arch, recipe = options["arch"], options["recipe"]
     if recipe not in RECIPES:
         raise InputError(f"--recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
+    if arch not in RECIPES[recipe]:
+        raise InputError(
+            f"--recipe {recipe} has no {arch}, only {', '.join(RECIPES[recipe])}; give one of them or --recipe modern"
+        )
     dataset = storage.resolve_uri(options["dataset"])
     manifest = check_dataset(arch, dataset)
     given = {name: options[name] for name in TrainConfig.model_fields if options.get(name) is not None}
+    if options.get("init_from"):
+        given["init_from"] = storage.resolve_uri(options["init_from"])
     values = {**RECIPES[recipe][arch], **given}
     values["arch_arguments"] = {**RECIPES[recipe][arch].get("arch_arguments", {}), **given.get("arch_arguments", {})}
-    unknown = values["arch_arguments"].keys() - set(family_arguments(arch))
-    if unknown:
-        allowed = ", ".join(family_arguments(arch))
-        raise InputError(f"--arch-argument {min(unknown)!r} is unknown; {arch} has {allowed}")
+    check_arch(arch, values["arch_arguments"])
     config = parse_config(
         {
             **values,
@@ -156,6 +170,11 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
             f"--global-batch-size {config.global_batch_size} is more than the {rows} train images of {dataset}; "
             f"give {rows} or less"
         )
+    if config.init_from and not storage.exists(config.init_from):
+        raise InputError(
+            f"--init-from {config.init_from}: there is no such run or file; give a run folder or a weights file "
+            "(.safetensors or .h5)"
+        )
     if config.evaluate_test and not manifest.splits["test"].rows:
         raise InputError(f"--evaluate-test: {dataset} has no test images; prepare it with a --test-fraction")
     return config, manifest
@@ -168,6 +187,7 @@ def launch(
     resources: Resources,
     *,
     max_failures: int = 3,
+    trackers: tuple[str, ...] = (),
     on_event: OnEvent = ignore_event,
 ) -> RunResult:
     """Starts a run, or continues it from its last checkpoint, and returns its result.
@@ -180,6 +200,7 @@ def launch(
         run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
         max_failures: how often lost workers are started again.
+        trackers: where metrics go besides the run folder, from `trainer.tracking`.
         on_event: told of the start, of steps and of epochs.
 
     Raises:
@@ -197,11 +218,13 @@ def launch(
     if result := run.read_result():
         return result
     if record is None:
+        run.write_manifest(manifest)
         run.write_record(describe_run(config, resources.hardware))
     on_event(_describe_start(run, config, manifest))
     on_event(StageProgressed("starting workers", 0, config.num_workers))
-    worker_result = _run_workers(config, manifest, run, resources, max_failures, on_event)
-    return _close_run(run, config, manifest, worker_result)
+    job = WorkerJob(config, manifest, run.uri, trackers, ignore_event)
+    worker_result = _run_workers(job, resources, max_failures, on_event)
+    return _close_run(job, worker_result)
 
 
 def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> RunStarted:
@@ -240,14 +263,7 @@ def _scaling(config: TrainConfig, resources: Resources) -> ScalingConfig:
     return ScalingConfig(num_workers=config.num_workers, use_gpu=bool(resources.num_gpus), resources_per_worker=wanted)
 
 
-def _run_workers(
-    config: TrainConfig,
-    manifest: Manifest,
-    run: RunFolder,
-    resources: Resources,
-    max_failures: int,
-    on_event: OnEvent,
-) -> WorkerResult:
+def _run_workers(job: WorkerJob, resources: Resources, max_failures: int, on_event: OnEvent) -> WorkerResult:
     # The train loop imports TensorFlow; the driver must not (3 s of one core), so it is named, not imported.
     def train_loop(arguments: dict[str, WorkerJob]) -> WorkerResult:
         from trainer.loop import train_worker
@@ -259,13 +275,14 @@ def _run_workers(
     def send_event(event: Event) -> None:
         queue.actor.put_nowait.remote(event)
 
+    run = RunFolder(job.run)
     # Ray's own bookkeeping: the state of the run is in the run folder (docs/decisions/0003).
     bookkeeping = tempfile.TemporaryDirectory(prefix="ray-train-")
     trainer = DataParallelTrainer(
         train_loop,
-        train_loop_config={"job": WorkerJob(config, manifest, run.uri, send_event)},
+        train_loop_config={"job": replace(job, send_event=send_event)},
         backend_config=TensorFlowConfig(),
-        scaling_config=_scaling(config, resources),
+        scaling_config=_scaling(job.config, resources),
         run_config=RunConfig(
             name=run.name, storage_path=bookkeeping.name, failure_config=FailureConfig(max_failures=max_failures)
         ),
@@ -308,8 +325,9 @@ def _find_cause(error: TrainingFailedError, run: RunFolder) -> Exception:
     )
 
 
-def _close_run(run: RunFolder, config: TrainConfig, manifest: Manifest, worker_result: WorkerResult) -> RunResult:
+def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     """Writes what is drawn from a run when its workers have ended: plots, note, result."""
+    run, config, manifest = RunFolder(job.run), job.config, job.manifest
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
     if best is None or last is None:
@@ -319,22 +337,29 @@ def _close_run(run: RunFolder, config: TrainConfig, manifest: Manifest, worker_r
     if config.evaluate_test and not worker_result.reason:
         content = storage.read_bytes(run.path("test_predictions.parquet"))
         test = summarise("test", storage.parquet_table(content), manifest.class_names)
+    val = summarise("val", predictions, manifest.class_names)
     result = RunResult(
         status="diverged" if worker_result.reason else "completed",
         reason=worker_result.reason,
         parameters=worker_result.parameters,
         best_epoch=best.epoch,
         best_checkpoint=best.name,
-        val=summarise("val", predictions, manifest.class_names),
+        val=val,
         test=test,
         epochs=last.epoch,
         steps=last.step,
         attempts=worker_result.attempts,
+        layers=worker_result.layers,
+        findings=find_symptoms(last.history, val, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )
     run.write_metrics(last.history)
-    write_plots(run, last.history, result)
-    write_note(run, config, manifest, result)
+    steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
+    run.write_steps(steps)
+    write_plots(run, last.history, steps, result, config.clip_norm)
+    if "mlflow" in job.trackers:
+        log_to_mlflow(run, config, last.history, result)
+    write_note(run, result)
     run.write_result(result)
     return result

@@ -1,35 +1,35 @@
 """The training loop: what every Ray Train worker runs.
 
-Order at the start of an attempt: data, network, then the state: the last complete checkpoint of this run if there is
-one, else the seeded initialisation.
+Order at the start of an attempt: data, network, then its state: the last complete checkpoint of this run if there is
+one, else the weights of --init-from if there are any, else the seeded initialisation.
 """
 
 import contextlib
 import os
 import resource
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import ray.train
 import tensorflow as tf
 from ray.train.collective import broadcast_from_rank_zero
 
 from trainer import checkpoint as checkpoints
 from trainer import storage
-from trainer.architectures import ARCHITECTURES
 from trainer.checkpoint import Checkpoint
-from trainer.config import TrainConfig
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
-from trainer.events import EpochFinished, StageProgressed
+from trainer.events import EpochFinished, StageProgressed, WeightsTransferred
+from trainer.export import write_exports
 from trainer.job import WorkerJob, WorkerResult
+from trainer.layers import format_layers
+from trainer.plots import write_mistakes
 from trainer.run_folder import RunFolder
 from trainer.step import (
     STEP_ACCURACY,
@@ -41,13 +41,25 @@ from trainer.step import (
     compile_eval_step,
     compile_gather,
     compile_train_step,
-    export_model,
+    swap_averages,
 )
+from trainer.tracking import write_tensorboard
+from trainer.transfer import read_weights
 
 _PROGRESS_INTERVAL_SECONDS = 0.5
 # Every worker looks at the same loss at the same steps, so all stop together.
 _STEPS_BETWEEN_FINITE_CHECKS = 50
 _GIB = 2**30
+# The columns of a training step's answer, after its number.
+STEPS_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("loss", pa.float32()),
+        ("accuracy", pa.float32()),
+        ("grad_norm", pa.float32()),
+        ("clipped", pa.float32()),
+    ]
+)
 
 
 class DivergedError(Exception):
@@ -64,25 +76,35 @@ def train_worker(job: WorkerJob) -> WorkerResult:
 
     splits = {name: open_split(config.dataset, job.manifest, name) for name in ("train", "val")}
     steps_per_epoch = len(splits["train"]) // config.global_batch_size
-    network = build_network(job.manifest, config, steps_per_epoch)
+    last = broadcast_from_rank_zero(checkpoints.find_last(run.checkpoints) if rank == 0 else None)
+    initial_weights = read_weights(config.init_from) if config.init_from and last is None else None
+    network = build_network(job.manifest, config, steps_per_epoch, initial_weights)
+    if network.transferred and rank == 0:
+        job.send_event(WeightsTransferred(network.transferred))
     train_step = compile_train_step(network, job.manifest, config)
     eval_step, gather = compile_eval_step(network, job.manifest, config), compile_gather(network)
 
     def evaluator(split: ImageSplit) -> Evaluator:
         return Evaluator(split, config.per_replica_batch_size, rank, num_workers, eval_step, gather)
 
-    last = broadcast_from_rank_zero(checkpoints.find_last(run.checkpoints) if rank == 0 else None)
     history: list[dict[str, float]] = []
+    steps = STEPS_SCHEMA.empty_table()
     if last is not None:
         _restore(network, run, last)
+        swap_averages(network)
         history = list(last.history)
+        steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
 
     reason = ""
     with _background_writer() as write:
         try:
             for epoch in range(len(history) + 1, config.epochs + 1):
                 started = time.perf_counter()
-                row = _train_epoch(job, splits["train"], train_step, rank, num_workers, epoch, steps_per_epoch)
+                row, epoch_steps = _train_epoch(
+                    job, splits["train"], train_step, rank, num_workers, epoch, steps_per_epoch
+                )
+                steps = pa.concat_tables([steps, epoch_steps])
+                swap_averages(network)
                 outcomes = evaluator(splits["val"]).evaluate()
                 row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, splits["val"].labels)
                 row["learning_rate"] = float(network.optimizer.learning_rate.numpy())
@@ -95,9 +117,10 @@ def train_worker(job: WorkerJob) -> WorkerResult:
                     checkpoints.read_variables(network.model.variables),
                     checkpoints.read_variables(network.optimizer.variables),
                 )
+                swap_averages(network)
                 if rank == 0:
-                    predictions = predictions_table(outcomes, splits["val"].labels)
-                    write(lambda *parts: _save(run, config, *parts), epoch, row["step"], history, arrays, predictions)
+                    tables = (steps, predictions_table(outcomes, splits["val"].labels))
+                    write(lambda *parts: _save(job, *parts), epoch, row["step"], history, arrays, tables)
                     job.send_event(EpochFinished(row, config.epochs))
         except DivergedError as error:
             reason = str(error)
@@ -107,12 +130,17 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     if best is not None and config.evaluate_test and not reason:
         _restore(network, run, best)
         test = open_split(config.dataset, job.manifest, "test")
+        if rank == 0:
+            run.record_test_read("train.py")
         table = predictions_table(evaluator(test).evaluate(), test.labels)
         if rank == 0:
             storage.write_bytes(run.path("test_predictions.parquet"), storage.parquet_bytes(table))
     if best is not None and rank == 0:
-        _export(run, best, job)
-    return WorkerResult(reason, attempt, network.model.count_params(), weights_crc32)
+        content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
+        write_exports(run, checkpoints.from_safetensors(content), job.manifest, config)
+        predictions = checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME)
+        write_mistakes(run, splits["val"].images, storage.parquet_table(predictions), job.manifest.class_names)
+    return WorkerResult(reason, attempt, network.model.count_params(), format_layers(network.model), weights_crc32)
 
 
 def _gather_weights_crc32(network: Network, gather: Callable[[Any], Any]) -> tuple[int, ...]:
@@ -158,8 +186,12 @@ def _train_epoch(
     num_workers: int,
     epoch: int,
     steps_per_epoch: int,
-) -> dict[str, float]:
-    """Takes every optimizer step of one epoch and returns the part of its metrics row that training knows."""
+) -> tuple[dict[str, float], pa.Table]:
+    """Takes every optimizer step of one epoch.
+
+    Returns:
+        The part of the epoch's metrics row that training knows, and one row a step.
+    """
     config = job.config
     order = epoch_order(len(split), config.seed, epoch)
 
@@ -180,8 +212,9 @@ def _train_epoch(
             job.send_event(StageProgressed(f"epoch {epoch}", len(stats), steps_per_epoch))
     _check_finite(stats, first_step)
     seconds = time.perf_counter() - started
-    means: npt.NDArray[np.float64] = np.stack(stats).mean(axis=0, dtype=np.float64)
-    return {
+    by_step = np.stack(stats)
+    means: npt.NDArray[np.float64] = by_step.mean(axis=0, dtype=np.float64)
+    row = {
         "epoch": epoch,
         "step": epoch * steps_per_epoch,
         "loss": float(means[STEP_LOSS]),
@@ -191,6 +224,8 @@ def _train_epoch(
         "images_per_second": steps_per_epoch * config.global_batch_size / seconds,
         "data_wait_seconds": feed.wait_seconds,
     }
+    numbers = pa.array(range(first_step + 1, first_step + steps_per_epoch + 1), pa.int64())
+    return row, pa.table([numbers, *by_step.T.astype(np.float32)], schema=STEPS_SCHEMA)
 
 
 def _check_finite(stats: list[Any], first_step: int) -> None:
@@ -229,29 +264,23 @@ def _background_writer() -> Iterator[Callable[..., None]]:
 
 
 def _save(
-    run: RunFolder,
-    config: TrainConfig,
+    job: WorkerJob,
     epoch: int,
     step: int,
     history: list[dict[str, float]],
     arrays: tuple[checkpoints.Arrays, checkpoints.Arrays],
-    predictions: Any,
+    tables: tuple[pa.Table, pa.Table],
 ) -> None:
-    model, optimizer = arrays
+    run, (model, optimizer), (steps, predictions) = RunFolder(job.run), arrays, tables
     files = {
         checkpoints.MODEL_NAME: checkpoints.to_safetensors(model),
         checkpoints.OPTIMIZER_NAME: checkpoints.to_safetensors(optimizer),
+        checkpoints.STEPS_NAME: storage.parquet_bytes(steps),
         checkpoints.PREDICTIONS_NAME: storage.parquet_bytes(predictions),
     }
     checkpoints.save_checkpoint(run.checkpoints, epoch, step, history, files)
-    checkpoints.delete_old_checkpoints(run.checkpoints, config.keep_best)
+    checkpoints.delete_old_checkpoints(run.checkpoints, job.config.keep_best)
     run.write_metrics(history)
-
-
-def _export(run: RunFolder, best: Checkpoint, job: WorkerJob) -> None:
-    arrays = checkpoints.from_safetensors(checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME))
-    model = export_model(arrays, job.manifest, job.config, ARCHITECTURES[job.config.arch].head)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.keras")
-        model.save(path)
-        storage.write_bytes(run.path("model.keras"), path.read_bytes())
+    run.write_steps(steps)
+    if "tensorboard" in job.trackers:
+        write_tensorboard(run, history)

@@ -1,48 +1,115 @@
-"""The note of a run, in the form of the user's own training notes."""
+"""The notes, in the form of the user's own: one of each run, and the notebook of all."""
 
 from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, find_differences
 from trainer.markdown import format_table
-from trainer.run_folder import RunFolder, RunResult
+from trainer.run_folder import RunFolder, RunRecord, RunResult, find_runs
+
+NOTEBOOK_NAME = "NOTES.md"
 
 
-def write_note(run: RunFolder, config: TrainConfig, manifest: Manifest, result: RunResult) -> None:
+def write_note(run: RunFolder, result: RunResult) -> None:
     """Writes ``note.md``."""
-    storage.write_bytes(run.path("note.md"), format_note(run, config, manifest, result).encode())
+    runs = find_runs(storage.parent(run.uri))
+    storage.write_bytes(run.path("note.md"), format_note(run, runs, result).encode())
 
 
-def format_note(run: RunFolder, config: TrainConfig, manifest: Manifest, result: RunResult) -> str:
-    """Returns the note as Markdown: date, architecture, data, what was done, and the numbers."""
+def format_notebook(runs: list[RunFolder]) -> str:
+    """Returns the notes of all runs as Markdown, in the order in which they were started."""
+    return "\n".join(["# Training notes", "", *(format_note(run, runs, run.read_result()) for run in runs)])
+
+
+def format_note(run: RunFolder, runs: list[RunFolder], result: RunResult | None) -> str:
+    """Returns the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers.
+
+    Args:
+        run: the run.
+        runs: of the same storage, in the order in which they were started.
+        result: of the run; None where it is not finished.
+    """
     record = run.read_record()
-    size, classes = manifest.image_size, manifest.num_classes
+    if record is None:
+        raise ValueError(f"{run.uri} has no record")
+    lines = [f"### {record.started:%Y-%m-%d}", f"#### {record.config.arch}: {run.name}", describe_change(run, runs), ""]
+    if result is None:
+        lines += ["```sh", record.command, "```", "not finished: the same command continues it"]
+    else:
+        lines += _format_finished(run, record, run.read_manifest(), result)
+    return "\n".join(lines) + "\n"
+
+
+def describe_change(run: RunFolder, runs: list[RunFolder]) -> str:
+    """Returns how the config differs from that of the previous run of the same architecture."""
+    records = [(one.name, record) for one in runs if (record := one.read_record())]
+    own = next(record for name, record in records if name == run.name)
+    previous = [
+        (name, record)
+        for name, record in records
+        if record.config.arch == own.config.arch and (record.started, name) < (own.started, run.name)
+    ]
+    if not previous:
+        return f"the first {own.config.arch} here"
+    name, record = previous[-1]
+    changes = find_differences(record.config, own.config)
+    return f"after {name}: {'; '.join(changes) or 'the same again'}"
+
+
+def describe_training(config: TrainConfig, steps: int) -> str:
+    """Returns how a run was trained, in one line; the learning rate belongs to the batch beside it."""
+    extras = {
+        "weight decay": config.weight_decay,
+        "clip norm": config.clip_norm,
+        "label smoothing": config.label_smoothing,
+        "averaged weights": config.ema_momentum,
+        "flip": config.augment_flip,
+        "rotation": config.augment_rotation,
+        "translation": config.augment_translation,
+        "zoom": config.augment_zoom,
+        "contrast": config.augment_contrast,
+    }
+    used = [f"{name} {value:g}" if value is not True else name for name, value in extras.items() if value]
+    if config.class_weights != "none":
+        used.append(f"{config.class_weights} classes")
+    if config.init_from:
+        used.append(f"from {config.init_from}" + (", trunk frozen" if config.freeze_trunk else ""))
+    return (
+        f"recipe {config.recipe}: {config.optimizer}, learning rate {config.peak_learning_rate:g} ({config.schedule}) "
+        f"at global batch {config.global_batch_size} = {config.num_workers} x {config.per_replica_batch_size}, "
+        f"epochs={config.epochs}, {steps} steps, {config.precision}, seed {config.seed}"
+        + (f"; {', '.join(used)}" if used else "")
+    )
+
+
+def _format_finished(run: RunFolder, record: RunRecord, manifest: Manifest, result: RunResult) -> list[str]:
+    config = record.config
     rows = {split: described.rows for split, described in manifest.splits.items()}
+    size = manifest.image_size
     lines = [
-        f"### {record.started:%Y-%m-%d}" if record else "###",
-        f"#### {config.arch}: {run.name}",
+        "```python",
+        result.layers,
+        "```",
         f"{ARCHITECTURES[config.arch].source}; {result.parameters:,} parameters",
         "",
         f"{rows['train']} training, {rows['val']} validation and {rows['test']} test images, "
-        f"{size}x{size}x{manifest.channels}, {classes} classes, from {manifest.source}",
+        f"{size}x{size}x{manifest.channels}, {manifest.num_classes} classes, from {manifest.source}",
         "",
-        f"recipe {config.recipe}: {config.optimizer}, learning rate {config.peak_learning_rate:g} ({config.schedule}), "
-        f"batch {config.global_batch_size} over {config.num_workers} workers, {config.precision}, "
-        f"epochs={config.epochs}, seed {config.seed}",
+        describe_training(config, result.steps),
         "",
         "```sh",
-        record.command if record else "",
+        record.command,
         "```",
         f"{result.val}",
     ]
     if result.test is not None:
-        lines += ["", f"test: {result.test}"]
+        lines += ["", f"test: {result.test}; the test split has been read {run.count_test_reads()} times for this run"]
     lines += [
         "",
-        f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}",
+        f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
+        f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}; "
+        f"calibration error {result.val.calibration_error:.3f}",
+        *(f"\n{finding}" for finding in result.findings),
     ]
-    if result.reason:
-        lines += ["", f"diverged: {result.reason}"]
     counts = [(one.name, one.correct, one.total) for one in result.val.per_class]
-    lines += ["", *format_table(("class", "right", "of"), counts)]
-    return "\n".join(lines) + "\n"
+    return [*lines, "", *format_table(("class", "right", "of"), counts)]

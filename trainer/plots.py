@@ -1,7 +1,10 @@
-"""The pictures of a run: curves of training and validation, and the confusion matrix."""
+"""The pictures of a run: curves, confusion matrix, gradient norms, and the worst mistakes."""
 
 import io
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -11,24 +14,86 @@ from trainer.run_folder import RunFolder, RunResult
 
 # Okabe-Ito: told apart with any colour vision.
 _TRAIN_COLOUR, _VAL_COLOUR = "#0072B2", "#D55E00"
+_MISTAKES_IN_A_ROW, _MOST_MISTAKES = 4, 16
 
 
-def write_plots(run: RunFolder, history: list[dict[str, float]], result: RunResult) -> None:
-    """Writes ``plots/curves.png`` and ``plots/confusion.png``."""
-    storage.write_bytes(run.path("plots", "curves.png"), _to_png(_draw_curves(history, result.best_epoch)))
-    storage.write_bytes(run.path("plots", "confusion.png"), _to_png(_draw_confusion(result.val)))
+def write_plots(
+    run: RunFolder, history: list[dict[str, float]], steps: pa.Table, result: RunResult, clip_norm: float
+) -> None:
+    """Writes ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``."""
+    figures = {
+        "curves": _draw_curves(history, result.best_epoch),
+        "confusion": _draw_confusion(result.val),
+        "gradients": _draw_gradients(steps, clip_norm),
+    }
+    for name, figure in figures.items():
+        storage.write_bytes(run.path("plots", f"{name}.png"), _to_png(figure))
+
+
+def write_mistakes(
+    run: RunFolder, images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]
+) -> None:
+    """Writes ``plots/mistakes.png``: the wrong predictions with the highest loss, as pictures.
+
+    Args:
+        run: the run.
+        images: uint8 ``[rows, height, width, channels]`` of the validation split.
+        predictions: one row an image, as from `trainer.evaluation.predictions_table`.
+        class_names: by label.
+    """
+    labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
+    confidence, losses = predictions["confidence"].to_numpy(), predictions["loss"].to_numpy()
+    wrong = np.flatnonzero(labels != predicted)
+    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:_MOST_MISTAKES]
+    rows = max(1, -(-len(worst) // _MISTAKES_IN_A_ROW))
+    figure = Figure(figsize=(8, 2.3 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"{len(wrong)} of {len(labels)} wrong" + (", worst first" if len(worst) else ""))
+    for axes, row in zip(figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).flat, worst, strict=False):
+        axes.imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=255)
+        title = f"{class_names[labels[row]]}, not {class_names[predicted[row]]}\n({confidence[row]:.2f} sure)"
+        axes.set_title(title, fontsize=8, parse_math=False)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    storage.write_bytes(run.path("plots", "mistakes.png"), _to_png(figure))
 
 
 def _draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    *of_both, of_rate = figure.subplots(1, 3)
+    for axes, name in zip(of_both, ("loss", "accuracy"), strict=True):
         axes.plot(epochs, [row[name] for row in history], color=_TRAIN_COLOUR, marker=".", label="train")
         axes.plot(epochs, [row[f"val_{name}"] for row in history], color=_VAL_COLOUR, marker=".", label="val")
         axes.axvline(best_epoch, color="0.7", linestyle=":", label="best epoch")
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
+        axes.set(ylabel=name)
+    of_rate.plot(epochs, [row["learning_rate"] for row in history], color=_TRAIN_COLOUR, marker=".")
+    of_rate.set(ylabel="learning rate at the end of the epoch")
+    for axes in (*of_both, of_rate):
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
+    """Tuning playbook: the norm of the full unclipped gradient by step and as a histogram, and where it is clipped."""
+    norms = steps["grad_norm"].to_numpy()
+    norms = np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_step, histogram = figure.subplots(1, 2)
+    by_step.semilogy(steps["step"].to_numpy(), norms, color=_TRAIN_COLOUR, linewidth=0.8)
+    by_step.set(xlabel="step", ylabel="gradient norm, unclipped")
+    known = norms[np.isfinite(norms)]
+    if len(known):
+        histogram.hist(known, bins=np.geomspace(known.min() * 0.99, known.max() * 1.01, 40), color=_TRAIN_COLOUR)
+        histogram.axvline(np.percentile(known, 90), color="0.5", linestyle=":", label="90th percentile")
+    histogram.set(xlabel="gradient norm, unclipped", ylabel="steps", xscale="log")
+    if clip_norm:
+        by_step.axhline(clip_norm, color=_VAL_COLOUR, linestyle="--", label=f"clipped to {clip_norm:g}")
+        histogram.axvline(clip_norm, color=_VAL_COLOUR, linestyle="--", label=f"clipped to {clip_norm:g}")
+        by_step.legend()
+    if histogram.get_legend_handles_labels()[0]:
+        histogram.legend()
     return figure
 
 
@@ -39,8 +104,8 @@ def _draw_confusion(evaluation: EvaluationResult) -> Figure:
     axes = figure.subplots()
     axes.imshow(evaluation.confusion, cmap="Blues")
     axes.set(xlabel="predicted", ylabel="true", title=str(evaluation).partition(" - ")[2])
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     highest = max(map(max, evaluation.confusion))
     for true, row in enumerate(evaluation.confusion):
         for predicted, count in enumerate(row):

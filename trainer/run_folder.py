@@ -1,12 +1,15 @@
 """The run folder: its names, and the two records that open and close a run.
 
 STORAGE/RUN/config.json      RunRecord; before step 1
+STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used where the dataset is gone
 STORAGE/RUN/attempts/        one small file each time the workers start
 STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
 STORAGE/RUN/metrics.parquet  one row an epoch
+STORAGE/RUN/steps.parquet    one row an optimizer step
 STORAGE/RUN/model.keras      the best weights, for use elsewhere
-STORAGE/RUN/plots/*.png      curves and confusion matrix
+STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/note.md          the note of the run
+STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
 STORAGE/RUN/result.json      RunResult; written last
 """
 
@@ -24,6 +27,8 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.manifest import Manifest
+from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.config import TrainConfig
 from trainer.errors import InputError
@@ -64,6 +69,10 @@ class RunResult(BaseModel):
     epochs: int
     steps: int
     attempts: int
+    layers: str
+    """The network, as code."""
+    findings: list[str]
+    """What `trainer.diagnostics` has to say, one line each."""
     weights_crc32: tuple[int, ...]
     """Of the last weights as each worker held them: one number, once a worker."""
     train_seconds: float
@@ -102,6 +111,14 @@ class RunFolder:
         """Writes ``config.json``."""
         storage.write_bytes(self.path("config.json"), record.model_dump_json(indent=2).encode())
 
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Writes ``dataset.json``."""
+        storage.write_bytes(self.path("dataset.json"), manifest.model_dump_json(indent=2).encode())
+
+    def read_manifest(self) -> Manifest:
+        """Returns the manifest of the run's dataset as it was trained on."""
+        return Manifest.model_validate_json(storage.read_bytes(self.path("dataset.json")))
+
     def read_result(self) -> RunResult | None:
         """Returns the result of a finished run, or None where it is not finished."""
         try:
@@ -125,9 +142,52 @@ class RunFolder:
         storage.write_bytes(self.path("attempts", f"{attempt:04d}.json"), content.encode())
         return attempt
 
+    def record_test_read(self, reader: str) -> None:
+        """Records that the test split is about to be evaluated, and by what."""
+        content = json.dumps({"started": datetime.now(UTC).isoformat(), "reader": reader}).encode()
+        storage.write_bytes(self.path("test_reads", f"{self.count_test_reads() + 1:04d}.json"), content)
+
+    def count_test_reads(self) -> int:
+        """Returns how often the test split has been evaluated: each time makes its number less honest."""
+        return len(storage.find_files(self.path("test_reads")))
+
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """Writes ``metrics.parquet`` anew."""
         storage.write_bytes(self.path("metrics.parquet"), storage.parquet_bytes(pa.Table.from_pylist(history)))
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Returns one row of metrics an epoch; none before the first."""
+        try:
+            content = storage.read_bytes(self.path("metrics.parquet"))
+        except FileNotFoundError:
+            return []
+        rows: list[dict[str, float]] = storage.parquet_table(content).to_pylist()
+        return rows
+
+    def write_steps(self, steps: pa.Table) -> None:
+        """Writes ``steps.parquet`` anew."""
+        storage.write_bytes(self.path("steps.parquet"), storage.parquet_bytes(steps))
+
+    def read_steps(self) -> pa.Table | None:
+        """Returns step, loss, accuracy, grad_norm and clipped of each optimizer step; None before a checkpoint."""
+        try:
+            return storage.parquet_table(storage.read_bytes(self.path("steps.parquet")))
+        except FileNotFoundError:
+            return None
+
+    def read_predictions(self) -> pa.Table | None:
+        """Returns the validation predictions of the best checkpoint in row order, or None where there is none."""
+        best = checkpoints.find_best(self.checkpoints)
+        if best is None:
+            return None
+        return storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+
+
+def find_runs(storage_uri: str) -> list[RunFolder]:
+    """Returns the runs below a storage, in the order in which they were started."""
+    runs = [RunFolder(storage.join(storage_uri, name)) for name in storage.find_folders(storage_uri)]
+    started = [(record.started, run.name, run) for run in runs if (record := run.read_record())]
+    return [run for _, _, run in sorted(started, key=lambda one: one[:2])]
 
 
 def describe_run(config: TrainConfig, hardware: str) -> RunRecord:

@@ -14,8 +14,10 @@ import tf_keras as keras
 
 from data_prep.manifest import Manifest
 from trainer.architectures import build_model
+from trainer.augment import augment
 from trainer.config import TrainConfig
 from trainer.schedule import build_schedule
+from trainer.transfer import LayerWeights, freeze_trunk, transfer_weights
 
 # Columns of what a training step returns, over the global batch.
 STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED = range(4)
@@ -28,6 +30,8 @@ class Network:
     strategy: Any
     model: Any
     optimizer: Any
+    transferred: str
+    """Which layers started from other weights, in words; empty where none did."""
 
 
 def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float], list[float]]:
@@ -38,21 +42,41 @@ def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float],
     return scale, [-mean * factor for mean, factor in zip(manifest.pixel_mean, scale, strict=True)]
 
 
-def build_network(manifest: Manifest, config: TrainConfig, steps_per_epoch: int) -> Network:
-    """Builds the model and its optimizer with all variables, the same on every worker."""
+def build_network(
+    manifest: Manifest, config: TrainConfig, steps_per_epoch: int, initial_weights: LayerWeights | None = None
+) -> Network:
+    """Builds the model and its optimizer with all variables, the same on every worker.
+
+    Args:
+        manifest: of the dataset.
+        config: of the run.
+        steps_per_epoch: optimizer steps.
+        initial_weights: of another network, which the layers of the same name start from.
+    """
+    strategy, model = _build_distributed_model(manifest, config)
+    with strategy.scope():
+        transferred = str(transfer_weights(model, initial_weights)) if initial_weights else ""
+        if config.freeze_trunk:
+            freeze_trunk(model)
+        optimizer = _build_optimizer(config, build_schedule(config, steps_per_epoch))
+        optimizer.build(model.trainable_variables)
+    return Network(strategy, model, optimizer, transferred)
+
+
+def build_network_for_evaluation(manifest: Manifest, config: TrainConfig) -> Network:
+    """Builds the model without an optimizer, whose variables may take twice as much memory as its own."""
+    return Network(*_build_distributed_model(manifest, config), optimizer=None, transferred="")
+
+
+def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[Any, Any]:
     keras.utils.set_random_seed(config.seed)
     keras.mixed_precision.set_global_policy(config.precision)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
-        model = _build_model(manifest, config)
-        optimizer = _build_optimizer(config, build_schedule(config, steps_per_epoch))
-        optimizer.build(model.trainable_variables)
-    return Network(strategy, model, optimizer)
-
-
-def _build_model(manifest: Manifest, config: TrainConfig) -> Any:
-    shape = (manifest.image_size, manifest.channels, manifest.num_classes)
-    return build_model(config.arch, *shape, config.arch_arguments)
+        model = build_model(
+            config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
+        )
+    return strategy, model
 
 
 def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
@@ -62,10 +86,36 @@ def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
         # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
         optimizer_class = keras.optimizers.Nadam if config.optimizer == "nadam" else keras.optimizers.Adam
         options = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
+    if config.ema_momentum:
+        # `swap_averages` says when the averages are used.
+        options |= {"use_ema": True, "ema_momentum": config.ema_momentum}
     optimizer = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     return optimizer
+
+
+def swap_averages(network: Network) -> None:
+    """Exchanges the trainable weights with their moving averages, which the optimizer keeps; again undoes it.
+
+    A checkpoint is read in the exchanged state: its model holds what was validated, its optimizer what trains on.
+    """
+    if network.optimizer.use_ema:
+        # Keras has no public name for them.
+        averages = network.optimizer._model_variables_moving_average
+        for variable, average in zip(network.model.trainable_variables, averages, strict=True):
+            weights = variable.numpy()
+            variable.assign(average.numpy())
+            average.assign(weights)
+
+
+def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
+    """Returns the weight of each class; over the train split they average to 1."""
+    rows = manifest.splits["train"].rows_per_class
+    if config.class_weights == "none":
+        return [1.0] * len(rows)
+    present = sum(count > 0 for count in rows)
+    return [sum(rows) / (present * count) if count else 0.0 for count in rows]
 
 
 def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
@@ -78,15 +128,16 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
     model, optimizer = network.model, network.optimizer
     scale, offset = map(tf.constant, pixel_scaling(manifest, config))
     smoothing, classes = config.label_smoothing, manifest.num_classes
+    class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
     def replica_step(images: Any, labels: Any) -> Any:
+        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, config)
         with tf.GradientTape() as tape:
-            logits = model(tf.cast(images, tf.float32) * scale + offset, training=True)
+            logits = model(augmented * scale + offset, training=True)
             targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
             # Divided by the global batch, so that the sum over the workers is its mean.
-            objective = (
-                tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, logits)) / config.global_batch_size
-            )
+            objective = tf.reduce_sum(losses) / config.global_batch_size
         gradients = tape.gradient(objective, model.trainable_variables)
         cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
@@ -149,21 +200,3 @@ def compile_gather(network: Network) -> Callable[[Any], Any]:
         return network.strategy.run(replica_gather, args=(values,))
 
     return lambda values: np.asarray(gather(tf.constant(values, tf.float32)))
-
-
-def export_model(arrays: dict[str, Any], manifest: Manifest, config: TrainConfig, head: str) -> Any:
-    """Returns a `tf_keras.Model` for use elsewhere, without strategy or mixed precision.
-
-    It takes uint8 or float ``[batch, height, width, channels]`` with values 0-255 and gives float32 scores
-    ``[batch, num_classes]``.
-    """
-    from trainer.checkpoint import assign_variables
-
-    keras.mixed_precision.set_global_policy("float32")
-    network = _build_model(manifest, config)
-    assign_variables(network.variables, arrays)
-    scale, offset = pixel_scaling(manifest, config)
-    images = keras.Input((manifest.image_size, manifest.image_size, manifest.channels), name="images")
-    scaled = keras.layers.Rescaling(scale, offset, name="pixel_scaling")(images)
-    scores = keras.layers.Activation(head, name="scores")(network(scaled))
-    return keras.Model(images, scores, name=config.arch)

@@ -25,7 +25,14 @@ PLAIN = {
     "arch_arguments": {"first_filters": 8, "later_filters": [8], "dense_units": 32},
     "base_learning_rate": 0.05,
 }
-WITH_BATCH_NORM = {"arch": "alexnet", "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.0}}
+# With everything else that has a state of its own: averages of the weights, and random numbers by step.
+WITH_BATCH_NORM = {
+    "arch": "alexnet",
+    "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.0},
+    "ema_momentum": 0.5,
+    "augment_rotation": 10.0,
+    "augment_flip": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +143,17 @@ def test_result_and_note_say_k_of_n(plain_run_of_two):
     assert f"loss: {result.val.loss:.4f} - accuracy: {result.val.accuracy:.4f} ({result.val.correct} of 18" in note
 
 
+def test_every_step_has_its_row(plain_run_of_two):
+    steps = plain_run_of_two.read_steps()
+    assert steps["step"].to_pylist() == list(range(1, 13))
+    by_epoch = steps["grad_norm"].to_numpy().reshape(3, 4).mean(axis=1)
+    np.testing.assert_allclose(by_epoch, metrics(plain_run_of_two)["grad_norm"], rtol=1e-6)
+
+
+def test_reading_the_test_split_is_counted(plain_run_of_one, plain_run_of_two):
+    assert (plain_run_of_one.count_test_reads(), plain_run_of_two.count_test_reads()) == (0, 1)
+
+
 def test_run_folder_is_complete(plain_run_of_two):
     names = {path.name for path in Path(plain_run_of_two.uri).iterdir()}
     assert {"config.json", "metrics.parquet", "checkpoints", "result.json", "note.md", "model.keras", "plots"} <= names
@@ -193,6 +211,7 @@ def test_batch_norm_over_two_workers_trains_like_one_though_a_worker_dies(batch_
     assert of_two["attempt"][0] == 1
     assert of_two["attempt"][-1] == 2
     assert_same_training(run_of_one, run_of_two)
+    assert run_of_two.read_steps()["step"].to_pylist() == list(range(1, 13))
 
 
 def test_the_dead_worker_is_in_the_result(batch_norm_runs):

@@ -62,7 +62,7 @@ def test_wrong_arguments_are_refused_in_one_line_without_tensorflow(job, options
     [
         ("train.py", ["--optimizer", "lion"], "--optimizer"),
         ("train.py", ["--colour", "red"], "--colour"),
-        ("train.py", ["--arch", "alexnet", "--arch-argument", "width=wide"], "give NAME=NUMBER"),
+        ("train.py", ["--arch", "alexnet", "--arch-argument", "width"], "give NAME=VALUE"),
         ("prepare.py", [], "Missing argument"),
     ],
 )
@@ -87,7 +87,7 @@ def choices_of(annotation: object) -> set[str]:
 
 
 def test_the_options_of_train_are_the_fields_of_its_config():
-    options = set(parameters_of("train.py")) - {"list_archs", "storage", "run_name", "max_failures"}
+    options = set(parameters_of("train.py")) - {"list_archs", "storage", "run_name", "max_failures", "track"}
     fields = set(TrainConfig.model_fields) - {"dataset_fingerprint"}
     assert options - {"arch_argument"} | {"arch_arguments"} == fields
 
@@ -116,19 +116,3 @@ def test_the_defaults_of_prepare_are_those_of_its_config():
     parameters = parameters_of("prepare.py")
     for name, field in PrepareConfig.model_fields.items():
         assert parameters[name].default == field.default, name
-
-
-def test_train_leaves_to_the_recipe_what_a_recipe_can_say():
-    given = {"arch", "arch_argument", "recipe", "dataset", "num_workers", "seed", "evaluate_test"}
-    for name, parameter in parameters_of("train.py").items():
-        if name in TrainConfig.model_fields and name not in given:
-            assert parameter.default is None, name
-
-
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [("dropout=0.3", ("dropout", 0.3)), ("width=2", ("width", 2)), ("filters=[8,16]", ("filters", [8, 16]))],
-)
-def test_an_argument_of_a_family_is_a_name_and_a_value(text, parsed):
-    parse = runpy.run_path(str(REPOSITORY / "jobs" / "train.py"))["parse_assignment"]
-    assert parse(text) == parsed

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from trainer.architectures.alexnet import build_alexnet
 from trainer.architectures.cnn import build_cnn
-from trainer.architectures.inception import build_inception_notes
+from trainer.architectures.inception import build_googlenet, build_inception_notes
+from trainer.architectures.resnet import build_resnet
 from trainer.architectures.vgg import build_vgg
 
 
@@ -23,7 +24,7 @@ class ModelSpec:
     """``build(image_size, channels, num_classes, **arguments)`` returns a `tf_keras.Model` from float32
     ``[batch, image_size, image_size, channels]`` to float32 logits ``[batch, num_classes]``."""
     min_image_size: int
-    """Smallest height and width in pixels that leaves every layer at least one pixel."""
+    """Smallest height and width in pixels that leaves every layer at least one pixel, padding not counted."""
     source: str
     head: Literal["softmax", "sigmoid"] = "softmax"
     """The activation that turns logits into the scores of an export. Training uses the logits: Keras does the same
@@ -45,10 +46,32 @@ ARCHITECTURES: Mapping[str, ModelSpec] = {
         build_cnn, 46, "training notes, 2023-04-12, fourth", arguments={"later_filters": (16, 32, 64)}
     ),
     "alexnet": ModelSpec(build_alexnet, 67, "Krizhevsky et al. 2012, as in the training notes (BatchNorm for LRN)"),
+    "vgg16": ModelSpec(
+        build_vgg, 32, "Simonyan & Zisserman 2014, table 1, column D", arguments={"convolutions": (2, 2, 3, 3, 3)}
+    ),
     "vgg19": ModelSpec(
         build_vgg, 32, "Simonyan & Zisserman 2014, table 1, column E", arguments={"convolutions": (2, 2, 4, 4, 4)}
     ),
     "inception_notes": ModelSpec(build_inception_notes, 1, "training notes, 2023-04-13 (sequential, no branches)"),
+    "googlenet": ModelSpec(build_googlenet, 32, "Szegedy et al. 2014, table 1 (no auxiliary heads, no LRN)"),
+    "resnet18": ModelSpec(
+        build_resnet,
+        32,
+        "He et al. 2015, table 1, 18-layer",
+        arguments={"blocks": (2, 2, 2, 2), "bottleneck": False, "convolution_bias": False},
+    ),
+    "resnet34": ModelSpec(
+        build_resnet,
+        32,
+        "He et al. 2015, table 1, 34-layer",
+        arguments={"blocks": (3, 4, 6, 3), "bottleneck": False, "convolution_bias": False},
+    ),
+    "resnet50": ModelSpec(
+        build_resnet,
+        32,
+        "He et al. 2015, table 1, 50-layer (Keras layout)",
+        arguments={"blocks": (3, 4, 6, 3), "bottleneck": True, "convolution_bias": True},
+    ),
 }
 
 
@@ -68,10 +91,10 @@ def build_model(
     return spec.build(image_size, channels, num_classes, **{**spec.arguments, **(arguments or {})})
 
 
-def family_arguments(arch: str) -> list[str]:
-    """Returns the names of what can be set besides the architecture's name, such as ``width`` or ``dropout``."""
+def family_arguments(arch: str) -> dict[str, Any]:
+    """Returns the type of what can be set besides the architecture's name, such as ``width`` or ``dropout``."""
     parameters = inspect.signature(ARCHITECTURES[arch].build).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {one.name: one.annotation for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def count_parameters(arch: str, image_size: int, channels: int, num_classes: int) -> int:

@@ -24,6 +24,7 @@ def build_alexnet(
     width: float = 1.0,
     dense_units: int = 4096,
     dropout: float = 0.5,
+    kernel_initializer: str = "glorot_uniform",
     batch_norm_momentum: float = 0.99,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
@@ -35,6 +36,7 @@ def build_alexnet(
         width: factor on the filters of every convolution; 1 is the paper's.
         dense_units: width of the two hidden dense layers.
         dropout: fraction of the dense units that is dropped in training.
+        kernel_initializer: of all layers but the last; the notes' is Keras' default.
         batch_norm_momentum: of the moving averages; 0.99, Keras' default and so the notes', needs hundreds of steps
             before the averages are those of the data.
     """
@@ -44,7 +46,13 @@ def build_alexnet(
     for block, (filters, kernel, strides, padding, pooled) in enumerate(_CONVOLUTIONS, start=1):
         model.add(
             layers.Conv2D(
-                round(filters * width), kernel, strides, padding=padding, activation="relu", name=f"conv{block}"
+                round(filters * width),
+                kernel,
+                strides,
+                padding=padding,
+                activation="relu",
+                kernel_initializer=kernel_initializer,
+                name=f"conv{block}",
             )
         )
         # Statistics over the global batch: the result does not depend on how many workers share it.
@@ -53,7 +61,9 @@ def build_alexnet(
             model.add(layers.MaxPooling2D(3, 2, name=f"pool{block}"))
     model.add(layers.Flatten(name="flatten"))
     for block in (1, 2):
-        model.add(layers.Dense(dense_units, activation="relu", name=f"dense{block}"))
+        model.add(
+            layers.Dense(dense_units, activation="relu", kernel_initializer=kernel_initializer, name=f"dense{block}")
+        )
         model.add(layers.Dropout(dropout, name=f"dropout{block}"))
     model.add(layers.Dense(num_classes, dtype="float32", name="logits"))
     return model

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trainer.architectures.blocks import convolution
+
 
 def build_cnn(
     image_size: int,
@@ -11,6 +13,10 @@ def build_cnn(
     later_filters: tuple[int, ...],
     first_filters: int | None = None,
     dense_units: int = 1024,
+    dropout: float = 0.0,
+    kernel_initializer: str = "glorot_uniform",
+    batch_norm: bool = False,
+    batch_norm_momentum: float = 0.9,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
 
@@ -22,14 +28,29 @@ def build_cnn(
         first_filters: filters of the first convolution; the notes used as many as the image is wide, which is what
             None means.
         dense_units: width of the hidden dense layer.
+        dropout: fraction of the dense units that is dropped in training; the notes have no such layer, nor does 0.
+        kernel_initializer: of all layers but the last; the notes' is Keras' default.
+        batch_norm: normalise behind each convolution, which the notes did not.
+        batch_norm_momentum: of the moving averages.
     """
     from tf_keras import Input, Sequential, layers
 
     model = Sequential([Input((image_size, image_size, channels))])
     for block, filters in enumerate((first_filters or image_size, *later_filters), start=1):
-        model.add(layers.Conv2D(filters, 3, activation="relu", name=f"conv{block}"))
+        for layer in convolution(
+            filters,
+            3,
+            f"conv{block}",
+            padding="valid",
+            kernel_initializer=kernel_initializer,
+            batch_norm=batch_norm,
+            batch_norm_momentum=batch_norm_momentum,
+        ):
+            model.add(layer)
         model.add(layers.MaxPooling2D(2, name=f"pool{block}"))
     model.add(layers.Flatten(name="flatten"))
-    model.add(layers.Dense(dense_units, activation="relu", name="dense"))
+    model.add(layers.Dense(dense_units, activation="relu", kernel_initializer=kernel_initializer, name="dense"))
+    if dropout:
+        model.add(layers.Dropout(dropout, name="dropout"))
     model.add(layers.Dense(num_classes, dtype="float32", name="logits"))
     return model

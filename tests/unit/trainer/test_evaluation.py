@@ -77,9 +77,32 @@ def test_predictions_have_a_row_an_image():
     ]
 
 
+def predictions_of(labels, predicted, loss=0.5, confidence=0.9, likelier=None) -> pa.Table:
+    count = len(labels)
+    likelier = np.int32(np.asarray(labels) != np.asarray(predicted)) if likelier is None else likelier
+    columns = {"loss": np.broadcast_to(loss, count), "confidence": np.broadcast_to(confidence, count)}
+    return pa.table({"label": labels, "predicted": predicted, "likelier": likelier, **columns})
+
+
 def summary(labels: list[int], predicted: list[int], names=("a", "b", "c")):
-    table = pa.table({"label": labels, "predicted": predicted, "loss": [0.5] * len(labels)})
-    return summarise("test", table, list(names))
+    return summarise("test", predictions_of(labels, predicted), list(names))
+
+
+@pytest.mark.parametrize(("classes", "top_k", "correct"), [(2, 1, 2), (4, 2, 3), (10, 5, 5), (100, 5, 5)])
+def test_the_true_label_may_be_among_the_likeliest_few(classes, top_k, correct):
+    table = predictions_of([0] * 6, [0, 0, 1, 1, 1, 1], likelier=np.array([0, 0, 1, 3, 4, 5], np.int32))
+    result = summarise("test", table, [str(label) for label in range(classes)])
+    assert (result.top_k, result.top_k_correct) == (top_k, correct)
+
+
+def test_calibration_is_how_far_confidence_is_from_accuracy():
+    # Four rows 0.95 sure of which two are right, one row 0.4 sure that is right: 4/5 x 0.45 + 1/5 x 0.6.
+    table = predictions_of([0] * 5, [0, 0, 1, 1, 0], confidence=np.array([0.95] * 4 + [0.4]))
+    assert summarise("test", table, ["a", "b"]).calibration_error == pytest.approx(0.8 * 0.45 + 0.2 * 0.6)
+
+
+def test_full_confidence_in_what_is_right_is_perfect_calibration():
+    assert summarise("test", predictions_of([0, 1], [0, 1], confidence=1.0), ["a", "b"]).calibration_error == 0
 
 
 def test_the_summary_counts_right_and_wrong_by_class():
@@ -117,5 +140,5 @@ def test_a_large_split_has_an_exact_mean_loss():
     outcomes[:, 0] = loss
     labels = np.zeros(len(loss), np.int32)
     assert mean_loss_and_accuracy(outcomes, labels)[0] == pytest.approx(0.1, rel=1e-7)
-    table = pa.table({"label": labels, "predicted": labels, "loss": loss})
+    table = predictions_of(labels, labels, loss=loss)
     assert summarise("val", table, ["a", "b"]).loss == pytest.approx(0.1, rel=1e-7)

@@ -30,12 +30,25 @@ def build(dataset):
 @pytest.mark.parametrize("arch", ["", "vgg", "AlexNet"])
 def test_an_unknown_architecture_is_refused_with_those_there_are(arch):
     with pytest.raises(InputError, match=f"--arch '{arch}' is unknown; choose from {', '.join(ARCHITECTURES)}"):
-        check_arch(arch)
+        check_arch(arch, {})
 
 
 def test_every_architecture_is_known():
     for arch in ARCHITECTURES:
-        check_arch(arch)
+        check_arch(arch, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 3}, "--arch-argument 'depth' is unknown; alexnet has width,"),
+        ({"width": "wide"}, "--arch-argument width=wide: Input should be a valid number"),
+        ({"kernel_initializer": 3}, "--arch-argument kernel_initializer=3: Input should be a valid string"),
+    ],
+)
+def test_arguments_that_the_family_does_not_take_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        check_arch("alexnet", arguments)
 
 
 def test_a_dataset_that_fits_gives_its_manifest(dataset):

@@ -1,44 +1,62 @@
 import sys
+from datetime import UTC, datetime
 
 import pytest
 
 from trainer import storage
-from trainer.notes import format_note, write_note
-from trainer.run_folder import RunFolder, describe_run
+from trainer.notes import describe_change, format_note, format_notebook, write_note
+from trainer.run_folder import RunFolder, describe_run, find_runs
 
 
 @pytest.fixture
-def run(tmp_path) -> RunFolder:
-    return RunFolder(str(tmp_path / "runs" / "first"))
-
-
-@pytest.fixture
-def config(make_config):
-    return make_config(arch="alexnet", epochs=50, base_learning_rate=0.4, num_workers=2, seed=3)
-
-
-def test_the_note_has_the_form_of_the_users_own(run, config, make_result, write_dataset, monkeypatch):
+def start(tmp_path, make_config, write_dataset, monkeypatch):
+    """Returns a function that starts a run: its record and its dataset's manifest."""
     monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--arch", "alexnet"])
-    record = describe_run(config, "1 node")
-    run.write_record(record)
-    note = format_note(run, config, write_dataset(rows=(7, 4, 3)).manifest, make_result())
+    manifest = write_dataset(rows=(7, 4, 3)).manifest
+
+    def start(name: str, day: int = 12, **values) -> RunFolder:
+        run = RunFolder(str(tmp_path / "runs" / name))
+        run.write_manifest(manifest)
+        options = {"arch": "alexnet", "epochs": 50, "base_learning_rate": 0.4, "num_workers": 2, "seed": 3, **values}
+        record = describe_run(make_config(**options), "1 node")
+        run.write_record(record.model_copy(update={"started": datetime(2023, 4, day, tzinfo=UTC)}))
+        return run
+
+    return start
+
+
+def note_of(run: RunFolder, result=None) -> str:
+    return format_note(run, find_runs(storage.parent(run.uri)), result)
+
+
+def test_the_note_has_the_form_of_the_users_own(start, make_result):
     assert (
-        note
-        == f"""\
-### {record.started:%Y-%m-%d}
+        note_of(start("first"), make_result(findings=["overfitting: try less"]))
+        == """\
+### 2023-04-12
 #### alexnet: first
+the first alexnet here
+
+```python
+model = Sequential([
+    Input((250, 250, 1)),
+    layers.Dense(3),
+])
+```
 Krizhevsky et al. 2012, as in the training notes (BatchNorm for LRN); 27,734,190 parameters
 
 7 training, 4 validation and 3 test images, 5x5x1, 3 classes, from /photos
 
-recipe modern: sgd, learning rate 0.1 (cosine), batch 64 over 2 workers, float32, epochs=50, seed 3
+recipe modern: sgd, learning rate 0.1 (cosine) at global batch 64 = 2 x 32, epochs=50, 100 steps, float32, seed 3
 
 ```sh
 python jobs/train.py --arch alexnet
 ```
 loss: 0.9315 - accuracy: 0.7727 (51 of 66, 95% interval 0.658-0.857)
 
-best epoch 7 of 10, 61 s, attempts: 1
+best epoch 7 of 10, 61 s, attempts: 1; top 1: 51 of 66; calibration error 0.073
+
+overfitting: try less
 
 | class | right | of |
 |---|---|---|
@@ -49,20 +67,50 @@ best epoch 7 of 10, 61 s, attempts: 1
     )
 
 
-def test_the_test_split_has_a_line_where_it_was_read(run, config, make_result, write_dataset, evaluation):
-    manifest = write_dataset().manifest
-    line = f"test: {evaluation}"
-    assert line not in format_note(run, config, manifest, make_result()).splitlines()
-    assert line in format_note(run, config, manifest, make_result(test=evaluation)).splitlines()
+def test_the_test_split_has_a_line_that_says_how_often_it_was_read(start, make_result, evaluation):
+    run = start("first")
+    assert "test:" not in note_of(run, make_result())
+    for _ in range(2):
+        run.record_test_read("train.py")
+    line = f"test: {evaluation}; the test split has been read 2 times for this run"
+    assert line in note_of(run, make_result(test=evaluation)).splitlines()
 
 
-def test_a_run_that_diverged_says_why(run, config, make_result, write_dataset):
-    result = make_result(status="diverged", reason="the loss became nan within steps [1, 50]")
-    note = format_note(run, config, write_dataset().manifest, result)
-    assert "diverged: the loss became nan within steps [1, 50]" in note.splitlines()
+def test_a_run_that_is_not_finished_says_so(start):
+    assert "not finished: the same command continues it" in note_of(start("first"))
 
 
-def test_the_note_is_written_into_the_run_folder(run, config, make_result, write_dataset):
-    manifest, result = write_dataset().manifest, make_result()
-    write_note(run, config, manifest, result)
-    assert storage.read_bytes(run.path("note.md")).decode() == format_note(run, config, manifest, result)
+def test_what_changed_is_against_the_last_run_of_the_architecture(start):
+    start("first", 12)
+    start("other", 13, arch="vgg19")
+    second, third = start("second", 14, epochs=20, seed=4), start("third", 15, epochs=20, seed=4)
+    runs = find_runs(storage.parent(second.uri))
+    assert [run.name for run in runs] == ["first", "other", "second", "third"]
+    assert describe_change(second, runs) == "after first: epochs: 50 -> 20; seed: 3 -> 4"
+    assert describe_change(third, runs) == "after second: the same again"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, flip"),
+        ({"class_weights": "balanced"}, "seed 3; balanced classes"),
+        ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; from /runs/old, trunk frozen"),
+    ],
+)
+def test_what_is_used_besides_is_said(start, make_result, values, text):
+    assert any(line.endswith(text) for line in note_of(start("first", **values), make_result()).splitlines())
+
+
+def test_the_note_is_written_into_the_run_folder(start, make_result):
+    run, result = start("first"), make_result()
+    write_note(run, result)
+    assert storage.read_bytes(run.path("note.md")).decode() == note_of(run, result)
+
+
+def test_the_notebook_has_all_runs_by_date(start, make_result):
+    second, first = start("second", 20), start("first", 10)
+    first.write_result(make_result())
+    notebook = format_notebook(find_runs(storage.parent(second.uri)))
+    assert notebook.startswith("# Training notes\n")
+    assert notebook.index("alexnet: first") < notebook.index("loss: 0.9315") < notebook.index("alexnet: second")

@@ -18,8 +18,8 @@ from trainer.step import (
     compile_eval_step,
     compile_gather,
     compile_train_step,
-    export_model,
     pixel_scaling,
+    swap_averages,
 )
 
 SIZE, ROWS = 22, 6
@@ -132,6 +132,61 @@ def test_a_step_goes_down_the_gradient_of_the_mean_loss(start, manifest, batch, 
     assert told[STEP_CLIPPED] == 0
 
 
+def test_balanced_classes_weigh_their_images_by_rarity(write_dataset, make_config, batch):
+    manifest = write_dataset(rows=(60, 1, 1), image_size=SIZE).manifest
+    manifest.splits["train"].rows_per_class[:] = [30, 20, 10]
+    labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
+
+    def update(**values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        options = {"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup_epochs": 0}
+        config = make_config(global_batch_size=ROWS, arch_arguments=NETWORK, **options, **values)
+        network = build_network(manifest, config, steps_per_epoch=10)
+        before = read_variables(network.model.variables)
+        scale, offset = pixel_scaling(manifest, config)
+        with tf.GradientTape() as tape:
+            logits = network.model(batch[0].astype(np.float32) * scale + offset, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            # 60 images of 3 classes: 20 of each would weigh 1.
+            loss = tf.reduce_mean(losses * np.float32([20 / 30] * 3 + [1] * 2 + [2]))
+        gradients = tape.gradient(loss, network.model.trainable_variables)
+        rate = config.peak_learning_rate
+        expected = {
+            variable.name: before[variable.name] - rate * gradient.numpy()
+            for variable, gradient in zip(network.model.trainable_variables, gradients, strict=True)
+        }
+        compile_train_step(network, manifest, config)(tf.constant(batch[0]), tf.constant(labels))
+        return expected, read_variables(network.model.variables)
+
+    expected, updated = update(class_weights="balanced")
+    for name, array in expected.items():
+        np.testing.assert_allclose(updated[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert any(np.abs(plain - updated[name]).max() > 1e-4 for name, plain in update()[1].items())
+
+
+def test_averages_follow_the_weights_and_are_exchanged_with_them(start, batch):
+    started = start(ema_momentum=0.75)
+    average = started.weights()
+    for _ in range(3):
+        started.train(batch)
+        average = {name: 0.75 * average[name] + 0.25 * array for name, array in started.weights().items()}
+    trained = started.weights()
+    swap_averages(started.network)
+    for name, array in started.weights().items():
+        np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    swap_averages(started.network)
+    for name, array in started.weights().items():
+        np.testing.assert_array_equal(array, trained[name])
+
+
+def test_without_averages_nothing_is_exchanged(start, batch):
+    started = start()
+    started.train(batch)
+    before = started.weights()
+    swap_averages(started.network)
+    for name, array in started.weights().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
 def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_told(start, batch):
     started = start(optimizer="sgd", momentum=0.0, nesterov=False, clip_norm=1e-3)
     before = started.weights()
@@ -229,17 +284,3 @@ def test_evaluation_changes_nothing_and_does_not_depend_on_the_neighbours(make_c
 def test_one_worker_gathers_its_own_rows(start):
     values = np.arange(8, dtype=np.float32).reshape(4, 2)
     np.testing.assert_array_equal(compile_gather(start().network)(values), values)
-
-
-@pytest.mark.parametrize(("head", "precision"), [("softmax", "float32"), ("sigmoid", "mixed_bfloat16")])
-def test_an_export_scores_raw_pixels_as_the_network_does(start, manifest, batch, tmp_path, head, precision):
-    started = start(precision=precision)
-    started.train(batch, steps=5)
-    export_model(started.weights(), manifest, started.config, head).save(tmp_path / "model.keras")
-    exported = keras.models.load_model(tmp_path / "model.keras", compile=False)
-    scores = exported(batch[0]).numpy()
-    logits = logits_of(started, manifest, batch[0])
-    expected = np.exp(log_softmax(logits)) if head == "softmax" else 1 / (1 + np.exp(-logits))
-    assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, expected, atol=1e-5 if precision == "float32" else 0.03)
-    assert exported.name == "cnn_softmax"

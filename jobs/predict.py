@@ -1,0 +1,56 @@
+"""Predicts the classes of images with the best weights of a run."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from trainer import console
+
+if TYPE_CHECKING:
+    from trainer.inference import PredictionSummary
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    run: Annotated[str, Argument(help="Run folder, local or s3://.")],
+    source: Annotated[str, Argument(help="Images, in folders or not, or any other source that prepare takes.")],
+    output: Annotated[str, Argument(help="Folder or s3:// prefix for the Parquet files.")],
+    source_format: Annotated[
+        Literal["folder", "table", "parquet", "webdataset"] | None, Option("--format", help="Default: detected.")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images that go through the network together.")] = 64,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what OUTPUT holds.")] = False,
+) -> None:
+    """Write path, label, predicted class, confidence and probabilities of every image of SOURCE."""
+    with console.exit_codes():
+        from data_prep.decode import ImageOptions
+        from data_prep.images import read_images
+        from trainer.cluster import connect
+        from trainer.inference import predict_images, read_finished_run
+
+        manifest = read_finished_run(run)[0].read_manifest()
+        options = ImageOptions(**manifest.model_dump(include=set(ImageOptions.model_fields)))
+        with connect() as resources, console.show_events() as on_event:
+            images = read_images(source, source_format, options)
+            summary = predict_images(
+                images, run, output, resources, batch_size=batch_size, overwrite=overwrite, on_event=on_event
+            )
+        print_summary(output, summary)
+
+
+def print_summary(output: str, summary: "PredictionSummary") -> None:
+    """Print how many images there were, how many could not be used, and how many were told right."""
+    from trainer.evaluation import describe_accuracy
+
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
+    bad = f", {sum(summary.rejected.values())} not decoded ({reasons})" if reasons else ""
+    console.stdout.print(f"{output}: {summary.images} images{bad}", markup=False)
+    if summary.labelled:
+        console.stdout.print(describe_accuracy(summary.correct, summary.labelled))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,90 @@
+"""A real run, then the jobs that use it: evaluate, predict, notes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import run_job, write_stripes
+
+SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
+OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--track", "tensorboard", "--evaluate-test"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with a source, a prepared dataset and a finished run."""
+    folder = tmp_path_factory.mktemp("work")
+    write_stripes(folder / "source", images_per_class=30)
+    for job in (
+        ["prepare.py", "source", "dataset", "--image-size", "24"],
+        ["train.py", *SMALL, "--dataset", "dataset", "--run-name", "first", *OPTIONS],
+    ):
+        finished = run_job(*job, cwd=folder)
+        assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def test_evaluation_repeats_the_runs_own_numbers_exactly(work):
+    finished = run_job("evaluate.py", "runs/first", cwd=work)
+    assert finished.returncode == 0, finished.stderr
+    assert "exactly as recorded" in finished.stdout
+    result = json.loads((work / "runs/first/result.json").read_text())
+    (written,) = (work / "runs/first/evaluations").glob("val-*.json")
+    assert json.loads(written.read_text()) == result["val"]
+
+
+def test_reading_the_test_split_again_is_counted(work):
+    finished = run_job("evaluate.py", "runs/first", "--split", "test", "--json", cwd=work)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads((work / "runs/first/result.json").read_text())
+    assert json.loads(finished.stdout) == result["test"]
+    assert len(list((work / "runs/first/test_reads").iterdir())) == 2
+
+
+def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(work):
+    shutil.copytree(work / "source", work / "new")
+    (work / "new" / "down" / "broken.png").write_bytes((work / "new" / "down" / "000.png").read_bytes()[:200])
+    shutil.copy(work / "new" / "across" / "000.png", work / "new" / "loose.png")
+    finished = run_job("predict.py", "runs/first", "new", "predicted", cwd=work)
+    assert finished.returncode == 0, finished.stderr
+    assert "92 images, 1 not decoded (damaged: 1)" in finished.stdout
+    rows = {row["path"]: row for row in pq.read_table(work / "predicted").to_pylist()}
+    broken = rows.pop("down/broken.png")
+    assert (broken["error"], broken["predicted"], broken["probabilities"]) == ("damaged", None, None)
+    loose = rows.pop("loose.png")
+    assert loose["label"] is None
+    assert loose["probabilities"] == pytest.approx(rows["across/000.png"]["probabilities"], abs=1e-6)
+    assert len(rows) == 90
+    for path, row in rows.items():
+        assert row["label"] == path.partition("/")[0]
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert row["confidence"] == max(row["probabilities"])
+    summary = json.loads((work / "predicted" / "_summary.json").read_text())
+    assert (summary["images"], summary["labelled"], summary["rejected"]) == (92, 90, {"damaged": 1})
+    assert summary["correct"] == sum(row["label"] == row["predicted"] for row in rows.values())
+    again = run_job("predict.py", "runs/first", "new", "predicted", cwd=work)
+    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+
+
+def test_a_run_that_is_not_there_is_refused(work):
+    for job in (["evaluate.py", "runs/none"], ["predict.py", "runs/none", "source", "out"]):
+        finished = run_job(*job, cwd=work)
+        assert finished.returncode == 2
+        assert "RUN runs/none is no run" in finished.stderr
+
+
+def test_notes_and_report_are_made_of_the_run(work):
+    finished = run_job("notes.py", "runs", cwd=work)
+    assert finished.returncode == 0, finished.stderr
+    assert "#### cnn_softmax: first" in (work / "runs" / "NOTES.md").read_text()
+    assert "first" in (work / "runs" / "report.html").read_text()
+    assert {path.name for path in (work / "runs/first/plots").iterdir()} == {
+        "curves.png",
+        "confusion.png",
+        "gradients.png",
+        "mistakes.png",
+    }
+    assert list((work / "runs/first/tensorboard").iterdir())

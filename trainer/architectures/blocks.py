@@ -1,0 +1,39 @@
+"""What several families are made of."""
+
+from typing import Any
+
+
+def convolution(
+    filters: int,
+    kernel: int,
+    name: str,
+    *,
+    strides: int = 1,
+    padding: str = "same",
+    kernel_initializer: str = "glorot_uniform",
+    batch_norm: bool = False,
+    batch_norm_momentum: float = 0.9,
+) -> list[Any]:
+    """Returns the layers of a convolution with ReLU, to be applied one after another.
+
+    With ``batch_norm`` they are convolution, BatchNorm, ReLU (Ioffe & Szegedy 2015, section 3.2) and the convolution
+    has no bias, which BatchNorm would remove again. Statistics are over the global batch: the result does not depend on
+    how many workers share it.
+    """
+    from tf_keras import layers
+
+    options = {"strides": strides, "padding": padding, "kernel_initializer": kernel_initializer}
+    if not batch_norm:
+        return [layers.Conv2D(filters, kernel, activation="relu", name=name, **options)]
+    return [
+        layers.Conv2D(filters, kernel, use_bias=False, name=name, **options),
+        layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name=f"{name}_bn"),
+        layers.Activation("relu", name=f"{name}_relu"),
+    ]
+
+
+def apply_layers(layers: list[Any], tensor: Any) -> Any:
+    """Returns the tensor behind layers that follow one another."""
+    for layer in layers:
+        tensor = layer(tensor)
+    return tensor

@@ -1,0 +1,65 @@
+"""The best weights of a run for use elsewhere: a Keras model, and on request a SavedModel for plain TensorFlow."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import tf_keras as keras
+
+from data_prep.manifest import Manifest
+from trainer import storage
+from trainer.architectures import ARCHITECTURES, build_model
+from trainer.checkpoint import Arrays, assign_variables
+from trainer.config import TrainConfig
+from trainer.run_folder import RunFolder
+from trainer.step import pixel_scaling
+
+
+def build_export(arrays: Arrays, manifest: Manifest, config: TrainConfig) -> Any:
+    """Returns a `tf_keras.Model` without strategy or mixed precision.
+
+    It takes uint8 or float ``[batch, height, width, channels]`` with values 0-255 and gives float32 scores
+    ``[batch, num_classes]``.
+    """
+    keras.mixed_precision.set_global_policy("float32")
+    network = build_model(
+        config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
+    )
+    assign_variables(network.variables, arrays)
+    scale, offset = pixel_scaling(manifest, config)
+    images = keras.Input((manifest.image_size, manifest.image_size, manifest.channels), name="images")
+    scaled = keras.layers.Rescaling(scale, offset, name="pixel_scaling")(images)
+    scores = keras.layers.Activation(ARCHITECTURES[config.arch].head, name="scores")(network(scaled))
+    return keras.Model(images, scores, name=config.arch)
+
+
+def write_exports(run: RunFolder, arrays: Arrays, manifest: Manifest, config: TrainConfig) -> None:
+    """Writes ``model.keras``, and ``saved_model/`` where the config asks for it."""
+    model = build_export(arrays, manifest, config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.keras")
+        model.save(path)
+        storage.write_bytes(run.path("model.keras"), path.read_bytes())
+        if config.export == "saved_model":
+            _save_saved_model(model, manifest, Path(folder, "saved_model"))
+            for file in Path(folder, "saved_model").rglob("*"):
+                if file.is_file():
+                    storage.write_bytes(run.path(*file.relative_to(folder).parts), file.read_bytes())
+
+
+def _save_saved_model(model: Any, manifest: Manifest, folder: Path) -> None:
+    """Saves the signature ``serving_default``: images, uint8, to scores, float32, and label, the name of the class."""
+    size = manifest.image_size
+    class_names = tf.constant(manifest.class_names)
+
+    @tf.function(  # type: ignore[untyped-decorator]
+        input_signature=[tf.TensorSpec([None, size, size, manifest.channels], tf.uint8, name="images")]
+    )
+    def serve(images: Any) -> dict[str, Any]:
+        scores = model(tf.cast(images, tf.float32), training=False)
+        return {"scores": scores, "label": tf.gather(class_names, tf.argmax(scores, axis=1))}
+
+    module = tf.Module()
+    module.model = model
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})

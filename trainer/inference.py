@@ -1,0 +1,225 @@
+"""Uses the best checkpoint of a finished run: evaluates it on a split, or predicts images."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pydantic import BaseModel, ConfigDict
+
+from data_prep.manifest import Manifest, SplitName
+from trainer import checkpoint as checkpoints
+from trainer import storage
+from trainer.cluster import Resources
+from trainer.config import TrainConfig
+from trainer.dataset import load_manifest, open_split
+from trainer.errors import InputError
+from trainer.evaluation import EvaluationResult, Evaluator, predictions_table, summarise
+from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.run_folder import RunFolder, RunResult
+
+# The underscore hides it from readers of the folder as one Parquet dataset.
+SUMMARY_NAME = "_summary.json"
+_ROWS_PER_FILE = 100_000
+
+
+class PredictionSummary(BaseModel):
+    """What ``_summary.json`` holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    checkpoint: str
+    class_names: list[str]
+    images: int
+    rejected: dict[str, int]
+    """Number of images by the reason why they could not be decoded."""
+    labelled: int
+    """Images that were predicted and have a class that the run knows."""
+    correct: int
+    """Of the labelled ones."""
+
+
+def read_finished_run(uri: str) -> tuple[RunFolder, TrainConfig, RunResult]:
+    """Returns a run that has a result.
+
+    Raises:
+        InputError: there is no such run, or it is not finished.
+    """
+    run = RunFolder(storage.resolve_uri(uri))
+    record, result = run.read_record(), run.read_result()
+    if record is None:
+        raise InputError(f"RUN {uri} is no run: it has no config.json; give a folder that jobs/train.py wrote")
+    if result is None:
+        raise InputError(f"RUN {uri} is not finished: it has no result.json; run its command again to finish it")
+    return run, record.config, result
+
+
+def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources) -> EvaluationResult:
+    """Evaluates the best checkpoint of a run over every row of a split once.
+
+    With the run's own dataset and split val, the numbers are exactly those of its result on the same kind of machine:
+    batch size, precision and computation are the same.
+
+    Args:
+        uri: of the run.
+        split: reading test is recorded in the run.
+        dataset: URI of another prepared dataset; empty for the run's own.
+        resources: of the cluster.
+
+    Raises:
+        InputError: the run is not finished, or the dataset does not fit it.
+    """
+    run, config, result = read_finished_run(uri)
+    trained_on = run.read_manifest()
+    dataset = storage.resolve_uri(dataset) if dataset else config.dataset
+    manifest = load_manifest(dataset)
+    _check_fits(dataset, manifest, trained_on)
+    if not manifest.splits[split].rows:
+        raise InputError(f"{dataset} has no {split} images; choose another --split")
+    if split == "test":
+        run.record_test_read("evaluate.py")
+    remote = ray.remote(num_gpus=min(1, resources.num_gpus))(_evaluate)
+    predictions = ray.get(remote.remote(run.uri, result.best_checkpoint, config, trained_on, dataset, manifest, split))
+    evaluation = summarise(split, predictions, manifest.class_names)
+    name = f"{split}-{manifest.fingerprint[:12]}"
+    storage.write_bytes(run.path("evaluations", f"{name}.parquet"), storage.parquet_bytes(predictions))
+    storage.write_bytes(run.path("evaluations", f"{name}.json"), evaluation.model_dump_json(indent=2).encode())
+    return evaluation
+
+
+def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
+    for name in ("class_names", "image_size", "channels"):
+        there, needed = getattr(manifest, name), getattr(trained_on, name)
+        if there != needed:
+            raise InputError(
+                f"--dataset {dataset} has {name} {there}, the run was trained with {needed}; they must agree"
+            )
+
+
+def _evaluate(
+    run_uri: str,
+    checkpoint_name: str,
+    config: TrainConfig,
+    trained_on: Manifest,
+    dataset: str,
+    manifest: Manifest,
+    split: SplitName,
+) -> pa.Table:
+    # In a worker: the driver must not import TensorFlow.
+    from trainer.step import build_network_for_evaluation, compile_eval_step
+
+    run = RunFolder(run_uri)
+    network = build_network_for_evaluation(trained_on, config)
+    checkpoint = next(one for one in checkpoints.find_checkpoints(run.checkpoints) if one.name == checkpoint_name)
+    content = checkpoints.read_file(run.checkpoints, checkpoint, checkpoints.MODEL_NAME)
+    with network.strategy.scope():
+        checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
+    rows = open_split(dataset, manifest, split)
+    eval_step = compile_eval_step(network, trained_on, config)
+    outcomes = Evaluator(rows, config.per_replica_batch_size, 0, 1, eval_step, lambda values: values).evaluate()
+    return predictions_table(outcomes, rows.labels)
+
+
+def predict_images(
+    images: Any,
+    uri: str,
+    output: str,
+    resources: Resources,
+    *,
+    batch_size: int = 64,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> PredictionSummary:
+    """Writes what a run's best weights say of each image, as Parquet files and a summary, which is written last.
+
+    The columns are path, label (null where there is none), predicted (null where the image could not be decoded),
+    confidence, probabilities (float32 ``[num_classes]``, by class_names) and error (null, or why it could not be
+    decoded).
+
+    Args:
+        images: a `ray.data.Dataset` with the columns of `data_prep.images.read_images`, of the run's size and channels.
+        uri: of the run.
+        output: folder or s3:// prefix.
+        resources: of the cluster; one network is loaded a GPU, or one in all.
+        batch_size: images that go through the network together.
+        overwrite: replace what the output holds.
+        on_event: told about predicted images.
+
+    Raises:
+        InputError: the run is not finished, or the output is not empty.
+    """
+    run, _, result = read_finished_run(uri)
+    output = storage.resolve_uri(output)
+    if storage.exists(output):
+        if not overwrite:
+            raise InputError(f"OUTPUT {output} is not empty; choose another, or replace it with --overwrite")
+        storage.delete_file(storage.join(output, SUMMARY_NAME))
+        storage.delete_folder(output)
+    storage.check_writable(output)
+    class_names = run.read_manifest().class_names
+    predicted = images.map_batches(
+        _Predictor,
+        fn_constructor_args=(run.uri, class_names),
+        batch_size=batch_size,
+        concurrency=max(1, resources.num_gpus),
+        # No core of its own: it must not keep the decoders from running on a small machine.
+        num_cpus=0,
+        num_gpus=min(1, resources.num_gpus),
+    )
+    rejected: Counter[str] = Counter()
+    num_images = labelled = correct = 0
+    on_event(StageProgressed("predict", 0, 0))
+    for part, table in enumerate(predicted.iter_batches(batch_size=_ROWS_PER_FILE, batch_format="pyarrow")):
+        storage.write_bytes(storage.join(output, f"part-{part:05d}.parquet"), storage.parquet_bytes(table))
+        rejected.update(reason for reason in table["error"].to_pylist() if reason is not None)
+        pairs = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
+        judged = [label == name for label, name in pairs if name is not None and label in class_names]
+        num_images, labelled, correct = num_images + len(table), labelled + len(judged), correct + sum(judged)
+        on_event(StageProgressed("predict", num_images, num_images))
+    summary = PredictionSummary(
+        run=run.uri,
+        checkpoint=result.best_checkpoint,
+        class_names=class_names,
+        images=num_images,
+        rejected=dict(rejected.most_common()),
+        labelled=labelled,
+        correct=correct,
+    )
+    storage.write_bytes(storage.join(output, SUMMARY_NAME), summary.model_dump_json(indent=2).encode())
+    return summary
+
+
+class _Predictor:
+    """One loaded network: an actor of Ray Data."""
+
+    def __init__(self, run_uri: str, class_names: list[str]) -> None:
+        import tf_keras
+
+        self._class_names = np.array(class_names, np.object_)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.keras")
+            path.write_bytes(storage.read_bytes(RunFolder(run_uri).path("model.keras")))
+            self._model = tf_keras.models.load_model(path, compile=False)
+
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        scores = self._model.predict_on_batch(batch["image"])
+        errors = batch["error"]
+        is_missing = errors != ""
+        predicted = self._class_names[scores.argmax(axis=1)]
+        probabilities = pa.FixedSizeListArray.from_arrays(
+            pa.array(scores.ravel(), pa.float32()), scores.shape[1], mask=pa.array(is_missing)
+        )
+        return pa.table(
+            {
+                "path": pa.array(batch["path"], pa.string()),
+                "label": pa.array(batch["label"], pa.string(), mask=batch["label"] == ""),
+                "predicted": pa.array(predicted, pa.string(), mask=is_missing),
+                "confidence": pa.array(scores.max(axis=1), pa.float32(), mask=is_missing),
+                "probabilities": probabilities,
+                "error": pa.array(errors, pa.string(), mask=~is_missing),
+            }
+        )

@@ -1,0 +1,49 @@
+"""Command-line options made from the fields of TrainConfig, so that the two cannot differ."""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from trainer.config import TrainConfig
+
+# Not a user's to give, or given in a form of their own.
+_WITHOUT_OPTION = {"dataset_fingerprint", "arch_arguments"}
+
+
+def add_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a typer command with ``**options`` one option for each field of TrainConfig that it does not name itself.
+
+    The default is None: the recipe decides. The text under the field is the help.
+    """
+    signature = inspect.signature(command)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[field.annotation | None, typer.Option(help=field.description)],  # type: ignore[operator]
+        )
+        for name, field in TrainConfig.model_fields.items()
+        if name not in signature.parameters and name not in _WITHOUT_OPTION
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Returns the name and the value of ``NAME=VALUE``: JSON where it is JSON, else text.
+
+    Raises:
+        typer.BadParameter: there is no ``=``.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r}: give NAME=VALUE, such as dropout=0.3")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

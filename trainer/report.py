@@ -1,0 +1,198 @@
+"""The report: all runs of a storage on one HTML page that needs nothing from outside."""
+
+import base64
+import io
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from trainer import storage
+from trainer.comparison import compare_predictions
+from trainer.errors import InputError
+from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, format_notebook
+from trainer.run_folder import RunFolder, RunRecord, RunResult, find_runs
+
+REPORT_NAME = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# A hundred runs with pictures stay below ten megabytes.
+_PICTURE_WIDTH, _PICTURE_QUALITY = 640, 55
+_MOST_POINTS = 300
+# Of the drawing area of a chart; the template scales it.
+_CHART_WIDTH, _CHART_HEIGHT = 300, 120
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart."""
+
+    name: str
+    points: str
+    """Of an SVG polyline."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One small chart: lines over epochs or steps, and the labels of its axes."""
+
+    title: str
+    lines: list[Line]
+    low: str
+    high: str
+    last: str
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the page shows of one run."""
+
+    name: str
+    record: RunRecord
+    result: RunResult | None
+    change: str
+    training: str
+    images_per_second: float
+    charts: list[Chart]
+    mistakes: str
+    """Data URI, or empty."""
+
+
+def write_notes_and_report(storage_uri: str, output: str) -> list[str]:
+    """Writes ``NOTES.md`` and ``report.html`` of all runs below a storage, and returns their URIs.
+
+    Raises:
+        InputError: there are no runs.
+    """
+    root = storage.resolve_uri(storage_uri)
+    runs = find_runs(root)
+    if not runs:
+        raise InputError(f"STORAGE {storage_uri} holds no runs; give what jobs/train.py was given as --storage")
+    written = {NOTEBOOK_NAME: format_notebook(runs), REPORT_NAME: format_report(runs)}
+    folder = storage.resolve_uri(output)
+    for name, text in written.items():
+        storage.write_bytes(storage.join(folder, name), text.encode())
+    return [storage.join(folder, name) for name in written]
+
+
+def format_report(runs: list[RunFolder]) -> str:
+    """Returns the page as HTML text.
+
+    Args:
+        runs: of one storage, in the order in which they were started.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    views = [_view(run, runs) for run in runs]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text()).render(
+        runs=views,
+        width=_CHART_WIDTH,
+        height=_CHART_HEIGHT,
+        data=_to_script_json({"runs": [_describe(view) for view in views], "verdicts": _compare(runs, views)}),
+    )
+
+
+def _to_script_json(value: Any) -> str:
+    """Returns JSON that cannot end the script element that it stands in."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _describe(view: RunView) -> dict[str, Any]:
+    return {"name": view.name, "config": {name: str(value) for name, value in view.record.config.model_dump().items()}}
+
+
+def _view(run: RunFolder, runs: list[RunFolder]) -> RunView:
+    record, result, history, steps = run.read_record(), run.read_result(), run.read_metrics(), run.read_steps()
+    if record is None:
+        raise ValueError(f"{run.uri} has no record")
+    charts = []
+    if history:
+        epochs = np.array([row["epoch"] for row in history])
+        for name in ("loss", "accuracy"):
+            lines = {
+                "train": np.array([row[name] for row in history]),
+                "val": np.array([row[f"val_{name}"] for row in history]),
+            }
+            charts.append(_draw(name, epochs, lines, "epoch"))
+    if steps is not None and len(steps):
+        charts.append(_draw_gradient_norms(steps, record.config.clip_norm))
+    rates = [row["images_per_second"] for row in history]
+    return RunView(
+        name=run.name,
+        record=record,
+        result=result,
+        change=describe_change(run, runs),
+        training=describe_training(record.config, result.steps if result else len(steps or ())),
+        images_per_second=float(np.median(rates)) if rates else 0.0,
+        charts=charts,
+        mistakes=_read_picture(run.path("plots", "mistakes.png")),
+    )
+
+
+def _draw_gradient_norms(steps: pa.Table, clip_norm: float) -> Chart:
+    norms = steps["grad_norm"].to_numpy().astype(np.float64)
+    norms = np.log10(np.where(np.isfinite(norms) & (norms > 0), norms, np.nan))
+    lines = {"norm": norms}
+    if clip_norm:
+        lines["clipped to"] = np.full(len(norms), np.log10(clip_norm))
+    return _draw("gradient norm, unclipped", steps["step"].to_numpy(), lines, "step", logarithmic=True)
+
+
+def _draw(
+    title: str,
+    positions: npt.NDArray[Any],
+    lines: dict[str, npt.NDArray[np.float64]],
+    unit: str,
+    *,
+    logarithmic: bool = False,
+) -> Chart:
+    """Returns a chart of values by position; of logarithmic values where the labels are to be their powers of ten."""
+    known = np.concatenate([values[np.isfinite(values)] for values in lines.values()])
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    stride = -(-len(positions) // _MOST_POINTS)
+    first, last = positions[0], positions[-1]
+    x = (positions[::stride] - first) / max(1, last - first) * _CHART_WIDTH
+
+    def points(values: npt.NDArray[np.float64]) -> str:
+        y = (1 - (values[::stride] - low) / max(high - low, 1e-9)) * _CHART_HEIGHT
+        return " ".join(f"{one:.1f},{other:.1f}" for one, other in zip(x, y, strict=True) if np.isfinite(other))
+
+    low_label, high_label = (f"{10**value if logarithmic else value:.3g}" for value in (low, high))
+    drawn = [Line(name, points(values)) for name, values in lines.items()]
+    return Chart(title, drawn, low_label, high_label, f"{unit} {last:.0f}")
+
+
+def _read_picture(uri: str) -> str:
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return ""
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    picture.thumbnail((_PICTURE_WIDTH, 4 * _PICTURE_WIDTH))
+    sink = io.BytesIO()
+    picture.save(sink, "WEBP", quality=_PICTURE_QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(sink.getvalue()).decode()}"
+
+
+def _compare(runs: list[RunFolder], views: list[RunView]) -> dict[str, str]:
+    """Returns the verdict on each pair of finished runs, by ``first,second``."""
+    predictions = {
+        index: table
+        for index, (run, view) in enumerate(zip(runs, views, strict=True))
+        if view.result and (table := run.read_predictions())
+    }
+    verdicts = {}
+    for first, second in itertools.combinations(predictions, 2):
+        one, other = views[first], views[second]
+        if one.record.config.dataset_fingerprint != other.record.config.dataset_fingerprint:
+            text = "trained and validated on different datasets: only the intervals can be compared"
+        else:
+            text = compare_predictions(predictions[first], predictions[second]).describe(one.name, other.name)
+        verdicts[f"{first},{second}"] = text
+    return verdicts

@@ -1,0 +1,53 @@
+"""Where metrics go besides the run folder: TensorBoard event files in it, or an MLflow server."""
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import storage
+from trainer.config import TrainConfig
+from trainer.errors import InputError
+from trainer.run_folder import RunFolder, RunResult
+
+TRACKERS = ("tensorboard", "mlflow")
+
+History = Sequence[dict[str, float]]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises InputError where a tracker is unknown or its package is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise InputError(f"--track {name!r} is unknown; choose from {', '.join(TRACKERS)}")
+    if "mlflow" in names and importlib.util.find_spec("mlflow") is None:
+        raise InputError("--track mlflow needs a package that is not installed: pip install -e '.[mlflow]'")
+
+
+def write_tensorboard(run: RunFolder, history: History) -> None:
+    """Writes ``tensorboard/events.out.tfevents.0.training-notes`` anew, with all epochs so far.
+
+    Always the same file, written whole: an object store cannot append, and a run that was continued repeats nothing.
+    """
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for row in history:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, int(row["step"]))
+        (written,) = Path(folder).iterdir()
+        content = written.read_bytes()
+    storage.write_bytes(run.path("tensorboard", "events.out.tfevents.0.training-notes"), content)
+
+
+def log_to_mlflow(run: RunFolder, config: TrainConfig, history: History, result: RunResult) -> None:
+    """Logs a finished run to the server or folder that MLFLOW_TRACKING_URI names, as one MLflow run of its name."""
+    import mlflow
+
+    with mlflow.start_run(run_name=run.name):
+        mlflow.log_params(config.model_dump())
+        for row in history:
+            mlflow.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+        mlflow.log_metrics({"best_val_accuracy": result.val.accuracy, "best_val_loss": result.val.loss})
+        mlflow.set_tags({"status": result.status, "run_folder": run.uri})
