@@ -1,16 +1,22 @@
 """A real run, then the jobs that use it: evaluate, predict, notes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import run_job, write_stripes
+from trainer.run_folder import RunFolder
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
-OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--track", "tensorboard", "--evaluate-test"]
+OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--export", "saved_model"]
+OPTIONS += ["--track", "tensorboard", "--evaluate-test"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,27 @@ def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(work):
     assert summary["correct"] == sum(row["label"] == row["predicted"] for row in rows.values())
     again = run_job("predict.py", "runs/first", "new", "predicted", cwd=work)
     assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+
+
+_LOAD = """
+import sys, numpy, tensorflow as tf
+serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+answer = serve(images=tf.constant(numpy.load(sys.argv[2])))
+assert "tf_keras" not in sys.modules
+numpy.savez(sys.argv[3], scores=answer["scores"], label=answer["label"].numpy().astype(str))
+"""
+
+
+def test_plain_tensorflow_loads_the_saved_model(work, tmp_path):
+    val = pq.read_table(work / "dataset" / "val")
+    np.save(tmp_path / "images.npy", val["image"].combine_chunks().to_numpy_ndarray())
+    places = [str(work / "runs/first/saved_model"), str(tmp_path / "images.npy"), str(tmp_path / "answer.npz")]
+    environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
+    subprocess.run([sys.executable, "-c", _LOAD, *places], check=True, env=environment, capture_output=True)
+    answer, recorded = np.load(tmp_path / "answer.npz"), RunFolder(str(work / "runs/first")).read_predictions()
+    np.testing.assert_allclose(answer["scores"].max(axis=1), recorded["confidence"], rtol=1e-4)
+    names = np.array(["across", "down", "slanted"])
+    np.testing.assert_array_equal(answer["label"], names[recorded["predicted"]])
 
 
 def test_a_run_that_is_not_there_is_refused(work):

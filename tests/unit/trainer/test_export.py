@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tf_keras as keras
@@ -46,28 +42,6 @@ def test_an_export_scores_raw_pixels_as_the_network_does(make_config, manifest, 
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, atol=1e-5 if precision == "float32" else 0.03)
     assert exported.name == arch
-
-
-_LOAD = """
-import sys, numpy, tensorflow as tf
-serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
-answer = serve(images=tf.constant(numpy.load(sys.argv[2])))
-assert "tf_keras" not in sys.modules
-numpy.savez(sys.argv[3], scores=answer["scores"], label=answer["label"].numpy().astype(str))
-"""
-
-
-def test_plain_tensorflow_loads_the_saved_model(make_config, manifest, images, tmp_path):
-    config = make_config(export="saved_model", arch_arguments=NETWORK)
-    network, run = build_network_for_evaluation(manifest, config), RunFolder(str(tmp_path / "run"))
-    write_exports(run, read_variables(network.model.variables), manifest, config)
-    np.save(tmp_path / "images.npy", images)
-    places = [run.path("saved_model"), str(tmp_path / "images.npy"), str(tmp_path / "answer.npz")]
-    environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
-    subprocess.run([sys.executable, "-c", _LOAD, *places], check=True, env=environment, capture_output=True)
-    answer, expected = np.load(tmp_path / "answer.npz"), expected_scores(network, manifest, config, images)
-    np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
-    assert answer["label"].tolist() == [manifest.class_names[row] for row in expected.argmax(axis=1)]
 
 
 def test_a_keras_model_is_always_written(make_config, manifest, images, tmp_path):
