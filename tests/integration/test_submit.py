@@ -33,7 +33,13 @@ def submit(environment, tmp_path_factory):
     session = Path("/tmp", f"ray-head-{port}")
     command = f"ray start --head --block --port {port} --dashboard-port {dashboard_port} --temp-dir {session}".split()
     head = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A shell that runs the tests in the background has it ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
