@@ -24,13 +24,21 @@ PLAIN = {
     "arch": "cnn_softmax",
     "arch_arguments": {"first_filters": 8, "later_filters": [8], "dense_units": 32},
     "base_learning_rate": 0.05,
+    "augment_rotation": 0.0,
+    "augment_translation": 0.0,
+    "augment_zoom": 0.0,
 }
 # With everything else that has a state of its own: averages of the weights, and random numbers by step.
 WITH_BATCH_NORM = {
     "arch": "alexnet",
     "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.0},
+    "optimizer": "sgd",
+    "base_learning_rate": 0.08,
+    "weight_decay": 5e-4,
     "ema_momentum": 0.5,
     "augment_rotation": 10.0,
+    "augment_translation": 0.0,
+    "augment_zoom": 0.0,
     "augment_flip": True,
 }
 
