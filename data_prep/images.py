@@ -43,10 +43,10 @@ def decode_listed(
     return contents, ["unreadable" if content is None else next(decoded) for content in contents]
 
 
-def read_images(source: str, source_format: SourceFormat | None, options: ImageOptions) -> Any:
-    """Returns a `ray.data.Dataset` of the images of a source, labelled or not, as they are decoded.
+def read_images(source: str, source_format: SourceFormat | None, options: ImageOptions) -> tuple[Any, int]:
+    """Returns a `ray.data.Dataset` of the images of a source, labelled or not, as they are decoded, and their number.
 
-    Its columns are path (string), label (string, the class, empty where there is none), image (uint8 ``[image_size,
+    The columns are path (string), label (string, the class, empty where there is none), image (uint8 ``[image_size,
     image_size, channels]``, zeros where it could not be decoded) and error (string, the reason, else empty).
 
     Args:
@@ -61,11 +61,12 @@ def read_images(source: str, source_format: SourceFormat | None, options: ImageO
     # One copy of the list a node, in Ray's shared memory.
     images = ray.put(found.images)
     items = [{"start": rows.start, "rows": len(rows)} for rows in slice_images(found, options)]
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    decoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _decode_slice,
         batch_size=1,
         fn_kwargs={"images": images, "source": found.uri, "class_names": found.class_names, "options": options},
     )
+    return decoded, len(found.images)
 
 
 def _decode_slice(

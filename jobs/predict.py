@@ -22,7 +22,7 @@ def main(
         Literal["folder", "table", "parquet", "webdataset"] | None, Option("--format", help="Default: detected.")
     ] = None,
     batch_size: Annotated[int, Option(min=1, help="Images that go through the network together.")] = 64,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what OUTPUT holds.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the predictions that OUTPUT holds.")] = False,
 ) -> None:
     """Write path, label, predicted class, confidence and probabilities of every image of SOURCE."""
     with console.exit_codes():
@@ -34,9 +34,16 @@ def main(
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions(**manifest.model_dump(include=set(ImageOptions.model_fields)))
         with connect() as resources, console.show_events() as on_event:
-            images = read_images(source, source_format, options)
+            images, num_images = read_images(source, source_format, options)
             summary = predict_images(
-                images, run, output, resources, batch_size=batch_size, overwrite=overwrite, on_event=on_event
+                images,
+                num_images,
+                run,
+                output,
+                resources,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                on_event=on_event,
             )
         print_summary(output, summary)
 

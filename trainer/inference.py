@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ from pydantic import BaseModel, ConfigDict
 from data_prep.manifest import Manifest, SplitName
 from trainer import checkpoint as checkpoints
 from trainer import storage
+from trainer.checkpoint import Checkpoint
 from trainer.cluster import Resources
 from trainer.config import TrainConfig
 from trainer.dataset import load_manifest, open_split
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 from trainer.evaluation import EvaluationResult, Evaluator, predictions_table, summarise
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.run_folder import RunFolder, RunResult
 
 # The underscore hides it from readers of the folder as one Parquet dataset.
 SUMMARY_NAME = "_summary.json"
-_ROWS_PER_FILE = 100_000
+# A name that no source has: replacing predictions never deletes images.
+_FILE_PREFIX = "predictions-"
+_ROWS_PER_FILE = 10_000
 
 
 class PredictionSummary(BaseModel):
@@ -71,24 +75,44 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
         resources: of the cluster.
 
     Raises:
-        InputError: the run is not finished, or the dataset does not fit it.
+        InputError: the run is not finished or its checkpoint is gone, or the dataset does not fit it.
+        JobError: the worker failed.
     """
     run, config, result = read_finished_run(uri)
+    checkpoint = _find_checkpoint(run, result.best_checkpoint)
     trained_on = run.read_manifest()
-    dataset = storage.resolve_uri(dataset) if dataset else config.dataset
-    manifest = load_manifest(dataset)
-    _check_fits(dataset, manifest, trained_on)
+    dataset_uri = storage.resolve_uri(dataset) if dataset else config.dataset
+    manifest = load_manifest(dataset_uri)
+    if not dataset and manifest.fingerprint != trained_on.fingerprint:
+        raise InputError(
+            f"{config.dataset} was prepared again since {uri} was trained on it; name it with --dataset to evaluate "
+            "the run on what it holds"
+        )
+    _check_fits(dataset_uri, manifest, trained_on)
     if not manifest.splits[split].rows:
-        raise InputError(f"{dataset} has no {split} images; choose another --split")
+        raise InputError(f"{dataset_uri} has no {split} images; choose another --split")
     if split == "test":
         run.record_test_read("evaluate.py")
     remote = ray.remote(num_gpus=min(1, resources.num_gpus))(_evaluate)
-    predictions = ray.get(remote.remote(run.uri, result.best_checkpoint, config, trained_on, dataset, manifest, split))
+    try:
+        predictions = ray.get(remote.remote(run.uri, checkpoint, config, trained_on, dataset_uri, manifest, split))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, InputError):
+            raise cause from error
+        raise JobError(f"the worker that evaluates failed: {cause}") from error
     evaluation = summarise(split, predictions, manifest.class_names)
     name = f"{split}-{manifest.fingerprint[:12]}"
     storage.write_bytes(run.path("evaluations", f"{name}.parquet"), storage.parquet_bytes(predictions))
     storage.write_bytes(run.path("evaluations", f"{name}.json"), evaluation.model_dump_json(indent=2).encode())
     return evaluation
+
+
+def _find_checkpoint(run: RunFolder, name: str) -> Checkpoint:
+    for checkpoint in checkpoints.find_checkpoints(run.checkpoints):
+        if checkpoint.name == name:
+            return checkpoint
+    raise InputError(f"{run.checkpoints} has no complete checkpoint {name}, the run's best; train it again")
 
 
 def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
@@ -102,7 +126,7 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
 
 def _evaluate(
     run_uri: str,
-    checkpoint_name: str,
+    checkpoint: Checkpoint,
     config: TrainConfig,
     trained_on: Manifest,
     dataset: str,
@@ -114,7 +138,6 @@ def _evaluate(
 
     run = RunFolder(run_uri)
     network = build_network_for_evaluation(trained_on, config)
-    checkpoint = next(one for one in checkpoints.find_checkpoints(run.checkpoints) if one.name == checkpoint_name)
     content = checkpoints.read_file(run.checkpoints, checkpoint, checkpoints.MODEL_NAME)
     with network.strategy.scope():
         checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
@@ -126,6 +149,7 @@ def _evaluate(
 
 def predict_images(
     images: Any,
+    num_images: int,
     uri: str,
     output: str,
     resources: Resources,
@@ -142,23 +166,31 @@ def predict_images(
 
     Args:
         images: a `ray.data.Dataset` with the columns of `data_prep.images.read_images`, of the run's size and channels.
+        num_images: how many there are, to tell of progress.
         uri: of the run.
         output: folder or s3:// prefix.
         resources: of the cluster; one network is loaded a GPU, or one in all.
         batch_size: images that go through the network together.
-        overwrite: replace what the output holds.
+        overwrite: replace the predictions that the output holds; other files stay.
         on_event: told about predicted images.
 
     Raises:
-        InputError: the run is not finished, or the output is not empty.
+        InputError: the run is not finished or its model is gone, or the output is not empty.
+        JobError: a task of Ray Data failed.
     """
     run, _, result = read_finished_run(uri)
+    if not storage.exists(run.path("model.keras")):
+        raise InputError(f"RUN {uri} has no model.keras, which training writes at its end; train it again")
     output = storage.resolve_uri(output)
-    if storage.exists(output):
-        if not overwrite:
-            raise InputError(f"OUTPUT {output} is not empty; choose another, or replace it with --overwrite")
-        storage.delete_file(storage.join(output, SUMMARY_NAME))
-        storage.delete_folder(output)
+    found = storage.find_files(output)
+    if found and not overwrite:
+        raise InputError(
+            f"OUTPUT {output} is not empty; choose another, or replace the predictions in it with --overwrite"
+        )
+    storage.delete_file(storage.join(output, SUMMARY_NAME))
+    for name in found:
+        if name.startswith(_FILE_PREFIX):
+            storage.delete_file(storage.join(output, name))
     storage.check_writable(output)
     class_names = run.read_manifest().class_names
     predicted = images.map_batches(
@@ -171,26 +203,37 @@ def predict_images(
         num_gpus=min(1, resources.num_gpus),
     )
     rejected: Counter[str] = Counter()
-    num_images = labelled = correct = 0
-    on_event(StageProgressed("predict", 0, 0))
-    for part, table in enumerate(predicted.iter_batches(batch_size=_ROWS_PER_FILE, batch_format="pyarrow")):
-        storage.write_bytes(storage.join(output, f"part-{part:05d}.parquet"), storage.parquet_bytes(table))
+    done = labelled = correct = 0
+    on_event(StageProgressed("predict", done, num_images))
+    for part, table in enumerate(_iterate(predicted)):
+        file = storage.join(output, f"{_FILE_PREFIX}{part:05d}.parquet")
+        storage.write_bytes(file, storage.parquet_bytes(table))
         rejected.update(reason for reason in table["error"].to_pylist() if reason is not None)
         pairs = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
         judged = [label == name for label, name in pairs if name is not None and label in class_names]
-        num_images, labelled, correct = num_images + len(table), labelled + len(judged), correct + sum(judged)
-        on_event(StageProgressed("predict", num_images, num_images))
+        done, labelled, correct = done + len(table), labelled + len(judged), correct + sum(judged)
+        on_event(StageProgressed("predict", done, num_images))
     summary = PredictionSummary(
         run=run.uri,
         checkpoint=result.best_checkpoint,
         class_names=class_names,
-        images=num_images,
+        images=done,
         rejected=dict(rejected.most_common()),
         labelled=labelled,
         correct=correct,
     )
     storage.write_bytes(storage.join(output, SUMMARY_NAME), summary.model_dump_json(indent=2).encode())
     return summary
+
+
+def _iterate(predicted: Any) -> Iterator[pa.Table]:
+    """Yields the rows of a `ray.data.Dataset`, a file's worth at a time."""
+    try:
+        yield from predicted.iter_batches(batch_size=_ROWS_PER_FILE, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        # Ray keeps the task's own error as text only, above its own.
+        own = str(error).partition("\n\n")[0].splitlines()[-1]
+        raise JobError(f"a task of Ray Data failed: {own}; start it again with --overwrite") from error
 
 
 class _Predictor:

@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from tests.conftest import run_job, write_stripes
+from trainer.errors import InputError
+from trainer.inference import evaluate_run, predict_images
 from trainer.run_folder import RunFolder
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
@@ -20,7 +25,13 @@ OPTIONS += ["--track", "tensorboard", "--evaluate-test"]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
+def run(resources):
+    """Returns a function that runs a job on the cluster of this module; starting one for each takes time."""
+    return partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="module")
+def work(run, tmp_path_factory) -> Path:
     """A folder with a source, a prepared dataset and a finished run."""
     folder = tmp_path_factory.mktemp("work")
     write_stripes(folder / "source", images_per_class=30)
@@ -28,13 +39,13 @@ def work(tmp_path_factory) -> Path:
         ["prepare.py", "source", "dataset", "--image-size", "24"],
         ["train.py", *SMALL, "--dataset", "dataset", "--run-name", "first", *OPTIONS],
     ):
-        finished = run_job(*job, cwd=folder)
+        finished = run(*job, cwd=folder)
         assert finished.returncode == 0, finished.stderr
     return folder
 
 
-def test_evaluation_repeats_the_runs_own_numbers_exactly(work):
-    finished = run_job("evaluate.py", "runs/first", cwd=work)
+def test_evaluation_repeats_the_runs_own_numbers_exactly(run, work):
+    finished = run("evaluate.py", "runs/first", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "exactly as recorded" in finished.stdout
     result = json.loads((work / "runs/first/result.json").read_text())
@@ -42,22 +53,28 @@ def test_evaluation_repeats_the_runs_own_numbers_exactly(work):
     assert json.loads(written.read_text()) == result["val"]
 
 
-def test_reading_the_test_split_again_is_counted(work):
-    finished = run_job("evaluate.py", "runs/first", "--split", "test", "--json", cwd=work)
+def test_reading_the_test_split_again_is_counted(run, work):
+    finished = run("evaluate.py", "runs/first", "--split", "test", "--json", cwd=work)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((work / "runs/first/result.json").read_text())
     assert json.loads(finished.stdout) == result["test"]
     assert len(list((work / "runs/first/test_reads").iterdir())) == 2
 
 
-def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(work):
+def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run, resources, work):
     shutil.copytree(work / "source", work / "new")
     (work / "new" / "down" / "broken.png").write_bytes((work / "new" / "down" / "000.png").read_bytes()[:200])
     shutil.copy(work / "new" / "across" / "000.png", work / "new" / "loose.png")
-    finished = run_job("predict.py", "runs/first", "new", "predicted", cwd=work)
+    output = work / "predicted"
+    output.mkdir()
+    for name in ("predictions-00007.parquet", "_summary.json", "_notes.txt"):
+        (output / name).write_text("old")
+    with pytest.raises(InputError, match=r"predicted is not empty.*--overwrite"):
+        predict_images(None, 0, str(work / "runs/first"), str(output), resources)
+    finished = run("predict.py", "runs/first", "new", "predicted", "--overwrite", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "92 images, 1 not decoded (damaged: 1)" in finished.stdout
-    rows = {row["path"]: row for row in pq.read_table(work / "predicted").to_pylist()}
+    rows = {row["path"]: row for row in pq.read_table(output).to_pylist()}
     broken = rows.pop("down/broken.png")
     assert (broken["error"], broken["predicted"], broken["probabilities"]) == ("damaged", None, None)
     loose = rows.pop("loose.png")
@@ -68,11 +85,10 @@ def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(work):
         assert row["label"] == path.partition("/")[0]
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert row["confidence"] == max(row["probabilities"])
-    summary = json.loads((work / "predicted" / "_summary.json").read_text())
+    summary = json.loads((output / "_summary.json").read_text())
     assert (summary["images"], summary["labelled"], summary["rejected"]) == (92, 90, {"damaged": 1})
     assert summary["correct"] == sum(row["label"] == row["predicted"] for row in rows.values())
-    again = run_job("predict.py", "runs/first", "new", "predicted", cwd=work)
-    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+    assert {path.name for path in output.iterdir()} == {"predictions-00000.parquet", "_summary.json", "_notes.txt"}
 
 
 _LOAD = """
@@ -96,15 +112,53 @@ def test_plain_tensorflow_loads_the_saved_model(work, tmp_path):
     np.testing.assert_array_equal(answer["label"], names[recorded["predicted"]])
 
 
-def test_a_run_that_is_not_there_is_refused(work):
+def test_a_run_that_is_not_there_is_refused(run, work):
     for job in (["evaluate.py", "runs/none"], ["predict.py", "runs/none", "source", "out"]):
-        finished = run_job(*job, cwd=work)
+        finished = run(*job, cwd=work)
         assert finished.returncode == 2
         assert "RUN runs/none is no run" in finished.stderr
 
 
-def test_notes_and_report_are_made_of_the_run(work):
-    finished = run_job("notes.py", "runs", cwd=work)
+@pytest.fixture
+def copied_run(work, tmp_path) -> Path:
+    return shutil.copytree(work / "runs" / "first", tmp_path / "copied")
+
+
+def test_a_run_without_its_weights_is_refused(resources, work, copied_run):
+    shutil.rmtree(copied_run / "checkpoints")
+    with pytest.raises(InputError, match="checkpoints has no complete checkpoint step-"):
+        evaluate_run(str(copied_run), "val", str(work / "dataset"), resources)
+    (copied_run / "model.keras").unlink()
+    with pytest.raises(InputError, match=r"has no model\.keras"):
+        predict_images(None, 0, str(copied_run), str(copied_run / "out"), resources)
+
+
+def test_a_dataset_that_is_not_the_runs_own_any_more_is_refused(resources, copied_run):
+    manifest = RunFolder(str(copied_run)).read_manifest()
+    RunFolder(str(copied_run)).write_manifest(manifest.model_copy(update={"fingerprint": "f00d"}))
+    with pytest.raises(InputError, match=r"was prepared again since .* --dataset"):
+        evaluate_run(str(copied_run), "val", "", resources)
+
+
+@pytest.mark.parametrize("field", ["class_names", "image_size", "channels"])
+def test_a_dataset_that_does_not_fit_the_run_is_refused(resources, work, copied_run, field):
+    manifest = RunFolder(str(copied_run)).read_manifest()
+    other = {"class_names": ["up", "down", "slanted"], "image_size": 32, "channels": 3}[field]
+    RunFolder(str(copied_run)).write_manifest(manifest.model_copy(update={field: other}))
+    with pytest.raises(InputError, match=f"dataset has {field} .*they must agree"):
+        evaluate_run(str(copied_run), "val", str(work / "dataset"), resources)
+
+
+def test_weights_that_are_damaged_are_refused_by_the_worker(run, copied_run):
+    (weights,) = copied_run.glob("checkpoints/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    finished = run("evaluate.py", str(copied_run))
+    assert finished.returncode == 2
+    assert re.fullmatch(r"error: .*model\.safetensors has sha256 .*it is damaged.*\n", finished.stderr)
+
+
+def test_notes_and_report_are_made_of_the_run(run, work):
+    finished = run("notes.py", "runs", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "#### cnn_softmax: first" in (work / "runs" / "NOTES.md").read_text()
     assert "first" in (work / "runs" / "report.html").read_text()
