@@ -33,7 +33,7 @@ class TrainConfig(BaseModel):
     global_batch_size: int = Field(64, ge=1)
     """Images an optimizer step, over all workers."""
     epochs: int = Field(10, ge=1)
-    """Passes over the train split."""
+    """Passes over the train split; left open, the recipe's, or more where they give a small split too few steps."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
     """adamw is adam by another name: weight decay is decoupled in all of them."""
     base_learning_rate: float = Field(gt=0)

@@ -31,7 +31,7 @@ from trainer.events import Event, OnEvent, RunStarted, StageProgressed, ignore_e
 from trainer.job import WorkerJob, WorkerResult
 from trainer.notes import write_note
 from trainer.plots import write_plots
-from trainer.recipes import RECIPES
+from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
 from trainer.tracking import log_to_mlflow
 
@@ -170,6 +170,9 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
             f"--global-batch-size {config.global_batch_size} is more than the {rows} train images of {dataset}; "
             f"give {rows} or less"
         )
+    if "epochs" not in given:
+        epochs = recipe_epochs(recipe, arch, steps_per_epoch=rows // config.global_batch_size)
+        config = config.model_copy(update={"epochs": epochs})
     if config.init_from and not storage.exists(config.init_from):
         raise InputError(
             f"--init-from {config.init_from}: there is no such run or file; give a run folder or a weights file "

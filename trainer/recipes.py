@@ -1,7 +1,10 @@
 """What a run uses where the command line says nothing: one row an architecture."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from trainer.config import TrainConfig
 
 # As in the training notes: plain optimizers at a constant rate. The first four notes name no optimizer; adam is what
 # their author compiled with wherever one is named without a rate. 32 is the default batch of `model.fit`.
@@ -27,6 +30,9 @@ _MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.004, "epochs"
 # With Glorot's initialisation, as in the notes, the loss of sixteen layers of ReLU does not move.
 _MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0004, "arch_arguments": _HE_NORMAL}
 _MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL, "epochs": 15}
+
+# Small datasets have few steps an epoch, and ten epochs of them teach nothing.
+_LEAST_STEPS = {"notes": 0, "modern": 300}
 
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "notes": {
@@ -55,3 +61,9 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "resnet50": _MODERN_RESNET,
     },
 }
+
+
+def recipe_epochs(recipe: str, arch: str, steps_per_epoch: int) -> int:
+    """Returns the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
+    epochs = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
+    return max(epochs, math.ceil(_LEAST_STEPS[recipe] / steps_per_epoch))

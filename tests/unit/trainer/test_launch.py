@@ -105,8 +105,9 @@ def test_a_storage_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_what_the_command_line_leaves_open_the_recipe_says(build):
-    config, manifest = build()
+    config, manifest = build(global_batch_size=4)
     assert (config.optimizer, config.epochs, config.weight_decay) == ("adamw", 20, 0.01)
+    assert build(global_batch_size=50)[0].epochs == 150  # two steps each
     assert config.dataset_fingerprint == manifest.fingerprint
     assert build(recipe="notes")[0].optimizer == "adam"
 
@@ -186,5 +187,5 @@ def test_a_finished_run_is_not_started_again(finished, make_result):
 def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, build):
     run, _, manifest = finished
     other, _ = build(epochs=3)
-    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 20 -> 3\); choose another --run-name"):
+    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 300 -> 3\); choose another --run-name"):
         launch(other, manifest, run, ONE_MACHINE)

@@ -4,7 +4,7 @@ import pytest
 
 from trainer.architectures import ARCHITECTURES, family_arguments
 from trainer.config import TrainConfig, parse_config
-from trainer.recipes import RECIPES
+from trainer.recipes import RECIPES, recipe_epochs
 
 ROWS = [(recipe, arch) for recipe, rows in RECIPES.items() for arch in rows]
 
@@ -52,3 +52,17 @@ def test_the_notes_train_at_keras_default_rate_and_batch(arch):
 def test_the_notes_keep_their_epochs_and_optimizer(arch, epochs, optimizer):
     config = parse("notes", arch)
     assert (config.epochs, config.optimizer) == (epochs, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arch", "steps_per_epoch", "epochs"),
+    [
+        ("modern", "alexnet", 50, 10),
+        ("modern", "alexnet", 12, 25),
+        ("modern", "alexnet", 1, 300),
+        ("modern", "cnn_tapered", 18, 20),
+        ("notes", "cnn_sigmoid", 1, 10),
+    ],
+)
+def test_a_small_dataset_gets_more_epochs_unless_the_notes_say_how_many(recipe, arch, steps_per_epoch, epochs):
+    assert recipe_epochs(recipe, arch, steps_per_epoch) == epochs

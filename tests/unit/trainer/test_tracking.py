@@ -48,11 +48,22 @@ def test_a_tracker_whose_package_is_missing_is_refused_with_how_to_install_it(mo
 
 
 def test_mlflow_gets_config_metrics_and_result(tmp_path, monkeypatch, make_config, make_result):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tmp_path.as_uri())
+    import mlflow
+
+    # The client alone: the whole of MLflow, with its server, does not go with this pyarrow.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    check_trackers(["mlflow"])
     log_to_mlflow(RunFolder(str(tmp_path / "first")), make_config(epochs=50), HISTORY, make_result())
     (logged,) = mlflow.MlflowClient().search_runs(["0"])
     assert logged.info.run_name == "first"
     assert logged.data.params["epochs"] == "50"
     assert logged.data.metrics["val_loss"] == 0.75
     assert logged.data.metrics["best_val_accuracy"] == pytest.approx(51 / 66)
+
+
+def test_an_mlflow_server_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9 does not answer .*set MLFLOW_TRACKING_URI"):
+        check_trackers(["mlflow"])
