@@ -65,5 +65,5 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 def recipe_epochs(recipe: str, arch: str, steps_per_epoch: int) -> int:
     """Returns the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
-    epochs = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
+    epochs: int = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
     return max(epochs, math.ceil(_LEAST_STEPS[recipe] / steps_per_epoch))

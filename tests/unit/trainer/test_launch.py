@@ -187,5 +187,7 @@ def test_a_finished_run_is_not_started_again(finished, make_result):
 def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, build):
     run, _, manifest = finished
     other, _ = build(epochs=3)
-    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 300 -> 3\); choose another --run-name"):
+    with pytest.raises(
+        InputError, match=r"run first .* another config \(epochs: 300 -> 3\); choose another --run-name"
+    ):
         launch(other, manifest, run, ONE_MACHINE)
