@@ -14,6 +14,8 @@ _CHANCE_LOSS_SHARE = 0.95
 _OVERFITTING_RISE = 0.15
 # Relative fall of the validation loss over the last quarter of the epochs that promises more.
 _STILL_FALLING = 0.05
+# A change of the validation loss, in nats, that changes no answer: a loss near zero moves by large factors.
+_NEGLIGIBLE_CHANGE = 0.02
 # Trends are not read from fewer epochs.
 _LEAST_EPOCHS = 8
 
@@ -66,7 +68,8 @@ def _training_loss_rose(history: History) -> str:
 def _overfitted(history: History) -> str:
     losses = [row["val_loss"] for row in history]
     lowest = int(np.argmin(losses))
-    if losses[-1] < losses[lowest] * (1 + _OVERFITTING_RISE) or history[-1]["loss"] >= history[lowest]["loss"]:
+    least_rise = max(_OVERFITTING_RISE * losses[lowest], _NEGLIGIBLE_CHANGE)
+    if losses[-1] < losses[lowest] + least_rise or history[-1]["loss"] >= history[lowest]["loss"]:
         return ""
     return (
         f"overfitting: val_loss rose from {losses[lowest]:.3f} (epoch {lowest + 1}) to {losses[-1]:.3f} while loss "
@@ -81,7 +84,7 @@ def _still_improving(history: History) -> str:
         float(np.mean([row["val_loss"] for row in part]))
         for part in (history[-2 * quarter : -quarter], history[-quarter:])
     )
-    if last > before * (1 - _STILL_FALLING):
+    if last > before - max(_STILL_FALLING * before, _NEGLIGIBLE_CHANGE):
         return ""
     return (
         f"still improving: mean val_loss fell from {before:.3f} to {last:.3f} over the last quarter of the epochs; try "

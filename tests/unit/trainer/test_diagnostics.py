@@ -62,6 +62,13 @@ def test_overfitting_is_told_with_the_epochs():
     assert line.startswith("overfitting: val_loss rose from 0.520 (epoch 4) to 0.900")
 
 
+def test_a_loss_near_zero_may_double_and_halve():
+    assert (
+        find_symptoms(history([2.0, 0.5, 0.1, 0.03, 0.017, 0.009, 0.008, 0.004, 0.003, 0.006, 0.004, 0.004]), GOOD)
+        == []
+    )
+
+
 def test_a_validation_loss_that_rises_with_the_training_loss_is_not_overfitting():
     rising = [2.0, 1.2, 0.7, 0.52, 0.55, 0.6, 0.66, 0.72, 0.8, 0.84, 0.88, 0.9]
     loss = [2.3, 1.0, 0.5, 0.3, *[0.31] * 8]
