@@ -31,6 +31,7 @@ def main(
     arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
+    probe_again: Annotated[bool, Option("--probe-again", help="Measure batch sizes even where it was done.")] = False,
     track: Annotated[list[str], Option(help="Where metrics go too: tensorboard, mlflow.")] = [],  # noqa: B006
     **options: Any,
 ) -> None:
@@ -54,9 +55,11 @@ def main(
         with connect() as resources, console.show_events() as on_event:
             run = launch.open_run(storage, run_name, arch, resources)
             dataset = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
-            config, manifest = launch.build_config({**options, "dataset": dataset}, resources)
+            plan = launch.plan_run(
+                {**options, "dataset": dataset}, run, resources, probe_again=probe_again, on_event=on_event
+            )
             result = launch.launch(
-                config, manifest, run, resources, max_failures=max_failures, trackers=tuple(track), on_event=on_event
+                plan, run, resources, max_failures=max_failures, trackers=tuple(track), on_event=on_event
             )
         print_result(run.uri, result)
         if result.status == "diverged":

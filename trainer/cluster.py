@@ -35,8 +35,17 @@ class Resources:
     num_nodes: int
     num_cpus: float
     num_gpus: int
-    hardware: str
-    """The nodes in words."""
+    devices: str
+    """What a worker computes on: the kinds of GPU, or the cores of the smallest node."""
+    node_memory_gib: float
+    """For workers, of the node that has least; Ray leaves out the object store and what ran before it."""
+
+    @property
+    def hardware(self) -> str:
+        """The nodes in words."""
+        nodes = f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}"
+        gpus = f", {self.num_gpus} GPUs" if self.num_gpus else ""
+        return f"{nodes}, {self.num_cpus:g} CPUs{gpus}, {self.devices}, {self.node_memory_gib:.0f} GiB a node"
 
 
 @contextlib.contextmanager
@@ -68,9 +77,15 @@ def connect() -> Iterator[Resources]:
 
 def _read_resources() -> Resources:
     total = ray.cluster_resources()
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    num_cpus, num_gpus = total.get("CPU", 0.0), int(total.get("GPU", 0))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # Ray names each kind of GPU by a resource of its own.
     kinds = sorted(name.removeprefix("accelerator_type:") for name in total if name.startswith("accelerator_type:"))
-    hardware = f"{num_nodes} node{'s' * (num_nodes > 1)}, {num_cpus:g} CPUs, {num_gpus} GPUs {' '.join(kinds)}"
-    return Resources(num_nodes, num_cpus, num_gpus, f"{hardware.strip()}, {total.get('memory', 0) / 2**30:.0f} GiB")
+    # A head without work has no CPUs: no worker will run there.
+    working = [node for node in nodes if node.get("CPU")] or nodes
+    return Resources(
+        num_nodes=len(nodes),
+        num_cpus=total.get("CPU", 0.0),
+        num_gpus=int(total.get("GPU", 0)),
+        devices=" ".join(kinds) or f"{min(node.get('CPU', 0) for node in working):g} cores",
+        node_memory_gib=min(node.get("memory", 0.0) for node in working) / 2**30,
+    )

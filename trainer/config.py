@@ -1,17 +1,47 @@
 """The whole config of a run: typed, frozen, and enough to run it again."""
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainer.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class BatchRequest(BaseModel):
+    """What is asked of batch and precision, which trials find where they are left open (`trainer.batch_finder`)."""
+
+    # The text under each field is its help on the command line, here as below.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    global_batch_size: str = "max"
+    """Images an optimizer step, over all workers: max (what memory holds), knee (as fast, no larger) or a number."""
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
+    """Of the layers; auto measures which is fastest. Variables, logits and losses are float32 always."""
+    min_steps_per_epoch: int = Field(10, ge=1)
+    """A batch of max or knee leaves an epoch at least so many steps."""
+    memory_limit_gib: float | None = Field(None, gt=0)
+    """Of one worker, in GiB; default: its GPU, or its share of what Ray calls the node's memory."""
+
+    @field_validator("global_batch_size")
+    @classmethod
+    def _check_global_batch_size(cls, value: str) -> str:
+        if value not in ("max", "knee") and not (value.isdecimal() and int(value) > 0):
+            raise ValueError("give max, knee or a number from 1")
+        return value
+
+    @property
+    def given_size(self) -> int | None:
+        """The global batch size where it is a number."""
+        return int(self.global_batch_size) if self.global_batch_size.isdecimal() else None
 
 
 class TrainConfig(BaseModel):
     """Everything that the result of a run depends on. ``config.json`` holds it, with nothing left to a default."""
 
-    # The text under each field is its help on the command line.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     arch: str
@@ -30,14 +60,17 @@ class TrainConfig(BaseModel):
     """Of its manifest: the same run name on a changed dataset is refused."""
     num_workers: int = Field(ge=1)
     """Training workers; each drives one GPU, or its share of a machine's cores."""
-    global_batch_size: int = Field(64, ge=1)
+    global_batch_size: int = Field(ge=1)
     """Images an optimizer step, over all workers."""
+    tuned_batch_size: int = Field(64, ge=1)
+    """Global batch at which the learning rate and the regularisation were tuned; a run at another says so."""
     epochs: int = Field(10, ge=1)
     """Passes over the train split; left open, the recipe's, or more where they give a small split too few steps."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
     """adamw is adam by another name: weight decay is decoupled in all of them."""
     base_learning_rate: float = Field(gt=0)
-    """Peak learning rate for a global batch of 256; scaled linearly to the actual one, which is a starting guess."""
+    """Peak learning rate for a global batch of 256. Scaled to the actual one, linearly for sgd, by the square root for
+    the others: a starting guess."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of sgd."""
     nesterov: bool = True
@@ -74,7 +107,7 @@ class TrainConfig(BaseModel):
     """Largest relative change of each pixel's difference from the image's mean, either way."""
     input_scaling: Literal["standardise", "unit"] = "standardise"
     """Pixels to zero mean and unit deviation of the train split, or to 0-1."""
-    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Of the layers; variables, logits and losses are float32 always."""
     seed: int = 0
     """Of initialisation, dropout, augmentation and data order."""
@@ -92,8 +125,13 @@ class TrainConfig(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The base learning rate scaled to the global batch size."""
-        return self.base_learning_rate * self.global_batch_size / 256
+        """The base learning rate scaled to the global batch size.
+
+        Linearly for SGD (Goyal et al. 2017, section 2.1), by the square root for Adam and its kin (Malladi et al. 2022,
+        section 4): rules for small changes, so a starting guess for large ones.
+        """
+        ratio = self.global_batch_size / 256
+        return self.base_learning_rate * (ratio if self.optimizer == "sgd" else math.sqrt(ratio))
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -102,12 +140,7 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         InputError: a value is not allowed; names the option.
     """
-    try:
-        config = TrainConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"{option} {first['input']}: {first['msg']}") from error
+    config = _validate(TrainConfig, values)
     if config.global_batch_size % config.num_workers:
         below = config.global_batch_size // config.num_workers * config.num_workers
         raise InputError(
@@ -115,6 +148,35 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
             f"a multiple of {config.num_workers}, such as {below or config.num_workers} or {below + config.num_workers}"
         )
     return config
+
+
+def describe_rescaling(config: TrainConfig) -> str:
+    """Returns what became of values that were tuned at another batch; empty where they were tuned at this one."""
+    if config.tuned_batch_size == config.global_batch_size:
+        return ""
+    rule = "linearly" if config.optimizer == "sgd" else "by the square root"
+    return (
+        f"learning rate and regularisation were tuned at a batch of {config.tuned_batch_size}, this run uses "
+        f"{config.global_batch_size}: the rate is scaled {rule} to {config.peak_learning_rate:.3g}, a starting guess"
+    )
+
+
+def parse_batch_request(values: Mapping[str, Any]) -> BatchRequest:
+    """Returns the request that the values describe.
+
+    Raises:
+        InputError: a value is not allowed; names the option.
+    """
+    return _validate(BatchRequest, values)
+
+
+def _validate(model: type[Model], values: Mapping[str, Any]) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).removesuffix("_gib").replace("_", "-")
+        raise InputError(f"{option} {first['input']}: {first['msg']}") from error
 
 
 def find_differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -67,7 +67,64 @@ class EpochFinished:
         )
 
 
-Event = StageProgressed | RunStarted | WeightsTransferred | EpochFinished
+@dataclass(frozen=True)
+class TrialStarted:
+    """One worker of a trial of batch sizes has started."""
+
+    memory_limit_gib: float
+    """What this worker may use."""
+
+
+@dataclass(frozen=True)
+class LossesMeasured:
+    """A trial took a few first steps of training."""
+
+    precision: str
+    losses: tuple[float, ...]
+    """By step, from the seeded weights and in the order of the first epoch: comparable between precisions."""
+
+
+@dataclass(frozen=True)
+class SizeMeasured:
+    """A trial took training steps of one batch size."""
+
+    precision: str
+    size: int
+    """Images a step on one replica."""
+    num_replicas: int
+    seconds_per_step: float
+    """Median, input included; compilation and the first step left out."""
+    seconds_spread: float
+    """Slowest step less the fastest."""
+    synthetic_seconds_per_step: float
+    """Median with the same images again and again, which cost nothing to make."""
+    peak_memory_gib: float
+    """Of the worker that used most."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all replicas."""
+        return self.size * self.num_replicas / self.seconds_per_step
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.num_replicas} x {self.size}, {self.precision}: {self.images_per_second:.0f} images/s, "
+            f"{self.seconds_per_step * 1000:.0f} ms a step, {self.peak_memory_gib:.2f} GiB a worker"
+        )
+
+
+@dataclass(frozen=True)
+class BatchChosen:
+    """The batch and the precision of a run are settled."""
+
+    explanation: str
+
+    def __str__(self) -> str:
+        return self.explanation
+
+
+TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
+Event = StageProgressed | RunStarted | WeightsTransferred | EpochFinished | BatchChosen | TrialEvent
 OnEvent = Callable[[Event], None]
 
 

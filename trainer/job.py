@@ -1,4 +1,4 @@
-"""What the driver tells a training worker and what the first one answers, importable without TensorFlow."""
+"""What the driver tells workers and what the first one answers, importable without TensorFlow."""
 
 from dataclasses import dataclass
 
@@ -33,3 +33,20 @@ class WorkerResult:
     """The network, as code."""
     weights_crc32: tuple[int, ...]
     """Of the weights that each worker held at the end: all the same."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """What the workers of a trial are told."""
+
+    config: TrainConfig
+    """Of the run; its batch is replaced by those of the trial."""
+    manifest: Manifest
+    sizes: tuple[int, ...]
+    """Per-replica batch sizes, ascending."""
+    memory_limit_gib: float | None
+    """Of one worker; None for its share of the machine."""
+    memory_share: float
+    """A size that is predicted to need more than this share of the limit is left out."""
+    compare_losses: bool
+    """Send the losses of a few first steps at the first size."""

@@ -4,38 +4,41 @@
 """
 
 import re
-import tempfile
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.queue import Empty, Queue
+from ray.train import TrainingFailedError
 
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.architectures import ARCHITECTURES, count_parameters, family_arguments
-from trainer.backend import TensorFlowConfig
+from trainer.batch_finder import choose_batch, measure_size
+from trainer.batch_table import BatchChoice, find_bottlenecks
 from trainer.cluster import Resources
-from trainer.config import TrainConfig, find_differences, parse_config
+from trainer.config import (
+    BatchRequest,
+    TrainConfig,
+    describe_rescaling,
+    find_differences,
+    parse_batch_request,
+    parse_config,
+)
 from trainer.dataset import cache_folder, load_manifest
 from trainer.diagnostics import find_symptoms
 from trainer.errors import InputError, JobError
 from trainer.evaluation import summarise
-from trainer.events import Event, OnEvent, RunStarted, StageProgressed, ignore_event
+from trainer.events import BatchChosen, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
 from trainer.notes import write_note
-from trainer.plots import write_plots
+from trainer.plots import write_batch_sizes, write_plots
 from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
 from trainer.tracking import log_to_mlflow
-
-_POLL_SECONDS = 0.2
+from trainer.workers import run_workers
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,21 @@ def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -
     return run
 
 
-def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest]:
-    """Returns the whole config of a run, and the manifest of its dataset.
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is decided before the workers of a run start."""
+
+    config: TrainConfig
+    manifest: Manifest
+    batch: BatchChoice
+
+
+def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest, BatchRequest]:
+    """Returns a config in which batch and precision may still be open, the manifest of its dataset, and what is asked.
 
     Args:
-        options: values by field of TrainConfig; None means that the recipe says. ``num_workers`` is text: a number, or
-            "auto" for one a GPU, or one where there is none. Other names are passed over.
+        options: values by field of TrainConfig and BatchRequest; None means that the recipe says. ``num_workers`` is
+            text: a number, or "auto" for one a GPU, or one where there is none. Other names are passed over.
         resources: of the cluster.
 
     Raises:
@@ -150,42 +162,115 @@ def build_config(options: Mapping[str, Any], resources: Resources) -> tuple[Trai
         )
     dataset = storage.resolve_uri(options["dataset"])
     manifest = check_dataset(arch, dataset)
-    given = {name: options[name] for name in TrainConfig.model_fields if options.get(name) is not None}
+    known = {**TrainConfig.model_fields, **BatchRequest.model_fields}
+    given = {name: options[name] for name in known if options.get(name) is not None}
     if options.get("init_from"):
         given["init_from"] = storage.resolve_uri(options["init_from"])
     values = {**RECIPES[recipe][arch], **given}
     values["arch_arguments"] = {**RECIPES[recipe][arch].get("arch_arguments", {}), **given.get("arch_arguments", {})}
     check_arch(arch, values["arch_arguments"])
-    config = parse_config(
+    asked = {name: values.pop(name) for name in BatchRequest.model_fields if name in values}
+    request = parse_batch_request(asked | {"global_batch_size": str(asked.get("global_batch_size", "max"))})
+    num_workers = _parse_num_workers(options["num_workers"], resources)
+    draft = parse_config(
         {
             **values,
             "dataset": dataset,
             "dataset_fingerprint": manifest.fingerprint,
-            "num_workers": _parse_num_workers(options["num_workers"], resources),
+            "num_workers": num_workers,
+            "global_batch_size": request.given_size or num_workers,
+            "precision": "float32" if request.precision == "auto" else request.precision,
         }
     )
     rows = manifest.splits["train"].rows
-    if config.global_batch_size > rows:
+    if draft.global_batch_size > rows:
         raise InputError(
-            f"--global-batch-size {config.global_batch_size} is more than the {rows} train images of {dataset}; "
+            f"--global-batch-size {draft.global_batch_size} is more than the {rows} train images of {dataset}; "
             f"give {rows} or less"
         )
-    if "epochs" not in given:
-        epochs = recipe_epochs(recipe, arch, steps_per_epoch=rows // config.global_batch_size)
-        config = config.model_copy(update={"epochs": epochs})
-    if config.init_from and not storage.exists(config.init_from):
+    if draft.init_from and not storage.exists(draft.init_from):
         raise InputError(
-            f"--init-from {config.init_from}: there is no such run or file; give a run folder or a weights file "
+            f"--init-from {draft.init_from}: there is no such run or file; give a run folder or a weights file "
             "(.safetensors or .h5)"
         )
-    if config.evaluate_test and not manifest.splits["test"].rows:
+    if draft.evaluate_test and not manifest.splits["test"].rows:
         raise InputError(f"--evaluate-test: {dataset} has no test images; prepare it with a --test-fraction")
-    return config, manifest
+    return draft, manifest, request
+
+
+def measure_batches(
+    options: Mapping[str, Any],
+    storage_uri: str,
+    resources: Resources,
+    *,
+    probe_again: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> tuple[BatchChoice, list[str]]:
+    """Returns the batch that a run with these options would use, and what keeps larger ones from being faster.
+
+    Args:
+        options: as in `build_draft`.
+        storage_uri: where tables are kept, that of the runs.
+        resources: of the cluster, which is connected.
+        probe_again: measure even where the storage has a table.
+        on_event: told of the trials.
+
+    Raises:
+        InputError: a value is not allowed, or no batch fits.
+        JobError: a trial failed.
+    """
+    draft, manifest, request = build_draft(options, resources)
+    root = storage.resolve_uri(storage_uri)
+    storage.check_writable(root)
+    choice = choose_batch(draft, manifest, request, root, resources, probe_again=probe_again, on_event=on_event)
+    if choice.table is None:
+        return choice, []
+    alone = None
+    if choice.table.num_replicas > 1:
+        one = draft.model_copy(update={"num_workers": 1, "global_batch_size": 1})
+        alone = measure_size(one, manifest, request, choice.table.knee.size, choice.precision, resources)
+    return choice, find_bottlenecks(choice.table, alone)
+
+
+def plan_run(
+    options: Mapping[str, Any],
+    run: RunFolder,
+    resources: Resources,
+    *,
+    probe_again: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> RunPlan:
+    """Returns the whole config of a run: what `build_draft` leaves open is measured, or what the run began with.
+
+    Args:
+        options: as in `build_draft`.
+        run: its folder, from `open_run`.
+        resources: of the cluster, which is connected.
+        probe_again: measure even where the storage has a table of batch sizes.
+        on_event: told of the trials.
+
+    Raises:
+        InputError: a value is not allowed, or no batch fits.
+        JobError: a trial failed.
+    """
+    draft, manifest, request = build_draft(options, resources)
+    record = run.read_record()
+    if record is not None and record.batch is not None and record.batch.request == request:
+        batch = record.batch
+    else:
+        storage_uri = storage.parent(run.uri)
+        batch = choose_batch(
+            draft, manifest, request, storage_uri, resources, probe_again=probe_again, on_event=on_event
+        )
+    values = {"global_batch_size": batch.global_batch_size, "precision": batch.precision}
+    if options.get("epochs") is None:
+        steps_per_epoch = manifest.splits["train"].rows // batch.global_batch_size
+        values["epochs"] = recipe_epochs(draft.recipe, draft.arch, steps_per_epoch)
+    return RunPlan(draft.model_copy(update=values), manifest, batch)
 
 
 def launch(
-    config: TrainConfig,
-    manifest: Manifest,
+    plan: RunPlan,
     run: RunFolder,
     resources: Resources,
     *,
@@ -198,8 +283,7 @@ def launch(
     A run that is finished is not started again: its result is returned.
 
     Args:
-        config: of the run.
-        manifest: of its dataset.
+        plan: from `plan_run`.
         run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
         max_failures: how often lost workers are started again.
@@ -210,6 +294,7 @@ def launch(
         InputError: the run name is used by another config.
         JobError: the workers failed more often than allowed.
     """
+    config, manifest = plan.config, plan.manifest
     record = run.read_record()
     if record is not None:
         differences = find_differences(record.config, config)
@@ -222,7 +307,9 @@ def launch(
         return result
     if record is None:
         run.write_manifest(manifest)
-        run.write_record(describe_run(config, resources.hardware))
+        run.write_record(describe_run(config, resources.hardware, plan.batch))
+    if rescaling := describe_rescaling(config):
+        on_event(BatchChosen(rescaling))
     on_event(_describe_start(run, config, manifest))
     on_event(StageProgressed("starting workers", 0, config.num_workers))
     job = WorkerJob(config, manifest, run.uri, trackers, ignore_event)
@@ -257,62 +344,20 @@ def _parse_num_workers(num_workers: str, resources: Resources) -> int:
     return int(num_workers)
 
 
-def _scaling(config: TrainConfig, resources: Resources) -> ScalingConfig:
-    """Gives each worker a GPU where there are GPUs, and never the last CPU: Ray Data needs one."""
-    cpus = (
-        min(1.0, (resources.num_cpus - 1) / config.num_workers) if resources.num_cpus > 1 else 0.5 / config.num_workers
-    )
-    wanted = {"CPU": cpus} | ({"GPU": 1} if resources.num_gpus else {})
-    return ScalingConfig(num_workers=config.num_workers, use_gpu=bool(resources.num_gpus), resources_per_worker=wanted)
-
-
 def _run_workers(job: WorkerJob, resources: Resources, max_failures: int, on_event: OnEvent) -> WorkerResult:
-    # The train loop imports TensorFlow; the driver must not (3 s of one core), so it is named, not imported.
-    def train_loop(arguments: dict[str, WorkerJob]) -> WorkerResult:
+    def train(send_event: OnEvent) -> WorkerResult:
         from trainer.loop import train_worker
 
-        return train_worker(arguments["job"])
-
-    queue = Queue(actor_options={"num_cpus": 0})
-
-    def send_event(event: Event) -> None:
-        queue.actor.put_nowait.remote(event)
+        return train_worker(replace(job, send_event=send_event))
 
     run = RunFolder(job.run)
-    # Ray's own bookkeeping: the state of the run is in the run folder (docs/decisions/0003).
-    bookkeeping = tempfile.TemporaryDirectory(prefix="ray-train-")
-    trainer = DataParallelTrainer(
-        train_loop,
-        train_loop_config={"job": replace(job, send_event=send_event)},
-        backend_config=TensorFlowConfig(),
-        scaling_config=_scaling(job.config, resources),
-        run_config=RunConfig(
-            name=run.name, storage_path=bookkeeping.name, failure_config=FailureConfig(max_failures=max_failures)
-        ),
-    )
-    ended = threading.Event()
-    listener = threading.Thread(target=_forward_events, args=(queue, ended, on_event), daemon=True)
-    listener.start()
     try:
-        worker_result: WorkerResult = trainer.fit().return_value
-        return worker_result
+        result: WorkerResult = run_workers(
+            train, run.name, job.config.num_workers, resources, max_failures=max_failures, on_event=on_event
+        )
     except TrainingFailedError as error:
         raise _find_cause(error, run) from error
-    finally:
-        ended.set()
-        listener.join()
-        queue.shutdown()
-        bookkeeping.cleanup()
-
-
-def _forward_events(queue: Queue, ended: threading.Event, on_event: OnEvent) -> None:
-    while True:
-        was_ended = ended.is_set()
-        try:
-            on_event(queue.get(timeout=_POLL_SECONDS))
-        except Empty:
-            if was_ended:
-                return
+    return result
 
 
 def _find_cause(error: TrainingFailedError, run: RunFolder) -> Exception:
@@ -361,6 +406,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
     run.write_steps(steps)
     write_plots(run, last.history, steps, result, config.clip_norm)
+    if (record := run.read_record()) and record.batch and record.batch.table:
+        write_batch_sizes(run, record.batch.table)
     if "mlflow" in job.trackers:
         log_to_mlflow(run, config, last.history, result)
     write_note(run, result)

@@ -5,8 +5,6 @@ one, else the weights of --init-from if there are any, else the seeded initialis
 """
 
 import contextlib
-import os
-import resource
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.checkpoint import Checkpoint
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
+from trainer.devices import peak_memory_gib, share_devices
 from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
 from trainer.events import EpochFinished, StageProgressed, WeightsTransferred
 from trainer.export import write_exports
@@ -49,7 +48,6 @@ from trainer.transfer import read_weights
 _PROGRESS_INTERVAL_SECONDS = 0.5
 # Every worker looks at the same loss at the same steps, so all stop together.
 _STEPS_BETWEEN_FINITE_CHECKS = 50
-_GIB = 2**30
 # The columns of a training step's answer, after its number.
 STEPS_SCHEMA = pa.schema(
     [
@@ -70,7 +68,7 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     """Trains the run's network from its last checkpoint, or from scratch, to its last epoch."""
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    _share_devices(context.get_local_world_size())
+    share_devices(context.get_local_world_size())
     run, config = RunFolder(job.run), job.config
     attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
 
@@ -108,14 +106,14 @@ def train_worker(job: WorkerJob) -> WorkerResult:
                 outcomes = evaluator(splits["val"]).evaluate()
                 row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, splits["val"].labels)
                 row["learning_rate"] = float(network.optimizer.learning_rate.numpy())
-                waited, peak = gather([[row["data_wait_seconds"], _peak_memory_gib()]]).max(axis=0)
+                waited, peak = gather([[row["data_wait_seconds"], peak_memory_gib()]]).max(axis=0)
                 row["data_wait_seconds"], row["peak_memory_gib"] = float(waited), float(peak)
                 row |= {"attempt": attempt, "num_workers": num_workers, "global_batch_size": config.global_batch_size}
                 row["epoch_seconds"] = time.perf_counter() - started
                 history = [*history, row]
                 arrays = (
                     checkpoints.read_variables(network.model.variables),
-                    checkpoints.read_variables(network.optimizer.variables),
+                    checkpoints.read_variables(network.optimizer_variables),
                 )
                 swap_averages(network)
                 if rank == 0:
@@ -160,18 +158,10 @@ def _gather_weights_crc32(network: Network, gather: Callable[[Any], Any]) -> tup
     return of_workers
 
 
-def _share_devices(workers_on_node: int) -> None:
-    """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-    cores = len(os.sched_getaffinity(0))
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // workers_on_node))
-
-
 def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
     for name, variables in (
         (checkpoints.MODEL_NAME, network.model.variables),
-        (checkpoints.OPTIMIZER_NAME, network.optimizer.variables),
+        (checkpoints.OPTIMIZER_NAME, network.optimizer_variables),
     ):
         content = checkpoints.read_file(run.checkpoints, checkpoint, name)
         with network.strategy.scope():
@@ -206,14 +196,15 @@ def _train_epoch(
     for images, labels in feed.batches(make_batch, range(steps_per_epoch)):
         stats.append(train_step(images, labels))
         if len(stats) % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-            _check_finite(stats, first_step)
+            _check_finite(stats, first_step, config.precision)
         if rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
             last_event = time.perf_counter()
             job.send_event(StageProgressed(f"epoch {epoch}", len(stats), steps_per_epoch))
-    _check_finite(stats, first_step)
+    _check_finite(stats, first_step, config.precision)
     seconds = time.perf_counter() - started
     by_step = np.stack(stats)
-    means: npt.NDArray[np.float64] = by_step.mean(axis=0, dtype=np.float64)
+    # Not of the gradients that loss scaling left out.
+    means: npt.NDArray[np.float64] = by_step.mean(axis=0, dtype=np.float64, where=np.isfinite(by_step))
     row = {
         "epoch": epoch,
         "step": epoch * steps_per_epoch,
@@ -228,19 +219,14 @@ def _train_epoch(
     return row, pa.table([numbers, *by_step.T.astype(np.float32)], schema=STEPS_SCHEMA)
 
 
-def _check_finite(stats: list[Any], first_step: int) -> None:
-    losses = np.asarray(stats[-1])[STEP_LOSS], np.asarray(stats[-1])[STEP_GRAD_NORM]
-    if not np.isfinite(losses).all():
+def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
+    last = np.asarray(stats[-1])
+    # A float16 gradient that overflowed is what loss scaling is for: the step is left out and the scale is halved.
+    watched = [STEP_LOSS] if precision == "mixed_float16" else [STEP_LOSS, STEP_GRAD_NORM]
+    if not np.isfinite(last[watched]).all():
         unchecked = (len(stats) - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
         steps = f"[{first_step + len(stats) - unchecked + 1}, {first_step + len(stats)}]"
         raise DivergedError(f"the loss or its gradient became nan or inf somewhere within steps {steps}")
-
-
-def _peak_memory_gib() -> float:
-    """Returns the most memory that this worker has used: on its GPU if it has one, else resident."""
-    if tf.config.list_logical_devices("GPU"):
-        return float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / _GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
-from trainer.config import TrainConfig, find_differences
+from trainer.config import TrainConfig, describe_rescaling, find_differences
 from trainer.markdown import format_table
 from trainer.run_folder import RunFolder, RunRecord, RunResult, find_runs
 
@@ -112,4 +112,27 @@ def _format_finished(run: RunFolder, record: RunRecord, manifest: Manifest, resu
         *(f"\n{finding}" for finding in result.findings),
     ]
     counts = [(one.name, one.correct, one.total) for one in result.val.per_class]
-    return [*lines, "", *format_table(("class", "right", "of"), counts)]
+    lines += ["", *format_table(("class", "right", "of"), counts)]
+    return [*lines, *_format_batch(record)]
+
+
+def _format_batch(record: RunRecord) -> list[str]:
+    """Returns how the batch was found, and what it means for values that were tuned at another."""
+    lines, config = [], record.config
+    if record.batch is not None and record.batch.explanation:
+        lines += ["", record.batch.explanation]
+    if rescaling := describe_rescaling(config):
+        lines += ["", rescaling]
+    if record.batch is None or record.batch.table is None:
+        return lines
+    table = record.batch.table
+    rows = [
+        (
+            *(one.precision, f"{one.num_replicas} x {one.size}", f"{one.images_per_second:.0f}"),
+            *(f"{one.seconds_per_step * 1000:.0f}", f"{one.peak_memory_gib:.2f}", table.verdict(one)),
+        )
+        for measured in table.measurements.values()
+        for one in measured
+    ]
+    columns = ("precision", "batch", "images/s", "ms a step", "GiB a worker", "verdict")
+    return [*lines, "", *format_table(columns, rows)]

@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of TrainConfig, so that the two cannot differ."""
+"""Command-line options made from the fields of TrainConfig and BatchRequest, so that they cannot differ."""
 
 import inspect
 import json
@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.config import TrainConfig
+from trainer.config import BatchRequest, TrainConfig
 
 # Not a user's to give, or given in a form of their own.
 _WITHOUT_OPTION = {"dataset_fingerprint", "arch_arguments"}
 
 
 def add_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a typer command with ``**options`` one option for each field of TrainConfig that it does not name itself.
+    """Gives a typer command with ``**options`` one option for each field of both that it does not name itself.
 
     The default is None: the recipe decides. The text under the field is the help.
     """
@@ -25,13 +25,21 @@ def add_config_options(command: Callable[..., None]) -> Callable[..., None]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[field.annotation | None, typer.Option(help=field.description)],  # type: ignore[operator]
+            annotation=Annotated[
+                field.annotation | None,  # type: ignore[operator]
+                typer.Option(*_option_names(name), help=field.description),
+            ],
         )
-        for name, field in TrainConfig.model_fields.items()
+        for name, field in {**TrainConfig.model_fields, **BatchRequest.model_fields}.items()
         if name not in signature.parameters and name not in _WITHOUT_OPTION
     ]
     command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     return command
+
+
+def _option_names(field: str) -> tuple[str, ...]:
+    """Returns the option of a field where it is not its name: the help says the unit."""
+    return ("--" + field.removesuffix("_gib").replace("_", "-"),) if field.endswith("_gib") else ()
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer import storage
+from trainer.batch_table import BatchTable
 from trainer.evaluation import EvaluationResult
 from trainer.run_folder import RunFolder, RunResult
 
 # Okabe-Ito: told apart with any colour vision.
-_TRAIN_COLOUR, _VAL_COLOUR = "#0072B2", "#D55E00"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73")
+_TRAIN_COLOUR, _VAL_COLOUR, _ = _COLOURS
 _MISTAKES_IN_A_ROW, _MOST_MISTAKES = 4, 16
 
 
@@ -55,6 +57,24 @@ def write_mistakes(
     for axes in figure.axes:
         axes.set_axis_off()
     storage.write_bytes(run.path("plots", "mistakes.png"), _to_png(figure))
+
+
+def write_batch_sizes(run: RunFolder, table: BatchTable) -> None:
+    """Writes ``plots/batch_sizes.png``: throughput and memory by batch size, one line a precision."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    of_speed, of_memory = figure.subplots(1, 2)
+    for (name, rows), colour in zip(table.measurements.items(), _COLOURS, strict=False):
+        sizes = [one.size * one.num_replicas for one in rows]
+        of_speed.plot(sizes, [one.images_per_second for one in rows], color=colour, marker=".", label=name)
+        of_memory.plot(sizes, [one.peak_memory_gib for one in rows], color=colour, marker=".", label=name)
+    of_memory.axhline(table.target_gib, color="0.4", linestyle=":", label="most that is used")
+    of_speed.set(ylabel="images/s", ylim=(0, None))
+    of_memory.set(ylabel="GiB a worker", ylim=(0, None))
+    for axes in (of_speed, of_memory):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="global batch")
+        axes.legend()
+    storage.write_bytes(run.path("plots", "batch_sizes.png"), _to_png(figure))
 
 
 def _draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:

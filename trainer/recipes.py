@@ -10,13 +10,16 @@ from trainer.config import TrainConfig
 # their author compiled with wherever one is named without a rate. 32 is the default batch of `model.fit`.
 _NOTES_COMMON = {
     "global_batch_size": 32,
+    "tuned_batch_size": 32,
+    "precision": "float32",
     "schedule": "constant",
     "warmup_epochs": 0.0,
     "momentum": 0.0,
     "nesterov": False,
     "input_scaling": "unit",
 }
-_NOTES_ADAM = {**_NOTES_COMMON, "optimizer": "adam", "base_learning_rate": 0.001 * 256 / 32}
+# Both at a rate of 0.001 for a batch of 32; a base rate is for 256 (`TrainConfig.peak_learning_rate`).
+_NOTES_ADAM = {**_NOTES_COMMON, "optimizer": "adam", "base_learning_rate": 0.001 * (256 / 32) ** 0.5}
 _NOTES_SGD = {**_NOTES_COMMON, "optimizer": "sgd", "base_learning_rate": 0.001 * 256 / 32}
 
 # Found by ablation: docs/LOG.md has the numbers, failures included. Nothing is mirrored: digits have a left side.
@@ -26,9 +29,9 @@ _SGD = {"optimizer": "sgd", "base_learning_rate": 0.08, "weight_decay": 5e-4, "c
 _HE_NORMAL = {"kernel_initializer": "he_normal"}
 _HE_NORMAL_BATCH_NORM = {**_HE_NORMAL, "batch_norm": True}
 
-_MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.004, "epochs": 20}
+_MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.002, "epochs": 20}
 # With Glorot's initialisation, as in the notes, the loss of sixteen layers of ReLU does not move.
-_MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0004, "arch_arguments": _HE_NORMAL}
+_MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0002, "arch_arguments": _HE_NORMAL}
 _MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL, "epochs": 15}
 
 # Small datasets have few steps an epoch, and ten epochs of them teach nothing.
@@ -51,11 +54,11 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "cnn_tapered": _MODERN_CNN,
         # The notes' AlexNet learned (27 of 66) but was validated with BatchNorm averages that a few hundred steps at a
         # momentum of 0.99 had not moved to the data.
-        "alexnet": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": {"batch_norm_momentum": 0.9}},
+        "alexnet": {**_ADAMW, "base_learning_rate": 0.001, "arch_arguments": {"batch_norm_momentum": 0.9}},
         "vgg16": _MODERN_VGG,
         "vgg19": _MODERN_VGG,
-        "inception_notes": {**_ADAMW, "base_learning_rate": 0.004, "arch_arguments": _HE_NORMAL_BATCH_NORM},
-        "googlenet": {**_ADAMW, "base_learning_rate": 0.004, "arch_arguments": _HE_NORMAL_BATCH_NORM, "epochs": 15},
+        "inception_notes": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL_BATCH_NORM},
+        "googlenet": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL_BATCH_NORM, "epochs": 15},
         "resnet18": _MODERN_RESNET,
         "resnet34": _MODERN_RESNET,
         "resnet50": _MODERN_RESNET,

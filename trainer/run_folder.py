@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import storage
+from trainer.batch_table import BatchChoice
 from trainer.config import TrainConfig
 from trainer.errors import InputError
 from trainer.evaluation import EvaluationResult
@@ -43,6 +44,8 @@ class RunRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     config: TrainConfig
+    batch: BatchChoice | None = None
+    """How its batch and its precision were found."""
     command: str
     code_version: str
     """Git commit, with "+changes" where the checkout differed from it, or the installed version."""
@@ -190,10 +193,11 @@ def find_runs(storage_uri: str) -> list[RunFolder]:
     return [run for _, _, run in sorted(started, key=lambda one: one[:2])]
 
 
-def describe_run(config: TrainConfig, hardware: str) -> RunRecord:
+def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None) -> RunRecord:
     """Returns the record of a run that starts now."""
     return RunRecord(
         config=config,
+        batch=batch,
         command=shlex.join(["python", *sys.argv]),
         code_version=_code_version(),
         packages={name: version(name) for name in _RECORDED_PACKAGES},

@@ -33,6 +33,14 @@ class Network:
     transferred: str
     """Which layers started from other weights, in words; empty where none did."""
 
+    @property
+    def optimizer_variables(self) -> list[Any]:
+        """All that the optimizer goes on from, of which Keras leaves out the loss scale."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
+            return [*optimizer.variables, optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+        return list(optimizer.variables)
+
 
 def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float], list[float]]:
     """Returns (scale, offset), one value a channel: the network sees ``pixel * scale + offset``."""
@@ -92,6 +100,9 @@ def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
     optimizer = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    if config.precision == "mixed_float16":
+        # Small gradients vanish in float16; a step whose scaled gradients overflow is left out.
+        return keras.mixed_precision.LossScaleOptimizer(optimizer)
     return optimizer
 
 
@@ -100,9 +111,10 @@ def swap_averages(network: Network) -> None:
 
     A checkpoint is read in the exchanged state: its model holds what was validated, its optimizer what trains on.
     """
-    if network.optimizer.use_ema:
+    optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
+    if optimizer.use_ema:
         # Keras has no public name for them.
-        averages = network.optimizer._model_variables_moving_average
+        averages = optimizer._model_variables_moving_average
         for variable, average in zip(network.model.trainable_variables, averages, strict=True):
             weights = variable.numpy()
             variable.assign(average.numpy())
@@ -128,6 +140,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
     model, optimizer = network.model, network.optimizer
     scale, offset = map(tf.constant, pixel_scaling(manifest, config))
     smoothing, classes = config.label_smoothing, manifest.num_classes
+    scales_loss = config.precision == "mixed_float16"
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
     def replica_step(images: Any, labels: Any) -> Any:
@@ -138,7 +151,11 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
             # Divided by the global batch, so that the sum over the workers is its mean.
             objective = tf.reduce_sum(losses) / config.global_batch_size
+            if scales_loss:
+                objective = optimizer.get_scaled_loss(objective)
         gradients = tape.gradient(objective, model.trainable_variables)
+        if scales_loss:
+            gradients = optimizer.get_unscaled_gradients(gradients)
         cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
         means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size

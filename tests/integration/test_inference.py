@@ -20,7 +20,7 @@ from trainer.inference import evaluate_run, predict_images
 from trainer.run_folder import RunFolder
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
-OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--export", "saved_model"]
+OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--precision", "float32", "--export", "saved_model"]
 OPTIONS += ["--track", "tensorboard", "--evaluate-test"]
 
 

@@ -14,7 +14,8 @@ import pytest
 from tests.conftest import REPOSITORY, run_job, write_stripes
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
-TRAINING = [*SMALL, "--num-workers", "2", "--global-batch-size", "20", "--base-learning-rate", "0.05", "--epochs", "2"]
+TRAINING = [*SMALL, "--num-workers", "2", "--base-learning-rate", "0.05", "--epochs", "2"]
+TRAINING += ["--global-batch-size", "20", "--precision", "float32", "--tuned-batch-size", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,8 @@ def test_a_wrong_endpoint_is_refused_with_its_name(dataset):
 
 
 def test_the_embedded_dataset_is_prepared_once(tmp_path):
-    options = ["--arch", "cnn_tapered", "--epochs", "1", "--storage", str(tmp_path), "--global-batch-size", "500"]
+    options = ["--arch", "cnn_tapered", "--epochs", "1", "--storage", str(tmp_path)]
+    options += ["--global-batch-size", "500", "--precision", "float32"]
     first = run_job("train.py", *options, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert first.returncode == 0, first.stderr
     assert "3500 images = 7 steps an epoch" in first.stderr

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY, free_port, wait_for_port, write_stripes
 
 NETWORK = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
-TRAINING = [*NETWORK, "--epochs", "1"]
+TRAINING = [*NETWORK, "--epochs", "1", "--global-batch-size", "64", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,13 @@ def train(resources, dataset, tmp_path_factory):
             "recipe": "modern",
             "dataset": str(dataset),
             "num_workers": str(num_workers),
-            "global_batch_size": GLOBAL_BATCH_SIZE,
+            "global_batch_size": str(GLOBAL_BATCH_SIZE),
+            "precision": "float32",
             "epochs": 3,
             **options,
         }
-        config, manifest = launch.build_config(options, resources)
-        run = launch.open_run(str(storage), name, config.arch, resources)
-        launch.launch(config, manifest, run, resources, on_event=on_event)
+        run = launch.open_run(str(storage), name, network["arch"], resources)
+        launch.launch(launch.plan_run(options, run, resources), run, resources, on_event=on_event)
         return run
 
     return run

@@ -78,6 +78,7 @@ def make_config():
             "dataset": "/datasets/animals",
             "dataset_fingerprint": "f00d",
             "num_workers": 1,
+            "global_batch_size": 64,
             "base_learning_rate": 0.1,
         }
         return TrainConfig(**{**required, **values})

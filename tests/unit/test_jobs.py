@@ -10,7 +10,7 @@ import pytest
 from data_prep.prepare import PrepareConfig
 from data_prep.sources import SOURCE_FORMATS
 from trainer.architectures import ARCHITECTURES
-from trainer.config import TrainConfig
+from trainer.config import BatchRequest, TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py"))
@@ -87,8 +87,9 @@ def choices_of(annotation: object) -> set[str]:
 
 
 def test_the_options_of_train_are_the_fields_of_its_config():
-    options = set(parameters_of("train.py")) - {"list_archs", "storage", "run_name", "max_failures", "track"}
-    fields = set(TrainConfig.model_fields) - {"dataset_fingerprint"}
+    own = {"list_archs", "storage", "run_name", "max_failures", "track", "probe_again"}
+    options = set(parameters_of("train.py")) - own
+    fields = {*TrainConfig.model_fields, *BatchRequest.model_fields} - {"dataset_fingerprint"}
     assert options - {"arch_argument"} | {"arch_arguments"} == fields
 
 
@@ -102,8 +103,10 @@ def test_options_that_are_words_allow_what_the_config_allows(job, config):
     compared = 0
     for name, parameter in parameters_of(job).items():
         allowed = choices_of(parameter.annotation)
-        if allowed and name in config.model_fields:
-            assert allowed == choices_of(config.model_fields[name].annotation), name
+        # That batch and precision may be left open is the request's.
+        fields = {**config.model_fields, **(BatchRequest.model_fields if config is TrainConfig else {})}
+        if allowed and name in fields:
+            assert allowed == choices_of(fields[name].annotation), name
             compared += 1
     assert compared
 

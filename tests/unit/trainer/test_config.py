@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from trainer.config import TrainConfig, find_differences, parse_config
+from trainer.config import TrainConfig, describe_rescaling, find_differences, parse_batch_request, parse_config
 from trainer.errors import InputError
 
 REQUIRED = {
@@ -10,6 +10,7 @@ REQUIRED = {
     "dataset": "/datasets/cats",
     "dataset_fingerprint": "f00d",
     "num_workers": 2,
+    "global_batch_size": 64,
     "base_learning_rate": 0.1,
 }
 
@@ -32,10 +33,40 @@ def test_a_config_cannot_be_changed():
         parse_config(REQUIRED).seed = 1
 
 
-def test_the_learning_rate_grows_with_the_global_batch():
-    config = parse_config({**REQUIRED, "base_learning_rate": 0.1, "global_batch_size": 64})
-    assert config.peak_learning_rate == pytest.approx(0.025)
+@pytest.mark.parametrize(("optimizer", "peak"), [("sgd", 0.025), ("adam", 0.05), ("adamw", 0.05), ("nadam", 0.05)])
+def test_the_learning_rate_grows_with_the_global_batch(optimizer, peak):
+    config = parse_config({**REQUIRED, "optimizer": optimizer, "base_learning_rate": 0.1, "global_batch_size": 64})
+    assert config.peak_learning_rate == pytest.approx(peak)
     assert config.per_replica_batch_size == 32
+
+
+def test_a_batch_that_values_were_not_tuned_at_is_told_with_what_was_done():
+    tuned = {**REQUIRED, "optimizer": "sgd", "tuned_batch_size": 64, "global_batch_size": 64}
+    assert describe_rescaling(parse_config(tuned)) == ""
+    told = describe_rescaling(parse_config({**tuned, "global_batch_size": 128}))
+    assert "tuned at a batch of 64, this run uses 128" in told
+    assert "scaled linearly to 0.05, a starting guess" in told
+
+
+@pytest.mark.parametrize("value", ["max", "knee", "1", "4096"])
+def test_a_batch_is_max_or_knee_or_a_number(value):
+    request = parse_batch_request({"global_batch_size": value})
+    assert request.given_size == (int(value) if value.isdecimal() else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("global_batch_size", "0"), ("global_batch_size", "-8"), ("global_batch_size", "largest"), ("precision", "half"),
+     ("min_steps_per_epoch", 0)],
+)  # fmt: skip
+def test_a_request_that_is_not_allowed_is_refused_with_its_option(name, value):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
+        parse_batch_request({name: value})
+
+
+def test_the_option_of_the_memory_limit_is_named_without_its_unit():
+    with pytest.raises(InputError, match=r"^--memory-limit 0: "):
+        parse_batch_request({"memory_limit_gib": 0})
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@ import pytest
 
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
+from trainer.batch_table import BatchChoice
 from trainer.cluster import Resources
 from trainer.errors import InputError
-from trainer.launch import build_config, check_arch, check_dataset, embedded_dataset, launch, open_run
+from trainer.launch import RunPlan, build_draft, check_arch, check_dataset, embedded_dataset, launch, open_run, plan_run
 from trainer.run_folder import RunFolder, describe_run
 
-ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, hardware="1 node")
-FOUR_GPUS = Resources(num_nodes=2, num_cpus=16, num_gpus=4, hardware="2 nodes")
+ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, devices="4 cores", node_memory_gib=16)
+FOUR_GPUS = Resources(num_nodes=2, num_cpus=16, num_gpus=4, devices="L4", node_memory_gib=64)
+# Nothing to measure.
+SETTLED = {"global_batch_size": "4", "precision": "float32"}
 
 
 @pytest.fixture
@@ -17,14 +20,31 @@ def dataset(write_dataset) -> str:
 
 
 @pytest.fixture
-def build(dataset):
-    """Returns a function that makes a config as `jobs/train.py` does: None is what the command line leaves open."""
+def options(dataset) -> dict:
+    """What `jobs/train.py` gives: None is what the command line leaves open."""
+    given = {"arch": "cnn_softmax", "recipe": "modern", "dataset": dataset, "num_workers": "auto", "seed": 0}
+    return {**given, "epochs": None, "optimizer": None, "storage": "runs"}
 
-    def build(resources=ONE_MACHINE, **options):
-        given = {"arch": "cnn_softmax", "recipe": "modern", "dataset": dataset, "num_workers": "auto", "seed": 0}
-        return build_config({**given, "epochs": None, "optimizer": None, "storage": "runs", **options}, resources)
+
+@pytest.fixture
+def build(options):
+    """Returns a function that makes the draft of a config, its manifest and its request."""
+
+    def build(resources=ONE_MACHINE, **given):
+        return build_draft({**options, **given}, resources)
 
     return build
+
+
+@pytest.fixture
+def plan(options, tmp_path):
+    """Returns a function that plans a run whose batch and precision are given."""
+
+    def plan(run=None, **given) -> RunPlan:
+        run = run or RunFolder(str(tmp_path / "runs" / "new"))
+        return plan_run({**options, **SETTLED, **given}, run, ONE_MACHINE)
+
+    return plan
 
 
 @pytest.mark.parametrize("arch", ["", "vgg", "AlexNet"])
@@ -104,23 +124,47 @@ def test_a_storage_that_cannot_be_written_is_refused(tmp_path):
         open_run(str(tmp_path / "file"), "first", "alexnet", ONE_MACHINE)
 
 
-def test_what_the_command_line_leaves_open_the_recipe_says(build):
-    config, manifest = build(global_batch_size=4)
+def test_what_the_command_line_leaves_open_the_recipe_says(plan):
+    planned = plan()
+    config = planned.config
     assert (config.optimizer, config.epochs, config.weight_decay) == ("adamw", 20, 0.01)
-    assert build(global_batch_size=50)[0].epochs == 150  # two steps each
-    assert config.dataset_fingerprint == manifest.fingerprint
-    assert build(recipe="notes")[0].optimizer == "adam"
+    assert plan(global_batch_size="50").config.epochs == 150  # two steps each
+    assert config.dataset_fingerprint == planned.manifest.fingerprint
+    assert plan(recipe="notes").config.optimizer == "adam"
 
 
-def test_what_the_command_line_says_goes_before_the_recipe(build):
-    config, _ = build(optimizer="sgd", epochs=3, weight_decay=0.0, arch_arguments={"dense_units": 8})
+def test_batch_and_precision_are_measured_unless_the_notes_or_the_command_line_say_them(build):
+    def asked(**given):
+        request = build(**given)[2]
+        return request.global_batch_size, request.precision
+
+    assert asked() == ("max", "auto")
+    assert asked(recipe="notes") == ("32", "float32")
+    assert asked(recipe="notes", precision="auto") == ("32", "auto")
+    assert asked(global_batch_size="knee", precision="mixed_bfloat16") == ("knee", "mixed_bfloat16")
+
+
+def test_a_run_is_continued_with_the_batch_that_it_began_with(build, plan, options, tmp_path):
+    request = build()[2]
+    begun = BatchChoice(
+        request=request, global_batch_size=8, precision="mixed_bfloat16", limit="rows", explanation="as measured"
+    )
+    run = RunFolder(str(tmp_path / "runs" / "begun"))
+    run.write_record(describe_run(plan().config, "1 node", begun))
+    continued = plan_run(options, run, ONE_MACHINE)
+    assert (continued.config.global_batch_size, continued.config.precision) == (8, "mixed_bfloat16")
+    assert continued.batch == begun
+
+
+def test_what_the_command_line_says_goes_before_the_recipe(plan):
+    config = plan(optimizer="sgd", epochs=3, weight_decay=0.0, arch_arguments={"dense_units": 8}).config
     assert (config.optimizer, config.epochs, config.weight_decay) == ("sgd", 3, 0.0)
     assert config.arch_arguments == {"dense_units": 8}
 
 
 def test_arguments_of_the_recipe_and_of_the_command_line_are_put_together(build, write_dataset):
     large = write_dataset(rows=(100, 10, 0), image_size=67, rows_per_file=100).uri
-    config, _ = build(arch="alexnet", dataset=large, arch_arguments={"dropout": 0.1})
+    config = build(arch="alexnet", dataset=large, arch_arguments={"dropout": 0.1})[0]
     assert config.arch_arguments == {"batch_norm_momentum": 0.9, "dropout": 0.1}
 
 
@@ -159,8 +203,8 @@ def test_a_batch_larger_than_the_train_split_is_refused(build):
     with pytest.raises(
         InputError, match=r"--global-batch-size 101 is more than the 100 train images of .*; give 100 or less"
     ):
-        build(global_batch_size=101)
-    assert build(global_batch_size=100)[0].global_batch_size == 100
+        build(global_batch_size="101")
+    assert build(global_batch_size="100")[0].global_batch_size == 100
 
 
 def test_a_test_split_without_images_cannot_be_evaluated(build):
@@ -169,25 +213,21 @@ def test_a_test_split_without_images_cannot_be_evaluated(build):
 
 
 @pytest.fixture
-def finished(build, tmp_path, make_result):
-    config, manifest = build()
-    run = RunFolder(str(tmp_path / "runs" / "first"))
-    run.write_record(describe_run(config, "1 node"))
+def finished(plan, tmp_path, make_result):
+    planned, run = plan(), RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_record(describe_run(planned.config, "1 node"))
     run.write_result(make_result())
-    return run, config, manifest
+    return run, planned
 
 
 def test_a_finished_run_is_not_started_again(finished, make_result):
-    run, config, manifest = finished
+    run, planned = finished
     events = []
-    assert launch(config, manifest, run, ONE_MACHINE, on_event=events.append) == make_result()
+    assert launch(planned, run, ONE_MACHINE, on_event=events.append) == make_result()
     assert events == []
 
 
-def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, build):
-    run, _, manifest = finished
-    other, _ = build(epochs=3)
-    with pytest.raises(
-        InputError, match=r"run first .* another config \(epochs: 300 -> 3\); choose another --run-name"
-    ):
-        launch(other, manifest, run, ONE_MACHINE)
+def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, plan):
+    run, _ = finished
+    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 20 -> 3\); choose another --run-name"):
+        launch(plan(run, epochs=3), run, ONE_MACHINE)

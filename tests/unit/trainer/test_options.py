@@ -4,7 +4,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from trainer.config import TrainConfig
+from trainer.config import BatchRequest, TrainConfig
 from trainer.options import add_config_options, parse_assignment
 
 
@@ -26,11 +26,17 @@ def invoke(received):
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
-def test_every_field_of_the_config_is_an_option():
+def test_every_field_of_config_and_request_is_an_option():
     def command(**options) -> None: ...
 
     added = inspect.signature(add_config_options(command)).parameters.keys()
-    assert added == TrainConfig.model_fields.keys() - {"dataset_fingerprint", "arch_arguments"}
+    fields = TrainConfig.model_fields.keys() | BatchRequest.model_fields.keys()
+    assert added == fields - {"dataset_fingerprint", "arch_arguments"}
+
+
+def test_an_option_is_named_without_the_unit_that_its_help_tells(invoke, received):
+    assert invoke("--memory-limit", "2.5").exit_code == 0
+    assert received["memory_limit_gib"] == 2.5
 
 
 def test_what_is_not_given_is_left_to_the_recipe(invoke, received):

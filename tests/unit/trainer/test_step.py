@@ -26,6 +26,11 @@ SIZE, ROWS = 22, 6
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
 
 
+def base_rate(peak: float, optimizer: str = "sgd") -> float:
+    """The base learning rate that is scaled to a peak at a batch of ROWS."""
+    return peak * (256 / ROWS) ** (1 if optimizer == "sgd" else 0.5)
+
+
 @pytest.fixture(autouse=True)
 def float32_afterwards():
     yield
@@ -63,7 +68,8 @@ def start(make_config, manifest):
 
     def start(**values) -> Started:
         base = {"global_batch_size": ROWS, "schedule": "constant", "warmup_epochs": 0, "arch_arguments": NETWORK}
-        config = make_config(**{**base, "base_learning_rate": 0.01 * 256 / ROWS, **values})
+        rate = base_rate(0.01, values.get("optimizer", "sgd"))
+        config = make_config(**{**base, "base_learning_rate": rate, **values})
         network = build_network(manifest, config, steps_per_epoch=10)
         return Started(config, network, compile_train_step(network, manifest, config))
 
@@ -206,7 +212,13 @@ def test_a_gradient_that_is_short_enough_is_left_alone(start, batch):
 
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
-    [("sgd", "float32"), ("adam", "float32"), ("nadam", "float32"), ("adamw", "mixed_bfloat16")],
+    [
+        ("sgd", "float32"),
+        ("adam", "float32"),
+        ("nadam", "float32"),
+        ("adamw", "mixed_bfloat16"),
+        ("adamw", "mixed_float16"),
+    ],
 )
 def test_the_network_learns_a_batch_by_heart(start, batch, optimizer, precision):
     started = start(optimizer=optimizer, precision=precision)
@@ -217,7 +229,7 @@ def test_the_network_learns_a_batch_by_heart(start, batch, optimizer, precision)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_weight_decay_shrinks_kernels_and_nothing_else(make_config, manifest, optimizer):
     with_batch_norm = {"arch": "alexnet", "arch_arguments": {"width": 0.05, "dense_units": 8}}
-    constant = {"schedule": "constant", "warmup_epochs": 0, "base_learning_rate": 0.01 * 256 / ROWS}
+    constant = {"schedule": "constant", "warmup_epochs": 0, "base_learning_rate": base_rate(0.01, optimizer)}
     config = make_config(**with_batch_norm, **constant, global_batch_size=ROWS, optimizer=optimizer, weight_decay=0.5)
     network = build_network(manifest.model_copy(update={"image_size": 67}), config, steps_per_epoch=10)
     variables = network.model.trainable_variables

@@ -1,0 +1,86 @@
+"""Measures batch sizes on the training workers: the table behind `--global-batch-size max`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from typer import Option
+
+from trainer import console
+from trainer.options import add_config_options, parse_assignment
+
+if TYPE_CHECKING:
+    from trainer.batch_table import BatchTable
+
+_BAR_WIDTH = 30
+
+# Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+@add_config_options
+def main(
+    arch: Annotated[str, Option(help="Architecture, as in train.py.")],
+    dataset: Annotated[str, Option(help="Prepared dataset, local or s3://; default: 5,000 MNIST images.")] = "",
+    storage: Annotated[str, Option(help="Where tables are kept, local or s3://.")] = "runs",
+    num_workers: Annotated[str, Option(help="A number, or auto: one a GPU, or one.")] = "auto",
+    arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
+    recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
+    probe_again: Annotated[bool, Option("--probe-again", help="Measure even where it was done.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the table as JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Measure throughput and memory by batch size and precision, and say which batch a run would use and why."""
+    options |= {"arch": arch, "recipe": recipe, "num_workers": num_workers, "dataset": dataset}
+    options["arch_arguments"] = dict(map(parse_assignment, arch_argument))
+    with console.exit_codes():
+        # Not at the top: --help and wrong options answer without loading Ray.
+        from trainer import launch
+        from trainer.cluster import connect
+
+        launch.check_arch(arch, options["arch_arguments"])
+        if dataset:
+            launch.check_dataset(arch, dataset)
+        with connect() as resources, console.show_events() as on_event:
+            if not dataset:
+                from data_prep.embedded import prepare_embedded
+
+                options["dataset"] = prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
+            choice, bottlenecks = launch.measure_batches(
+                options, storage, resources, probe_again=probe_again, on_event=on_event
+            )
+        if as_json:
+            console.stdout.print(choice.model_dump_json(indent=2), markup=False)
+            return
+        if choice.table is not None:
+            print_table(choice.table)
+        for line in (*bottlenecks, choice.explanation):
+            console.stdout.print(line, markup=False)
+
+
+def print_table(table: "BatchTable") -> None:
+    """Print what was measured, the chosen precision last."""
+    is_terminal = console.stdout.is_terminal
+    columns = ["precision", "per replica", "global", "images/s", "ms a step", "spread", "GiB a worker", "verdict"]
+    printed = Table(*columns, *(["throughput"] if is_terminal else []))
+    order = sorted(table.measurements, key=lambda name: name == table.precision)
+    best = max(one.images_per_second for rows in table.measurements.values() for one in rows)
+    for name in order:
+        for one in table.measurements[name]:
+            bar = "█" * round(_BAR_WIDTH * one.images_per_second / best)
+            printed.add_row(
+                *(name, str(one.size), str(one.size * one.num_replicas), f"{one.images_per_second:.0f}"),
+                *(f"{one.seconds_per_step * 1000:.0f}", f"{one.seconds_spread * 1000:.0f}"),
+                *(f"{one.peak_memory_gib:.2f}", table.verdict(one)),
+                *([bar] if is_terminal else []),
+            )
+        if name in table.failed:
+            size = table.failed[name]
+            printed.add_row(name, str(size), str(size * table.num_replicas), "", "", "", "", "out of memory")
+        printed.add_section()
+    console.stdout.print(printed)
+
+
+if __name__ == "__main__":
+    app()

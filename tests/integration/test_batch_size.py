@@ -1,0 +1,121 @@
+"""Batch sizes found by real trials on real workers, one of which is killed."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+
+from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import run_job, write_stripes
+from trainer import launch, storage
+from trainer.batch_finder import choose_batch
+from trainer.errors import InputError
+from trainer.events import SizeMeasured
+from trainer.run_folder import RunFolder
+
+NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
+SMALL = [word for name, value in NETWORK.items() for word in ("--arch-argument", f"{name}={json.dumps(value)}")]
+
+
+@pytest.fixture(scope="module")
+def work(resources, tmp_path_factory) -> Path:
+    """A folder with a prepared dataset of 98 train images."""
+    folder = tmp_path_factory.mktemp("work")
+    source = write_stripes(folder / "source", images_per_class=47)
+    prepare(str(source), str(folder / "dataset"), PrepareConfig(image_size=32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(resources, work):
+    """Returns a function that runs a job on the cluster of this module."""
+    return partial(run_job, cwd=work, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    """A run of two workers that was told nothing of batch and precision."""
+    options = ["--arch", "cnn_softmax", *SMALL, "--dataset", "dataset", "--num-workers", "2", "--epochs", "2"]
+    finished = run("train.py", *options, "--run-name", "first")
+    assert finished.returncode == 0, finished.stderr
+    return finished, options
+
+
+def measured_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("batch ")]
+
+
+def test_a_run_finds_its_batch_and_precision_and_says_why(trained, work):
+    finished, _ = trained
+    batch = RunFolder(str(work / "runs" / "first")).read_record().batch
+    assert set(batch.table.measurements) == {"float32", "mixed_bfloat16"}
+    # 98 images over two workers in at least ten steps: 4 each.
+    assert (batch.global_batch_size, batch.limit, batch.table.trials) == (8, "rows", 2)
+    assert batch.precision == batch.table.precision
+    assert len(measured_lines(finished.stderr)) == 2
+    assert batch.explanation in finished.stderr
+    assert "tuned at a batch of 64, this run uses 8" in finished.stderr
+    assert "global batch 8 = 2 replicas x 4" in finished.stderr
+
+
+def test_the_note_has_the_table_and_a_picture(trained, work):
+    note = (work / "runs" / "first" / "note.md").read_text()
+    assert "| precision | batch | images/s |" in note
+    assert "| float32 | 2 x 4 |" in note
+    assert (work / "runs" / "first" / "plots" / "batch_sizes.png").exists()
+
+
+def test_the_next_run_of_the_same_kind_measures_nothing(trained, run):
+    _, options = trained
+    again = run("train.py", *options, "--run-name", "second", "--seed", "1")
+    assert again.returncode == 0, again.stderr
+    assert measured_lines(again.stderr) == []
+    assert "global batch 8 = 2 replicas x 4" in again.stderr
+
+
+def test_the_table_of_a_job_is_that_of_the_runs(trained, run, work):
+    _, options = trained
+    printed = run("batch_size.py", *options[: options.index("--epochs")], "--json")
+    assert printed.returncode == 0, printed.stderr
+    batch = RunFolder(str(work / "runs" / "first")).read_record().batch
+    assert json.loads(printed.stdout) == json.loads(batch.model_dump_json())
+
+
+def draft(work: Path, resources, **options):
+    given = {"arch": "cnn_softmax", "arch_arguments": NETWORK, "recipe": "modern", "dataset": str(work / "dataset")}
+    return launch.build_draft({**given, "num_workers": "1", "precision": "float32", **options}, resources)
+
+
+def kill_trial_workers(event) -> None:
+    """Kills the training workers of this test's cluster, as the kernel does when memory runs out."""
+    if not isinstance(event, SizeMeasured):
+        return
+    cache = f"XDG_CACHE_HOME={os.environ['XDG_CACHE_HOME']}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = cache in (process / "environ").read_bytes().split(b"\0")
+            if ours and b"RayTrainWorker" in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+def test_a_killed_trial_counts_as_out_of_memory_and_the_search_goes_on(work, resources, tmp_path):
+    choice = choose_batch(*draft(work, resources), str(tmp_path), resources, on_event=kill_trial_workers)
+    # 98 images in at least ten steps: 8 was measured, 9 was killed.
+    assert choice.table.failed == {"float32": 9}
+    assert (choice.global_batch_size, choice.limit) == (8, "memory")
+    assert storage.find_files(storage.join(str(tmp_path), "batch_sizes"))
+
+
+def test_a_batch_that_needs_more_than_the_limit_is_refused_with_the_arithmetic(work, resources, tmp_path):
+    with pytest.raises(InputError, match=r"--global-batch-size 98: no such batch fits into 0.10 GiB .*98 ran out of"):
+        choose_batch(
+            *draft(work, resources, global_batch_size="98", precision="auto", memory_limit_gib=0.1),
+            str(tmp_path),
+            resources,
+        )

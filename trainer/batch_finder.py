@@ -1,0 +1,260 @@
+"""Finds batch and precision by trials on the workers' own resources, and remembers what it found in the storage."""
+
+import hashlib
+import json
+import math
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import ValidationError
+from ray.train import TrainingFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from data_prep.manifest import Manifest
+from trainer import storage
+from trainer.batch_table import (
+    SAFETY_MARGIN,
+    BatchChoice,
+    BatchTable,
+    choose_precision,
+    decide,
+    ladder,
+    largest_for_rows,
+    next_size,
+)
+from trainer.cluster import Resources
+from trainer.config import BatchRequest, TrainConfig
+from trainer.errors import InputError, JobError
+from trainer.events import (
+    BatchChosen,
+    Event,
+    LossesMeasured,
+    OnEvent,
+    SizeMeasured,
+    StageProgressed,
+    TrialStarted,
+    ignore_event,
+)
+from trainer.job import TrialJob
+from trainer.workers import run_workers
+
+# By exception, or as a worker that is gone: killed by the kernel or by `trainer.devices.kill_beyond`.
+_OUT_OF_MEMORY = (MemoryError, WorkerHealthCheckFailedError)
+# What the other workers say of one that is gone, by name: the driver does not import TensorFlow.
+_LOST_PEER = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")
+_MOST_TRIALS = 8
+_FIRST_SIZE = 8
+# A cached table is used as long as the nodes have about the memory that it was measured with.
+_MEMORY_TOLERANCE = 0.1
+_KEY_PACKAGES = ("ray", "tensorflow", "tf_keras")
+
+
+def choose_batch(
+    draft: TrainConfig,
+    manifest: Manifest,
+    request: BatchRequest,
+    storage_uri: str,
+    resources: Resources,
+    *,
+    probe_again: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> BatchChoice:
+    """Returns the batch and the precision of a run, from the cache or by trials.
+
+    Args:
+        draft: the config of the run; its batch and its precision are not looked at.
+        manifest: of its dataset.
+        request: what is asked for.
+        storage_uri: where tables are kept.
+        resources: of the cluster, which is connected.
+        probe_again: do not use the cache.
+        on_event: told of every size that is measured, and of the choice.
+
+    Raises:
+        InputError: no batch fits, or not the one that was given.
+        JobError: the workers failed for another reason than memory.
+    """
+    rows, given = manifest.splits["train"].rows, request.given_size
+    if given is not None and request.precision != "auto":
+        return BatchChoice(
+            request=request, global_batch_size=given, precision=request.precision, limit="given", explanation=""
+        )
+    most = (
+        given // draft.num_workers
+        if given is not None
+        else largest_for_rows(rows, draft.num_workers, request.min_steps_per_epoch)
+    )
+    uri = _table_uri(draft, manifest, request, storage_uri, resources)
+    finder = _Finder(draft, manifest, request, resources, on_event)
+    cached = None if probe_again else _read_table(uri, resources)
+    if cached is not None:
+        finder.use(cached)
+    table = finder.find(most, sizes=(most,) if given else ladder(_FIRST_SIZE, most))
+    if cached is not None and table.trials == cached.trials:
+        table = cached
+    else:
+        storage.write_bytes(uri, table.model_dump_json(indent=2).encode())
+    if not table.fitting:
+        raise InputError(_explain_misfit(request, table))
+    if given is None:
+        choice = decide(request, table, rows)
+    else:
+        choice = BatchChoice(
+            request=request,
+            global_batch_size=given,
+            precision=table.precision,
+            limit="given",
+            explanation=f"global batch {given} as given; {table.precision_reason}",
+            table=table,
+        )
+    on_event(BatchChosen(choice.explanation))
+    return choice
+
+
+def measure_size(
+    draft: TrainConfig, manifest: Manifest, request: BatchRequest, size: int, precision: str, resources: Resources
+) -> SizeMeasured | None:
+    """Returns what one per-replica size needs, in fresh processes; None where it runs out of memory."""
+    finder = _Finder(draft, manifest, request, resources, ignore_event)
+    finder.run_trial((size,), precision)
+    return next(iter(finder.measured[precision]), None)
+
+
+def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
+    measured = ", ".join(f"{one.size} images need {one.peak_memory_gib:.2f} GiB" for one in table.rows)
+    died = f"{table.failed[table.precision]} ran out of memory" if table.precision in table.failed else ""
+    return (
+        f"--global-batch-size {request.global_batch_size}: no such batch fits into {table.memory_limit_gib:.2f} GiB a "
+        f"worker, of which {SAFETY_MARGIN:.0%} stay free ({', '.join(filter(None, (measured, died)))}); give a smaller "
+        "number, prepare smaller images, or give the workers more memory"
+    )
+
+
+def _table_uri(
+    draft: TrainConfig, manifest: Manifest, request: BatchRequest, storage_uri: str, resources: Resources
+) -> str:
+    """Returns where a table is kept: another place for all that it depends on, but for the rows of the dataset."""
+    network = ("arch", "arch_arguments", "freeze_trunk", "optimizer", "ema_momentum", "num_workers")
+    key: dict[str, Any] = {
+        **{name: getattr(draft, name) for name in network},
+        "augmented": any(value for name, value in draft.model_dump().items() if name.startswith("augment_")),
+        "image_size": manifest.image_size,
+        "channels": manifest.channels,
+        "num_classes": manifest.num_classes,
+        "precision": request.precision,
+        "given_size": request.given_size,
+        "memory_limit_gib": request.memory_limit_gib,
+        "devices": resources.devices,
+        "packages": {name: version(name) for name in _KEY_PACKAGES},
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return storage.join(storage.resolve_uri(storage_uri), "batch_sizes", f"{name}.json")
+
+
+def _read_table(uri: str, resources: Resources) -> BatchTable | None:
+    try:
+        table = BatchTable.model_validate_json(storage.read_bytes(uri))
+    except (FileNotFoundError, ValidationError):
+        return None  # of an older version: measured anew
+    change = abs(resources.node_memory_gib / table.node_memory_gib - 1)
+    return table if change <= _MEMORY_TOLERANCE else None
+
+
+class _Finder:
+    """The state of one search."""
+
+    def __init__(
+        self, draft: TrainConfig, manifest: Manifest, request: BatchRequest, resources: Resources, on_event: OnEvent
+    ) -> None:
+        self._draft, self._manifest, self._request = draft, manifest, request
+        self._resources, self._on_event = resources, on_event
+        self.measured: dict[str, tuple[SizeMeasured, ...]] = {}
+        self._failed: dict[str, int] = {}
+        self._losses: dict[str, tuple[float, ...]] = {}
+        # A worker may be killed before it says what it may use.
+        self._memory_limit_gib = request.memory_limit_gib or math.inf
+        self._chosen: tuple[str, str] | None = None
+        self.trials = 0
+
+    def use(self, table: BatchTable) -> None:
+        """Begins with what a table holds."""
+        self.measured, self._failed, self.trials = dict(table.measurements), dict(table.failed), table.trials
+        self._memory_limit_gib, self._chosen = table.memory_limit_gib, (table.precision, table.precision_reason)
+
+    def find(self, most: int, sizes: tuple[int, ...]) -> BatchTable:
+        """Measures sizes in each precision that is asked for, then looks for the largest that fits in the best one."""
+        if self._chosen is None:
+            for precision in self._precisions():
+                self.run_trial(sizes, precision, compare_losses=True)
+            able = {name: rows for name, rows in self.measured.items() if rows}
+            self._chosen = choose_precision(able, self._losses) if able else (next(iter(self.measured)), "nothing fits")
+        precision, first = self._chosen[0], self.trials
+        # The most that a search may start; what a table from the cache still lacks is searched anew.
+        while self.trials < first + _MOST_TRIALS - len(self.measured):
+            size = next_size(self.measured[precision], self._failed.get(precision), most, self._target_gib)
+            if size is None or self._request.global_batch_size == "knee" or self._request.given_size:
+                break
+            self.run_trial((size,), precision)
+        return BatchTable(
+            num_replicas=self._draft.num_workers,
+            memory_limit_gib=self._memory_limit_gib,
+            node_memory_gib=self._resources.node_memory_gib,
+            precision=precision,
+            precision_reason=self._chosen[1],
+            measurements=self.measured,
+            failed=self._failed,
+            trials=self.trials,
+            measured=datetime.now(UTC),
+        )
+
+    @property
+    def _target_gib(self) -> float:
+        return self._memory_limit_gib * (1 - SAFETY_MARGIN)
+
+    def _precisions(self) -> tuple[str, ...]:
+        if self._request.precision != "auto":
+            return (self._request.precision,)
+        # float16 has units of its own on GPUs only.
+        return ("float32", "mixed_bfloat16", *(("mixed_float16",) if self._resources.num_gpus else ()))
+
+    def run_trial(self, sizes: tuple[int, ...], precision: str, *, compare_losses: bool = False) -> None:
+        """Runs one group of fresh processes through some sizes, and keeps what they sent before they ended or died."""
+        self.trials += 1
+        seen: list[SizeMeasured] = []
+
+        def collect(event: Event) -> None:
+            if isinstance(event, TrialStarted):
+                self._memory_limit_gib = min(event.memory_limit_gib, self._memory_limit_gib)
+            elif isinstance(event, LossesMeasured):
+                self._losses[event.precision] = event.losses
+            elif isinstance(event, SizeMeasured):
+                seen.append(event)
+                self._on_event(event)
+
+        config = self._draft.model_copy(update={"precision": precision})
+        job = TrialJob(config, self._manifest, sizes, self._request.memory_limit_gib, 1 - SAFETY_MARGIN, compare_losses)
+
+        def work(send_event: OnEvent) -> None:
+            from trainer.batch_trial import run_trial
+
+            run_trial(job, send_event)
+
+        self._on_event(StageProgressed(f"batch trial {self.trials}", 0, 1))
+        try:
+            run_workers(work, "batch-trial", config.num_workers, self._resources, on_event=collect)
+        except TrainingFailedError as error:
+            if not _ran_out_of_memory(error):
+                raise JobError(f"a trial of batch sizes {sizes} failed: {str(error).splitlines()[-1]}") from error
+            failed = next(size for size in sizes if size not in {one.size for one in seen})
+            self._failed[precision] = min(failed, self._failed.get(precision, failed))
+        known = {one.size: one for one in (*self.measured.get(precision, ()), *seen)}
+        self.measured[precision] = tuple(known[size] for size in sorted(known))
+
+
+def _ran_out_of_memory(error: TrainingFailedError) -> bool:
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    return bool(causes) and all(
+        isinstance(cause, _OUT_OF_MEMORY) or type(cause).__name__ in _LOST_PEER for cause in causes
+    )

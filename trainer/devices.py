@@ -1,0 +1,81 @@
+"""A worker's share of its node: cores, GPU and memory, how much of the memory it uses, and how much it may."""
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import ray
+import tensorflow as tf
+
+_GIB = 2**30
+_GUARD_INTERVAL_SECONDS = 0.02
+
+
+def share_devices(workers_on_node: int) -> None:
+    """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    cores = len(os.sched_getaffinity(0))
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // workers_on_node))
+
+
+def has_gpu() -> bool:
+    """Returns whether this worker drives a GPU."""
+    # Not the logical devices: listing them would set up TensorFlow before the strategy can.
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def memory_limit_gib(workers_on_node: int) -> float:
+    """Returns what this worker may use: its GPU's memory, else its share of what Ray calls the node's memory.
+
+    Ray allows for a container's limit, the object store and what ran before it; `ray start --memory` changes it.
+    """
+    if has_gpu():
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(ray.get_gpu_ids()[0]))
+        return float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / _GIB
+    own_node = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_node)
+    return float(resources["memory"]) / workers_on_node / _GIB
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that this worker has used since the last reset: of its GPU, or resident."""
+    if has_gpu():
+        return float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / _GIB
+    return _resident_gib("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Starts `peak_memory_gib` anew."""
+    if has_gpu():
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    else:
+        # proc(5): 5 resets the peak resident set size.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def kill_beyond(limit_gib: float) -> None:
+    """Ends this process as the kernel would, by SIGKILL, as soon as it holds more memory than its limit.
+
+    Before it takes the memory of others: without a container the kernel acts only when the machine has none left.
+    """
+
+    def watch() -> None:
+        while _resident_gib("VmRSS") <= limit_gib:
+            stopped.wait(_GUARD_INTERVAL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    stopped = threading.Event()
+    threading.Thread(target=watch, name="memory guard", daemon=True).start()
+
+
+def _resident_gib(field: str) -> float:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) * 1024 / _GIB
