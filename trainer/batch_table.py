@@ -85,6 +85,11 @@ class BatchChoice(BaseModel):
     table: BatchTable | None = None
     """None where nothing had to be measured."""
 
+    @property
+    def largest_per_replica(self) -> int | None:
+        """The largest size that is known to fit into a worker's memory; None where none was measured."""
+        return self.table.fitting[-1].size if self.table else None
+
 
 def round_size(size: int) -> int:
     """Returns a per-replica size rounded down to a multiple of up to 8 that a device likes, never by more than 5%."""

@@ -140,14 +140,35 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         InputError: a value is not allowed; names the option.
     """
-    config = _validate(TrainConfig, values)
+    return _validate(TrainConfig, values)
+
+
+def check_shares(config: TrainConfig) -> None:
+    """Raises InputError where the workers cannot share the global batch evenly; names batches that they can."""
     if config.global_batch_size % config.num_workers:
         below = config.global_batch_size // config.num_workers * config.num_workers
         raise InputError(
             f"--global-batch-size {config.global_batch_size} cannot be divided over {config.num_workers} workers; give "
             f"a multiple of {config.num_workers}, such as {below or config.num_workers} or {below + config.num_workers}"
         )
-    return config
+
+
+def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int | None) -> TrainConfig:
+    """Returns the config for another number of workers: the same global batch if they can share it, else less.
+
+    Steps and learning rate follow from the batch, as always.
+
+    Args:
+        config: of the run.
+        num_workers: that there are now.
+        largest_per_replica: what a worker's memory holds, where that is known.
+    """
+    per_replica = min(config.global_batch_size // num_workers, largest_per_replica or config.global_batch_size)
+    shares_evenly = per_replica * num_workers == config.global_batch_size
+    values = {"num_workers": num_workers}
+    if not shares_evenly:
+        values["global_batch_size"] = max(1, per_replica) * num_workers
+    return config.model_copy(update=values)
 
 
 def describe_rescaling(config: TrainConfig) -> str:

@@ -22,10 +22,12 @@ from trainer.cluster import Resources
 from trainer.config import (
     BatchRequest,
     TrainConfig,
+    check_shares,
     describe_rescaling,
     find_differences,
     parse_batch_request,
     parse_config,
+    resize_batch,
 )
 from trainer.dataset import cache_folder, load_manifest
 from trainer.diagnostics import find_symptoms
@@ -220,6 +222,7 @@ def measure_batches(
         JobError: a trial failed.
     """
     draft, manifest, request = build_draft(options, resources)
+    check_shares(draft)
     root = storage.resolve_uri(storage_uri)
     storage.check_writable(root)
     choice = choose_batch(draft, manifest, request, root, resources, probe_again=probe_again, on_event=on_event)
@@ -258,6 +261,7 @@ def plan_run(
     if record is not None and record.batch is not None and record.batch.request == request:
         batch = record.batch
     else:
+        check_shares(draft)
         storage_uri = storage.parent(run.uri)
         batch = choose_batch(
             draft, manifest, request, storage_uri, resources, probe_again=probe_again, on_event=on_event
@@ -295,9 +299,12 @@ def launch(
         JobError: the workers failed more often than allowed.
     """
     config, manifest = plan.config, plan.manifest
+    num_workers = config.num_workers
     record = run.read_record()
     if record is not None:
-        differences = find_differences(record.config, config)
+        # Another number of workers continues a run: each attempt works out its batch anew.
+        config = record.config
+        differences = find_differences(config, plan.config.model_copy(update={"num_workers": config.num_workers}))
         if differences:
             raise InputError(
                 f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); "
@@ -310,10 +317,11 @@ def launch(
         run.write_record(describe_run(config, resources.hardware, plan.batch))
     if rescaling := describe_rescaling(config):
         on_event(BatchChosen(rescaling))
-    on_event(_describe_start(run, config, manifest))
-    on_event(StageProgressed("starting workers", 0, config.num_workers))
-    job = WorkerJob(config, manifest, run.uri, trackers, ignore_event)
-    worker_result = _run_workers(job, resources, max_failures, on_event)
+    largest_per_replica = plan.batch.largest_per_replica
+    on_event(_describe_start(run, resize_batch(config, num_workers, largest_per_replica), manifest))
+    on_event(StageProgressed("starting workers", 0, num_workers))
+    job = WorkerJob(config, manifest, run.uri, trackers, largest_per_replica, ignore_event)
+    worker_result = _run_workers(job, num_workers, resources, max_failures, on_event)
     return _close_run(job, worker_result)
 
 
@@ -344,7 +352,9 @@ def _parse_num_workers(num_workers: str, resources: Resources) -> int:
     return int(num_workers)
 
 
-def _run_workers(job: WorkerJob, resources: Resources, max_failures: int, on_event: OnEvent) -> WorkerResult:
+def _run_workers(
+    job: WorkerJob, num_workers: int, resources: Resources, max_failures: int, on_event: OnEvent
+) -> WorkerResult:
     def train(send_event: OnEvent) -> WorkerResult:
         from trainer.loop import train_worker
 
@@ -353,7 +363,7 @@ def _run_workers(job: WorkerJob, resources: Resources, max_failures: int, on_eve
     run = RunFolder(job.run)
     try:
         result: WorkerResult = run_workers(
-            train, run.name, job.config.num_workers, resources, max_failures=max_failures, on_event=on_event
+            train, run.name, num_workers, resources, max_failures=max_failures, on_event=on_event
         )
     except TrainingFailedError as error:
         raise _find_cause(error, run) from error

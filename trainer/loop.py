@@ -21,6 +21,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.checkpoint import Checkpoint
+from trainer.config import TrainConfig, resize_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import peak_memory_gib, share_devices
 from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
@@ -69,7 +70,8 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     share_devices(context.get_local_world_size())
-    run, config = RunFolder(job.run), job.config
+    run = RunFolder(job.run)
+    config = resize_batch(job.config, num_workers, job.largest_per_replica)
     attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
 
     splits = {name: open_split(config.dataset, job.manifest, name) for name in ("train", "val")}
@@ -91,6 +93,9 @@ def train_worker(job: WorkerJob) -> WorkerResult:
         _restore(network, run, last)
         swap_averages(network)
         history = list(last.history)
+        if history[-1]["global_batch_size"] != config.global_batch_size:
+            # The schedule counts steps: it goes on where as many epochs of this batch would have led.
+            network.optimizer.iterations.assign(len(history) * steps_per_epoch)
         steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
 
     reason = ""
@@ -99,7 +104,7 @@ def train_worker(job: WorkerJob) -> WorkerResult:
             for epoch in range(len(history) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 row, epoch_steps = _train_epoch(
-                    job, splits["train"], train_step, rank, num_workers, epoch, steps_per_epoch
+                    job, config, splits["train"], train_step, rank, epoch, int(history[-1]["step"]) if history else 0
                 )
                 steps = pa.concat_tables([steps, epoch_steps])
                 swap_averages(network)
@@ -170,26 +175,25 @@ def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
 
 def _train_epoch(
     job: WorkerJob,
+    config: TrainConfig,
     split: ImageSplit,
     train_step: Callable[[Any, Any], Any],
     rank: int,
-    num_workers: int,
     epoch: int,
-    steps_per_epoch: int,
+    first_step: int,
 ) -> tuple[dict[str, float], pa.Table]:
     """Takes every optimizer step of one epoch.
 
     Returns:
         The part of the epoch's metrics row that training knows, and one row a step.
     """
-    config = job.config
+    steps_per_epoch = len(split) // config.global_batch_size
     order = epoch_order(len(split), config.seed, epoch)
 
     def make_batch(step: int) -> tuple[Any, Any]:
-        rows = worker_rows(order, step, config.global_batch_size, rank, num_workers)
+        rows = worker_rows(order, step, config.global_batch_size, rank, config.num_workers)
         return tf.constant(split.images[rows]), tf.constant(split.labels[rows])
 
-    first_step = (epoch - 1) * steps_per_epoch
     feed = BatchFeed()
     started = last_event = time.perf_counter()
     stats: list[Any] = []
@@ -207,7 +211,7 @@ def _train_epoch(
     means: npt.NDArray[np.float64] = by_step.mean(axis=0, dtype=np.float64, where=np.isfinite(by_step))
     row = {
         "epoch": epoch,
-        "step": epoch * steps_per_epoch,
+        "step": first_step + steps_per_epoch,
         "loss": float(means[STEP_LOSS]),
         "accuracy": float(means[STEP_ACCURACY]),
         "grad_norm": float(means[STEP_GRAD_NORM]),

@@ -14,6 +14,7 @@ from tests.conftest import write_stripes
 from trainer import checkpoint as checkpoints
 from trainer import launch, step
 from trainer.dataset import load_manifest, open_split
+from trainer.errors import JobError
 from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
 from trainer.events import EpochFinished, RunStarted
 from trainer.run_folder import RunFolder, RunResult
@@ -55,7 +56,9 @@ def dataset(resources, tmp_path_factory) -> Path:
 def train(resources, dataset, tmp_path_factory):
     storage = tmp_path_factory.mktemp("runs")
 
-    def run(name: str, network: dict, num_workers: int, on_event=lambda event: None, **options) -> RunFolder:
+    def run(
+        name: str, network: dict, num_workers: int, on_event=lambda event: None, max_failures: int = 3, **options
+    ) -> RunFolder:
         options = {
             **network,
             "recipe": "modern",
@@ -67,7 +70,8 @@ def train(resources, dataset, tmp_path_factory):
             **options,
         }
         run = launch.open_run(str(storage), name, network["arch"], resources)
-        launch.launch(launch.plan_run(options, run, resources), run, resources, on_event=on_event)
+        plan = launch.plan_run(options, run, resources)
+        launch.launch(plan, run, resources, max_failures=max_failures, on_event=on_event)
         return run
 
     return run
@@ -233,3 +237,26 @@ def test_batch_norm_averages_are_in_the_checkpoint(batch_norm_runs):
     assert len(averages) == 10
     for name in averages:
         np.testing.assert_allclose(of_two[name], of_one[name], rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+def test_another_number_of_workers_goes_on_with_a_batch_that_it_can_share(train, plain_run_of_two):
+    run = RunFolder(plain_run_of_two.uri.replace("plain-2", "plain-2-3"))
+
+    def kill_first_worker(event):
+        if isinstance(event, EpochFinished) and event.row["epoch"] == 2:
+            (attempt,) = Path(run.path("attempts")).iterdir()
+            os.kill(json.loads(attempt.read_text())["pid"], signal.SIGKILL)
+
+    with pytest.raises(JobError, match="the same command continues it"):
+        train("plain-2-3", PLAIN, 2, kill_first_worker, max_failures=0)
+    events = []
+    train("plain-2-3", PLAIN, 3, events.append)
+    (started,) = (event for event in events if isinstance(event, RunStarted))
+    assert (started.global_batch_size, started.num_replicas) == (18, 3)
+    rows = metrics(run)
+    assert (rows["num_workers"][0], rows["num_workers"][-1]) == (2, 3)
+    assert (rows["global_batch_size"][0], rows["global_batch_size"][-1]) == (20, 18)
+    assert rows["step"] == [4, 8, 12]
+    # At its end the schedule has come to its end, at whatever batch.
+    assert rows["learning_rate"][-1] < 0.1 * metrics(plain_run_of_two)["learning_rate"][0]
+    assert len(run.read_result().weights_crc32) == 3

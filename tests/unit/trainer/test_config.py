@@ -2,7 +2,15 @@ import json
 
 import pytest
 
-from trainer.config import TrainConfig, describe_rescaling, find_differences, parse_batch_request, parse_config
+from trainer.config import (
+    TrainConfig,
+    check_shares,
+    describe_rescaling,
+    find_differences,
+    parse_batch_request,
+    parse_config,
+    resize_batch,
+)
 from trainer.errors import InputError
 
 REQUIRED = {
@@ -117,7 +125,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_those_that_can(batch, su
     with pytest.raises(
         InputError, match=f"--global-batch-size {batch} cannot be divided over 2 workers.* {suggested}$"
     ):
-        parse_config({**REQUIRED, "global_batch_size": batch})
+        check_shares(parse_config({**REQUIRED, "global_batch_size": batch}))
 
 
 def test_equal_configs_have_no_differences():
@@ -127,3 +135,12 @@ def test_equal_configs_have_no_differences():
 def test_each_difference_is_named_with_both_values():
     other = parse_config({**REQUIRED, "seed": 3, "arch_arguments": {"width": 0.5}})
     assert find_differences(parse_config(REQUIRED), other) == ["arch_arguments: {} -> {'width': 0.5}", "seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "largest", "batch"),
+    [(2, None, 64), (4, None, 64), (1, None, 64), (3, None, 63), (1, 48, 48), (3, 10, 30), (100, None, 100)],
+)
+def test_another_number_of_workers_keeps_the_batch_if_it_can_share_it(num_workers, largest, batch):
+    resized = resize_batch(parse_config(REQUIRED), num_workers, largest)
+    assert (resized.num_workers, resized.global_batch_size) == (num_workers, batch)
