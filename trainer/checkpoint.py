@@ -3,7 +3,8 @@
     RUN/checkpoints/step-00000327/model.safetensors      weights by variable name
                                   optimizer.safetensors  optimizer state by variable name
                                   steps.parquet          loss, gradient norm, ... of each optimizer step so far
-                                  predictions.parquet    validation: label, predicted, confidence, ... of each row
+                                  predictions.parquet    validation: label, predicted, confidence, ... of each row;
+                                                         at the end of an epoch only
                                   checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
 
 A folder without ``checkpoint.json`` is not a checkpoint. Nothing else is consulted: the last checkpoint and the best
@@ -30,18 +31,27 @@ STEPS_NAME = "steps.parquet"
 PREDICTIONS_NAME = "predictions.parquet"
 
 
-class Checkpoint(BaseModel):
-    """What ``checkpoint.json`` holds."""
+class Position(BaseModel):
+    """How far a run has come."""
 
     # A loss may be infinite; JSON has no such number, so it is written as most JSON readers take it.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     epoch: int
     """Epochs that were finished."""
+    epoch_rows: int
+    """Rows of the next epoch's order that were trained on; 0 at the end of an epoch."""
     step: int
     """Optimizer steps that were taken."""
+    global_batch_size: int
+    """Of the last step."""
     history: list[dict[str, float]]
-    """One row of metrics an epoch, up to this one: so no epoch is counted twice after a restart."""
+    """One row of metrics a finished epoch: so no epoch is counted twice after a restart."""
+
+
+class Checkpoint(Position):
+    """What ``checkpoint.json`` holds."""
+
     sha256: dict[str, str]
     """Of each other file of the checkpoint."""
 
@@ -49,6 +59,11 @@ class Checkpoint(BaseModel):
     def name(self) -> str:
         """The name of the checkpoint's folder."""
         return checkpoint_name(self.step)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether its weights are those of the last row of metrics: at the end of an epoch."""
+        return self.epoch_rows == 0
 
     @property
     def rank(self) -> tuple[float, float, int]:
@@ -66,16 +81,10 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: str, epoch: int, step: int, history: list[dict[str, float]], files: dict[str, bytes]
-) -> Checkpoint:
+def save_checkpoint(folder: str, position: Position, files: dict[str, bytes]) -> Checkpoint:
     """Writes one checkpoint below ``folder``; it appears when all its files are there."""
-    checkpoint = Checkpoint(
-        epoch=epoch,
-        step=step,
-        history=history,
-        sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    )
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    checkpoint = Checkpoint(**position.model_dump(), sha256=sha256)
     uri = storage.join(folder, checkpoint.name)
     for name, content in files.items():
         storage.write_bytes(storage.join(uri, name), content)
@@ -109,7 +118,8 @@ def find_last(folder: str) -> Checkpoint | None:
 
 def find_best(folder: str) -> Checkpoint | None:
     """Returns the best checkpoint by validation, or None where there are none."""
-    return max(find_checkpoints(folder), key=lambda checkpoint: checkpoint.rank, default=None)
+    evaluated = [checkpoint for checkpoint in find_checkpoints(folder) if checkpoint.is_evaluated]
+    return max(evaluated, key=lambda checkpoint: checkpoint.rank, default=None)
 
 
 def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
@@ -132,7 +142,8 @@ def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
 def delete_old_checkpoints(folder: str, keep_best: int) -> None:
     """Deletes all but the last checkpoint and the best ones."""
     checkpoints = find_checkpoints(folder)
-    best = sorted(checkpoints, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
+    evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.is_evaluated]
+    best = sorted(evaluated, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
     for checkpoint in checkpoints:
         if checkpoint not in best and checkpoint is not checkpoints[-1]:
             uri = storage.join(folder, checkpoint.name)

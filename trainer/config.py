@@ -111,6 +111,8 @@ class TrainConfig(BaseModel):
     """Of the layers; variables, logits and losses are float32 always."""
     seed: int = 0
     """Of initialisation, dropout, augmentation and data order."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Optimizer steps between checkpoints within an epoch; there is one at the end of each epoch in any case."""
     keep_best: int = Field(1, ge=1)
     """Checkpoints kept beside the last one, by validation accuracy, then loss."""
     evaluate_test: bool = False

@@ -20,7 +20,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from trainer import checkpoint as checkpoints
 from trainer import storage
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, Position
 from trainer.config import TrainConfig, resize_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import peak_memory_gib, share_devices
@@ -32,8 +32,6 @@ from trainer.layers import format_layers
 from trainer.plots import write_mistakes
 from trainer.run_folder import RunFolder
 from trainer.step import (
-    STEP_ACCURACY,
-    STEP_CLIPPED,
     STEP_GRAD_NORM,
     STEP_LOSS,
     Network,
@@ -61,6 +59,9 @@ STEPS_SCHEMA = pa.schema(
 )
 
 
+Writer = Callable[..., None]
+
+
 class DivergedError(Exception):
     """The loss became NaN or infinite; the message says between which steps."""
 
@@ -73,77 +74,171 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     run = RunFolder(job.run)
     config = resize_batch(job.config, num_workers, job.largest_per_replica)
     attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
-
-    splits = {name: open_split(config.dataset, job.manifest, name) for name in ("train", "val")}
-    steps_per_epoch = len(splits["train"]) // config.global_batch_size
     last = broadcast_from_rank_zero(checkpoints.find_last(run.checkpoints) if rank == 0 else None)
-    initial_weights = read_weights(config.init_from) if config.init_from and last is None else None
-    network = build_network(job.manifest, config, steps_per_epoch, initial_weights)
-    if network.transferred and rank == 0:
-        job.send_event(WeightsTransferred(network.transferred))
-    train_step = compile_train_step(network, job.manifest, config)
-    eval_step, gather = compile_eval_step(network, job.manifest, config), compile_gather(network)
+    training = _Training(job, config, rank, attempt, last)
+    reason = training.run()
 
-    def evaluator(split: ImageSplit) -> Evaluator:
-        return Evaluator(split, config.per_replica_batch_size, rank, num_workers, eval_step, gather)
-
-    history: list[dict[str, float]] = []
-    steps = STEPS_SCHEMA.empty_table()
-    if last is not None:
-        _restore(network, run, last)
-        swap_averages(network)
-        history = list(last.history)
-        if history[-1]["global_batch_size"] != config.global_batch_size:
-            # The schedule counts steps: it goes on where as many epochs of this batch would have led.
-            network.optimizer.iterations.assign(len(history) * steps_per_epoch)
-        steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
-
-    reason = ""
-    with _background_writer() as write:
-        try:
-            for epoch in range(len(history) + 1, config.epochs + 1):
-                started = time.perf_counter()
-                row, epoch_steps = _train_epoch(
-                    job, config, splits["train"], train_step, rank, epoch, int(history[-1]["step"]) if history else 0
-                )
-                steps = pa.concat_tables([steps, epoch_steps])
-                swap_averages(network)
-                outcomes = evaluator(splits["val"]).evaluate()
-                row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, splits["val"].labels)
-                row["learning_rate"] = float(network.optimizer.learning_rate.numpy())
-                waited, peak = gather([[row["data_wait_seconds"], peak_memory_gib()]]).max(axis=0)
-                row["data_wait_seconds"], row["peak_memory_gib"] = float(waited), float(peak)
-                row |= {"attempt": attempt, "num_workers": num_workers, "global_batch_size": config.global_batch_size}
-                row["epoch_seconds"] = time.perf_counter() - started
-                history = [*history, row]
-                arrays = (
-                    checkpoints.read_variables(network.model.variables),
-                    checkpoints.read_variables(network.optimizer_variables),
-                )
-                swap_averages(network)
-                if rank == 0:
-                    tables = (steps, predictions_table(outcomes, splits["val"].labels))
-                    write(lambda *parts: _save(job, *parts), epoch, row["step"], history, arrays, tables)
-                    job.send_event(EpochFinished(row, config.epochs))
-        except DivergedError as error:
-            reason = str(error)
-
-    weights_crc32 = _gather_weights_crc32(network, gather)
+    network = training.network
+    weights_crc32 = _gather_weights_crc32(network, training.gather)
     best = broadcast_from_rank_zero(checkpoints.find_best(run.checkpoints) if rank == 0 else None)
     if best is not None and config.evaluate_test and not reason:
         _restore(network, run, best)
         test = open_split(config.dataset, job.manifest, "test")
         if rank == 0:
             run.record_test_read("train.py")
-        table = predictions_table(evaluator(test).evaluate(), test.labels)
+        table = predictions_table(training.evaluate(test), test.labels)
         if rank == 0:
             storage.write_bytes(run.path("test_predictions.parquet"), storage.parquet_bytes(table))
     if best is not None and rank == 0:
         content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
         write_exports(run, checkpoints.from_safetensors(content), job.manifest, config)
         predictions = checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME)
-        write_mistakes(run, splits["val"].images, storage.parquet_table(predictions), job.manifest.class_names)
+        write_mistakes(run, training.val.images, storage.parquet_table(predictions), job.manifest.class_names)
     return WorkerResult(reason, attempt, network.model.count_params(), format_layers(network.model), weights_crc32)
+
+
+class _Training:
+    """A network on its way through the epochs, and what is known of the way so far."""
+
+    def __init__(self, job: WorkerJob, config: TrainConfig, rank: int, attempt: int, last: Checkpoint | None) -> None:
+        self._job, self._config, self._rank, self._attempt = job, config, rank, attempt
+        self._run = RunFolder(job.run)
+        self._train, self.val = (open_split(config.dataset, job.manifest, name) for name in ("train", "val"))
+        initial_weights = read_weights(config.init_from) if config.init_from and last is None else None
+        steps_per_epoch = len(self._train) // config.global_batch_size
+        self.network = build_network(job.manifest, config, steps_per_epoch, initial_weights)
+        if self.network.transferred and rank == 0:
+            job.send_event(WeightsTransferred(self.network.transferred))
+        self._train_step = compile_train_step(self.network, job.manifest, config)
+        self._eval_step = compile_eval_step(self.network, job.manifest, config)
+        self.gather = compile_gather(self.network)
+        self._history: list[dict[str, float]] = []
+        self._steps = STEPS_SCHEMA.empty_table()
+        # Of the epoch that is not finished.
+        self._epoch_rows = 0
+        self._checkpoint_seconds = 0.0
+        if last is not None:
+            self._continue(last, steps_per_epoch)
+
+    def _continue(self, last: Checkpoint, steps_per_epoch: int) -> None:
+        _restore(self.network, self._run, last)
+        swap_averages(self.network)
+        self._history, self._epoch_rows = list(last.history), last.epoch_rows
+        self._steps = storage.parquet_table(checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME))
+        if last.global_batch_size != self._config.global_batch_size:
+            # The schedule counts steps: it goes on where as many epochs of this batch would have led.
+            in_epoch = self._epoch_rows // self._config.global_batch_size
+            self.network.optimizer.iterations.assign(len(self._history) * steps_per_epoch + in_epoch)
+
+    def run(self) -> str:
+        """Trains to the last epoch; returns why it ended early, or an empty string."""
+        with _background_writer() as write:
+            try:
+                while len(self._history) < self._config.epochs:
+                    started = time.perf_counter()
+                    row = self._train_epoch(write)
+                    swap_averages(self.network)
+                    outcomes = self.evaluate(self.val)
+                    row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, self.val.labels)
+                    waited, peak = self.gather([[row["data_wait_seconds"], peak_memory_gib()]]).max(axis=0)
+                    row["data_wait_seconds"], row["peak_memory_gib"] = float(waited), float(peak)
+                    row["checkpoint_seconds"], self._checkpoint_seconds = self._checkpoint_seconds, 0.0
+                    row["epoch_seconds"] = time.perf_counter() - started
+                    self._history, self._epoch_rows = [*self._history, row], 0
+                    predictions = predictions_table(outcomes, self.val.labels)
+                    self._save(write, {checkpoints.PREDICTIONS_NAME: predictions})
+                    swap_averages(self.network)
+                    if self._rank == 0:
+                        self._job.send_event(EpochFinished(row, self._config.epochs))
+            except DivergedError as error:
+                return str(error)
+        return ""
+
+    def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
+        """Returns what the model says of every row of a split, in row order: see `trainer.evaluation`."""
+        config = self._config
+        return Evaluator(
+            split, config.per_replica_batch_size, self._rank, config.num_workers, self._eval_step, self.gather
+        ).evaluate()
+
+    def _train_epoch(self, write: Writer) -> dict[str, float]:
+        """Takes the optimizer steps of one epoch that were not taken yet, and returns its row of metrics.
+
+        Loss, accuracy and gradient norm are those of all its steps; times are those of this attempt.
+        """
+        config, epoch = self._config, len(self._history) + 1
+        order = epoch_order(len(self._train), config.seed, epoch)[self._epoch_rows :]
+        first_step = self._steps.num_rows
+        epoch_start = int(self._history[-1]["step"]) if self._history else 0
+        num_steps = len(order) // config.global_batch_size
+
+        def make_batch(step: int) -> tuple[Any, Any]:
+            rows = worker_rows(order, step, config.global_batch_size, self._rank, config.num_workers)
+            return tf.constant(self._train.images[rows]), tf.constant(self._train.labels[rows])
+
+        feed = BatchFeed()
+        started = last_event = time.perf_counter()
+        stats: list[Any] = []
+        for images, labels in feed.batches(make_batch, range(num_steps)):
+            stats.append(self._train_step(images, labels))
+            taken = len(stats)
+            self._epoch_rows += config.global_batch_size
+            if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
+                _check_finite(stats, first_step, config.precision)
+            if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
+                last_event = time.perf_counter()
+                self._job.send_event(StageProgressed(f"epoch {epoch}", taken, num_steps))
+            if config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0 and taken < num_steps:
+                _check_finite(stats, first_step, config.precision)
+                self._keep_steps(stats, first_step)
+                swap_averages(self.network)
+                self._save(write, {})
+                swap_averages(self.network)
+        _check_finite(stats, first_step, config.precision)
+        self._keep_steps(stats, first_step)
+        seconds = time.perf_counter() - started
+        of_epoch = self._steps.slice(epoch_start)
+        means = {name: _finite_mean(of_epoch[name]) for name in ("loss", "accuracy", "grad_norm", "clipped")}
+        return {
+            "epoch": epoch,
+            "step": self._steps.num_rows,
+            "loss": means["loss"],
+            "accuracy": means["accuracy"],
+            "learning_rate": float(self.network.optimizer.learning_rate.numpy()),
+            "grad_norm": means["grad_norm"],
+            "clipped_fraction": means["clipped"],
+            "images_per_second": num_steps * config.global_batch_size / seconds,
+            "data_wait_seconds": feed.wait_seconds,
+            "attempt": self._attempt,
+            "num_workers": config.num_workers,
+            "global_batch_size": config.global_batch_size,
+        }
+
+    def _keep_steps(self, stats: list[Any], first_step: int) -> None:
+        """Adds the answers of the steps that are not in the table yet."""
+        known = self._steps.num_rows
+        self._steps = pa.concat_tables([self._steps, _steps_table(stats[known - first_step :], known)])
+
+    def _save(self, write: Writer, tables: dict[str, pa.Table]) -> None:
+        """Starts to write a checkpoint of this moment; training goes on meanwhile.
+
+        Every worker reads its variables, since that communicates; the first one writes.
+        """
+        started = time.perf_counter()
+        arrays = {
+            checkpoints.MODEL_NAME: checkpoints.read_variables(self.network.model.variables),
+            checkpoints.OPTIMIZER_NAME: checkpoints.read_variables(self.network.optimizer_variables),
+        }
+        if self._rank == 0:
+            position = Position(
+                epoch=len(self._history),
+                epoch_rows=self._epoch_rows,
+                step=self._steps.num_rows,
+                global_batch_size=self._config.global_batch_size,
+                history=self._history,
+            )
+            write(_write_checkpoint, self._job, position, arrays, {checkpoints.STEPS_NAME: self._steps, **tables})
+        self._checkpoint_seconds += time.perf_counter() - started
 
 
 def _gather_weights_crc32(network: Network, gather: Callable[[Any], Any]) -> tuple[int, ...]:
@@ -173,54 +268,18 @@ def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
             checkpoints.assign_variables(variables, checkpoints.from_safetensors(content))
 
 
-def _train_epoch(
-    job: WorkerJob,
-    config: TrainConfig,
-    split: ImageSplit,
-    train_step: Callable[[Any, Any], Any],
-    rank: int,
-    epoch: int,
-    first_step: int,
-) -> tuple[dict[str, float], pa.Table]:
-    """Takes every optimizer step of one epoch.
+def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
+    """Returns one row for each step's answer."""
+    if not stats:
+        return STEPS_SCHEMA.empty_table()
+    numbers = pa.array(range(taken_before + 1, taken_before + len(stats) + 1), pa.int64())
+    return pa.table([numbers, *np.stack(stats).T.astype(np.float32)], schema=STEPS_SCHEMA)
 
-    Returns:
-        The part of the epoch's metrics row that training knows, and one row a step.
-    """
-    steps_per_epoch = len(split) // config.global_batch_size
-    order = epoch_order(len(split), config.seed, epoch)
 
-    def make_batch(step: int) -> tuple[Any, Any]:
-        rows = worker_rows(order, step, config.global_batch_size, rank, config.num_workers)
-        return tf.constant(split.images[rows]), tf.constant(split.labels[rows])
-
-    feed = BatchFeed()
-    started = last_event = time.perf_counter()
-    stats: list[Any] = []
-    for images, labels in feed.batches(make_batch, range(steps_per_epoch)):
-        stats.append(train_step(images, labels))
-        if len(stats) % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-            _check_finite(stats, first_step, config.precision)
-        if rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
-            last_event = time.perf_counter()
-            job.send_event(StageProgressed(f"epoch {epoch}", len(stats), steps_per_epoch))
-    _check_finite(stats, first_step, config.precision)
-    seconds = time.perf_counter() - started
-    by_step = np.stack(stats)
-    # Not of the gradients that loss scaling left out.
-    means: npt.NDArray[np.float64] = by_step.mean(axis=0, dtype=np.float64, where=np.isfinite(by_step))
-    row = {
-        "epoch": epoch,
-        "step": first_step + steps_per_epoch,
-        "loss": float(means[STEP_LOSS]),
-        "accuracy": float(means[STEP_ACCURACY]),
-        "grad_norm": float(means[STEP_GRAD_NORM]),
-        "clipped_fraction": float(means[STEP_CLIPPED]),
-        "images_per_second": steps_per_epoch * config.global_batch_size / seconds,
-        "data_wait_seconds": feed.wait_seconds,
-    }
-    numbers = pa.array(range(first_step + 1, first_step + steps_per_epoch + 1), pa.int64())
-    return row, pa.table([numbers, *by_step.T.astype(np.float32)], schema=STEPS_SCHEMA)
+def _finite_mean(column: pa.ChunkedArray) -> float:
+    """Returns the mean without the gradients that loss scaling left out."""
+    values = column.to_numpy()
+    return float(values.mean(dtype=np.float64, where=np.isfinite(values)))
 
 
 def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
@@ -234,7 +293,7 @@ def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
 
 
 @contextlib.contextmanager
-def _background_writer() -> Iterator[Callable[..., None]]:
+def _background_writer() -> Iterator[Writer]:
     """Yields a function that calls another one in a thread while training goes on, one at a time.
 
     An error of the thread is raised at the next call or at the end of the context.
@@ -253,24 +312,17 @@ def _background_writer() -> Iterator[Callable[..., None]]:
             pending.result()
 
 
-def _save(
-    job: WorkerJob,
-    epoch: int,
-    step: int,
-    history: list[dict[str, float]],
-    arrays: tuple[checkpoints.Arrays, checkpoints.Arrays],
-    tables: tuple[pa.Table, pa.Table],
+def _write_checkpoint(
+    job: WorkerJob, position: Position, arrays: dict[str, checkpoints.Arrays], tables: dict[str, pa.Table]
 ) -> None:
-    run, (model, optimizer), (steps, predictions) = RunFolder(job.run), arrays, tables
-    files = {
-        checkpoints.MODEL_NAME: checkpoints.to_safetensors(model),
-        checkpoints.OPTIMIZER_NAME: checkpoints.to_safetensors(optimizer),
-        checkpoints.STEPS_NAME: storage.parquet_bytes(steps),
-        checkpoints.PREDICTIONS_NAME: storage.parquet_bytes(predictions),
-    }
-    checkpoints.save_checkpoint(run.checkpoints, epoch, step, history, files)
+    run, history = RunFolder(job.run), position.history
+    files = {name: checkpoints.to_safetensors(one) for name, one in arrays.items()}
+    files |= {name: storage.parquet_bytes(one) for name, one in tables.items()}
+    checkpoints.save_checkpoint(run.checkpoints, position, files)
     checkpoints.delete_old_checkpoints(run.checkpoints, job.config.keep_best)
+    if position.epoch_rows:
+        return
     run.write_metrics(history)
-    run.write_steps(steps)
+    run.write_steps(tables[checkpoints.STEPS_NAME])
     if "tensorboard" in job.trackers:
         write_tensorboard(run, history)

@@ -16,6 +16,7 @@ from data_prep.manifest import Manifest
 from trainer.architectures import build_model
 from trainer.augment import augment
 from trainer.config import TrainConfig
+from trainer.dropout import fix_dropout
 from trainer.schedule import build_schedule
 from trainer.transfer import LayerWeights, freeze_trunk, transfer_weights
 
@@ -144,6 +145,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
     def replica_step(images: Any, labels: Any) -> Any:
+        fix_dropout(model, optimizer, config)  # while tracing: of this batch size
         augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, config)
         with tf.GradientTape() as tape:
             logits = model(augmented * scale + offset, training=True)

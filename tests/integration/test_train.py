@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
 from trainer import checkpoint as checkpoints
-from trainer import launch, step
+from trainer import launch, step, storage
 from trainer.dataset import load_manifest, open_split
 from trainer.errors import JobError
 from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
@@ -32,7 +34,7 @@ PLAIN = {
 # With everything else that has a state of its own: averages of the weights, and random numbers by step.
 WITH_BATCH_NORM = {
     "arch": "alexnet",
-    "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.0},
+    "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.3},
     "optimizer": "sgd",
     "base_learning_rate": 0.08,
     "weight_decay": 5e-4,
@@ -260,3 +262,37 @@ def test_another_number_of_workers_goes_on_with_a_batch_that_it_can_share(train,
     # At its end the schedule has come to its end, at whatever batch.
     assert rows["learning_rate"][-1] < 0.1 * metrics(plain_run_of_two)["learning_rate"][0]
     assert len(run.read_result().weights_crc32) == 3
+
+
+def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(train, plain_run_of_two):
+    options = {"global_batch_size": "4", "epochs": 2}
+    whole = train("whole", WITH_BATCH_NORM, 2, **options)
+    run = RunFolder(whole.uri.replace("whole", "killed"))
+
+    def kill_in_second_epoch() -> None:
+        # 21 steps an epoch.
+        while not any(name >= "step-00000030" for name in storage.find_folders(run.checkpoints)):
+            time.sleep(0.002)
+        (attempt,) = Path(run.path("attempts")).iterdir()
+        os.kill(json.loads(attempt.read_text())["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_in_second_epoch, daemon=True)
+    killer.start()
+    with pytest.raises(JobError, match="the same command continues it"):
+        train("killed", WITH_BATCH_NORM, 2, max_failures=0, checkpoint_every=1, **options)
+    killer.join()
+    assert 22 <= checkpoints.find_last(run.checkpoints).step < 42
+    train("killed", WITH_BATCH_NORM, 2, checkpoint_every=1, **options)
+    assert_identical(run, whole)
+
+
+def assert_identical(run: RunFolder, other: RunFolder) -> None:
+    lasts = [checkpoints.find_last(one.checkpoints) for one in (run, other)]
+    for name in (checkpoints.MODEL_NAME, checkpoints.OPTIMIZER_NAME, checkpoints.PREDICTIONS_NAME):
+        contents = [
+            checkpoints.read_file(one.checkpoints, last, name) for one, last in zip((run, other), lasts, strict=True)
+        ]
+        assert contents[0] == contents[1], name
+    assert run.read_steps() == other.read_steps()
+    for name in ("step", "loss", "accuracy", "grad_norm", "val_loss", "val_accuracy", "learning_rate"):
+        assert metrics(run)[name] == metrics(other)[name], name

@@ -18,11 +18,17 @@ def row(epoch: int, val_accuracy: float, val_loss: float = 1.0) -> dict[str, flo
     return {"epoch": epoch, "val_accuracy": val_accuracy, "val_loss": val_loss}
 
 
+def position(epoch: int, step: int, history, epoch_rows: int = 0) -> checkpoints.Position:
+    return checkpoints.Position(epoch=epoch, epoch_rows=epoch_rows, step=step, global_batch_size=4, history=history)
+
+
 def save(folder: str, accuracies, **files: bytes) -> list[checkpoints.Checkpoint]:
     """Saves one checkpoint an epoch of ten steps."""
     history = [row(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, start=1)]
     return [
-        checkpoints.save_checkpoint(folder, epoch, 10 * epoch, history[:epoch], files or {"model.safetensors": b"m"})
+        checkpoints.save_checkpoint(
+            folder, position(epoch, 10 * epoch, history[:epoch]), files or {"model.safetensors": b"m"}
+        )
         for epoch in range(1, len(history) + 1)
     ]
 
@@ -52,7 +58,7 @@ def test_without_checkpoints_there_is_neither_a_last_nor_a_best(folder):
 
 def test_the_last_has_the_most_steps_even_past_the_width_of_its_name(folder):
     for step in (999, 100_000_000, 20_000_000):
-        checkpoints.save_checkpoint(folder, 1, step, [row(1, 0.5)], {})
+        checkpoints.save_checkpoint(folder, position(1, step, [row(1, 0.5)]), {})
     assert checkpoints.find_last(folder).step == 100_000_000
     assert steps(folder) == [999, 20_000_000, 100_000_000]
 
@@ -67,7 +73,7 @@ def test_the_last_has_the_most_steps_even_past_the_width_of_its_name(folder):
 )
 def test_the_best_is_that_of_the_best_validation(folder, rows, best):
     for epoch, (accuracy, loss) in enumerate(rows, start=1):
-        checkpoints.save_checkpoint(folder, epoch, 10 * epoch, [row(epoch, accuracy, loss)], {})
+        checkpoints.save_checkpoint(folder, position(epoch, 10 * epoch, [row(epoch, accuracy, loss)]), {})
     assert checkpoints.find_best(folder).epoch == best
 
 
@@ -81,7 +87,7 @@ def test_a_folder_without_its_commit_is_invisible(folder):
 def test_a_save_that_fails_half_way_is_invisible(folder):
     files = {"model": b"m", "model/below a file": b"o"}
     with pytest.raises(InputError, match="give a path that can be read and written"):
-        checkpoints.save_checkpoint(folder, 1, 10, [row(1, 0.5)], files)
+        checkpoints.save_checkpoint(folder, position(1, 10, [row(1, 0.5)]), files)
     assert storage.find_files(folder) == {"step-00000010/model": 1}
     assert checkpoints.find_checkpoints(folder) == []
 
@@ -109,7 +115,7 @@ def test_a_damaged_file_is_refused_with_what_to_do(folder):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_not_finite_survives(folder, value):
-    checkpoints.save_checkpoint(folder, 1, 10, [row(1, 0.1, value)], {})
+    checkpoints.save_checkpoint(folder, position(1, 10, [row(1, 0.1, value)]), {})
     (found,) = checkpoints.find_checkpoints(folder)
     assert str(found.history[0]["val_loss"]) == str(value)
 
@@ -197,3 +203,22 @@ def test_a_commit_of_a_newer_program_is_refused(folder):
     storage.write_bytes(storage.join(folder, saved.name, "checkpoint.json"), json.dumps(newer).encode())
     with pytest.raises(InputError, match="Extra inputs are not permitted"):
         checkpoints.find_checkpoints(folder)
+
+
+def test_a_checkpoint_within_an_epoch_is_the_last_but_never_the_best(folder):
+    save(folder, [0.5, 0.9])
+    history = [row(1, 0.5), row(2, 0.9)]
+    for step in (23, 26):
+        checkpoints.save_checkpoint(folder, position(2, step, history, epoch_rows=12), {})
+    assert checkpoints.find_last(folder).step == 26
+    assert checkpoints.find_best(folder).step == 20
+    checkpoints.delete_old_checkpoints(folder, keep_best=2)
+    assert steps(folder) == [10, 20, 26]
+
+
+def test_within_the_first_epoch_there_is_no_best(folder):
+    checkpoints.save_checkpoint(folder, position(0, 3, [], epoch_rows=12), {})
+    assert checkpoints.find_last(folder).step == 3
+    assert checkpoints.find_best(folder) is None
+    checkpoints.delete_old_checkpoints(folder, keep_best=1)
+    assert steps(folder) == [3]

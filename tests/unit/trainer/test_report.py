@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trainer import storage
-from trainer.checkpoint import PREDICTIONS_NAME, save_checkpoint
+from trainer.checkpoint import PREDICTIONS_NAME, Position, save_checkpoint
 from trainer.errors import InputError
 from trainer.report import write_notes_and_report
 from trainer.run_folder import RunFolder, describe_run
@@ -50,7 +50,8 @@ def write_run(tmp_path, make_config, make_result, write_dataset):
             history = [row | {"epoch": float(epoch), "images_per_second": 90.0} for epoch in (1, 2, 3)]
             predicted = [0] * right + [1] * (66 - right)
             predictions = storage.parquet_bytes(pa.table({"label": [0] * 66, "predicted": predicted}))
-            save_checkpoint(run.checkpoints, 3, 12, history, {PREDICTIONS_NAME: predictions})
+            position = Position(epoch=3, epoch_rows=0, step=12, global_batch_size=4, history=history)
+            save_checkpoint(run.checkpoints, position, {PREDICTIONS_NAME: predictions})
             run.write_metrics(history)
             run.write_steps(pa.table({"step": range(1, 13), "grad_norm": np.geomspace(0.1, 9, 12)}))
             picture = io.BytesIO()

@@ -5,7 +5,7 @@ import tf_keras as keras
 
 from trainer import storage
 from trainer.architectures import build_model
-from trainer.checkpoint import MODEL_NAME, read_variables, save_checkpoint, to_safetensors
+from trainer.checkpoint import MODEL_NAME, Position, read_variables, save_checkpoint, to_safetensors
 from trainer.errors import InputError
 from trainer.run_folder import RunFolder
 from trainer.transfer import freeze_trunk, read_weights, transfer_weights
@@ -35,7 +35,8 @@ def run_of():
     def write(model, uri: str) -> str:
         history = [{"epoch": 1.0, "val_accuracy": 0.5, "val_loss": 1.0}]
         content = to_safetensors(read_variables(model.variables))
-        save_checkpoint(RunFolder(uri).checkpoints, 1, 10, history, {MODEL_NAME: content})
+        position = Position(epoch=1, epoch_rows=0, step=10, global_batch_size=4, history=history)
+        save_checkpoint(RunFolder(uri).checkpoints, position, {MODEL_NAME: content})
         return uri
 
     return write
