@@ -52,8 +52,11 @@ def main(
         check_trackers(track)
         if dataset:
             launch.check_dataset(arch, dataset)
-        with connect() as resources, console.show_events() as on_event:
-            run = launch.open_run(storage, run_name, arch, resources)
+        with (
+            connect() as resources,
+            console.show_events() as on_event,
+            launch.open_run(storage, run_name, arch, resources) as run,
+        ):
             dataset = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
             plan = launch.plan_run(
                 {**options, "dataset": dataset}, run, resources, probe_again=probe_again, on_event=on_event

@@ -3,11 +3,18 @@
 import contextlib
 import logging
 import os
+import shutil
+import signal
+import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.data
+
+from trainer.errors import JobError
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -54,25 +61,52 @@ def connect() -> Iterator[Resources]:
 
     Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
     happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
-    the job itself.
+    the job itself. The session folder of such a cluster goes with it, unless the job failed.
+
+    Raises:
+        JobError: that of the context; says where Ray's logs are.
     """
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    local = "RAY_ADDRESS" not in os.environ
-    ray.init(
-        address="local" if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        **({"include_dashboard": False} if local else {}),
-    )
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    options: dict[str, Any] = {}
+    environment, session = WORKER_ENVIRONMENT, ""
+    if "RAY_ADDRESS" not in os.environ:
+        # Not in TMPDIR, which may be long: Ray makes sockets there, and the name of a socket is short.
+        session = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+        options = {"address": "local", "include_dashboard": False, "_temp_dir": session}
+        # TensorFlow leaves files of traced functions in a worker that is killed.
+        environment = {**WORKER_ENVIRONMENT, "TMPDIR": session}
+    useless = session
     try:
+        with _own_handler_of_sigterm():
+            ray.init(
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": environment},
+                **options,
+            )
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        ray.data.DataContext.get_current().enable_progress_bars = False
         yield _read_resources()
+    except JobError as error:
+        useless = ""
+        raise (JobError(f"{error}; Ray's logs are in {session}") if session else error) from error
     finally:
         ray.shutdown()
+        if useless:
+            shutil.rmtree(useless, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_handler_of_sigterm() -> Iterator[None]:
+    """Puts back the handler that Ray replaces by one that exits with 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _read_resources() -> Resources:

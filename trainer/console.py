@@ -4,26 +4,40 @@ On a terminal there are progress bars; piped or in a job log there are plain lin
 """
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.errors import InputError, JobError
+from trainer.errors import InputError, JobError, StoppedError
 from trainer.events import Event, OnEvent, StageProgressed
 
 stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A job log gets a line about an unfinished stage at most this often.
 _PLAIN_INTERVAL_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr."""
+    """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr.
+
+    SIGINT and SIGTERM end it with 130 and 143. Further ones are ignored, or they would cut short the ending of what
+    was started.
+    """
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        for one in _STOP_SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
+        raise StoppedError(signal_number)
+
+    before = {one: signal.signal(one, stop) for one in _STOP_SIGNALS}
     try:
         yield
     except InputError as error:
@@ -32,6 +46,12 @@ def exit_codes() -> Iterator[None]:
     except JobError as error:
         stderr.print(f"failed: {error}", markup=False)
         sys.exit(1)
+    except StoppedError as error:
+        stderr.print(f"stopped by {error}; the same command continues", markup=False)
+        sys.exit(128 + error.signal_number)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The errors that a job turns into an exit code."""
 
+import signal
+
 
 class InputError(Exception):
     """The arguments or the data are wrong: exit 2, before anything is started.
@@ -10,3 +12,14 @@ class InputError(Exception):
 
 class JobError(Exception):
     """The job started and failed: exit 1."""
+
+
+class StoppedError(BaseException):
+    """The process got SIGINT or SIGTERM: exit 130 or 143, after everything that it started has ended.
+
+    Like KeyboardInterrupt it is no Exception, so that nothing takes it for a failure of its own.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(signal.Signals(signal_number).name)

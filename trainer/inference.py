@@ -191,7 +191,7 @@ def predict_images(
     for name in found:
         if name.startswith(_FILE_PREFIX):
             storage.delete_file(storage.join(output, name))
-    storage.check_writable(output)
+    storage.check_access(output)
     class_names = run.read_manifest().class_names
     predicted = images.map_batches(
         _Predictor,

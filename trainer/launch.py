@@ -3,8 +3,9 @@
 `jobs/train.py` and `jobs/sweep.py` start runs through `launch` alone.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -31,10 +32,11 @@ from trainer.config import (
 )
 from trainer.dataset import cache_folder, load_manifest
 from trainer.diagnostics import find_symptoms
-from trainer.errors import InputError, JobError
+from trainer.errors import InputError, JobError, StoppedError
 from trainer.evaluation import summarise
 from trainer.events import BatchChosen, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
+from trainer.lease import hold_lease
 from trainer.notes import write_note
 from trainer.plots import write_batch_sizes, write_plots
 from trainer.recipes import RECIPES, recipe_epochs
@@ -114,11 +116,19 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
 
 
-def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -> RunFolder:
-    """Returns the run folder of a name, new or used; without a name, of one made of the architecture and the time.
+@contextlib.contextmanager
+def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -> Iterator[RunFolder]:
+    """Yields the run folder of a name, new or used, which no other job can open meanwhile.
+
+    Args:
+        storage_uri: where run folders are.
+        run_name: "" for one made of the architecture and the time.
+        arch: an architecture.
+        resources: of the cluster.
 
     Raises:
-        InputError: the name is not allowed, or the storage cannot be written, or not from every node.
+        InputError: the name is not allowed, or the storage cannot be used, or not from every node, or another job has
+            the run.
     """
     name = run_name or f"{arch}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -131,8 +141,9 @@ def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -
             f"--storage {storage_uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not "
             "share it; give s3://bucket/prefix"
         )
-    storage.check_writable(run.uri)
-    return run
+    storage.check_access(run.uri)
+    with hold_lease(run.path("lease.json"), f"run {name}"):
+        yield run
 
 
 @dataclass(frozen=True)
@@ -224,7 +235,7 @@ def measure_batches(
     draft, manifest, request = build_draft(options, resources)
     check_shares(draft)
     root = storage.resolve_uri(storage_uri)
-    storage.check_writable(root)
+    storage.check_access(root)
     choice = choose_batch(draft, manifest, request, root, resources, probe_again=probe_again, on_event=on_event)
     if choice.table is None:
         return choice, []
@@ -297,6 +308,7 @@ def launch(
     Raises:
         InputError: the run name is used by another config.
         JobError: the workers failed more often than allowed.
+        StoppedError: the process got a signal to stop; ``result.json`` says so.
     """
     config, manifest = plan.config, plan.manifest
     num_workers = config.num_workers
@@ -321,8 +333,13 @@ def launch(
     on_event(_describe_start(run, resize_batch(config, num_workers, largest_per_replica), manifest))
     on_event(StageProgressed("starting workers", 0, num_workers))
     job = WorkerJob(config, manifest, run.uri, trackers, largest_per_replica, ignore_event)
-    worker_result = _run_workers(job, num_workers, resources, max_failures, on_event)
-    return _close_run(job, worker_result)
+    run.delete_interruption()
+    try:
+        return _close_run(job, _run_workers(job, num_workers, resources, max_failures, on_event))
+    except StoppedError as error:
+        # Before anything is ended: `ray job stop` kills after three seconds.
+        run.write_interruption(str(error))
+        raise
 
 
 def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> RunStarted:

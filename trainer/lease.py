@@ -53,7 +53,7 @@ def _acquire(uri: str, what: str, token: str) -> None:
         if holder is not None and _is_alive(holder):
             raise InputError(
                 f"{what} is in use by process {holder['pid']} on {holder['host']}, last heard of "
-                f"{time.time() - holder['renewed']:.0f} s ago; wait for it to end"
+                f"{time.time() - holder['renewed']:.0f} s ago; wait for its end, or {_EXPIRE_SECONDS:.0f} s if it died"
             )
         storage.write_bytes(uri, _describe_holder(token))
     if not _holds(uri, token):
@@ -79,8 +79,9 @@ def _holds(uri: str, token: str) -> bool:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder["host"] == platform.node():
-        return os.path.exists(f"/proc/{holder['pid']}")
+    if holder["host"] == platform.node() and not os.path.exists(f"/proc/{holder['pid']}"):
+        return False
+    # Of this machine too: a container that was started again has the host name and the process numbers of the old one.
     return bool(time.time() - holder["renewed"] < _EXPIRE_SECONDS)
 
 

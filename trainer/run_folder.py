@@ -2,6 +2,7 @@
 
 STORAGE/RUN/config.json      RunRecord; before step 1
 STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used where the dataset is gone
+STORAGE/RUN/lease.json       which job works here; gone when none does
 STORAGE/RUN/attempts/        one small file each time the workers start
 STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
 STORAGE/RUN/metrics.parquet  one row an epoch
@@ -10,7 +11,7 @@ STORAGE/RUN/model.keras      the best weights, for use elsewhere
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/note.md          the note of the run
 STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
-STORAGE/RUN/result.json      RunResult; written last
+STORAGE/RUN/result.json      RunResult; written last; or a RunInterruption
 """
 
 import json
@@ -22,10 +23,10 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
@@ -82,6 +83,22 @@ class RunResult(BaseModel):
     """Sum of the epochs, evaluation included."""
 
 
+class RunInterruption(BaseModel):
+    """What ``result.json`` holds of a run that was stopped by a signal: the same command continues it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Literal["interrupted"] = "interrupted"
+    reason: str
+    """The name of the signal."""
+    interrupted: datetime
+
+
+_RESULTS: TypeAdapter[RunResult | RunInterruption] = TypeAdapter(
+    Annotated[RunResult | RunInterruption, Field(discriminator="status")]
+)
+
+
 class RunFolder:
     """The files of one run."""
 
@@ -125,7 +142,7 @@ class RunFolder:
     def read_result(self) -> RunResult | None:
         """Returns the result of a finished run, or None where it is not finished."""
         try:
-            return RunResult.model_validate_json(storage.read_bytes(self.path("result.json")))
+            result = _RESULTS.validate_json(storage.read_bytes(self.path("result.json")))
         except FileNotFoundError:
             return None
         except ValidationError as error:
@@ -133,10 +150,20 @@ class RunFolder:
                 f"{self.path('result.json')} is not a result of this program ({error.errors()[0]['msg']}); "
                 "choose another --run-name"
             ) from error
+        return result if isinstance(result, RunResult) else None
 
     def write_result(self, result: RunResult) -> None:
         """Writes ``result.json``: the run is finished."""
         storage.write_bytes(self.path("result.json"), result.model_dump_json(indent=2).encode())
+
+    def write_interruption(self, reason: str) -> None:
+        """Writes ``result.json``: the run was stopped."""
+        interruption = RunInterruption(reason=reason, interrupted=datetime.now(UTC))
+        storage.write_bytes(self.path("result.json"), interruption.model_dump_json(indent=2).encode())
+
+    def delete_interruption(self) -> None:
+        """Deletes the ``result.json`` of a run that is not finished: it goes on."""
+        storage.delete_file(self.path("result.json"))
 
     def start_attempt(self) -> int:
         """Records that the workers have started and returns how often they have, this time included."""

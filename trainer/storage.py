@@ -211,17 +211,40 @@ def delete_folder(uri: str) -> None:
             filesystem.rm(path, recursive=True)
 
 
-def check_writable(uri: str) -> None:
-    """Writes, reads and deletes a small file below ``uri``, to fail before any work is done.
+def check_access(uri: str) -> None:
+    """Does below ``uri`` once all that a job will do there, to fail before any work is done, and leaves nothing.
 
     Raises:
-        InputError: one of the three failed; says which storage and which variables to look at.
+        InputError: the storage refused; says what, by the name of the permission, and which variables to look at.
     """
-    probe = join(uri, f".write-check-{uuid.uuid4().hex}")
-    write_bytes(probe, b"ok")
-    if read_bytes(probe) != b"ok":
-        raise InputError(f"{uri}: a file that was just written reads back differently; use another storage")
-    delete_file(probe)
+    folder = join(uri, f".access-check-{uuid.uuid4().hex}")
+    file = join(folder, "file")
+
+    def write() -> bool:
+        write_bytes(file, b"ok")
+        return True
+
+    def delete() -> bool:
+        delete_file(file)
+        return not exists(file)
+
+    for what, permission, works in (
+        ("write a file", "s3:PutObject", write),
+        ("read a file", "s3:GetObject", lambda: read_bytes(file) == b"ok"),
+        ("list files", "s3:ListBucket", lambda: find_files(folder) == {"file": 2}),
+        ("write a file unless it exists", "s3:PutObject, If-None-Match", lambda: not create_file(file, b"no")),
+        ("delete a file", "s3:DeleteObject", delete),
+    ):
+        try:
+            if works():
+                continue
+        except (InputError, FileNotFoundError) as error:
+            with contextlib.suppress(InputError):
+                delete_file(file)
+            needed = "" if is_local(uri) else f" ({permission})"
+            raise InputError(f"{error}; a job must be able to {what} there{needed}") from error
+        raise InputError(f"{uri}: tried to {what} and found something else than was written; use another storage")
+    delete_folder(folder)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import io
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -56,16 +57,29 @@ def run_workers(
             name=name, storage_path=bookkeeping.name, failure_config=FailureConfig(max_failures=max_failures)
         ),
     )
-    ended = threading.Event()
-    listener = threading.Thread(target=_forward_events, args=(queue, ended, on_event), daemon=True)
-    listener.start()
+    fitted: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            # Ray prints a paragraph for each worker that dies; what it means is told by whoever asked for the workers.
+            with contextlib.redirect_stdout(io.StringIO()):
+                fitted.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            fitted.set_exception(error)
+
+    # In a thread of its own Ray leaves the handler of SIGINT alone: a signal interrupts the loop below, and the workers
+    # end with the connection to Ray.
+    threading.Thread(target=fit, daemon=True).start()
     try:
-        # Ray prints a paragraph for each worker that dies; what it means is told by whoever asked for the workers.
-        with contextlib.redirect_stdout(io.StringIO()):
-            return trainer.fit().return_value
+        while True:
+            # Before the look into the queue: an event may arrive just after the workers have ended.
+            ended = fitted.done()
+            try:
+                on_event(queue.get(timeout=_POLL_SECONDS))
+            except Empty:
+                if ended:
+                    return fitted.result()
     finally:
-        ended.set()
-        listener.join()
         queue.shutdown()
         bookkeeping.cleanup()
 
@@ -75,13 +89,3 @@ def _scaling(num_workers: int, resources: Resources) -> ScalingConfig:
     cpus = min(1.0, (resources.num_cpus - 1) / num_workers) if resources.num_cpus > 1 else 0.5 / num_workers
     wanted = {"CPU": cpus} | ({"GPU": 1} if resources.num_gpus else {})
     return ScalingConfig(num_workers=num_workers, use_gpu=bool(resources.num_gpus), resources_per_worker=wanted)
-
-
-def _forward_events(queue: Queue, ended: threading.Event, on_event: OnEvent) -> None:
-    while True:
-        was_ended = ended.is_set()
-        try:
-            on_event(queue.get(timeout=_POLL_SECONDS))
-        except Empty:
-            if was_ended:
-                return

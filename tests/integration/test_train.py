@@ -71,9 +71,9 @@ def train(resources, dataset, tmp_path_factory):
             "epochs": 3,
             **options,
         }
-        run = launch.open_run(str(storage), name, network["arch"], resources)
-        plan = launch.plan_run(options, run, resources)
-        launch.launch(plan, run, resources, max_failures=max_failures, on_event=on_event)
+        with launch.open_run(str(storage), name, network["arch"], resources) as run:
+            plan = launch.plan_run(options, run, resources)
+            launch.launch(plan, run, resources, max_failures=max_failures, on_event=on_event)
         return run
 
     return run

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from trainer import console
@@ -23,6 +25,26 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(capsys, error, code, l
     captured = capsys.readouterr()
     assert captured.err == line + "\n"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_short(capsys, number, code):
+    before = signal.getsignal(number)
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            console.stderr.print("ended in order")
+
+    with pytest.raises(SystemExit) as ended, console.exit_codes():
+        work()
+    assert ended.value.code == code
+    said = f"ended in order\nstopped by {number.name}; the same command continues\n"
+    assert capsys.readouterr().err == said
+    assert signal.getsignal(number) == before
 
 
 def test_a_long_line_is_not_wrapped(capsys):

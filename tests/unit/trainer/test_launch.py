@@ -97,31 +97,44 @@ def test_the_embedded_dataset_of_a_bucket_is_in_the_bucket():
     assert embedded_dataset("vgg19", "s3://b/runs/") == ("s3://b/runs/datasets/mnist-5000-32", 32)
 
 
+def open_and_close(*arguments) -> RunFolder:
+    with open_run(*arguments) as run:
+        return run
+
+
 def test_a_run_has_the_name_it_was_given(tmp_path):
-    run = open_run(str(tmp_path / "runs"), "first_1.2-a", "alexnet", ONE_MACHINE)
+    run = open_and_close(str(tmp_path / "runs"), "first_1.2-a", "alexnet", ONE_MACHINE)
     assert (run.uri, run.name) == (str(tmp_path / "runs" / "first_1.2-a"), "first_1.2-a")
     assert storage.find_files(run.uri) == {}
 
 
 def test_a_run_without_a_name_is_called_after_its_architecture(tmp_path):
-    assert open_run(str(tmp_path), "", "alexnet", ONE_MACHINE).name.startswith("alexnet-2")
+    assert open_and_close(str(tmp_path), "", "alexnet", ONE_MACHINE).name.startswith("alexnet-2")
+
+
+def test_a_run_is_open_once_at_a_time(tmp_path):
+    with open_run(str(tmp_path), "first", "alexnet", ONE_MACHINE):
+        open_and_close(str(tmp_path), "second", "alexnet", ONE_MACHINE)
+        with pytest.raises(InputError, match="run first is in use by process"):
+            open_and_close(str(tmp_path), "first", "alexnet", ONE_MACHINE)
+    open_and_close(str(tmp_path), "first", "alexnet", ONE_MACHINE)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "with space", "-x", "ä"])
 def test_a_run_name_that_is_no_plain_name_is_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"--run-name .*: use letters, digits"):
-        open_run(str(tmp_path), name, "alexnet", ONE_MACHINE)
+        open_and_close(str(tmp_path), name, "alexnet", ONE_MACHINE)
 
 
 def test_several_nodes_need_a_storage_that_they_share(tmp_path):
     with pytest.raises(InputError, match=r"is a local path and the cluster has 2 nodes.*give s3://bucket/prefix"):
-        open_run(str(tmp_path), "first", "alexnet", FOUR_GPUS)
+        open_and_close(str(tmp_path), "first", "alexnet", FOUR_GPUS)
 
 
 def test_a_storage_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give a path that can be read and written"):
-        open_run(str(tmp_path / "file"), "first", "alexnet", ONE_MACHINE)
+        open_and_close(str(tmp_path / "file"), "first", "alexnet", ONE_MACHINE)
 
 
 def test_what_the_command_line_leaves_open_the_recipe_says(plan):

@@ -56,6 +56,12 @@ def test_a_process_of_this_machine_that_died_is_followed_at_once(uri):
         assert json.loads(storage.read_bytes(uri))["pid"] == os.getpid()
 
 
+def test_a_process_number_that_another_process_has_by_now_is_followed_after_a_while(uri):
+    write_holder(uri, renewed=time.time() - 3600)
+    with hold_lease(uri, "DATASET d"):
+        assert json.loads(storage.read_bytes(uri))["renewed"] > time.time() - 60
+
+
 def test_another_machine_is_followed_when_it_was_silent_for_long(uri):
     write_holder(uri, host="elsewhere", pid=1, renewed=time.time() - 3600)
     with hold_lease(uri, "DATASET d"):

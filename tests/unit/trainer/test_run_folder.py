@@ -87,6 +87,14 @@ def test_a_result_with_a_loss_that_is_not_finite_survives(run, make_result, eval
     assert math.isnan(run.read_result().val.loss)
 
 
+def test_an_interrupted_run_is_not_finished(run):
+    run.write_interruption("SIGTERM")
+    assert run.read_result() is None
+    assert json.loads(storage.read_bytes(run.path("result.json")))["status"] == "interrupted"
+    run.delete_interruption()
+    assert not storage.exists(run.path("result.json"))
+
+
 @pytest.mark.parametrize("content", [b"{", b"{}"])
 def test_a_result_of_another_program_is_refused(run, content):
     storage.write_bytes(run.path("result.json"), content)

@@ -121,7 +121,7 @@ def test_what_the_file_system_refuses_is_an_input_error_with_the_place(root):
     for refused in (
         lambda: storage.write_bytes(below_a_file, b""),
         lambda: storage.create_file(below_a_file, b""),
-        lambda: storage.check_writable(storage.join(root, "file")),
+        lambda: storage.check_access(storage.join(root, "file")),
         lambda: storage.read_bytes(root),
         lambda: storage.write_bytes(root, b""),
     ):
@@ -212,7 +212,7 @@ def test_a_deleted_file_is_gone(root):
 
 
 def test_checking_that_a_folder_can_be_written_leaves_nothing(root):
-    storage.check_writable(storage.join(root, "runs"))
+    storage.check_access(storage.join(root, "runs"))
     assert storage.find_files(root) == {}
 
 

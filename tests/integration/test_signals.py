@@ -1,0 +1,102 @@
+"""SIGINT and SIGTERM, twice in a row too: nothing is left running, and the same command continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, run_job, write_stripes
+
+# Many epochs: a signal finds it at work. The batch keeps an epoch short.
+TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 400"
+OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--run-name", "one"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=20)
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
+    assert job.returncode == 0, job.stderr
+    return folder
+
+
+@pytest.fixture
+def folders(monkeypatch) -> Iterator[list[Path]]:
+    """Where the jobs of a test leave what is temporary; empty. Ray makes sockets there, so the names are short."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as ray_folder, tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", ray_folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield [Path(ray_folder), Path(folder)]
+
+
+@pytest.fixture
+def start(dataset, folders, tmp_path):
+    """Starts the run in a process group of its own; returns when it has trained an epoch."""
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path)]
+        job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for line in job.stderr:
+            if line.startswith("epoch "):
+                return job
+        raise AssertionError("ended before its first epoch")
+
+    return start
+
+
+def assert_ends(job: subprocess.Popen[str], signal_name: str, code: int, folders: list[Path]) -> None:
+    """Everything that the job started ends with it, and it has said why."""
+    *_, last_line = job.stderr
+    assert (job.wait(timeout=60), last_line) == (code, f"stopped by {signal_name}; the same command continues\n")
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, folders, tmp_path):
+    run = tmp_path / "one"
+    # A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
+    for attempt, (send, number, code) in enumerate([(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]):
+        job = start()
+        assert not (run / "result.json").exists()
+        assert len(list((run / "attempts").iterdir())) == attempt + 1
+        started = psutil.Process(job.pid).children(recursive=True)
+        assert len(started) > 3
+        for _ in range(2):
+            send(job.pid, number)
+            time.sleep(0.3)
+        assert_ends(job, number.name, code, folders)
+        assert not psutil.wait_procs(started, timeout=10)[1]
+        result = json.loads((run / "result.json").read_text())
+        assert (result["status"], result["reason"]) == ("interrupted", number.name)
+        assert not (run / "lease.json").exists()
+        assert list((run / "checkpoints").glob("*/checkpoint.json"))
+
+
+def test_a_signal_while_ray_is_starting_leaves_nothing(folders, tmp_path):
+    source = write_stripes(tmp_path / "source", images_per_class=20)
+    command = [sys.executable, "jobs/prepare.py", str(source), str(tmp_path / "dataset")]
+    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # Ray has its folder and a process or two.
+    while not list(folders[0].glob("*/session_*")):
+        time.sleep(0.02)
+    started = psutil.Process(job.pid).children(recursive=True)
+    os.killpg(job.pid, signal.SIGINT)
+    assert_ends(job, "SIGINT", 130, folders)
+    assert not psutil.wait_procs(started, timeout=10)[1]
+
+
+def test_two_runs_of_one_name_are_not_mixed(start, dataset, tmp_path):
+    job = start()
+    other = run_job("train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path))
+    job.terminate()
+    job.communicate(timeout=60)
+    assert other.returncode == 2, other.stderr
+    assert f"run one is in use by process {job.pid}" in other.stderr
