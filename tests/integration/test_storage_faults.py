@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from tests.conftest import free_port, run_job, write_stripes
+from trainer.run_folder import RunFolder
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
@@ -104,3 +105,22 @@ def test_preparing_from_and_to_a_faulty_store_ends_right(bucket, proxy, tmp_path
     assert "30 images 32x32x1, 0 files not used" in through_proxy.stdout
     assert proxy.refused > 0
     assert proxy.requests > 60
+
+
+def test_training_to_a_faulty_store_ends_as_to_a_disk(bucket, proxy, tmp_path: Path):
+    source, dataset = write_stripes(tmp_path / "source", images_per_class=20), tmp_path / "dataset"
+    assert run_job("prepare.py", str(source), str(dataset), "--image-size", "32").returncode == 0
+    network = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32"
+    training = f"{network} --global-batch-size 10 --precision float32 --epochs 2 --run-name one"
+    command = ["train.py", *training.split(), "--dataset", str(dataset), "--storage"]
+    on_disk = run_job(*command, str(tmp_path / "runs"))
+    assert on_disk.returncode == 0, on_disk.stderr
+    through_proxy = run_job(
+        *command, f"{bucket}/faulty", AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.server_address[1]}"
+    )
+    assert through_proxy.returncode == 0, through_proxy.stderr
+    assert proxy.refused > 0
+    assert proxy.requests > 60
+    steps = [RunFolder(f"{storage}/one").read_steps() for storage in (tmp_path / "runs", f"{bucket}/faulty")]
+    assert steps[0].num_rows == 8
+    assert steps[0] == steps[1]
