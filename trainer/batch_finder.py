@@ -192,7 +192,7 @@ class _Finder:
         precision, first = self._chosen[0], self.trials
         # The most that a search may start; what a table from the cache still lacks is searched anew.
         while self.trials < first + _MOST_TRIALS - len(self.measured):
-            size = next_size(self.measured[precision], self._failed.get(precision), most, self._target_gib)
+            size = next_size(self.measured[precision], self._failed.get(precision), most, self._memory_limit_gib)
             if size is None or self._request.global_batch_size == "knee" or self._request.given_size:
                 break
             self.run_trial((size,), precision)
@@ -207,10 +207,6 @@ class _Finder:
             trials=self.trials,
             measured=datetime.now(UTC),
         )
-
-    @property
-    def _target_gib(self) -> float:
-        return self._memory_limit_gib * (1 - SAFETY_MARGIN)
 
     def _precisions(self) -> tuple[str, ...]:
         if self._request.precision != "auto":

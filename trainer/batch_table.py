@@ -1,5 +1,6 @@
 """What trials of batch sizes measured, which size to try next, and which batch follows from it."""
 
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
@@ -16,6 +17,10 @@ SAFETY_MARGIN = 0.1
 _THROUGHPUT_TOLERANCE = 0.05
 # The largest size that fits is known when the next one to try is not larger by more.
 _SIZE_TOLERANCE = 0.03
+# The line through two sizes may be this far from what a third one needs.
+_PREDICTION_ERROR = 0.05
+# A size that survived and one that died are close together when the second is not larger by more.
+_CLOSE = 1.25
 # A doubled batch that gains less than this is where a bottleneck begins (tuning playbook: about double).
 _DOUBLING_GAIN = 1.8
 # First losses of a precision may be this much worse than those of float32.
@@ -46,7 +51,7 @@ class BatchTable(BaseModel):
     @property
     def target_gib(self) -> float:
         """What a size may use at most."""
-        return self.memory_limit_gib * (1 - SAFETY_MARGIN)
+        return usable_gib(self.rows, self.failed.get(self.precision), self.memory_limit_gib)
 
     @property
     def rows(self) -> tuple[SizeMeasured, ...]:
@@ -113,7 +118,36 @@ def ladder(first: int, most: int) -> tuple[int, ...]:
     return (*sizes, most)
 
 
-def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, target_gib: float) -> int | None:
+def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
+    """Returns the memory of a size by the line through the two largest that were measured; None where there is none."""
+    if len(measured) < 2:
+        return None
+    before, last = measured[-2:]
+    slope = (last.peak_memory_gib - before.peak_memory_gib) / (last.size - before.size)
+    return last.peak_memory_gib + slope * (size - last.size) if slope > 0 else None
+
+
+def usable_gib(measured: Sequence[SizeMeasured], failed: int | None, limit_gib: float) -> float:
+    """Returns what a size may use at most: the safety margin stays free of the limit.
+
+    Args:
+        measured: so far, by size.
+        failed: the smallest size that ran out of memory; None where none did.
+        limit_gib: what a worker is said to have. Where a size died that should have fitted into it, the kernel kills
+            earlier, and only what the largest survivor used is known to be there.
+    """
+    survivors = [one for one in measured if failed is None or one.size < failed]
+    if _died_early(survivors, failed, limit_gib):
+        limit_gib = survivors[-1].peak_memory_gib
+    return limit_gib * (1 - SAFETY_MARGIN)
+
+
+def _died_early(survivors: Sequence[SizeMeasured], failed: int | None, limit_gib: float) -> bool:
+    needed = predict_gib(survivors, failed) if failed else None
+    return needed is not None and needed < limit_gib * (1 - _PREDICTION_ERROR)
+
+
+def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, limit_gib: float) -> int | None:
     """Returns the per-replica size to try next, or None where the largest that fits is known.
 
     Memory is taken to grow by the same amount with every image, which two sizes tell; the answer is tried in its turn.
@@ -122,8 +156,15 @@ def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, t
         measured: so far, by size.
         failed: the smallest size that ran out of memory; None where none did.
         most: the largest size that is of use.
-        target_gib: what a size may use at most.
+        limit_gib: what a worker is said to have.
     """
+    survivors = [one for one in measured if failed is None or one.size < failed]
+    if failed and _died_early(survivors, failed, limit_gib):
+        # The limit is not known: it is looked for until it lies between two sizes that are close together.
+        between = round(math.sqrt(survivors[-1].size * failed))
+        if failed > survivors[-1].size * _CLOSE and survivors[-1].size < between < failed:
+            return between
+    target_gib = usable_gib(measured, failed, limit_gib)
     too_large = [one.size for one in measured if one.peak_memory_gib > target_gib] + ([failed] if failed else [])
     bound = min([*too_large, most + 1])
     fitting = [one for one in measured if one.peak_memory_gib <= target_gib and one.size < bound]
@@ -177,15 +218,16 @@ def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:
         rows: of the train split.
     """
     replicas, knee = table.num_replicas, table.knee
-    largest = table.fitting[-1]
+    largest, failed = table.fitting[-1], table.failed.get(table.precision)
     for_rows = largest_for_rows(rows, replicas, request.min_steps_per_epoch)
     size, limit = (for_rows, "rows") if for_rows <= largest.size else (largest.size, "memory")
     if request.global_batch_size == "knee" and knee.size < size:
         size, limit = knee.size, "throughput"
     reasons = {
         "rows": f"set by the rows: {rows} images in at least {request.min_steps_per_epoch} steps an epoch",
-        "memory": f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker, of "
-        f"which {SAFETY_MARGIN:.0%} stay free",
+        "memory": f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker"
+        + (f", {failed} images ran out of it" if failed else "")
+        + f"; {SAFETY_MARGIN:.0%} stay free",
         "throughput": "set by throughput",
     }
     return BatchChoice(
