@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import ray
@@ -78,7 +79,7 @@ def connect() -> Iterator[Resources]:
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": session}
     useless = session
     try:
-        with _own_handler_of_sigterm():
+        with _deferred_signals():
             ray.init(
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -99,14 +100,28 @@ def connect() -> Iterator[Resources]:
 
 
 @contextlib.contextmanager
-def _own_handler_of_sigterm() -> Iterator[None]:
-    """Puts back the handler that Ray replaces by one that exits with 15."""
-    handler = signal.getsignal(signal.SIGTERM)
+def _deferred_signals() -> Iterator[None]:
+    """Keeps SIGINT and SIGTERM until the end of the context.
+
+    What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back. Ray also
+    puts its own handler of SIGTERM in place, which exits with 15.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+
+    def keep(signal_number: int, frame: FrameType | None) -> None:
+        arrived.append(signal_number)
+
+    before = {one: signal.signal(one, keep) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 def _read_resources() -> Resources:

@@ -4,6 +4,7 @@ On a terminal there are progress bars; piped or in a job log there are plain lin
 """
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ENDING_SECONDS = 20.0
 # A job log gets a line about an unfinished stage at most this often.
 _PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -28,14 +30,16 @@ _PLAIN_INTERVAL_SECONDS = 10.0
 def exit_codes() -> Iterator[None]:
     """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr.
 
-    SIGINT and SIGTERM end it with 130 and 143. Further ones are ignored, or they would cut short the ending of what
-    was started.
+    SIGINT and SIGTERM end it with 130 and 143. Further ones are ignored for a while, or they would cut short the ending
+    of what was started.
     """
+    last = -math.inf
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
-        for one in _STOP_SIGNALS:
-            signal.signal(one, signal.SIG_IGN)
-        raise StoppedError(signal_number)
+        nonlocal last
+        if time.monotonic() > last + _ENDING_SECONDS:
+            last = time.monotonic()
+            raise StoppedError(signal_number)
 
     before = {one: signal.signal(one, stop) for one in _STOP_SIGNALS}
     try:
