@@ -24,7 +24,8 @@ def main(
     arch: Annotated[str, Option(help="Architecture, as in train.py.")],
     dataset: Annotated[str, Option(help="Prepared dataset, local or s3://; default: 5,000 MNIST images.")] = "",
     storage: Annotated[str, Option(help="Where tables are kept, local or s3://.")] = "runs",
-    num_workers: Annotated[str, Option(help="A number, or auto: one a GPU, or one.")] = "auto",
+    num_workers: Annotated[str, Option(help="A number, MIN:MAX, or auto: one a GPU, or one.")] = "auto",
+    wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers, or for nodes that start.")] = 0,
     arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     probe_again: Annotated[bool, Option("--probe-again", help="Measure even where it was done.")] = False,
@@ -38,11 +39,13 @@ def main(
         # Not at the top: --help and wrong options answer without loading Ray.
         from trainer import launch
         from trainer.cluster import connect
+        from trainer.workers import wait_for_workers
 
         launch.check_arch(arch, options["arch_arguments"])
         if dataset:
             launch.check_dataset(arch, dataset)
-        with connect() as resources, console.show_events() as on_event:
+        with connect() as cluster, console.show_events() as on_event:
+            resources = wait_for_workers(num_workers, cluster, wait, on_event)
             if not dataset:
                 from data_prep.embedded import prepare_embedded
 

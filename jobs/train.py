@@ -27,7 +27,8 @@ def main(
     dataset: Annotated[str, Option(help="Prepared dataset, local or s3://; default: 5,000 MNIST images.")] = "",
     storage: Annotated[str, Option(help="Where the run folder goes, local or s3://.")] = "runs",
     run_name: Annotated[str, Option(help="Default: arch and time. A used name continues its run.")] = "",
-    num_workers: Annotated[str, Option(help="A number, or auto: one a GPU, or one.")] = "auto",
+    num_workers: Annotated[str, Option(help="A number, MIN:MAX, or auto: one a GPU, or one.")] = "auto",
+    wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers, or for nodes that start.")] = 0,
     arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
@@ -44,6 +45,7 @@ def main(
         from trainer import launch
         from trainer.cluster import connect
         from trainer.tracking import check_trackers
+        from trainer.workers import wait_for_workers
 
         if list_archs:
             print_architectures(launch.describe_architectures(dataset))
@@ -52,18 +54,14 @@ def main(
         check_trackers(track)
         if dataset:
             launch.check_dataset(arch, dataset)
-        with (
-            connect() as resources,
-            console.show_events() as on_event,
-            launch.open_run(storage, run_name, arch, resources) as run,
-        ):
-            dataset = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
-            plan = launch.plan_run(
-                {**options, "dataset": dataset}, run, resources, probe_again=probe_again, on_event=on_event
-            )
-            result = launch.launch(
-                plan, run, resources, max_failures=max_failures, trackers=tuple(track), on_event=on_event
-            )
+        with console.show_events() as on_event, connect() as cluster:
+            resources = wait_for_workers(num_workers, cluster, wait, on_event)
+            with launch.open_run(storage, run_name, arch, resources) as run:
+                options["dataset"] = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
+                plan = launch.plan_run(options, run, resources, probe_again=probe_again, on_event=on_event)
+                result = launch.launch(
+                    plan, run, resources, max_failures=max_failures, trackers=tuple(track), on_event=on_event
+                )
         print_result(run.uri, result)
         if result.status == "diverged":
             raise JobError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")

@@ -25,7 +25,7 @@ from trainer.batch_table import (
 )
 from trainer.cluster import Resources
 from trainer.config import BatchRequest, TrainConfig
-from trainer.errors import InputError, JobError
+from trainer.errors import BatchError, JobError
 from trainer.events import (
     BatchChosen,
     Event,
@@ -37,7 +37,7 @@ from trainer.events import (
     ignore_event,
 )
 from trainer.job import TrialJob
-from trainer.workers import run_workers
+from trainer.workers import WorkerCount, run_workers
 
 # By exception, or as a worker that is gone: killed by the kernel or by `trainer.devices.kill_beyond`.
 _OUT_OF_MEMORY = (MemoryError, WorkerHealthCheckFailedError)
@@ -72,7 +72,7 @@ def choose_batch(
         on_event: told of every size that is measured, and of the choice.
 
     Raises:
-        InputError: no batch fits, or not the one that was given.
+        BatchError: no batch fits, or not the one that was given.
         JobError: the workers failed for another reason than memory.
     """
     rows, given = manifest.splits["train"].rows, request.given_size
@@ -96,7 +96,7 @@ def choose_batch(
     else:
         storage.write_bytes(uri, table.model_dump_json(indent=2).encode())
     if not table.fitting:
-        raise InputError(_explain_misfit(request, table))
+        raise BatchError(_explain_misfit(request, table))
     if given is None:
         choice = decide(request, table, rows)
     else:
@@ -238,7 +238,8 @@ class _Finder:
 
         self._on_event(StageProgressed(f"batch trial {self.trials}", 0, 1))
         try:
-            run_workers(work, "batch-trial", config.num_workers, self._resources, on_event=collect)
+            workers = WorkerCount(config.num_workers, config.num_workers, config.num_workers)
+            run_workers(work, "batch-trial", workers, self._resources, on_event=collect)
         except TrainingFailedError as error:
             if not _ran_out_of_memory(error):
                 raise JobError(f"a trial of batch sizes {sizes} failed: {str(error).splitlines()[-1]}") from error

@@ -89,7 +89,7 @@ def connect() -> Iterator[Resources]:
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield _read_resources()
+        yield read_resources()
     except JobError as error:
         useless = ""
         raise (JobError(f"{error}; Ray's logs are in {session}") if session else error) from error
@@ -124,7 +124,8 @@ def _deferred_signals() -> Iterator[None]:
         signal.raise_signal(arrived[0])
 
 
-def _read_resources() -> Resources:
+def read_resources() -> Resources:
+    """Returns what the connected cluster has now."""
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # Ray names each kind of GPU by a resource of its own.

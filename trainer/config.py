@@ -202,7 +202,7 @@ def _validate(model: type[Model], values: Mapping[str, Any]) -> Model:
         raise InputError(f"{option} {first['input']}: {first['msg']}") from error
 
 
-def find_differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+def find_differences(old: Model, new: Model) -> list[str]:
     """Returns ``field: old -> new`` of each field in which two configs differ."""
     new_values = new.model_dump()
     return [

@@ -10,6 +10,10 @@ class InputError(Exception):
     """
 
 
+class BatchError(InputError):
+    """No batch, or not the one that was given, fits into a worker's memory."""
+
+
 class JobError(Exception):
     """The job started and failed: exit 1."""
 

@@ -123,8 +123,20 @@ class BatchChosen:
         return self.explanation
 
 
+@dataclass(frozen=True)
+class StudyTrialEnded:
+    """A trial of a study has ended."""
+
+    name: str
+    outcome: str
+    """What it tried and what came of it, in one line."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.outcome}"
+
+
 TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
-Event = StageProgressed | RunStarted | WeightsTransferred | EpochFinished | BatchChosen | TrialEvent
+Event = StageProgressed | RunStarted | WeightsTransferred | EpochFinished | BatchChosen | StudyTrialEnded | TrialEvent
 OnEvent = Callable[[Event], None]
 
 

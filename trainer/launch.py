@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from trainer.plots import write_batch_sizes, write_plots
 from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
 from trainer.tracking import log_to_mlflow
-from trainer.workers import run_workers
+from trainer.workers import WorkerCount, parse_num_workers, run_workers
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ class RunPlan:
     config: TrainConfig
     manifest: Manifest
     batch: BatchChoice
+    workers: WorkerCount
+    command: str = ""
+    """That makes the same run; empty for that of this process."""
 
 
 def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest, BatchRequest]:
@@ -160,7 +164,7 @@ def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[Train
 
     Args:
         options: values by field of TrainConfig and BatchRequest; None means that the recipe says. ``num_workers`` is
-            text: a number, or "auto" for one a GPU, or one where there is none. Other names are passed over.
+            text, as in `trainer.workers.parse_num_workers`. Other names are passed over.
         resources: of the cluster.
 
     Raises:
@@ -184,7 +188,7 @@ def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[Train
     check_arch(arch, values["arch_arguments"])
     asked = {name: values.pop(name) for name in BatchRequest.model_fields if name in values}
     request = parse_batch_request(asked | {"global_batch_size": str(asked.get("global_batch_size", "max"))})
-    num_workers = _parse_num_workers(options["num_workers"], resources)
+    num_workers = parse_num_workers(options["num_workers"], resources).now
     draft = parse_config(
         {
             **values,
@@ -257,7 +261,7 @@ def plan_run(
     """Returns the whole config of a run: what `build_draft` leaves open is measured, or what the run began with.
 
     Args:
-        options: as in `build_draft`.
+        options: as in `build_draft`; ``steps`` is a budget in place of ``epochs``.
         run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
         probe_again: measure even where the storage has a table of batch sizes.
@@ -280,8 +284,12 @@ def plan_run(
     values = {"global_batch_size": batch.global_batch_size, "precision": batch.precision}
     if options.get("epochs") is None:
         steps_per_epoch = manifest.splits["train"].rows // batch.global_batch_size
-        values["epochs"] = recipe_epochs(draft.recipe, draft.arch, steps_per_epoch)
-    return RunPlan(draft.model_copy(update=values), manifest, batch)
+        steps = options.get("steps")
+        values["epochs"] = (
+            math.ceil(steps / steps_per_epoch) if steps else recipe_epochs(draft.recipe, draft.arch, steps_per_epoch)
+        )
+    workers = parse_num_workers(options["num_workers"], resources)
+    return RunPlan(draft.model_copy(update=values), manifest, batch, workers)
 
 
 def launch(
@@ -326,7 +334,7 @@ def launch(
         return result
     if record is None:
         run.write_manifest(manifest)
-        run.write_record(describe_run(config, resources.hardware, plan.batch))
+        run.write_record(describe_run(config, resources.hardware, plan.batch, plan.command))
     if rescaling := describe_rescaling(config):
         on_event(BatchChosen(rescaling))
     largest_per_replica = plan.batch.largest_per_replica
@@ -335,10 +343,10 @@ def launch(
     job = WorkerJob(config, manifest, run.uri, trackers, largest_per_replica, ignore_event)
     run.delete_interruption()
     try:
-        return _close_run(job, _run_workers(job, num_workers, resources, max_failures, on_event))
+        return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event))
     except StoppedError as error:
         # Before anything is ended: `ray job stop` kills after three seconds.
-        run.write_interruption(str(error))
+        run.write_interruption("interrupted", str(error))
         raise
 
 
@@ -356,21 +364,8 @@ def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> 
     )
 
 
-def _parse_num_workers(num_workers: str, resources: Resources) -> int:
-    if num_workers == "auto":
-        return max(1, resources.num_gpus)
-    if not num_workers.isdecimal() or int(num_workers) < 1:
-        raise InputError(f"--num-workers {num_workers!r}: give a number from 1, or auto (one a GPU, else one)")
-    if resources.num_gpus and int(num_workers) > resources.num_gpus:
-        raise InputError(
-            f"--num-workers {num_workers} needs {num_workers} GPUs, the cluster has {resources.num_gpus}; "
-            f"give {resources.num_gpus} or less, or auto"
-        )
-    return int(num_workers)
-
-
 def _run_workers(
-    job: WorkerJob, num_workers: int, resources: Resources, max_failures: int, on_event: OnEvent
+    job: WorkerJob, workers: WorkerCount, resources: Resources, max_failures: int, on_event: OnEvent
 ) -> WorkerResult:
     def train(send_event: OnEvent) -> WorkerResult:
         from trainer.loop import train_worker
@@ -380,7 +375,7 @@ def _run_workers(
     run = RunFolder(job.run)
     try:
         result: WorkerResult = run_workers(
-            train, run.name, num_workers, resources, max_failures=max_failures, on_event=on_event
+            train, run.name, workers, resources, max_failures=max_failures, on_event=on_event
         )
     except TrainingFailedError as error:
         raise _find_cause(error, run) from error
@@ -406,7 +401,11 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
     if best is None or last is None:
-        raise JobError(f"run {run.name} ended before its first checkpoint: {worker_result.reason}")
+        run.write_interruption("diverged", worker_result.reason)
+        raise JobError(
+            f"run {run.name} diverged before its first validation: {worker_result.reason}; lower "
+            "--base-learning-rate or set --clip-norm"
+        )
     predictions = storage.parquet_table(checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME))
     test = None
     if config.evaluate_test and not worker_result.reason:
@@ -438,5 +437,5 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     if "mlflow" in job.trackers:
         log_to_mlflow(run, config, last.history, result)
     write_note(run, result)
-    run.write_result(result)
+    run.write_ending(result)
     return result

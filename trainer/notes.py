@@ -5,7 +5,7 @@ from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, describe_rescaling, find_differences
 from trainer.markdown import format_table
-from trainer.run_folder import RunFolder, RunRecord, RunResult, find_runs
+from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, find_runs
 
 NOTEBOOK_NAME = "NOTES.md"
 
@@ -34,7 +34,7 @@ def format_note(run: RunFolder, runs: list[RunFolder], result: RunResult | None)
         raise ValueError(f"{run.uri} has no record")
     lines = [f"### {record.started:%Y-%m-%d}", f"#### {record.config.arch}: {run.name}", describe_change(run, runs), ""]
     if result is None:
-        lines += ["```sh", record.command, "```", "not finished: the same command continues it"]
+        lines += ["```sh", record.command, "```", describe_unfinished(run)]
     else:
         lines += _format_finished(run, record, run.read_manifest(), result)
     return "\n".join(lines) + "\n"
@@ -54,6 +54,18 @@ def describe_change(run: RunFolder, runs: list[RunFolder]) -> str:
     name, record = previous[-1]
     changes = find_differences(record.config, own.config)
     return f"after {name}: {'; '.join(changes) or 'the same again'}"
+
+
+def describe_unfinished(run: RunFolder) -> str:
+    """Returns why a run has no result, and how it gets one."""
+    match run.read_ending():
+        case RunInterruption(status="diverged", reason=reason):
+            return (
+                f"diverged before its first validation: {reason}; try half the --base-learning-rate, or --clip-norm 1"
+            )
+        case RunInterruption(reason=reason):
+            return f"interrupted by {reason}: the same command continues it"
+    return "not finished: the same command continues it"
 
 
 def describe_training(config: TrainConfig, steps: int) -> str:

@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -55,3 +56,22 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def format_command(job: str, options: Mapping[str, Any]) -> str:
+    """Returns the command line of a job with these options by field name; those that are None are left out."""
+    words = ["python", f"jobs/{job}"]
+    for name, value in options.items():
+        if name == "arch_arguments":
+            for argument, of_argument in value.items():
+                words += ["--arch-argument", f"{argument}={format_value(of_argument)}"]
+        elif isinstance(value, bool):
+            words.append("--" + "no-" * (not value) + name.replace("_", "-"))
+        elif value is not None:
+            words += [*(_option_names(name) or ("--" + name.replace("_", "-"),)), format_value(value)]
+    return shlex.join(words)
+
+
+def format_value(value: Any) -> str:
+    """Returns a value as `parse_assignment` reads it back."""
+    return value if isinstance(value, str) else json.dumps(value)

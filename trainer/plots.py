@@ -14,8 +14,8 @@ from trainer.evaluation import EvaluationResult
 from trainer.run_folder import RunFolder, RunResult
 
 # Okabe-Ito: told apart with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")
-_TRAIN_COLOUR, _VAL_COLOUR, _ = _COLOURS
+COLOURS = ("#0072B2", "#D55E00", "#009E73")
+_TRAIN_COLOUR, _VAL_COLOUR, _ = COLOURS
 _MISTAKES_IN_A_ROW, _MOST_MISTAKES = 4, 16
 
 
@@ -29,7 +29,7 @@ def write_plots(
         "gradients": _draw_gradients(steps, clip_norm),
     }
     for name, figure in figures.items():
-        storage.write_bytes(run.path("plots", f"{name}.png"), _to_png(figure))
+        storage.write_bytes(run.path("plots", f"{name}.png"), to_png(figure))
 
 
 def write_mistakes(
@@ -56,14 +56,14 @@ def write_mistakes(
         axes.set_title(title, fontsize=8, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
-    storage.write_bytes(run.path("plots", "mistakes.png"), _to_png(figure))
+    storage.write_bytes(run.path("plots", "mistakes.png"), to_png(figure))
 
 
 def write_batch_sizes(run: RunFolder, table: BatchTable) -> None:
     """Writes ``plots/batch_sizes.png``: throughput and memory by batch size, one line a precision."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     of_speed, of_memory = figure.subplots(1, 2)
-    for (name, rows), colour in zip(table.measurements.items(), _COLOURS, strict=False):
+    for (name, rows), colour in zip(table.measurements.items(), COLOURS, strict=False):
         sizes = [one.size * one.num_replicas for one in rows]
         of_speed.plot(sizes, [one.images_per_second for one in rows], color=colour, marker=".", label=name)
         of_memory.plot(sizes, [one.peak_memory_gib for one in rows], color=colour, marker=".", label=name)
@@ -74,7 +74,7 @@ def write_batch_sizes(run: RunFolder, table: BatchTable) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xlabel="global batch")
         axes.legend()
-    storage.write_bytes(run.path("plots", "batch_sizes.png"), _to_png(figure))
+    storage.write_bytes(run.path("plots", "batch_sizes.png"), to_png(figure))
 
 
 def _draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
@@ -135,7 +135,8 @@ def _draw_confusion(evaluation: EvaluationResult) -> Figure:
     return figure
 
 
-def _to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """Returns a figure as the content of a PNG file."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=110)
     return sink.getvalue()

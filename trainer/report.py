@@ -1,28 +1,22 @@
 """The report: all runs of a storage on one HTML page that needs nothing from outside."""
 
-import base64
-import io
 import itertools
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
 from trainer import storage
 from trainer.comparison import compare_predictions
 from trainer.errors import InputError
-from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, format_notebook
+from trainer.html import render_page, to_data_uri
+from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, describe_unfinished, format_notebook
 from trainer.run_folder import RunFolder, RunRecord, RunResult, find_runs
 
 REPORT_NAME = "report.html"
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# A hundred runs with pictures stay below ten megabytes.
-_PICTURE_WIDTH, _PICTURE_QUALITY = 640, 55
 _MOST_POINTS = 300
 # Of the drawing area of a chart; the template scales it.
 _CHART_WIDTH, _CHART_HEIGHT = 300, 120
@@ -55,6 +49,8 @@ class RunView:
     name: str
     record: RunRecord
     result: RunResult | None
+    unfinished: str
+    """Why it has no result; empty where it has one."""
     change: str
     training: str
     images_per_second: float
@@ -86,11 +82,9 @@ def format_report(runs: list[RunFolder]) -> str:
     Args:
         runs: of one storage, in the order in which they were started.
     """
-    from jinja2 import Environment, StrictUndefined
-
     views = [_view(run, runs) for run in runs]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_TEMPLATE.read_text()).render(
+    return render_page(
+        "report.html.jinja",
         runs=views,
         width=_CHART_WIDTH,
         height=_CHART_HEIGHT,
@@ -127,6 +121,7 @@ def _view(run: RunFolder, runs: list[RunFolder]) -> RunView:
         name=run.name,
         record=record,
         result=result,
+        unfinished="" if result else describe_unfinished(run),
         change=describe_change(run, runs),
         training=describe_training(record.config, result.steps if result else len(steps or ())),
         images_per_second=float(np.median(rates)) if rates else 0.0,
@@ -173,11 +168,7 @@ def _read_picture(uri: str) -> str:
         content = storage.read_bytes(uri)
     except FileNotFoundError:
         return ""
-    picture = Image.open(io.BytesIO(content)).convert("RGB")
-    picture.thumbnail((_PICTURE_WIDTH, 4 * _PICTURE_WIDTH))
-    sink = io.BytesIO()
-    picture.save(sink, "WEBP", quality=_PICTURE_QUALITY)
-    return f"data:image/webp;base64,{base64.b64encode(sink.getvalue()).decode()}"
+    return to_data_uri(content)
 
 
 def _compare(runs: list[RunFolder], views: list[RunView]) -> dict[str, str]:

@@ -23,10 +23,10 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
@@ -84,19 +84,18 @@ class RunResult(BaseModel):
 
 
 class RunInterruption(BaseModel):
-    """What ``result.json`` holds of a run that was stopped by a signal: the same command continues it."""
+    """What ``result.json`` holds of a run that has no result: the same command continues it."""
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["interrupted"] = "interrupted"
+    status: Literal["interrupted", "diverged"]
+    """Stopped by a signal, or diverged before its first validation."""
     reason: str
-    """The name of the signal."""
-    interrupted: datetime
+    """The name of the signal, or the steps."""
+    ended: datetime
 
 
-_RESULTS: TypeAdapter[RunResult | RunInterruption] = TypeAdapter(
-    Annotated[RunResult | RunInterruption, Field(discriminator="status")]
-)
+_ENDINGS: TypeAdapter[RunResult | RunInterruption] = TypeAdapter(RunResult | RunInterruption)
 
 
 class RunFolder:
@@ -139,10 +138,10 @@ class RunFolder:
         """Returns the manifest of the run's dataset as it was trained on."""
         return Manifest.model_validate_json(storage.read_bytes(self.path("dataset.json")))
 
-    def read_result(self) -> RunResult | None:
-        """Returns the result of a finished run, or None where it is not finished."""
+    def read_ending(self) -> RunResult | RunInterruption | None:
+        """Returns how the run ended, or None where it has not."""
         try:
-            result = _RESULTS.validate_json(storage.read_bytes(self.path("result.json")))
+            return _ENDINGS.validate_json(storage.read_bytes(self.path("result.json")))
         except FileNotFoundError:
             return None
         except ValidationError as error:
@@ -150,16 +149,19 @@ class RunFolder:
                 f"{self.path('result.json')} is not a result of this program ({error.errors()[0]['msg']}); "
                 "choose another --run-name"
             ) from error
-        return result if isinstance(result, RunResult) else None
 
-    def write_result(self, result: RunResult) -> None:
-        """Writes ``result.json``: the run is finished."""
-        storage.write_bytes(self.path("result.json"), result.model_dump_json(indent=2).encode())
+    def read_result(self) -> RunResult | None:
+        """Returns the result of a finished run, or None where it is not finished."""
+        ending = self.read_ending()
+        return ending if isinstance(ending, RunResult) else None
 
-    def write_interruption(self, reason: str) -> None:
-        """Writes ``result.json``: the run was stopped."""
-        interruption = RunInterruption(reason=reason, interrupted=datetime.now(UTC))
-        storage.write_bytes(self.path("result.json"), interruption.model_dump_json(indent=2).encode())
+    def write_ending(self, ending: RunResult | RunInterruption) -> None:
+        """Writes ``result.json``."""
+        storage.write_bytes(self.path("result.json"), ending.model_dump_json(indent=2).encode())
+
+    def write_interruption(self, status: Literal["interrupted", "diverged"], reason: str) -> None:
+        """Writes ``result.json`` of a run that ends without a result."""
+        self.write_ending(RunInterruption(status=status, reason=reason, ended=datetime.now(UTC)))
 
     def delete_interruption(self) -> None:
         """Deletes the ``result.json`` of a run that is not finished: it goes on."""
@@ -220,12 +222,12 @@ def find_runs(storage_uri: str) -> list[RunFolder]:
     return [run for _, _, run in sorted(started, key=lambda one: one[:2])]
 
 
-def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None) -> RunRecord:
-    """Returns the record of a run that starts now."""
+def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None, command: str = "") -> RunRecord:
+    """Returns the record of a run that starts now, by this process's command where no other is given."""
     return RunRecord(
         config=config,
         batch=batch,
-        command=shlex.join(["python", *sys.argv]),
+        command=command or shlex.join(["python", *sys.argv]),
         code_version=_code_version(),
         packages={name: version(name) for name in _RECORDED_PACKAGES},
         python=platform.python_version(),

@@ -1,28 +1,141 @@
-"""Runs a function on Ray Train workers that are one MultiWorkerMirroredStrategy, and hears of their progress."""
+"""Runs a function on Ray Train workers that are one MultiWorkerMirroredStrategy, and hears of their progress.
+
+How many there are, and whether the cluster has room for them, is decided here too.
+"""
 
 import contextlib
 import io
+import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainer.backend import TensorFlowConfig
-from trainer.cluster import Resources
-from trainer.events import OnEvent
+from trainer.cluster import Resources, read_resources
+from trainer.errors import InputError
+from trainer.events import OnEvent, StageProgressed
 
 _POLL_SECONDS = 0.2
+# What a job that has just ended held is free this much later at the latest.
+_RELEASE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class WorkerCount:
+    """How many workers a job has: those that fit now, as few as ``least`` after a loss, up to ``most``."""
+
+    least: int
+    now: int
+    most: int
+
+
+def parse_num_workers(num_workers: str, resources: Resources) -> WorkerCount:
+    """Returns how many workers a job has.
+
+    Args:
+        num_workers: a number, "MIN:MAX", or "auto" for one a GPU, or one where there is none.
+        resources: of the cluster.
+
+    Raises:
+        InputError: it is none of these, or the cluster has fewer GPUs.
+    """
+    gpus = resources.num_gpus
+    if num_workers == "auto":
+        return WorkerCount(max(1, gpus), max(1, gpus), max(1, gpus))
+    least, most = _parse_range(num_workers)
+    if gpus and least > gpus:
+        raise InputError(
+            f"--num-workers {num_workers} needs {least} GPUs, the cluster has {gpus}; give {gpus} or less, or auto, or "
+            "--wait SECONDS for more"
+        )
+    return WorkerCount(least, min(most, gpus) if gpus else most, most)
+
+
+def _parse_range(num_workers: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", num_workers)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if least > most:
+        raise InputError(
+            f"--num-workers {num_workers!r}: give a number from 1, MIN:MAX such as 2:8, or auto (one a GPU, else one)"
+        )
+    return least, most
+
+
+def wait_for_workers(num_workers: str, resources: Resources, wait_seconds: float, on_event: OnEvent) -> Resources:
+    """Returns what the cluster has as soon as the least number of workers can start at once.
+
+    A cluster that grows by itself is asked for the nodes that it lacks.
+
+    Args:
+        num_workers: as in `parse_num_workers`.
+        resources: of the cluster, which is connected.
+        wait_seconds: how long to wait.
+        on_event: told of the waiting.
+
+    Raises:
+        InputError: they could not start in that time; with the arithmetic.
+    """
+    missing = [] if num_workers == "auto" else [_worker_bundle(resources)] * _parse_range(num_workers)[0]
+    started = time.monotonic()
+    try:
+        while shortage := _find_shortage(num_workers, resources):
+            waited = time.monotonic() - started
+            if waited > max(wait_seconds, _RELEASE_SECONDS):
+                raise shortage
+            if wait_seconds:
+                on_event(StageProgressed("waiting for free workers", int(waited), int(wait_seconds)))
+                request_resources(bundles=missing)
+            time.sleep(_POLL_SECONDS)
+            resources = read_resources()
+    finally:
+        if wait_seconds:
+            request_resources(bundles=[])
+    return resources
+
+
+def _worker_bundle(resources: Resources) -> dict[str, float]:
+    """Returns what an autoscaler is asked for: a GPU where there are some, or where no node works yet."""
+    return {"GPU": 1} if resources.num_gpus or not resources.num_cpus else {"CPU": 1}
+
+
+def _find_shortage(num_workers: str, resources: Resources) -> InputError | None:
+    """Returns what keeps the least number of workers from starting now."""
+    try:
+        least = parse_num_workers(num_workers, resources).least
+    except InputError as error:
+        return error
+    if not resources.num_cpus:
+        return InputError(
+            f"--num-workers {num_workers}: no node of the cluster works yet; start one, or give a number and --wait "
+            "SECONDS where the cluster grows by itself"
+        )
+    free, total = ray.available_resources(), {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
+    for name, of_worker in _worker_resources(least, resources).items():
+        needed, has = least * of_worker, free.get(name, 0.0)
+        # Ray rounds fractions of a core.
+        if needed > has + 0.001:
+            return InputError(
+                f"--num-workers {num_workers} needs {needed:g} {name}s, {has:g} of {total[name]:g} are free; wait for "
+                "the jobs that use them, or give --wait SECONDS"
+            )
+    return None
 
 
 def run_workers(
     function: Callable[[OnEvent], Any],
     name: str,
-    num_workers: int,
+    workers: WorkerCount,
     resources: Resources,
     *,
     max_failures: int = 0,
@@ -34,7 +147,7 @@ def run_workers(
         function: gets a function that sends an event to the driver and never waits. It imports TensorFlow itself: the
             driver must not (3 s of one core).
         name: of the group in Ray's logs.
-        num_workers: each gets a GPU where the cluster has GPUs.
+        workers: each gets a GPU where the cluster has GPUs.
         resources: of the cluster, which is connected.
         max_failures: how often lost workers are started again, all together.
         on_event: told of the events that workers sent, until the workers have ended.
@@ -42,7 +155,9 @@ def run_workers(
     Raises:
         ray.train.TrainingFailedError: the workers failed more often than allowed.
     """
-    queue = Queue(actor_options={"num_cpus": 0})
+    # With the driver, like Ray Train's controller: any other node may be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
     def send_event(event: Any) -> None:
         queue.actor.put_nowait.remote(event)
@@ -52,7 +167,7 @@ def run_workers(
     trainer = DataParallelTrainer(
         lambda: function(send_event),
         backend_config=TensorFlowConfig(),
-        scaling_config=_scaling(num_workers, resources),
+        scaling_config=_scaling(workers, resources),
         run_config=RunConfig(
             name=name, storage_path=bookkeeping.name, failure_config=FailureConfig(max_failures=max_failures)
         ),
@@ -84,8 +199,17 @@ def run_workers(
         bookkeeping.cleanup()
 
 
-def _scaling(num_workers: int, resources: Resources) -> ScalingConfig:
+def _scaling(workers: WorkerCount, resources: Resources) -> ScalingConfig:
+    elastic = workers.least < workers.most
+    return ScalingConfig(
+        num_workers=(workers.least, workers.most) if elastic else workers.now,
+        use_gpu=bool(resources.num_gpus),
+        resources_per_worker=_worker_resources(workers.most, resources),
+    )
+
+
+def _worker_resources(num_workers: int, resources: Resources) -> dict[str, float]:
     """Gives each worker a GPU where there are GPUs, and never the last CPU: Ray Data needs one."""
-    cpus = min(1.0, (resources.num_cpus - 1) / num_workers) if resources.num_cpus > 1 else 0.5 / num_workers
-    wanted = {"CPU": cpus} | ({"GPU": 1} if resources.num_gpus else {})
-    return ScalingConfig(num_workers=num_workers, use_gpu=bool(resources.num_gpus), resources_per_worker=wanted)
+    cpus = resources.num_cpus
+    of_worker = min(1.0, (cpus - 1) / num_workers) if cpus > 1 else 0.5 / num_workers
+    return {"CPU": of_worker} | ({"GPU": 1} if resources.num_gpus else {})

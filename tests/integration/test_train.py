@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -284,6 +285,28 @@ def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(train, plain_ru
     assert 22 <= checkpoints.find_last(run.checkpoints).step < 42
     train("killed", WITH_BATCH_NORM, 2, checkpoint_every=1, **options)
     assert_identical(run, whole)
+
+
+# So that the first step, at the beginning of the warmup, changes nothing and the second one everything.
+DIVERGING = {**PLAIN, "optimizer": "sgd", "base_learning_rate": 1e30, "clip_norm": 0.0}
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train):
+    run = train("diverges", DIVERGING, 2, global_batch_size="84", epochs=20)
+    result = run.read_result()
+    assert (result.status, result.val.total) == ("diverged", 18)
+    assert re.fullmatch(r"the loss or its gradient became nan or inf .* steps \[\d, \d\]", result.reason)
+    assert result.findings[0].startswith("diverged: ")
+    for array in last_weights(run).values():
+        assert np.isfinite(array).all()
+    assert result.epochs == checkpoints.find_last(run.checkpoints).epoch < 20
+
+
+def test_a_run_that_diverges_before_its_first_validation_says_so(train, plain_run_of_two):
+    with pytest.raises(JobError, match=r"diverged before its first validation: .* steps \[1, 4\]"):
+        train("diverges-at-once", DIVERGING, 2)
+    ending = RunFolder(plain_run_of_two.uri.replace("plain-2", "diverges-at-once")).read_ending()
+    assert ending.status == "diverged"
 
 
 def assert_identical(run: RunFolder, other: RunFolder) -> None:

@@ -195,20 +195,30 @@ def test_an_unknown_argument_of_a_family_is_refused_with_those_there_are(build):
 
 @pytest.mark.parametrize(
     ("resources", "num_workers", "expected"),
-    [(ONE_MACHINE, "auto", 1), (FOUR_GPUS, "auto", 4), (FOUR_GPUS, "2", 2), (ONE_MACHINE, "2", 2)],
+    [
+        (ONE_MACHINE, "auto", 1),
+        (FOUR_GPUS, "auto", 4),
+        (FOUR_GPUS, "2", 2),
+        (ONE_MACHINE, "2", 2),
+        (FOUR_GPUS, "2:8", 4),
+        (FOUR_GPUS, "1:3", 3),
+        (ONE_MACHINE, "1:3", 3),
+    ],
 )
 def test_there_is_one_worker_a_gpu_unless_asked_otherwise(build, resources, num_workers, expected):
     assert build(resources, num_workers=num_workers)[0].num_workers == expected
 
 
-@pytest.mark.parametrize("num_workers", ["0", "-1", "two", "1.5", ""])
+@pytest.mark.parametrize("num_workers", ["0", "-1", "two", "1.5", "", "3:2", "0:2", ":2", "2:"])
 def test_a_number_of_workers_that_is_none_is_refused(build, num_workers):
     with pytest.raises(InputError, match=r"--num-workers .*: give a number from 1, or auto"):
         build(num_workers=num_workers)
 
 
 def test_more_workers_than_gpus_are_refused(build):
-    with pytest.raises(InputError, match="--num-workers 5 needs 5 GPUs, the cluster has 4; give 4 or less, or auto"):
+    with pytest.raises(
+        InputError, match="--num-workers 5 needs 5 GPUs, the cluster has 4; give 4 or less, or auto, or --wait"
+    ):
         build(FOUR_GPUS, num_workers="5")
 
 
@@ -229,7 +239,7 @@ def test_a_test_split_without_images_cannot_be_evaluated(build):
 def finished(plan, tmp_path, make_result):
     planned, run = plan(), RunFolder(str(tmp_path / "runs" / "first"))
     run.write_record(describe_run(planned.config, "1 node"))
-    run.write_result(make_result())
+    run.write_ending(make_result())
     return run, planned
 
 

@@ -110,7 +110,7 @@ def test_the_note_is_written_into_the_run_folder(start, make_result):
 
 def test_the_notebook_has_all_runs_by_date(start, make_result):
     second, first = start("second", 20), start("first", 10)
-    first.write_result(make_result())
+    first.write_ending(make_result())
     notebook = format_notebook(find_runs(storage.parent(second.uri)))
     assert notebook.startswith("# Training notes\n")
     assert notebook.index("alexnet: first") < notebook.index("loss: 0.9315") < notebook.index("alexnet: second")

@@ -57,7 +57,7 @@ def write_run(tmp_path, make_config, make_result, write_dataset):
             picture = io.BytesIO()
             Image.new("RGB", (900, 300), "red").save(picture, "PNG")
             storage.write_bytes(run.path("plots", "mistakes.png"), picture.getvalue())
-            run.write_result(make_result(findings=["overfitting: <b>less</b>"]))
+            run.write_ending(make_result(findings=["overfitting: <b>less</b>"]))
         return run
 
     return write

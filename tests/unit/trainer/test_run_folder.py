@@ -78,17 +78,17 @@ def test_a_config_of_another_program_is_refused_with_what_to_do(run, content):
 
 def test_the_result_survives(run, make_result, evaluation):
     result = make_result(test=evaluation, reason="the loss became nan")
-    run.write_result(result)
+    run.write_ending(result)
     assert run.read_result() == result
 
 
 def test_a_result_with_a_loss_that_is_not_finite_survives(run, make_result, evaluation):
-    run.write_result(make_result(status="diverged", val=evaluation.model_copy(update={"loss": math.nan})))
+    run.write_ending(make_result(status="diverged", val=evaluation.model_copy(update={"loss": math.nan})))
     assert math.isnan(run.read_result().val.loss)
 
 
 def test_an_interrupted_run_is_not_finished(run):
-    run.write_interruption("SIGTERM")
+    run.write_interruption("interrupted", "SIGTERM")
     assert run.read_result() is None
     assert json.loads(storage.read_bytes(run.path("result.json")))["status"] == "interrupted"
     run.delete_interruption()

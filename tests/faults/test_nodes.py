@@ -1,0 +1,107 @@
+"""Several raylets on this machine: a lost node, fewer workers than at the start, and a cluster that is in use."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from data_prep.manifest import MANIFEST_NAME
+from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import write_stripes
+from trainer import launch, storage
+from trainer.cluster import Resources, connect
+from trainer.errors import InputError
+from trainer.events import EpochFinished
+from trainer.run_folder import RunFolder
+from trainer.workers import wait_for_workers
+
+NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
+
+
+@pytest.fixture(scope="module")
+def nodes(bucket, tmp_path_factory) -> Iterator[Cluster]:
+    """A head without work and three nodes of one CPU; what they start finds the bucket."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def resources(nodes) -> Iterator[Resources]:
+    with connect() as resources:
+        yield resources
+
+
+def kill_worker_node(nodes: Cluster) -> None:
+    """Kills the raylet of a node that works, and all that runs there, with SIGKILL."""
+    nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+
+
+def test_preparing_survives_a_node(nodes, resources, bucket, tmp_path):
+    source = write_stripes(tmp_path / "source", images_per_class=400)
+    config = PrepareConfig(image_size=32)
+    killer = threading.Timer(1.0, kill_worker_node, [nodes])
+    killer.start()
+    prepare(str(source), f"{bucket}/lost-node", config)
+    killer.join()
+    nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+    prepare(str(source), f"{bucket}/whole", config)
+    lost, whole = (storage.read_bytes(f"{bucket}/{name}/{MANIFEST_NAME}") for name in ("lost-node", "whole"))
+    assert lost == whole
+
+
+def test_training_goes_on_with_the_nodes_that_are_left(nodes, resources, bucket, tmp_path):
+    prepare(
+        str(write_stripes(tmp_path / "source", images_per_class=40)), f"{bucket}/images", PrepareConfig(image_size=32)
+    )
+    options = {
+        "arch": "cnn_softmax",
+        "arch_arguments": NETWORK,
+        "recipe": "modern",
+        "dataset": f"{bucket}/images",
+        "num_workers": "1:3",
+        "global_batch_size": "12",
+        "precision": "float32",
+        "epochs": 60,
+    }
+
+    def kill_in_second_epoch(event):
+        if isinstance(event, EpochFinished) and (event.row["epoch"], event.row["attempt"]) == (1, 1):
+            kill_worker_node(nodes)
+
+    with launch.open_run(f"{bucket}/runs", "elastic", "cnn_softmax", resources) as run:
+        plan = launch.plan_run(options, run, resources)
+        result = launch.launch(plan, run, resources, on_event=kill_in_second_epoch)
+    assert (result.status, result.attempts, len(result.weights_crc32)) == ("completed", 2, 2)
+    rows = RunFolder(run.uri).read_metrics()
+    assert [row["epoch"] for row in rows] == list(range(1, 61))
+    assert (rows[0]["num_workers"], rows[-1]["num_workers"]) == (3, 2)
+    assert {row["global_batch_size"] for row in rows} == {12}
+
+
+def test_a_cluster_in_use_is_waited_for(nodes, resources):
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def ready(self) -> int:
+            return os.getpid()
+
+    holders = [Holder.remote() for _ in range(2)]
+    ray.get([holder.ready.remote() for holder in holders])
+    while ray.available_resources().get("CPU"):
+        time.sleep(0.1)
+    with pytest.raises(InputError, match=r"--num-workers 2 needs 1 CPUs, 0 of 2 are free; .* --wait SECONDS"):
+        wait_for_workers("2", resources, 0, print)
+    threading.Timer(3.0, ray.kill, [holders[0]]).start()
+    started, events = time.monotonic(), []
+    assert wait_for_workers("2", resources, 60, events.append).num_cpus == 2
+    assert time.monotonic() - started > 2
+    assert str(events[0].stage) == "waiting for free workers"
