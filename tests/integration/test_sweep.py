@@ -1,0 +1,130 @@
+"""Studies of real runs: interrupted and continued, with trials that diverge and trials that are ended early."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import run_job, write_stripes
+from trainer.errors import InputError, StoppedError
+from trainer.events import StudyTrialEnded
+from trainer.lease import hold_lease
+from trainer.study import parse_study
+from trainer.study_folder import StudyFolder, find_round
+from trainer.sweep import plan_study, run_study
+
+STUDY = """
+goal = "Which learning rate?"
+trials = 2
+epochs = 2
+algorithm = "grid"
+
+[base]
+arch = "cnn_softmax"
+dataset = "{dataset}"
+arch_arguments = {{ first_filters = 8, later_filters = [8], dense_units = 32 }}
+optimizer = "sgd"
+clip_norm = 0.0
+base_learning_rate = 0.05
+global_batch_size = 20
+precision = "float32"
+
+[scientific]
+base_learning_rate = [0.05, 1e30]
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(resources, tmp_path_factory) -> Path:
+    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(str(source), str(folder), PrepareConfig(image_size=32))
+    return folder
+
+
+@pytest.fixture
+def study_text(dataset) -> str:
+    return STUDY.format(dataset=dataset).replace("base_learning_rate = 0.05\n", "", 1)
+
+
+def interrupt_after_the_first(event) -> None:
+    if isinstance(event, StudyTrialEnded):
+        raise StoppedError(signal.SIGTERM)
+
+
+def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tmp_path):
+    study, folder = parse_study(study_text, "study.toml"), StudyFolder(str(tmp_path / "rates" / "2026-11-25-1"))
+    with pytest.raises(StoppedError):
+        run_study(study, folder, resources, on_event=interrupt_after_the_first)
+    assert [one.status for one in folder.read_trials()] == ["completed"]
+    plan = plan_study(study, folder, resources)
+    assert (plan.trials_left, plan.trials_per_value, plan.concurrency) == (1, 1, 1)
+
+    events = []
+    trials = run_study(study, folder, resources, characterize=2, on_event=events.append)
+    ended = [event.name for event in events if isinstance(event, StudyTrialEnded)]
+    assert ended[0] == "trial-0001"
+    assert [one.status for one in trials[:2]] == ["completed", "infeasible"]
+    assert "nan or inf" in trials[1].reason
+    assert {one.run_name for one in trials[2:]} == {
+        f"{name}-seed-{seed}" for name in ("best-0000", "incumbent") for seed in (1, 2)
+    }
+    report = Path(folder.path("report.md")).read_text()
+    assert "1 of 2 trials were infeasible" in report
+    assert "adopt: the best config" in report
+    page = Path(folder.path("report.html")).read_text()
+    assert "Which learning rate?" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+    # The command in the record of a trial makes the same run.
+    record = folder.run(trials[0]).read_record()
+    assert "--base-learning-rate 0.05" in record.command
+    assert "--global-batch-size 20" in record.command
+    assert "--epochs 2" in record.command
+
+    # Complete: nothing is run again.
+    events.clear()
+    assert run_study(study, folder, resources, on_event=events.append) == trials
+    assert not any(isinstance(event, StudyTrialEnded) for event in events)
+
+
+def test_a_trial_that_is_worse_than_others_is_ended_early(resources, study_text, tmp_path):
+    text = study_text.replace("[0.05, 1e30]", "[0.2, 1e-9]")
+    study = parse_study(text.replace("epochs = 2", 'epochs = 40\nearly_stopping = "asha"'), "study.toml")
+    folder = StudyFolder(str(tmp_path / "2026-11-25-1"))
+    good, bad = run_study(study, folder, resources, on_event=lambda event: None)
+    assert (good.status, bad.status) == ("completed", "stopped")
+    assert len(folder.run(bad).read_metrics()) < 40
+    assert folder.run(bad).read_result() is None
+
+
+def test_a_trial_that_can_never_run_is_refused_before_any_runs(resources, study_text, tmp_path):
+    study = parse_study(study_text.replace("global_batch_size = 20", "global_batch_size = 85"), "study.toml")
+    with pytest.raises(InputError, match=r"trial 0: --global-batch-size 85 is more than the 84 train images"):
+        plan_study(study, StudyFolder(str(tmp_path)), resources)
+
+
+def test_a_study_of_another_job_or_with_other_questions_is_refused(resources, study_text, tmp_path):
+    study, folder = parse_study(study_text, "study.toml"), find_round(str(tmp_path), "rates")
+    folder.write_study(study)
+    with hold_lease(folder.path("lease.json"), "study"), pytest.raises(InputError, match="is in use by process"):
+        run_study(study, folder, resources, on_event=lambda event: None)
+    folder.write_study(study.model_copy(update={"trials": 4}))
+    with pytest.raises(InputError, match=r"begun with another study \(seed: 0 -> 1\); .*--new-round"):
+        folder.write_study(study.model_copy(update={"seed": 1}))
+    assert find_round(str(tmp_path), "rates").uri == folder.uri
+    assert find_round(str(tmp_path), "rates", new=True).uri == f"{folder.uri[:-1]}2"
+
+
+def test_the_job_shows_what_would_run_and_what_has_run(resources, study_text, tmp_path):
+    file = tmp_path / "rates.toml"
+    file.write_text(study_text)
+    dry = run_job("sweep.py", str(file), "--storage", str(tmp_path), "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "2 of 2 trials to run, 1 a scientific value, 1 at once" in dry.stderr
+    assert "predicted: " in dry.stderr
+    status = run_job("sweep.py", str(file), "--storage", str(tmp_path), "--status", "--json")
+    assert status.returncode == 0, status.stderr
+    assert json.loads(status.stdout) == []

@@ -1,0 +1,189 @@
+"""The report of a study: the answer and its evidence, as Markdown and as one HTML page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer import storage
+from trainer.comparison import compare_predictions
+from trainer.evaluation import describe_accuracy
+from trainer.html import render_page, to_data_uri
+from trainer.markdown import format_table
+from trainer.options import format_value
+from trainer.plots import to_png
+from trainer.study import Study
+from trainer.study_analysis import (
+    BestOf,
+    check_boundaries,
+    check_infeasible,
+    check_points,
+    check_steps,
+    decide_adoption,
+    isolate,
+    rank_trials,
+)
+from trainer.study_folder import StudyFolder, Trial
+from trainer.study_plots import draw_axes, draw_best_of_k, draw_curves, draw_isolation
+
+REPORT_NAMES = ("report.md", "report.html")
+_CURVES_OF = 3
+_WIDE = 1100
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text."""
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report: the same in Markdown and in HTML."""
+
+    title: str
+    lines: list[str]
+    table: Table | None = None
+    command: str = ""
+    plot: str = ""
+    """Name of a picture in ``plots/``."""
+
+
+def write_study_report(folder: StudyFolder) -> list[str]:
+    """Writes ``report.md``, ``report.html`` and their plots of a round, finished or not, and returns the URIs of both.
+
+    Args:
+        folder: of a round that has begun.
+    """
+    study, trials = folder.read_study(), folder.read_trials()
+    if study is None:
+        raise ValueError(f"{folder.uri} has no study")
+    plots = _draw(folder, study, trials)
+    for name, content in plots.items():
+        storage.write_bytes(folder.path("plots", f"{name}.png"), content)
+    sections = [one for one in _describe(folder, study, trials) if not one.plot or one.plot in plots]
+    ended = sum(one.ended and one.kind == "search" for one in trials)
+    subtitle = f"{ended} of {study.trials} trials, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
+    page = render_page(
+        "study.html.jinja",
+        goal=study.goal,
+        subtitle=subtitle,
+        sections=sections,
+        plots={name: to_data_uri(content, _WIDE) for name, content in plots.items()},
+    )
+    texts = dict(zip(REPORT_NAMES, (_format_markdown(study.goal, subtitle, sections), page), strict=True))
+    for name, text in texts.items():
+        storage.write_bytes(folder.path(name), text.encode())
+    return [folder.path(name) for name in texts]
+
+
+def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[str, bytes]:
+    ranked = rank_trials(study, trials)
+    if not ranked:
+        return {}
+    scientific = {one.label: isolate(study, one, trials) for one in study.parameters if one.role == "scientific"}
+    histories = {one.run_name: folder.run(one).read_metrics() for one in ranked[:_CURVES_OF]}
+    figures = {
+        "axes": draw_axes(study, trials),
+        "best_of_k": draw_best_of_k(study, trials),
+        "curves": draw_curves(histories),
+    }
+    if scientific:
+        figures["isolation"] = draw_isolation(study, scientific)
+    return {name: to_png(figure) for name, figure in figures.items()}
+
+
+def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> list[Section]:
+    ranked = rank_trials(study, trials)
+    sections = [_describe_best(folder, study, ranked)]
+    for one in study.parameters:
+        if one.role == "scientific":
+            sections.append(_describe_isolation(folder, study, one.label, isolate(study, one, trials), ranked))
+    sections += [
+        Section("Adopt it?", [decide_adoption(study, trials)]),
+        Section("Ranges", check_boundaries(study, trials) or ["the best values lie inside their ranges"], plot="axes"),
+        Section("Enough trials?", [check_points(study, trials)], plot="best_of_k"),
+        Section("Trials without result", check_infeasible(study, trials)),
+        Section("Steps", [check_steps(study, trials), *_describe_symptoms(folder, ranked)], plot="curves"),
+        Section("These conclusions hold only for", study.caveats),
+        Section("All trials", [], _list_trials(study, trials)),
+    ]
+    return sections
+
+
+def _describe_best(folder: StudyFolder, study: Study, ranked: Sequence[Trial]) -> Section:
+    if not ranked:
+        return Section("Answer", ["no trial has completed yet"])
+    best = ranked[0]
+    lines = [
+        f"{best.run_name}: {study.objective} {best.objective:.4f}; {describe_accuracy(best.correct, best.total)}",
+        *(f"{name} = {format_value(value)}" for name, value in best.values.items()),
+    ]
+    record = folder.run(best).read_record()
+    return Section("Answer", lines, command=record.command if record else "")
+
+
+def _describe_isolation(
+    folder: StudyFolder, study: Study, label: str, groups: Sequence[BestOf], ranked: Sequence[Trial]
+) -> Section:
+    """Describes the best trial for each scientific value, and which of them differ beyond chance."""
+    rows, lines = [], []
+    for group in groups:
+        if group.best is None:
+            rows.append((group.label, str(group.trials), "", "none completed", ""))
+            continue
+        best = group.best
+        accuracy = describe_accuracy(best.correct, best.total).removeprefix("accuracy: ")
+        rows.append((group.label, str(group.trials), best.run_name, f"{best.objective:.4f}", accuracy))
+        if best.index != ranked[0].index:
+            lines.append(f"{label} {group.label}: {_compare(folder, ranked[0], best)}")
+    table = Table((label, "trials", "best trial", study.objective, "accuracy"), rows)
+    return Section(f"Best for each {label}", lines, table, plot="isolation")
+
+
+def _compare(folder: StudyFolder, one: Trial, other: Trial) -> str:
+    tables = [folder.run(trial).read_predictions() for trial in (one, other)]
+    if tables[0] is None or tables[1] is None:
+        return "its predictions are gone"
+    return compare_predictions(tables[0], tables[1]).describe(one.run_name, other.run_name)
+
+
+def _describe_symptoms(folder: StudyFolder, ranked: Sequence[Trial]) -> list[str]:
+    """Returns what the training curves of the best trials say."""
+    results = [(one.run_name, folder.run(one).read_result()) for one in ranked[:_CURVES_OF]]
+    return [f"{name}: {finding}" for name, result in results if result for finding in result.findings]
+
+
+def _list_trials(study: Study, trials: Sequence[Trial]) -> Table:
+    names = list(dict.fromkeys(name for one in trials for name in one.values))
+    rows = [
+        (
+            one.run_name,
+            one.status,
+            "" if one.objective is None else f"{one.objective:.4f}",
+            f"{one.correct} of {one.total}" if one.total else "",
+            *(_shorten(one.values[name]) if name in one.values else "" for name in names),
+            f"{one.steps}" if one.steps else "",
+            f"{one.seconds:.0f}",
+        )
+        for one in trials
+    ]
+    return Table(("trial", "status", study.objective, "k of n", *names, "steps", "seconds"), rows)
+
+
+def _shorten(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
+
+
+def _format_markdown(goal: str, subtitle: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {goal}", "", subtitle]
+    for one in sections:
+        lines += ["", f"## {one.title}", ""]
+        lines += [f"- {line}" for line in one.lines]
+        if one.command:
+            lines += ["", "```sh", one.command, "```"]
+        if one.table:
+            lines += ["", *format_table(one.table.header, one.table.rows)]
+        if one.plot:
+            lines += ["", f"![{one.title}](plots/{one.plot}.png)"]
+    return "\n".join(lines) + "\n"
