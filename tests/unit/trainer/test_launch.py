@@ -211,7 +211,7 @@ def test_there_is_one_worker_a_gpu_unless_asked_otherwise(build, resources, num_
 
 @pytest.mark.parametrize("num_workers", ["0", "-1", "two", "1.5", "", "3:2", "0:2", ":2", "2:"])
 def test_a_number_of_workers_that_is_none_is_refused(build, num_workers):
-    with pytest.raises(InputError, match=r"--num-workers .*: give a number from 1, or auto"):
+    with pytest.raises(InputError, match=r"--num-workers .*: give a number from 1, MIN:MAX such as 2:8, or auto"):
         build(num_workers=num_workers)
 
 
