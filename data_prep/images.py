@@ -10,9 +10,11 @@ import pyarrow as pa
 import ray
 
 from data_prep.contents import read_contents
-from data_prep.decode import ImageOptions, Pixels, RejectReason
+from data_prep.decode import ImageOptions, Pixels, RejectedImageError, RejectReason, decode_image
 from data_prep.isolation import decode_guarded
 from data_prep.sources import Source, SourceFormat, find_images
+from trainer import storage
+from trainer.errors import InputError
 
 # A slice is what an interruption loses; its images fit a worker's memory many times over.
 _MAX_SLICE_IMAGES = 256
@@ -41,6 +43,18 @@ def decode_listed(
     marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{slice_name}")
     decoded = iter(decode_guarded([content for content in contents if content is not None], options, marker))
     return contents, ["unreadable" if content is None else next(decoded) for content in contents]
+
+
+def decode_file(location: str, options: ImageOptions) -> Pixels:
+    """Returns one image file, local or s3://, as it would be prepared.
+
+    Raises:
+        InputError: there is no such file, or it cannot be used.
+    """
+    try:
+        return decode_image(storage.read_bytes(storage.resolve_uri(location)), options)
+    except (FileNotFoundError, RejectedImageError) as error:
+        raise InputError(f"{location} cannot be used: {error}; give image files") from error
 
 
 def read_images(source: str, source_format: SourceFormat | None, options: ImageOptions) -> tuple[Any, int]:

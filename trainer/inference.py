@@ -22,6 +22,7 @@ from trainer.errors import InputError, JobError
 from trainer.evaluation import EvaluationResult, Evaluator, predictions_table, summarise
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.run_folder import RunFolder, RunResult
+from trainer.workers import call_in_worker
 
 # The underscore hides it from readers of the folder as one Parquet dataset.
 SUMMARY_NAME = "_summary.json"
@@ -93,14 +94,8 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
         raise InputError(f"{dataset_uri} has no {split} images; choose another --split")
     if split == "test":
         run.record_test_read("evaluate.py")
-    remote = ray.remote(num_gpus=min(1, resources.num_gpus))(_evaluate)
-    try:
-        predictions = ray.get(remote.remote(run.uri, checkpoint, config, trained_on, dataset_uri, manifest, split))
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, InputError):
-            raise cause from error
-        raise JobError(f"the worker that evaluates failed: {cause}") from error
+    arguments = (run.uri, checkpoint, config, trained_on, dataset_uri, manifest, split)
+    predictions = call_in_worker(_evaluate, *arguments, resources=resources)
     evaluation = summarise(split, predictions, manifest.class_names)
     name = f"{split}-{manifest.fingerprint[:12]}"
     storage.write_bytes(run.path("evaluations", f"{name}.parquet"), storage.parquet_bytes(predictions))

@@ -1,12 +1,11 @@
 """The report of a study: the answer and its evidence, as Markdown and as one HTML page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from trainer import storage
 from trainer.comparison import compare_predictions
 from trainer.evaluation import describe_accuracy
-from trainer.html import render_page, to_data_uri
+from trainer.html import Section, Table, render_sections
 from trainer.markdown import format_table
 from trainer.options import format_value
 from trainer.plots import to_png
@@ -26,27 +25,6 @@ from trainer.study_plots import draw_axes, draw_best_of_k, draw_curves, draw_iso
 
 REPORT_NAMES = ("report.md", "report.html")
 _CURVES_OF = 3
-_WIDE = 1100
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text."""
-
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the report: the same in Markdown and in HTML."""
-
-    title: str
-    lines: list[str]
-    table: Table | None = None
-    command: str = ""
-    plot: str = ""
-    """Name of a picture in ``plots/``."""
 
 
 def write_study_report(folder: StudyFolder) -> list[str]:
@@ -61,16 +39,10 @@ def write_study_report(folder: StudyFolder) -> list[str]:
     plots = _draw(folder, study, trials)
     for name, content in plots.items():
         storage.write_bytes(folder.path("plots", f"{name}.png"), content)
-    sections = [one for one in _describe(folder, study, trials) if not one.plot or one.plot in plots]
+    sections = [one for one in _describe(folder, study, trials) if not one.picture or one.picture in plots]
     ended = sum(one.ended and one.kind == "search" for one in trials)
     subtitle = f"{ended} of {study.trials} trials, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
-    page = render_page(
-        "study.html.jinja",
-        goal=study.goal,
-        subtitle=subtitle,
-        sections=sections,
-        plots={name: to_data_uri(content, _WIDE) for name, content in plots.items()},
-    )
+    page = render_sections(study.goal, subtitle, sections, plots)
     texts = dict(zip(REPORT_NAMES, (_format_markdown(study.goal, subtitle, sections), page), strict=True))
     for name, text in texts.items():
         storage.write_bytes(folder.path(name), text.encode())
@@ -101,10 +73,12 @@ def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> lis
             sections.append(_describe_isolation(folder, study, one.label, isolate(study, one, trials), ranked))
     sections += [
         Section("Adopt it?", [decide_adoption(study, trials)]),
-        Section("Ranges", check_boundaries(study, trials) or ["the best values lie inside their ranges"], plot="axes"),
-        Section("Enough trials?", [check_points(study, trials)], plot="best_of_k"),
+        Section(
+            "Ranges", check_boundaries(study, trials) or ["the best values lie inside their ranges"], picture="axes"
+        ),
+        Section("Enough trials?", [check_points(study, trials)], picture="best_of_k"),
         Section("Trials without result", check_infeasible(study, trials)),
-        Section("Steps", [check_steps(study, trials), *_describe_symptoms(folder, ranked)], plot="curves"),
+        Section("Steps", [check_steps(study, trials), *_describe_symptoms(folder, ranked)], picture="curves"),
         Section("These conclusions hold only for", study.caveats),
         Section("All trials", [], _list_trials(study, trials)),
     ]
@@ -138,7 +112,7 @@ def _describe_isolation(
         if best.index != ranked[0].index:
             lines.append(f"{label} {group.label}: {_compare(folder, ranked[0], best)}")
     table = Table((label, "trials", "best trial", study.objective, "accuracy"), rows)
-    return Section(f"Best for each {label}", lines, table, plot="isolation")
+    return Section(f"Best for each {label}", lines, table, picture="isolation")
 
 
 def _compare(folder: StudyFolder, one: Trial, other: Trial) -> str:
@@ -184,6 +158,6 @@ def _format_markdown(goal: str, subtitle: str, sections: Sequence[Section]) -> s
             lines += ["", "```sh", one.command, "```"]
         if one.table:
             lines += ["", *format_table(one.table.header, one.table.rows)]
-        if one.plot:
-            lines += ["", f"![{one.title}](plots/{one.plot}.png)"]
+        if one.picture:
+            lines += ["", f"![{one.title}](plots/{one.picture}.png)"]
     return "\n".join(lines) + "\n"

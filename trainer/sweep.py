@@ -259,8 +259,6 @@ class _Sweep:
 
     def _handle_events(self, queue: Queue, running: dict[Any, _Running]) -> None:
         """Listens to the trials for a moment, and ends those that asha would end."""
-        ended = sum(one.ended and one.kind == "search" for one in self._known.values())
-        self._on_event(StageProgressed("trials", ended, self._study.trials))
         deadline = time.monotonic() + _POLL_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -305,6 +303,8 @@ class _Sweep:
 
     def _keep(self, trial: Trial) -> None:
         self._known[trial.run_name] = trial
+        ended = sum(one.ended and one.kind == "search" for one in self._known.values())
+        self._on_event(StageProgressed("trials", ended, self._study.trials))
         self._folder.write_trial(trial)
 
     def _replay(self) -> OptunaSearch:

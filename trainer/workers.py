@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainer.backend import TensorFlowConfig
 from trainer.cluster import Resources, read_resources
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 from trainer.events import OnEvent, StageProgressed
 
 _POLL_SECONDS = 0.2
@@ -197,6 +197,25 @@ def run_workers(
     finally:
         queue.shutdown()
         bookkeeping.cleanup()
+
+
+def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Resources) -> Any:
+    """Returns what a function returns in a process of its own, with a GPU where the cluster has some.
+
+    The driver must not import TensorFlow, whose messages no variable keeps from a user's terminal.
+
+    Raises:
+        InputError: that of the function.
+        JobError: the function failed otherwise.
+    """
+    remote = ray.remote(num_gpus=min(1, resources.num_gpus))(function)
+    try:
+        return ray.get(remote.remote(*arguments))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, InputError):
+            raise cause from error
+        raise JobError(f"the worker failed: {cause}") from error
 
 
 def _scaling(workers: WorkerCount, resources: Resources) -> ScalingConfig:

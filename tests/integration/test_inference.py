@@ -112,6 +112,28 @@ def test_plain_tensorflow_loads_the_saved_model(work, tmp_path):
     np.testing.assert_array_equal(answer["label"], names[recorded["predicted"]])
 
 
+def test_a_run_is_explained_and_each_method_is_tested(run, work):
+    picture = str(work / "source" / "down" / "000.png")
+    few = ["--tested-images", "8"]
+    finished = run("explain.py", "runs/first", "--images", picture, "--method", "grad_cam", *few, cwd=work)
+    assert finished.returncode == 0, finished.stderr
+    assert "grad_cam: blanking the quarter of the image that it marks lowers" in finished.stdout
+    folder = work / "runs/first/explanations"
+    assert {"report.html", "image-000.png", "filters of the first convolution.png"} <= set(os.listdir(folder))
+    page = (folder / "report.html").read_text()
+    assert f"{picture}: " in page
+    assert "http" not in page
+    again = run("explain.py", "runs/first", "--count", "2", "--output", "explained", *few, cwd=work)
+    assert again.returncode == 0, again.stderr
+    assert len(again.stdout.splitlines()) == 5
+    assert "val row" in (work / "explained" / "report.html").read_text()
+    wrong = run("explain.py", "runs/first", "--method", "shap", cwd=work)
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: --method 'shap' is unknown; choose from grad_cam, integrated_gradients, smooth_grad, occlusion\n",
+    )
+
+
 def test_a_run_that_is_not_there_is_refused(run, work):
     for job in (["evaluate.py", "runs/none"], ["predict.py", "runs/none", "source", "out"]):
         finished = run(*job, cwd=work)

@@ -1,0 +1,43 @@
+"""Shows which pixels a finished run's network decides by, and whether such maps mean anything for it."""
+
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from trainer import console
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+ALL_METHODS = ["grad_cam", "integrated_gradients", "smooth_grad", "occlusion"]
+
+
+@app.command()
+def main(
+    run: Annotated[str, Argument(help="Run folder, local or s3://.")],
+    images: Annotated[list[str], Option(help="Image files; default: the worst predictions on the val split.")] = [],  # noqa: B006
+    count: Annotated[int, Option(min=1, help="How many of the worst predictions.")] = 8,
+    method: Annotated[list[str], Option(help="Attribution methods.")] = ALL_METHODS,
+    tested_images: Annotated[int, Option(min=8, help="Val images that the methods are tested on.")] = 64,
+    output: Annotated[str, Option(help="Folder or s3:// prefix; default: RUN/explanations.")] = "",
+) -> None:
+    """Write attribution maps, a test of each method on this network, and its first filters: PNG files and one page."""
+    with console.exit_codes():
+        from data_prep.decode import ImageOptions
+        from data_prep.images import decode_file
+        from trainer.cluster import connect
+        from trainer.explain import ExplainedImage, choose_worst, explain_run
+        from trainer.inference import read_finished_run
+
+        manifest = read_finished_run(run)[0].read_manifest()
+        options = ImageOptions(**manifest.model_dump(include=set(ImageOptions.model_fields)))
+        chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
+        with connect() as resources:
+            tests, report = explain_run(run, chosen, method, output, resources, tested_images=tested_images)
+        for test in tests:
+            console.stdout.print(str(test), markup=False)
+        console.stdout.print(f"report  {report}", markup=False)
+
+
+if __name__ == "__main__":
+    app()

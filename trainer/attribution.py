@@ -1,0 +1,120 @@
+"""Attribution maps: which pixels of an image a network's score for a class comes from. Pure Keras.
+
+A network takes float32 ``[batch, height, width, channels]``, with zero for "nothing to see" (the mean pixel), and gives
+logits ``[batch, num_classes]``. Every method returns float32 ``[batch, height, width]``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+import tf_keras as keras
+
+Maps = npt.NDArray[np.float32]
+Images = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+_INTEGRATION_STEPS = 32
+_NOISY_COPIES = 16
+# Of the range of an image's values (Smilkov et al. 2017, section 3.1).
+_NOISE_SHARE = 0.1
+_OCCLUDED_SHARE = 0.15
+
+
+def grad_cam(network: Any, images: Images, labels: Labels) -> Maps:
+    """Returns where the last feature map speaks for the class (Selvaraju et al. 2017, section 3); never negative.
+
+    Raises:
+        ValueError: the network has no feature map.
+    """
+    features = find_last_features(network)
+    model = keras.Model(network.inputs, [features, network.output])
+    watched = tf.constant(images)
+    with tf.GradientTape() as tape:
+        # What follows from the images is recorded, though no weight may be trainable.
+        tape.watch(watched)
+        activations, logits = model(watched, training=False)
+        score = tf.reduce_sum(tf.gather(logits, labels, axis=1, batch_dims=1))
+    weights = tf.reduce_mean(tape.gradient(score, activations), axis=(1, 2), keepdims=True)
+    maps = tf.nn.relu(tf.reduce_sum(weights * activations, axis=-1, keepdims=True))
+    return np.asarray(tf.image.resize(maps, images.shape[1:3])[..., 0], np.float32)
+
+
+def integrated_gradients(network: Any, images: Images, labels: Labels) -> Maps:
+    """Returns each pixel's share of the class's logit above that of the zero image (Sundararajan et al. 2017).
+
+    The shares of an image add up to that difference, up to the error of the trapezoid rule.
+    """
+    total = np.zeros_like(images)
+    for step in range(_INTEGRATION_STEPS + 1):
+        weight = 0.5 if step in (0, _INTEGRATION_STEPS) else 1.0
+        total += weight * _gradients(network, images * (step / _INTEGRATION_STEPS), labels)
+    shares: Maps = (images * total / _INTEGRATION_STEPS).sum(axis=-1)
+    return shares
+
+
+def smooth_grad(network: Any, images: Images, labels: Labels) -> Maps:
+    """Returns the size of the logit's gradient, averaged over noisy copies (Smilkov et al. 2017); never negative."""
+    random = np.random.default_rng(0)
+    spread = np.ptp(images, axis=(1, 2, 3), keepdims=True) * _NOISE_SHARE
+    total = np.zeros_like(images)
+    for _ in range(_NOISY_COPIES):
+        noise = (random.standard_normal(images.shape) * spread).astype(np.float32)
+        total += _gradients(network, images + noise, labels)
+    sizes: Maps = np.abs(total / _NOISY_COPIES).sum(axis=-1)
+    return sizes
+
+
+def occlusion(network: Any, images: Images, labels: Labels) -> Maps:
+    """Returns how far the logit falls when a square around the pixel is blanked (Zeiler & Fergus 2014, section 4.2)."""
+    height, width = images.shape[1:3]
+    side = max(1, round(_OCCLUDED_SHARE * height))
+    stride = max(1, side // 2)
+    scores = _scores(network, images, labels)
+    falls, covers = np.zeros(images.shape[:3], np.float32), np.zeros((height, width), np.float32)
+    for top in range(0, height, stride):
+        for left in range(0, width, stride):
+            square = (slice(top, top + side), slice(left, left + side))
+            blanked = images.copy()
+            blanked[:, *square] = 0
+            falls[:, *square] += (scores - _scores(network, blanked, labels))[:, None, None]
+            covers[square] += 1
+    return falls / covers
+
+
+METHODS: Mapping[str, Callable[[Any, Images, Labels], Maps]] = {
+    "grad_cam": grad_cam,
+    "integrated_gradients": integrated_gradients,
+    "smooth_grad": smooth_grad,
+    "occlusion": occlusion,
+}
+
+
+def find_last_features(network: Any) -> Any:
+    """Returns the symbolic output of the last layer that still has a height and a width.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for layer in reversed(network.layers):
+        shape = layer.output.shape
+        if len(shape) == 4 and shape[1] > 1 and not isinstance(layer, keras.layers.InputLayer):
+            return layer.output
+    raise ValueError("the network has no feature map")
+
+
+def _gradients(network: Any, images: Images, labels: Labels) -> Images:
+    """Returns the gradient of each image's own logit, in the shape of the images."""
+    watched = tf.constant(images)
+    with tf.GradientTape() as tape:
+        tape.watch(watched)
+        logits = network(watched, training=False)
+        score = tf.reduce_sum(tf.gather(logits, labels, axis=1, batch_dims=1))
+    return np.asarray(tape.gradient(score, watched), np.float32)
+
+
+def _scores(network: Any, images: Images, labels: Labels) -> npt.NDArray[np.float32]:
+    logits = np.asarray(network(tf.constant(images), training=False))
+    return logits[np.arange(len(labels)), labels]

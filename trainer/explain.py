@@ -1,0 +1,223 @@
+"""Shows what a run's network looks at: attribution maps, a test of whether they mean anything, and its first layer."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from trainer import storage
+from trainer.cluster import Resources
+from trainer.dataset import open_split
+from trainer.errors import InputError
+from trainer.html import Section, render_sections
+from trainer.inference import read_finished_run
+from trainer.perturbation import PerturbationTest, check_attribution
+from trainer.plots import to_png
+from trainer.run_folder import RunFolder
+from trainer.workers import call_in_worker
+
+REPORT_NAME = "report.html"
+_SIGNIFICANCE = 0.05
+_MOST_FILTERS = 64
+
+
+@dataclass(frozen=True)
+class ExplainedImage:
+    """An image whose maps are wanted."""
+
+    name: str
+    pixels: npt.NDArray[np.uint8]
+    """``[height, width, channels]``."""
+    label: str = ""
+    """Its true class, where that is known."""
+
+
+def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
+    """Returns the validation images that a finished run predicts worst, by loss.
+
+    Raises:
+        InputError: the run is not finished, or its dataset or predictions are gone.
+    """
+    run, config, _ = read_finished_run(uri)
+    manifest = run.read_manifest()
+    predictions = run.read_predictions()
+    if predictions is None:
+        raise InputError(f"RUN {uri} has no checkpoint any more; give --images")
+    split = open_split(config.dataset, manifest, "val")
+    worst = np.argsort(-predictions["loss"].to_numpy(), kind="stable")[:count]
+    return [
+        ExplainedImage(f"val row {row}", np.asarray(split.images[row]), manifest.class_names[split.labels[row]])
+        for row in worst
+    ]
+
+
+def explain_run(
+    uri: str,
+    images: Sequence[ExplainedImage],
+    methods: Sequence[str],
+    output: str,
+    resources: Resources,
+    *,
+    tested_images: int = 64,
+) -> tuple[list[PerturbationTest], str]:
+    """Writes maps of some images and the test of each method, as PNG files and one page.
+
+    Returns the tests and the URI of the page.
+
+    Args:
+        uri: of a finished run.
+        images: of the run's size and channels.
+        methods: names of `trainer.attribution.METHODS`.
+        output: folder or s3:// prefix; empty for a folder of the run.
+        resources: of the cluster, which is connected.
+        tested_images: of the validation split, drawn with a fixed seed, that the methods are tested on.
+
+    Raises:
+        InputError: the run is not finished, or its model or its dataset is gone, or a method is unknown.
+        JobError: the worker failed.
+    """
+    # A worker has a current folder of its own.
+    uri = storage.resolve_uri(uri)
+    output = storage.resolve_uri(output) if output else storage.join(uri, "explanations")
+    arguments = (uri, images, methods, output, tested_images)
+    found: tuple[list[PerturbationTest], str] = call_in_worker(_explain, *arguments, resources=resources)
+    return found
+
+
+def _explain(
+    uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], output: str, tested_images: int
+) -> tuple[list[PerturbationTest], str]:
+    # In a worker: the driver must not import TensorFlow.
+    from trainer.attribution import METHODS
+
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+    run, config, _ = read_finished_run(uri)
+    manifest = run.read_manifest()
+    network = _Network(run)
+    shown = network.scale(np.stack([one.pixels for one in images]))
+    labels, confidence = network.predict(shown)
+    split = open_split(config.dataset, manifest, "val")
+    rows = np.random.default_rng(0).permutation(len(split))[:tested_images]
+    sample = network.scale(np.asarray(split.images[np.sort(rows)]))
+    sample_labels, _ = network.predict(sample)
+    maps, tests = {}, []
+    for name in methods:
+        maps[name] = METHODS[name](network.logits, shown, labels)
+        of_sample = METHODS[name](network.logits, sample, sample_labels)
+        tests.append(
+            check_attribution(
+                name,
+                of_sample,
+                sample,
+                lambda batch: network.score(batch, sample_labels),
+                _SIGNIFICANCE / len(methods),
+            )
+        )
+    pictures = {}
+    sections = [
+        Section(
+            "Do the maps mean anything?",
+            [
+                "Blanked with the mean pixel, on validation images and for the class that the network names. Each "
+                "method has to pass on its own; the threshold is divided by their number.",
+                *map(str, tests),
+            ],
+        )
+    ]
+    for index, one in enumerate(images):
+        predicted = manifest.class_names[labels[index]]
+        title = f"{one.name}: {predicted} ({confidence[index]:.2f} sure)" + (f", is {one.label}" if one.label else "")
+        name = f"image-{index:03d}"
+        pictures[name] = to_png(_draw_maps(one.pixels, {method: maps[method][index] for method in methods}))
+        sections.append(Section(title, [], picture=name))
+    for name, figure in network.draw_first_layer(shown[:1]).items():
+        pictures[name] = to_png(figure)
+        sections.append(Section(name.capitalize(), [], picture=name))
+    for name, content in pictures.items():
+        storage.write_bytes(storage.join(output, f"{name}.png"), content)
+    page = render_sections(f"What {run.name} looks at", f"{config.arch}, {run.uri}", sections, pictures)
+    report = storage.join(output, REPORT_NAME)
+    storage.write_bytes(report, page.encode())
+    return tests, report
+
+
+class _Network:
+    """The best weights of a run, taken apart into the scaling of pixels and the network that gives logits."""
+
+    def __init__(self, run: RunFolder) -> None:
+        import tf_keras
+
+        try:
+            content = storage.read_bytes(run.path("model.keras"))
+        except FileNotFoundError as error:
+            raise InputError(f"RUN {run.uri} has no model.keras, which training writes at its end") from error
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.keras")
+            path.write_bytes(content)
+            _, self._scaling, self.logits, self._head = tf_keras.models.load_model(path, compile=False).layers
+
+    def scale(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Returns images as the network sees them."""
+        return np.asarray(self._scaling(pixels.astype(np.float32)), np.float32)
+
+    def predict(self, images: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Returns the class that each image is taken for, and the score."""
+        scores = self._scores(images)
+        return scores.argmax(axis=1), scores.max(axis=1)
+
+    def score(self, images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Returns the score of one class of each image."""
+        return self._scores(images)[np.arange(len(labels)), labels]
+
+    def draw_first_layer(self, images: npt.NDArray[np.float32]) -> dict[str, Figure]:
+        """Draws the kernels of the first convolution, and what they make of the first image."""
+        import tf_keras
+
+        layer = next((one for one in self.logits.layers if isinstance(one, tf_keras.layers.Conv2D)), None)
+        if layer is None:
+            return {}
+        kernels = np.moveaxis(np.asarray(layer.kernel), -1, 0).mean(axis=-1)
+        features = np.asarray(tf_keras.Model(self.logits.inputs, layer.output)(images, training=False))[0]
+        return {
+            "filters of the first convolution": _draw_grid(kernels),
+            "their activations for the first image": _draw_grid(np.moveaxis(features, -1, 0)),
+        }
+
+    def _scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.asarray(self._head(self.logits(images, training=False)), np.float32)
+
+
+def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.9), layout="constrained")
+    first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
+    first.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
+    first.set_title("image", fontsize=9)
+    grey = pixels.mean(axis=-1)
+    for axes, (name, values) in zip(others, maps.items(), strict=True):
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+        # One outlier must not wash out the rest.
+        limit = max(float(np.percentile(np.abs(values), 99)), 1e-12)
+        axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+        axes.set_title(name, fontsize=9)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
+
+
+def _draw_grid(pictures: npt.NDArray[Any]) -> Figure:
+    pictures = pictures[:_MOST_FILTERS]
+    columns = min(16, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(0.7 * columns, 0.7 * rows), layout="constrained")
+    places = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes in places:
+        axes.set_axis_off()
+    for axes, picture in zip(places, pictures, strict=False):
+        axes.imshow(picture, cmap="gray")
+    return figure
