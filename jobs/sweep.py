@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from typer import Argument, Option
 
 from trainer import console
@@ -67,7 +67,7 @@ def main(
 
 def print_trials(study: "Study", trials: "list[Trial]") -> None:
     """Print what became of each trial."""
-    table = Table("trial", "status", study.objective, "right", "values")
+    table = Table("trial", "status", study.objective, "right", Column("values", overflow="fold"), box=None)
     for trial in trials:
         values = ", ".join(f"{name}={_shorten(value)}" for name, value in trial.values.items())
         objective = "" if trial.objective is None else f"{trial.objective:.4f}"

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 import ray.data
 
-from trainer.errors import JobError
+from trainer.errors import InputError, JobError
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -34,6 +35,9 @@ _RAY_ENVIRONMENT = {
     # A batch job on somebody's cluster reports nothing to anybody else.
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+_ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def connect() -> Iterator[Resources]:
     the job itself. The session folder of such a cluster goes with it, unless the job failed.
 
     Raises:
+        InputError: no cluster answers at RAY_ADDRESS, or it refuses the token.
         JobError: that of the context; says where Ray's logs are.
     """
     for name, value in _RAY_ENVIRONMENT.items():
@@ -77,15 +82,20 @@ def connect() -> Iterator[Resources]:
         options = {"address": "local", "include_dashboard": False, "_temp_dir": session}
         # TensorFlow leaves files of traced functions in a worker that is killed.
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": session}
+    else:
+        _check_answer(os.environ["RAY_ADDRESS"])
     useless = session
     try:
         with _deferred_signals():
-            ray.init(
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": environment},
-                **options,
-            )
+            try:
+                ray.init(
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": environment},
+                    **options,
+                )
+            except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+                raise InputError(_explain_refusal(str(error).splitlines()[0])) from error
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -97,6 +107,24 @@ def connect() -> Iterator[Resources]:
         ray.shutdown()
         if useless:
             shutil.rmtree(useless, ignore_errors=True)
+
+
+def _check_answer(address: str) -> None:
+    """Raises InputError where nothing answers: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return  # "auto", or another form that Ray knows
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise InputError(_explain_refusal(error.strerror or str(error))) from error
+
+
+def _explain_refusal(reason: str) -> str:
+    return (
+        f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS', '')}: {reason}; start Ray there, or unset RAY_ADDRESS to work on "
+        "this machine alone; with token authentication set RAY_AUTH_MODE=token and give ~/.ray/auth_token"
+    )
 
 
 @contextlib.contextmanager

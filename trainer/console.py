@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainer.errors import InputError, JobError, StoppedError
 from trainer.events import Event, OnEvent, StageProgressed
 
-stdout = Console(soft_wrap=True, highlight=False)
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+# Without emoji: the port of an address is none.
+stdout = Console(soft_wrap=True, highlight=False, emoji=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ENDING_SECONDS = 20.0

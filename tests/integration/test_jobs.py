@@ -11,7 +11,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import REPOSITORY, run_job, write_stripes
+from tests.conftest import REPOSITORY, free_port, run_job, write_stripes
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 TRAINING = [*SMALL, "--num-workers", "2", "--base-learning-rate", "0.05", "--epochs", "2"]
@@ -165,3 +165,20 @@ def test_a_killed_preparation_is_finished_by_the_same_command(tmp_path):
     whole = run_job("prepare.py", str(source), str(tmp_path / "whole"), *options)
     assert whole.returncode == 0, whole.stderr
     assert read_fingerprint(str(tmp_path / "killed")) == read_fingerprint(str(tmp_path / "whole"))
+
+
+def test_the_doctor_says_what_is_wrong(bucket):
+    well = run_job("doctor.py", "--storage", f"{bucket}/runs")
+    assert well.returncode == 0, well.stdout
+    assert len(well.stdout.splitlines()) == 5
+    ill = run_job("doctor.py", "--storage", "s3://no-such-bucket/runs")
+    assert ill.returncode == 2
+    assert ill.stdout.splitlines()[-1].startswith("wrong  node ")
+    assert "bucket 'no-such-bucket'" in ill.stdout
+
+
+def test_a_cluster_that_does_not_answer_is_named():
+    address = f"127.0.0.1:{free_port()}"
+    finished = run_job("doctor.py", RAY_ADDRESS=address)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: RAY_ADDRESS {address}: Connection refused; start Ray there")

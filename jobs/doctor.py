@@ -1,0 +1,42 @@
+"""Says what is wrong with this machine, the cluster and the storage, and how to mend it."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from trainer import console
+
+if TYPE_CHECKING:
+    from trainer.doctor import Finding
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(storage: Annotated[str, Option(help="Where runs go, local or s3://.")] = "runs") -> None:
+    """Look at versions, Keras, GPUs, Ray, disks and storage on every node, one line each; exit 2 if one is wrong."""
+    with console.exit_codes():
+        from trainer.doctor import check_cluster, check_packages
+
+        findings = check_packages()
+        print_findings(findings)
+        if not any(one.mend for one in findings):
+            from trainer.cluster import connect
+
+            with connect() as resources:
+                of_cluster = check_cluster(storage, resources)
+            print_findings(of_cluster)
+            findings += of_cluster
+    if any(one.mend for one in findings):
+        raise typer.Exit(2)
+
+
+def print_findings(findings: "list[Finding]") -> None:
+    """Print one line each."""
+    for one in findings:
+        console.stdout.print(str(one), markup=False)
+
+
+if __name__ == "__main__":
+    app()

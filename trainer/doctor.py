@@ -1,0 +1,185 @@
+"""Looks at everything that a job needs before one is started: one line a finding, and how to mend what is wrong."""
+
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trainer import storage
+from trainer.cluster import Resources
+from trainer.dataset import cache_folder
+from trainer.errors import InputError
+
+_PACKAGES = ("ray", "tensorflow", "tf_keras", "pyarrow", "s3fs")
+_PYTHON = ((3, 11), (3, 14))
+# A dataset and Ray's own objects need more than this before long.
+_LEAST_DISK_GIB = 2.0
+_NODE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    found: str
+    mend: str = ""
+    """What to do about it; empty where nothing is wrong."""
+
+    def __str__(self) -> str:
+        verdict, mend = ("wrong", f"; {self.mend}") if self.mend else ("ok   ", "")
+        return f"{verdict}  {self.what}: {self.found}{mend}"
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node says of itself."""
+
+    python: str
+    packages: dict[str, str]
+    keras: str
+    """Package that ``tf.keras`` is."""
+    gpus: int
+    """That TensorFlow can use."""
+    free_gib: dict[str, float]
+    """Of the folders that a job fills."""
+    storage_error: str
+
+
+def check_packages() -> list[Finding]:
+    """Returns what is wrong with this Python and its packages, without importing them."""
+    found = platform.python_version()
+    (low, high) = _PYTHON
+    fits = low <= tuple(map(int, platform.python_version_tuple()[:2])) < high
+    python = Finding(
+        "python", found, "" if fits else f"use Python {low[0]}.{low[1]} to {high[0]}.{high[1] - 1} (requires-python)"
+    )
+    versions = _find_versions()
+    missing = [name for name in _PACKAGES if name not in versions]
+    packages = Finding(
+        "packages",
+        ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"install {', '.join(missing)}: pip install -c requirements.lock -e ." if missing else "",
+    )
+    series = {versions.get(name, "").rpartition(".")[0] for name in ("tensorflow", "tf_keras")}
+    keras = Finding(
+        "keras",
+        "tf_keras goes with tensorflow" if len(series) == 1 else "tf_keras and tensorflow are of different series",
+        "" if len(series) == 1 else "pip install -c requirements.lock -e .",
+    )
+    return [python, packages, keras]
+
+
+def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
+    """Returns what is wrong with the connected cluster, looked at on every node.
+
+    Args:
+        storage_uri: where runs go.
+        resources: of the cluster.
+    """
+    uri = storage.resolve_uri(storage_uri)
+    works = resources.num_cpus >= 1
+    findings = [
+        Finding("ray", f"{ray.__version__}, {resources.hardware}", "" if works else "start a node that has CPUs"),
+    ]
+    if storage.is_local(uri) and resources.num_nodes > 1:
+        findings.append(
+            Finding("storage", f"{uri} is a local path, and there are {resources.num_nodes} nodes", "give s3://")
+        )
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    inspect = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+    reports = {
+        node["NodeManagerAddress"] + ":" + str(node["NodeManagerPort"]): inspect.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            num_gpus=node["Resources"].get("GPU", 0),
+        ).remote(uri)
+        for node in nodes
+    }
+    for (name, reference), node in zip(reports.items(), nodes, strict=True):
+        try:
+            report = ray.get(reference, timeout=_NODE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            findings.append(
+                Finding(f"node {name}", "its GPUs are in use", "look again when the job that has them ends")
+            )
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            findings.append(Finding(f"node {name}", reason, "install this version of the project there"))
+        else:
+            findings += check_node(name, report, _find_versions(), int(node["Resources"].get("GPU", 0)))
+    return findings
+
+
+def inspect_node(uri: str) -> NodeReport:
+    """Returns what the node that this runs on says of itself."""
+    import tensorflow as tf
+
+    folders = (Path(tempfile.gettempdir()), cache_folder())
+    error = ""
+    try:
+        storage.check_access(uri)
+    except InputError as refused:
+        error = str(refused)
+    return NodeReport(
+        python=platform.python_version(),
+        packages=_find_versions(),
+        keras=tf.keras.Model.__module__.partition(".")[0],
+        gpus=len(tf.config.list_physical_devices("GPU")),
+        free_gib={str(folder): shutil.disk_usage(_find_existing(folder)).free / 2**30 for folder in folders},
+        storage_error=error,
+    )
+
+
+def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: int) -> list[Finding]:
+    """Returns what is wrong with a node.
+
+    Args:
+        name: of the node.
+        report: of the node.
+        versions: of the driver's packages, which the node must have too.
+        gpus: that Ray counts there.
+    """
+    others = {one: number for one, number in report.packages.items() if versions.get(one) != number}
+    full = {folder: free for folder, free in report.free_gib.items() if free < _LEAST_DISK_GIB}
+    disks = ", ".join(f"{folder} has {free:.1f} GiB" for folder, free in full.items())
+    wrong = [
+        Finding(
+            "versions", f"{others}, the driver has {versions}", "install the same requirements.lock" * bool(others)
+        ),
+        Finding(
+            "tf.keras",
+            report.keras,
+            "" if report.keras == "tf_keras" else "set TF_USE_LEGACY_KERAS=1: it has to be tf_keras",
+        ),
+        Finding(
+            "gpus",
+            f"TensorFlow sees {report.gpus} of {gpus}",
+            "pip install -e '.[gpu]', and a driver that fits its CUDA" * (report.gpus < gpus),
+        ),
+        Finding("disk", disks, "make room" * bool(full)),
+        Finding("storage", "cannot be used", report.storage_error),
+    ]
+    found = [Finding(f"node {name}, {one.what}", one.found, one.mend) for one in wrong if one.mend]
+    room = min(report.free_gib.values())
+    summary = f"tf.keras is {report.keras}, {report.gpus} GPUs, {room:.0f} GiB of disk, storage can be written"
+    return found or [Finding(f"node {name}", f"Python {report.python}, {summary}")]
+
+
+def _find_versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _find_existing(folder: Path) -> Path:
+    """Returns the folder, or the nearest one above it that exists."""
+    return next(one for one in (folder, *folder.parents) if one.exists())
