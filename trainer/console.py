@@ -17,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainer.errors import InputError, JobError, StoppedError
 from trainer.events import Event, OnEvent, StageProgressed
 
+# Tables of a job log are not cut to the width of a terminal that is not there.
+_PLAIN_WIDTH = 160
 # Without emoji: the port of an address is none.
-stdout = Console(soft_wrap=True, highlight=False, emoji=False)
+stdout = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,75 @@
+"""Predicts what a run would take on more workers, from a run that was measured."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from typer import Argument, Option
+
+from trainer import console
+
+if TYPE_CHECKING:
+    from trainer.plan import Prediction
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    run: Annotated[str, Argument(help="A finished run on the kind of worker that is planned with.")],
+    workers: Annotated[int, Option(min=1, help="Workers, each with a GPU.")] = 8,
+    workers_per_node: Annotated[int, Option(min=1, help="GPUs of a node.")] = 8,
+    link_gbit: Annotated[float, Option(min=0.1, help="Between two nodes, in Gbit/s.")] = 25.0,
+    local_gbit: Annotated[float, Option(min=0.1, help="Between two GPUs of a node, in Gbit/s.")] = 600.0,
+    images: Annotated[int, Option(min=0, help="Of the train split; default: those of the run.")] = 0,
+    epochs: Annotated[int, Option(min=0, help="Default: those of the run.")] = 0,
+    batch: Annotated[int, Option(min=0, help="Images a step on one worker; default: that of the run.")] = 0,
+    node_price: Annotated[float, Option(min=0, help="Of a node for an hour.")] = 0.0,
+    as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
+) -> None:
+    """Print time, throughput, efficiency, traffic and cost for one worker, two, four, ... up to those asked for."""
+    with console.exit_codes():
+        from trainer.plan import Machines, find_advice, predict_up_to, read_workload
+
+        given = {"rows": images, "epochs": epochs, "per_replica_batch_size": batch}
+        workload = read_workload(run)
+        workload = dataclasses.replace(workload, **{name: value for name, value in given.items() if value})
+        machines = Machines(workers_per_node, link_gbit, local_gbit, node_price)
+        predictions = predict_up_to(workload, machines, workers)
+        if as_json:
+            console.stdout.print_json(json.dumps([dataclasses.asdict(one) for one in predictions]))
+            return
+        print_predictions(predictions)
+        console.stdout.print(f"memory  {workload.worker_gib:.2f} GiB a worker, as measured", markup=False)
+        for line in find_advice(workload, machines, predictions):
+            console.stdout.print(line, markup=False)
+
+
+def print_predictions(predictions: "list[Prediction]") -> None:
+    """Print a table, one row a number of workers."""
+    columns = (
+        "workers",
+        "nodes",
+        "batch",
+        "steps",
+        "ms a step",
+        "images/s",
+        "efficiency",
+        "hours",
+        "GiB read",
+        "written",
+    )
+    table = Table(*columns, "cost", box=None)
+    for one in predictions:
+        table.add_row(
+            *(str(one.workers), str(one.nodes), str(one.global_batch_size), str(one.steps_per_epoch)),
+            *(f"{one.step_seconds * 1000:.1f}", f"{one.images_per_second:.0f}", f"{one.efficiency:.0%}"),
+            *(f"{one.hours:.2f}", f"{one.read_gib:.2f}", f"{one.written_gib:.2f}", f"{one.cost:.2f}"),
+        )
+    console.stdout.print(table)
+
+
+if __name__ == "__main__":
+    app()

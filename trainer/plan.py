@@ -1,0 +1,168 @@
+"""What a run would take on more workers: time, efficiency, traffic and cost, predicted from a run that was measured.
+
+The model (docs/performance.md has it written out and checked): a step is the computation of a replica's images, a share
+more for the slowest of several workers, and the part of the all-reduce that the backward pass does not hide. The
+all-reduce is a ring within a node and a ring over the nodes (Patarasuk & Yuan 2009): each sends 2 (n - 1) / n of the
+gradients.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trainer import checkpoint as checkpoints
+from trainer import storage
+from trainer.errors import InputError
+from trainer.inference import read_finished_run
+
+# Both fitted to three published figures: Horovod's ResNet-101 and VGG-16 on 512 GPUs, NVIDIA's ResNet-50 on eight.
+HIDDEN_SHARE = 0.6
+"""Of the all-reduce, beside the backward pass."""
+STRAGGLER_SHARE = 0.06
+"""Of the computation, where there is more than one worker."""
+_BACKWARD_SHARE = 2 / 3
+_HOP_SECONDS = 20e-6
+_GRADIENT_BYTES = 4
+# What `trainer.batch_finder` leaves as well.
+_LEAST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and what one worker was measured to take for it."""
+
+    image_seconds: float
+    """Forward and backward of one image on one worker."""
+    per_replica_batch_size: int
+    parameters: int
+    rows: int
+    """Images of the train split."""
+    epochs: int
+    image_bytes: int
+    checkpoint_bytes: int
+    worker_gib: float
+    """Peak memory of a worker."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What it would run on."""
+
+    workers_per_node: int = 8
+    link_gbit: float = 25.0
+    """Between two nodes, in Gbit/s each way."""
+    local_gbit: float = 600.0
+    """Between two workers of a node."""
+    node_price: float = 0.0
+    """Of one node for an hour, in any currency."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One number of workers."""
+
+    workers: int
+    nodes: int
+    global_batch_size: int
+    steps_per_epoch: int
+    step_seconds: float
+    images_per_second: float
+    efficiency: float
+    """Of ``workers`` times the speed of one."""
+    hours: float
+    read_gib: float
+    """From the storage: each node reads the dataset once."""
+    written_gib: float
+    """To the storage: a checkpoint an epoch."""
+    cost: float
+
+
+def read_workload(uri: str) -> Workload:
+    """Returns the workload of a finished run, as it was measured.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    run, config, result = read_finished_run(uri)
+    manifest, history = run.read_manifest(), run.read_metrics()
+    rate = float(np.median([row["images_per_second"] / row["num_workers"] for row in history]))
+    sizes = storage.find_files(storage.join(run.checkpoints, result.best_checkpoint))
+    if checkpoints.find_best(run.checkpoints) is None:
+        raise InputError(f"RUN {uri} has no checkpoint any more; train it again")
+    return Workload(
+        image_seconds=1 / rate,
+        per_replica_batch_size=config.per_replica_batch_size,
+        parameters=result.parameters,
+        rows=manifest.splits["train"].rows,
+        epochs=config.epochs,
+        image_bytes=manifest.image_size**2 * manifest.channels,
+        checkpoint_bytes=sum(sizes.values()),
+        worker_gib=max(row["peak_memory_gib"] for row in history),
+    )
+
+
+def predict(workload: Workload, machines: Machines, workers: int) -> Prediction:
+    """Returns what so many workers would take."""
+    nodes = math.ceil(workers / machines.workers_per_node)
+    compute = workload.image_seconds * workload.per_replica_batch_size
+    step = compute
+    if workers > 1:
+        all_reduce = all_reduce_seconds(workload.parameters, machines, workers)
+        hidden = min(HIDDEN_SHARE * all_reduce, _BACKWARD_SHARE * compute)
+        step = compute * (1 + STRAGGLER_SHARE) + all_reduce - hidden
+    batch = workload.per_replica_batch_size * workers
+    steps = max(1, workload.rows // batch)
+    hours = steps * workload.epochs * step / 3600
+    return Prediction(
+        workers=workers,
+        nodes=nodes,
+        global_batch_size=batch,
+        steps_per_epoch=steps,
+        step_seconds=step,
+        images_per_second=batch / step,
+        efficiency=compute / step,
+        hours=hours,
+        read_gib=nodes * workload.rows * workload.image_bytes / 2**30,
+        written_gib=workload.epochs * workload.checkpoint_bytes / 2**30,
+        cost=hours * nodes * machines.node_price,
+    )
+
+
+def all_reduce_seconds(parameters: int, machines: Machines, workers: int) -> float:
+    """Returns how long adding up the float32 gradients of all workers takes on its own."""
+    gradients = parameters * _GRADIENT_BYTES
+    local = min(workers, machines.workers_per_node)
+    nodes = math.ceil(workers / machines.workers_per_node)
+    seconds = 0.0
+    for members, gbit in ((local, machines.local_gbit), (nodes, machines.link_gbit)):
+        hops = 2 * (members - 1)
+        seconds += hops / members * gradients / (gbit * 1e9 / 8) + hops * _HOP_SECONDS
+    return seconds
+
+
+def predict_up_to(workload: Workload, machines: Machines, workers: int) -> list[Prediction]:
+    """Returns the predictions for one worker, two, four, ... and the number that is asked for."""
+    numbers = [2**power for power in range(workers.bit_length()) if 2**power < workers]
+    return [predict(workload, machines, number) for number in (*numbers, workers)]
+
+
+def find_advice(workload: Workload, machines: Machines, predictions: list[Prediction]) -> list[str]:
+    """Returns what is worth knowing about the largest number of workers: one line each."""
+    last = predictions[-1]
+    advice = []
+    if last.steps_per_epoch < _LEAST_STEPS:
+        fewer = workload.rows // (_LEAST_STEPS * workload.per_replica_batch_size)
+        advice.append(
+            f"an epoch has {last.steps_per_epoch} steps only: {max(1, fewer)} workers are enough for "
+            f"{workload.rows} images"
+        )
+    twice = replace(workload, per_replica_batch_size=2 * workload.per_replica_batch_size)
+    doubled = predict(twice, machines, last.workers)
+    if last.efficiency < 0.8 and doubled.efficiency > last.efficiency + 0.05:
+        advice.append(
+            f"the all-reduce of {workload.parameters * _GRADIENT_BYTES / 2**20:.0f} MiB takes "
+            f"{all_reduce_seconds(workload.parameters, machines, last.workers) * 1000:.0f} ms a step; twice the batch "
+            f"a worker would bring the efficiency from {last.efficiency:.0%} to {doubled.efficiency:.0%}"
+        )
+    return advice
