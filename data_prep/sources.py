@@ -206,12 +206,20 @@ def _read_table(uri: str) -> list[dict[str, Any]]:
             return storage.parquet_table(content).to_pylist()  # type: ignore[no-any-return]
         text = content.decode("utf-8-sig")
         if uri.endswith(".csv"):
-            return list(csv.DictReader(io.StringIO(text), strict=True))
+            return _check_widths(uri, list(csv.DictReader(io.StringIO(text), strict=True)))
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (ValueError, csv.Error) as error:
         raise InputError(f"{uri} cannot be read as a table: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{uri} cannot be read as a table: each line must be a JSON object")
+    return rows
+
+
+def _check_widths(uri: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        # Where csv puts the fields beyond the header.
+        if None in row:
+            raise InputError(f"{uri}, row {number} has more fields than the header; complete the header")
     return rows
 
 

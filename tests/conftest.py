@@ -6,9 +6,15 @@ import time
 from pathlib import Path
 
 import fsspec
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+# A case that is slow on a busy machine is no failure; the same cases each time, so that a failure is one of the code.
+hypothesis.settings.register_profile("suite", max_examples=100, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -1,9 +1,12 @@
 """`ray job submit` as a user types it, against a head with token authentication."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,26 +17,43 @@ NETWORK = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arc
 TRAINING = [*NETWORK, "--epochs", "1", "--global-batch-size", "64", "--precision", "float32"]
 
 
+SECRET = "a-secret-that-no-file-may-hold"
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """A home of its own with a new token; python and ray are those of this environment."""
+    """A home of its own with a new token, and a secret; python and ray are those of this environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
     subprocess.run(["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     return environment
 
 
 @pytest.fixture(scope="module")
-def submit(environment, tmp_path_factory):
-    """A head that was started in the checkout; returns a function that submits a command from elsewhere."""
+def ray_job(environment, tmp_path_factory):
+    """A head that was started in the checkout; returns a function that runs ``ray job`` from elsewhere."""
     port, dashboard_port = free_port(), free_port()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     # Ray's socket names must be short.
     session = Path("/tmp", f"ray-head-{port}")
-    command = f"ray start --head --block --port {port} --dashboard-port {dashboard_port} --temp-dir {session}".split()
+    ports = {"port": port, "dashboard-port": dashboard_port, "dashboard-agent-listen-port": free_port()}
     head = subprocess.Popen(
-        command,
+        [
+            "ray",
+            "start",
+            "--head",
+            "--block",
+            "--temp-dir",
+            session,
+            *(f"--{name}={one}" for name, one in ports.items()),
+        ],
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -45,7 +65,7 @@ def submit(environment, tmp_path_factory):
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         address = f"http://127.0.0.1:{dashboard_port}"
         return subprocess.run(
-            ["ray", "job", "submit", *arguments],
+            ["ray", "job", *arguments],
             cwd=elsewhere,
             env={**environment, "RAY_API_SERVER_ADDRESS": address, **extra},
             capture_output=True,
@@ -59,6 +79,18 @@ def submit(environment, tmp_path_factory):
     finally:
         head.send_signal(signal.SIGINT)
         head.wait()
+        # All that Ray wrote: logs, runtime environments, the jobs' own output.
+        for path in session.rglob("*"):
+            assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+        shutil.rmtree(session)
+
+
+@pytest.fixture(scope="module")
+def submit(ray_job):
+    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return ray_job("submit", *arguments, **extra)
+
+    return run
 
 
 def test_the_command_as_typed_trains_in_the_checkout_of_the_head(submit, tmp_path):
@@ -103,3 +135,29 @@ def test_without_a_token_nothing_is_accepted(submit, tmp_path):
     job = submit("--", "python", "jobs/train.py", *TRAINING, RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
     assert job.returncode != 0
     assert "uthentication" in job.stdout + job.stderr
+
+
+def test_a_stopped_job_keeps_its_checkpoint_and_says_so(ray_job, submit, tmp_path):
+    run = tmp_path / "runs" / "one"
+    command = [
+        "python",
+        "jobs/train.py",
+        *TRAINING,
+        "--epochs",
+        "400",
+        "--storage",
+        str(run.parent),
+        "--run-name",
+        "one",
+    ]
+    started = submit("--no-wait", "--submission-id", "stopped", "--", *command)
+    assert started.returncode == 0, started.stdout + started.stderr
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/*/checkpoint.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert ray_job("stop", "stopped").returncode == 0
+    ending = json.loads((run / "result.json").read_text())
+    assert (ending["status"], ending["reason"]) == ("interrupted", "SIGTERM")
+    assert list(run.glob("checkpoints/*/checkpoint.json"))
+    assert SECRET not in ray_job("list").stdout

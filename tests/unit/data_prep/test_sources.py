@@ -209,6 +209,11 @@ def test_a_table_without_the_needed_columns_is_refused_with_those_it_has(write_t
         find_images(write_table("labels.csv", "image,label\n1.png,a\n"))
 
 
+def test_a_row_with_more_fields_than_the_header_is_refused(write_table):
+    with pytest.raises(InputError, match=r"row 2 has more fields than the header; complete the header"):
+        find_images(write_table("labels.csv", "path,label\n1.png,a\n2.png,b,train\n"))
+
+
 def test_an_unknown_split_is_refused_with_its_row(write_table):
     with pytest.raises(InputError, match=r"row 2: split 'holdout' is unknown; use train, val or test"):
         find_images(write_table("labels.csv", "path,label,split\n1.png,a,train\n2.png,b,holdout\n"))
