@@ -5,6 +5,7 @@ its checkpoint, and the values of a trial do not depend on who runs it when.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,7 @@ class StudyPlan:
             f"{self.concurrency} at once",
         ]
         if self.predicted_seconds is not None:
-            lines.append(f"predicted: {self.predicted_seconds / 60:.0f} minutes")
+            lines.append(f"predicted: {math.ceil(self.predicted_seconds / 60)} minutes")
         return "\n".join(lines)
 
 

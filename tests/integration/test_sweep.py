@@ -12,7 +12,7 @@ from trainer.errors import InputError, StoppedError
 from trainer.events import StudyTrialEnded
 from trainer.lease import hold_lease
 from trainer.study import parse_study
-from trainer.study_folder import StudyFolder, find_round
+from trainer.study_folder import StudyFolder, Trial, find_round
 from trainer.sweep import plan_study, run_study
 
 STUDY = """
@@ -63,17 +63,18 @@ def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tm
     assert (plan.trials_left, plan.trials_per_value, plan.concurrency) == (1, 1, 1)
 
     events = []
-    trials = run_study(study, folder, resources, characterize=2, on_event=events.append)
+    trials = run_study(study, folder, resources, characterize=1, on_event=events.append)
     ended = [event.name for event in events if isinstance(event, StudyTrialEnded)]
     assert ended[0] == "trial-0001"
     assert [one.status for one in trials[:2]] == ["completed", "infeasible"]
     assert "nan or inf" in trials[1].reason
     assert {one.run_name for one in trials[2:]} == {
-        f"{name}-seed-{seed}" for name in ("best-0000", "incumbent") for seed in (1, 2)
+        "best-0000-seed-1",
+        "incumbent-seed-1",
     }
     report = Path(folder.path("report.md")).read_text()
     assert "1 of 2 trials were infeasible" in report
-    assert "adopt: the best config" in report
+    assert "not decided: --characterize 5" in report
     page = Path(folder.path("report.html")).read_text()
     assert "Which learning rate?" in page
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -118,13 +119,18 @@ def test_a_study_of_another_job_or_with_other_questions_is_refused(resources, st
     assert find_round(str(tmp_path), "rates", new=True).uri == f"{folder.uri[:-1]}2"
 
 
-def test_the_job_shows_what_would_run_and_what_has_run(resources, study_text, tmp_path):
+def test_the_job_shows_what_has_run(study_text, tmp_path):
     file = tmp_path / "rates.toml"
     file.write_text(study_text)
-    dry = run_job("sweep.py", str(file), "--storage", str(tmp_path), "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert "2 of 2 trials to run, 1 a scientific value, 1 at once" in dry.stderr
-    assert "predicted: " in dry.stderr
+    find_round(str(tmp_path), "rates").write_trial(
+        Trial(run_name="trial-0000", kind="search", index=0, values={"base_learning_rate": 0.05}, status="failed")
+    )
     status = run_job("sweep.py", str(file), "--storage", str(tmp_path), "--status", "--json")
     assert status.returncode == 0, status.stderr
-    assert json.loads(status.stdout) == []
+    assert [trial["status"] for trial in json.loads(status.stdout)] == ["failed"]
+
+
+def test_what_would_run_is_shown_with_its_time(resources, study_text, tmp_path):
+    plan = str(plan_study(parse_study(study_text, "study.toml"), StudyFolder(str(tmp_path)), resources))
+    assert "2 of 2 trials to run, 1 a scientific value, 1 at once" in plan
+    assert "predicted: 1 minutes" in plan
