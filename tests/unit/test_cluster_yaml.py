@@ -128,6 +128,21 @@ def test_job_server_listens_on_the_head_only(written):
     assert "--dashboard-host=127.0.0.1" in start
 
 
+def test_ray_accepts_the_variant_for_machines_that_are_there(written):
+    variant = yaml.safe_load((REPOSITORY / "docs" / "cluster" / "on-premise.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(variant)))
+    assert variant["docker"]["image"] == written["docker"]["image"]
+    assert variant["file_mounts"] == written["file_mounts"]
+    assert variant["setup_commands"] == written["setup_commands"]
+
+
+def test_the_image_is_built_from_that_of_the_nodes(written):
+    text = (REPOSITORY / "docs" / "cluster" / "Dockerfile").read_text()
+    assert f"\nFROM {written['docker']['image']}\n" in text
+    for name in re.search(r"^COPY --chown=ray (.*) \./$", text, re.MULTILINE)[1].split():
+        assert (REPOSITORY / name).is_file()
+
+
 def test_no_secret_is_in_the_file():
     text = PATH.read_text()
     # Key ids, names of secrets with a value, and anything as long and as random as a key or a token.

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import kubernetes_validate
@@ -72,14 +73,19 @@ def test_kubernetes_accepts_the_cron_job():
     kubernetes_validate.validate(load("cronjob.yaml"), KUBERNETES, strict=True)
 
 
-def test_kubernetes_accepts_the_pods_of_the_ray_job():
-    cluster = load("rayjob.yaml")["spec"]["rayClusterSpec"]
+def ray_clusters() -> dict[str, dict]:
+    alone = yaml.safe_load((REPOSITORY / "docs" / "cluster" / "raycluster.yaml").read_text())["spec"]
+    return {"rayjob": load("rayjob.yaml")["spec"]["rayClusterSpec"], "raycluster": alone}
+
+
+@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
+def test_kubernetes_accepts_the_pods_of_a_ray_cluster(name):
+    cluster = ray_clusters()[name]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": group["template"]["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-def test_the_ray_job_runs_the_version_that_is_installed():
-    import ray
-
-    assert load("rayjob.yaml")["spec"]["rayClusterSpec"]["rayVersion"] == ray.__version__
+@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
+def test_a_ray_cluster_runs_the_version_that_is_installed(name):
+    assert ray_clusters()[name]["rayVersion"] == version("ray")
