@@ -12,7 +12,6 @@ from trainer.options import add_config_options, parse_assignment
 
 if TYPE_CHECKING:
     from trainer.launch import ArchitectureDescription
-    from trainer.run_folder import RunResult
 
 
 # Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
@@ -33,6 +32,8 @@ def main(
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
     probe_again: Annotated[bool, Option("--probe-again", help="Measure batch sizes even where it was done.")] = False,
+    profile: Annotated[bool, Option("--profile", help="Trace some steps on every worker: RUN/profile.")] = False,
+    profile_steps: Annotated[int, Option(min=1, help="How many; the first of a run are left out.")] = 10,
     track: Annotated[list[str], Option(help="Where metrics go too: tensorboard, mlflow.")] = [],  # noqa: B006
     **options: Any,
 ) -> None:
@@ -60,9 +61,16 @@ def main(
                 options["dataset"] = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
                 plan = launch.plan_run(options, run, resources, probe_again=probe_again, on_event=on_event)
                 result = launch.launch(
-                    plan, run, resources, max_failures=max_failures, trackers=tuple(track), on_event=on_event
+                    plan,
+                    run,
+                    resources,
+                    max_failures=max_failures,
+                    trackers=tuple(track),
+                    profile_steps=profile_steps * profile,
+                    on_event=on_event,
                 )
-        print_result(run.uri, result)
+        for line in (*result.summary, f"run         {run.uri}"):
+            console.stdout.print(line, markup=False)
         if result.status == "diverged":
             raise JobError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
 
@@ -71,20 +79,8 @@ def print_architectures(described: "list[ArchitectureDescription]") -> None:
     """Print what there is to choose from."""
     table = Table("arch", "parameters", "at size", "smallest size", "source")
     for one in described:
-        parameters = f"{one.parameters:,}" if one.parameters else "too small"
-        table.add_row(one.name, parameters, str(one.image_size), str(one.min_image_size), one.source)
+        table.add_row(one.name, one.size, str(one.image_size), str(one.min_image_size), one.source)
     console.stdout.print(table)
-
-
-def print_result(run: str, result: "RunResult") -> None:
-    """Print what a run came to."""
-    console.stdout.print(f"best epoch  {result.best_epoch} of {result.epochs}")
-    console.stdout.print(f"val         {result.val}", markup=False)
-    if result.test:
-        console.stdout.print(f"test        {result.test}", markup=False)
-    for finding in result.findings:
-        console.stdout.print(f"finding     {finding}", markup=False)
-    console.stdout.print(f"run         {run}", markup=False)
 
 
 if __name__ == "__main__":

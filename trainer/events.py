@@ -68,6 +68,40 @@ class EpochFinished:
 
 
 @dataclass(frozen=True)
+class StepProfiled:
+    """Where the time of a training step goes, on the first worker; operations run beside each other."""
+
+    steps: int
+    """That were traced."""
+    step_ms: float
+    input_ms: float
+    """Waiting for the batch."""
+    all_reduce_ms: float
+    """Adding up gradients, waiting for the others included."""
+    compute_ms: float
+    """All other operations, summed over threads."""
+    slowest_ms: tuple[tuple[str, float], ...]
+    """The types of operations that take most."""
+
+    def __str__(self) -> str:
+        slowest = ", ".join(f"{kind} {spent:.1f}" for kind, spent in self.slowest_ms)
+        return (
+            f"profile of {self.steps} steps, ms a step: {self.step_ms:.1f} in all; input {self.input_ms:.1f}, "
+            f"all-reduce {self.all_reduce_ms:.1f}, compute {self.compute_ms:.1f} over all threads (most: {slowest}); "
+            f"{self.advice}"
+        )
+
+    @property
+    def advice(self) -> str:
+        """What to do about the largest part."""
+        if self.input_ms > 0.2 * self.step_ms:
+            return "the device waits for images: keep the cache folder (XDG_CACHE_HOME) on a fast disk"
+        if self.all_reduce_ms > 0.5 * self.step_ms:
+            return "the workers wait for each other: use a larger batch a worker, or fewer workers"
+        return "the device computes: try --precision auto, a smaller image or network, or more workers"
+
+
+@dataclass(frozen=True)
 class TrialStarted:
     """One worker of a trial of batch sizes has started."""
 
@@ -136,7 +170,16 @@ class StudyTrialEnded:
 
 
 TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
-Event = StageProgressed | RunStarted | WeightsTransferred | EpochFinished | BatchChosen | StudyTrialEnded | TrialEvent
+Event = (
+    StageProgressed
+    | RunStarted
+    | WeightsTransferred
+    | EpochFinished
+    | BatchChosen
+    | StepProfiled
+    | StudyTrialEnded
+    | TrialEvent
+)
 OnEvent = Callable[[Event], None]
 
 

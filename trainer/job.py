@@ -17,6 +17,8 @@ class WorkerJob:
     """URI of the run folder."""
     trackers: tuple[str, ...]
     """Names of `trainer.tracking`: where metrics go besides the run folder."""
+    profile_steps: int
+    """How many steps are traced; 0 for none."""
     largest_per_replica: int | None
     """What a worker's memory holds, where that is known: another number of workers may share the batch otherwise."""
     send_event: OnEvent

@@ -57,6 +57,11 @@ class ArchitectureDescription:
     min_image_size: int
     source: str
 
+    @property
+    def size(self) -> str:
+        """The number of parameters in words."""
+        return f"{self.parameters:,}" if self.parameters else "too small"
+
 
 def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
     """Returns what there is to choose from, counted for a dataset; "" is the embedded one."""
@@ -299,6 +304,7 @@ def launch(
     *,
     max_failures: int = 3,
     trackers: tuple[str, ...] = (),
+    profile_steps: int = 0,
     on_event: OnEvent = ignore_event,
 ) -> RunResult:
     """Starts a run, or continues it from its last checkpoint, and returns its result.
@@ -311,6 +317,7 @@ def launch(
         resources: of the cluster, which is connected.
         max_failures: how often lost workers are started again.
         trackers: where metrics go besides the run folder, from `trainer.tracking`.
+        profile_steps: how many steps are traced, the first ones left out.
         on_event: told of the start, of steps and of epochs.
 
     Raises:
@@ -340,7 +347,7 @@ def launch(
     largest_per_replica = plan.batch.largest_per_replica
     on_event(_describe_start(run, resize_batch(config, num_workers, largest_per_replica), manifest))
     on_event(StageProgressed("starting workers", 0, num_workers))
-    job = WorkerJob(config, manifest, run.uri, trackers, largest_per_replica, ignore_event)
+    job = WorkerJob(config, manifest, run.uri, trackers, profile_steps, largest_per_replica, ignore_event)
     run.delete_interruption()
     try:
         return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event))

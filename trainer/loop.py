@@ -30,6 +30,7 @@ from trainer.export import write_exports
 from trainer.job import WorkerJob, WorkerResult
 from trainer.layers import format_layers
 from trainer.plots import write_mistakes
+from trainer.profile import StepProfiler
 from trainer.run_folder import RunFolder
 from trainer.step import (
     STEP_GRAD_NORM,
@@ -117,6 +118,7 @@ class _Training:
         # Of the epoch that is not finished.
         self._epoch_rows = 0
         self._checkpoint_seconds = 0.0
+        self._profiler = StepProfiler(self._run, rank, job.profile_steps)
         if last is not None:
             self._continue(last, steps_per_epoch)
 
@@ -152,6 +154,8 @@ class _Training:
                         self._job.send_event(EpochFinished(row, self._config.epochs))
             except DivergedError as error:
                 return str(error)
+            finally:
+                self._profiler.close()
         return ""
 
     def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
@@ -182,6 +186,8 @@ class _Training:
         for images, labels in feed.batches(make_batch, range(num_steps)):
             stats.append(self._train_step(images, labels))
             taken = len(stats)
+            if (profiled := self._profiler.after_step(feed.wait_seconds)) and self._rank == 0:
+                self._job.send_event(profiled)
             self._epoch_rows += config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
                 _check_finite(stats, first_step, config.precision)

@@ -9,6 +9,7 @@ STORAGE/RUN/metrics.parquet  one row an epoch
 STORAGE/RUN/steps.parquet    one row an optimizer step
 STORAGE/RUN/model.keras      the best weights, for use elsewhere
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
+STORAGE/RUN/profile/         traces of a few steps, one a worker, for TensorBoard
 STORAGE/RUN/note.md          the note of the run
 STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
 STORAGE/RUN/result.json      RunResult; written last; or a RunInterruption
@@ -81,6 +82,16 @@ class RunResult(BaseModel):
     """Of the last weights as each worker held them: one number, once a worker."""
     train_seconds: float
     """Sum of the epochs, evaluation included."""
+
+    @property
+    def summary(self) -> list[str]:
+        """What the run came to, line by line."""
+        return [
+            f"best epoch  {self.best_epoch} of {self.epochs}",
+            f"val         {self.val}",
+            *([f"test        {self.test}"] if self.test else []),
+            *(f"finding     {finding}" for finding in self.findings),
+        ]
 
 
 class RunInterruption(BaseModel):

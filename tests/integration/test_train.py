@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from trainer import launch, step, storage
 from trainer.dataset import load_manifest, open_split
 from trainer.errors import JobError
 from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
-from trainer.events import EpochFinished, RunStarted
+from trainer.events import EpochFinished, RunStarted, StepProfiled
 from trainer.run_folder import RunFolder, RunResult
 
 # 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
@@ -60,7 +59,13 @@ def train(resources, dataset, tmp_path_factory):
     storage = tmp_path_factory.mktemp("runs")
 
     def run(
-        name: str, network: dict, num_workers: int, on_event=lambda event: None, max_failures: int = 3, **options
+        name: str,
+        network: dict,
+        num_workers: int,
+        on_event=lambda event: None,
+        max_failures: int = 3,
+        profile_steps: int = 0,
+        **options,
     ) -> RunFolder:
         options = {
             **network,
@@ -74,7 +79,8 @@ def train(resources, dataset, tmp_path_factory):
         }
         with launch.open_run(str(storage), name, network["arch"], resources) as run:
             plan = launch.plan_run(options, run, resources)
-            launch.launch(plan, run, resources, max_failures=max_failures, on_event=on_event)
+            limits = {"max_failures": max_failures, "profile_steps": profile_steps}
+            launch.launch(plan, run, resources, **limits, on_event=on_event)
         return run
 
     return run
@@ -86,8 +92,18 @@ def plain_run_of_one(train):
 
 
 @pytest.fixture(scope="module")
-def plain_run_of_two(train):
-    return train("plain-2", PLAIN, 2, evaluate_test=True)
+def profiles() -> list[StepProfiled]:
+    """Of plain-2."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def plain_run_of_two(train, profiles):
+    def keep_profiles(event):
+        if isinstance(event, StepProfiled):
+            profiles.append(event)
+
+    return train("plain-2", PLAIN, 2, keep_profiles, profile_steps=3, evaluate_test=True)
 
 
 def metrics(run: RunFolder) -> dict[str, list[float]]:
@@ -190,6 +206,16 @@ def test_export_gives_the_scores_of_the_best_checkpoint(plain_run_of_one, datase
     np.testing.assert_array_equal(scores.argmax(axis=1), predictions[COLUMNS[1]].to_numpy())
 
 
+def test_a_profile_has_a_trace_of_each_worker_and_says_where_a_step_goes(plain_run_of_two, profiles):
+    traces = Path(plain_run_of_two.path("profile")).rglob("*.xplane.pb")
+    assert sorted(trace.name for trace in traces) == ["worker-0.xplane.pb", "worker-1.xplane.pb"]
+    (profiled,) = profiles
+    assert profiled.steps == 3
+    assert profiled.all_reduce_ms > 0
+    assert profiled.compute_ms > 0
+    assert len(profiled.slowest_ms) == 5
+
+
 def test_a_finished_run_is_not_trained_again(train, plain_run_of_two):
     events = []
     train("plain-2", PLAIN, 2, events.append, evaluate_test=True)
@@ -270,10 +296,13 @@ def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(train, plain_ru
     whole = train("whole", WITH_BATCH_NORM, 2, **options)
     run = RunFolder(whole.uri.replace("whole", "killed"))
 
+    ended = threading.Event()
+
     def kill_in_second_epoch() -> None:
         # 21 steps an epoch.
         while not any(name >= "step-00000030" for name in storage.find_folders(run.checkpoints)):
-            time.sleep(0.002)
+            if ended.wait(0.002):
+                return
         (attempt,) = Path(run.path("attempts")).iterdir()
         os.kill(json.loads(attempt.read_text())["pid"], signal.SIGKILL)
 
@@ -281,6 +310,7 @@ def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(train, plain_ru
     killer.start()
     with pytest.raises(JobError, match="the same command continues it"):
         train("killed", WITH_BATCH_NORM, 2, max_failures=0, checkpoint_every=1, **options)
+    ended.set()
     killer.join()
     assert 22 <= checkpoints.find_last(run.checkpoints).step < 42
     train("killed", WITH_BATCH_NORM, 2, checkpoint_every=1, **options)

@@ -87,7 +87,17 @@ def choices_of(annotation: object) -> set[str]:
 
 
 def test_the_options_of_train_are_the_fields_of_its_config():
-    own = {"list_archs", "storage", "run_name", "max_failures", "track", "probe_again", "wait"}
+    own = {
+        "list_archs",
+        "storage",
+        "run_name",
+        "max_failures",
+        "track",
+        "probe_again",
+        "wait",
+        "profile",
+        "profile_steps",
+    }
     options = set(parameters_of("train.py")) - own
     fields = {*TrainConfig.model_fields, *BatchRequest.model_fields} - {"dataset_fingerprint"}
     assert options - {"arch_argument"} | {"arch_arguments"} == fields

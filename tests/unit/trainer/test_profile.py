@@ -1,0 +1,55 @@
+"""What a trace says of the time of a step."""
+
+import pytest
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+from trainer.profile import sum_op_seconds, summarise
+
+MILLISECOND = 1_000_000_000
+
+
+def make_trace(planes: dict[str, dict[str, list[tuple[str, int]]]]) -> bytes:
+    """Returns an XSpace: planes of lines of (name, milliseconds)."""
+    space = xplane_pb2.XSpace()
+    for plane_name, lines in planes.items():
+        plane = space.planes.add(name=plane_name)
+        for line_name, events in lines.items():
+            line = plane.lines.add(name=line_name)
+            for name, milliseconds in events:
+                number = len(plane.event_metadata) + 1
+                plane.event_metadata[number].name = name
+                line.events.add(metadata_id=number, duration_ps=milliseconds * MILLISECOND)
+    return space.SerializeToString()
+
+
+HOST = {
+    "tf_Compute/1": [
+        ("dense/MatMul:MatMul", 8),
+        ("Process", 99),
+        ("a::b", 99),
+        ("x/CollectiveReduceV2:CollectiveReduceV2", 4),
+    ]
+}
+
+
+def test_operations_of_the_host_are_summed_by_type():
+    seconds = sum_op_seconds(make_trace({"/host:CPU": HOST, "Task Environment": {"a": [("b:C", 5)]}}))
+    assert dict(seconds) == pytest.approx({"MatMul": 0.008, "CollectiveReduceV2": 0.004})
+
+
+def test_operations_of_a_gpu_count_where_there_is_one():
+    gpu = {"TensorFlow Ops": [("dense/MatMul:MatMul", 2)], "Stream #1": [("kernel:MatMul", 7)]}
+    assert dict(sum_op_seconds(make_trace({"/host:CPU": HOST, "/device:GPU:0": gpu}))) == pytest.approx(
+        {"MatMul": 0.002}
+    )
+
+
+@pytest.mark.parametrize(
+    ("waited", "reduced", "expected"),
+    [(0.03, 0.0, "the device waits for images"), (0.0, 0.08, "the workers wait"), (0.0, 0.01, "the device computes")],
+)
+def test_the_largest_part_has_its_advice(waited, reduced, expected):
+    profiled = summarise(10, 0.1, waited, {"MatMul": 0.05, "Relu": 0.01, "CollectiveReduceV2": reduced})
+    assert (profiled.step_ms, profiled.compute_ms) == pytest.approx((10, 6))
+    assert profiled.slowest_ms[0] == pytest.approx(("MatMul", 5))
+    assert expected in str(profiled)
