@@ -390,11 +390,11 @@ def _run_workers(
 
 
 def _find_cause(error: TrainingFailedError, run: RunFolder) -> Exception:
-    """Returns the error to show: a worker's own InputError, or that the run failed and how to go on."""
+    """Returns the error to show: a worker's own, or that the run failed and how to go on."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, InputError):
+        if isinstance(cause, InputError | JobError):
             return cause
     reasons = {str(failure).strip().splitlines()[-1] for failure in failures.values()} or {str(error).splitlines()[-1]}
     return JobError(

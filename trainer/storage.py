@@ -6,6 +6,7 @@ reads the standard AWS variables and files on every node, so no secret enters a 
 """
 
 import contextlib
+import errno
 import functools
 import os
 import uuid
@@ -18,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # s3fs tries each request again, waiting 0.1 x 1.7**n seconds, at most 15; botocore's one retry below it adds jitter. A
 # storage that has never answered is likely misnamed: 3 s of waiting. One that has is worth two minutes.
 _TRIES_BEFORE_FIRST_ANSWER = 6
@@ -312,6 +314,8 @@ def _clear_errors(uri: str) -> Iterator[None]:
         _note_answer(uri)
         raise FileNotFoundError(f"{uri}: not found") from error
     except OSError as error:
+        if error.errno in _FULL:
+            raise JobError(f"{uri}: {error.strerror}; make room, and the same command continues") from error
         if is_local(uri):
             raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
         raise InputError(_s3_message(uri, _first_line(error))) from error
