@@ -268,6 +268,18 @@ def test_batch_norm_averages_are_in_the_checkpoint(batch_norm_runs):
         np.testing.assert_allclose(of_two[name], of_one[name], rtol=2e-3, atol=1e-4, err_msg=name)
 
 
+def test_a_frozen_trunk_keeps_its_weights_and_averages_on_both_workers(train, batch_norm_runs):
+    source = batch_norm_runs[0]
+    frozen = train("frozen", WITH_BATCH_NORM, 2, init_from=source.uri, freeze_trunk=True, ema_momentum=0.0, epochs=1)
+    best = checkpoints.find_best(source.checkpoints)
+    before = checkpoints.from_safetensors(checkpoints.read_file(source.checkpoints, best, checkpoints.MODEL_NAME))
+    after = last_weights(frozen)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert len(changed) == 2
+    assert all(after[name].shape[-1] == 3 for name in changed)
+    assert any("moving_" in name for name in before)
+
+
 def test_another_number_of_workers_goes_on_with_a_batch_that_it_can_share(train, plain_run_of_two):
     run = RunFolder(plain_run_of_two.uri.replace("plain-2", "plain-2-3"))
 
