@@ -4,7 +4,7 @@ Every row is a run of jobs/train.py, one after the other; a run that is finished
 command goes on where it was interrupted, and `jobs/notes.py STORAGE` makes the page of the same runs. What stands after
 `--` goes to each run. Two rows of one architecture on the same images are compared by an exact paired test.
 
-Run: python -m benchmarks.architectures DATASET STORAGE [--arch NAME] [--recipe modern] [--seed 0] [-- OPTIONS]
+Run: python -m benchmarks architectures DATASET STORAGE [--arch NAME] [--recipe modern] [--seed 0] [-- OPTIONS]
 """
 
 import itertools

@@ -4,7 +4,7 @@ Exhaustive search starts fresh processes for one size after the other, from 20% 
 (at least one image), until two in a row do not fit. Both have the same memory limit and the same safety margin.
 Mark: the same answer within 5%, and at most 8 groups of processes.
 
-Run: python -m benchmarks.batch_size DATASET --memory-limit 4 [--arch cnn_tapered] [--precision float32]
+Run: python -m benchmarks batch_size DATASET --memory-limit 4 [--arch cnn_tapered] [--precision float32]
 """
 
 import functools

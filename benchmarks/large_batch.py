@@ -3,7 +3,7 @@
 Each row is a run of jobs/train.py with the recipe's rate scaled by its rule (`TrainConfig.peak_learning_rate`); rows
 that are finished in STORAGE are not trained again. Equal epochs cost the same images, equal steps the same updates.
 
-Run: python -m benchmarks.large_batch DATASET STORAGE --arch cnn_tapered [--small 32] [--large 144] [--seed 0]
+Run: python -m benchmarks large_batch DATASET STORAGE --arch cnn_tapered [--small 32] [--large 144] [--seed 0]
 """
 
 import subprocess

@@ -4,7 +4,7 @@ Photos are resized to the two JPEG sizes and to PNG, and repeated to the number 
 one run. The quality check compares 250x250 gray results with Pillow's LANCZOS of the whole image; mark: `prepare`
 reaches 0.80 of the fastest decoder that passes it.
 
-Run: python -m benchmarks.prepare PHOTOS [--images 2000] [--rounds 3]
+Run: python -m benchmarks prepare PHOTOS [--images 2000] [--rounds 3]
 """
 
 import io

@@ -1,7 +1,7 @@
 """Seconds from the shell to the first optimizer step: TensorflowTrainer against DataParallelTrainer with TF_CONFIG.
 
 Each run is a process of its own with a cluster of its own and two workers that take one step of a toy network; the two
-trainers take turns. Run: python -m benchmarks.trainer_start [RUNS]
+trainers take turns. Run: python -m benchmarks trainer_start [--runs 5]
 """
 
 import statistics
@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -55,12 +57,7 @@ def run_one(trainer_name: str, began: float) -> float:
     return seconds
 
 
-def main() -> None:
-    """Prints the table."""
-    if sys.argv[1:2] == ["--one"]:
-        print(f"first step after {run_one(sys.argv[2], float(sys.argv[3]))}")
-        return
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+def main(runs: Annotated[int, typer.Option(min=1)] = 5) -> None:
     first: dict[str, list[float]] = {name: [] for name in TRAINERS}
     whole: dict[str, list[float]] = {name: [] for name in TRAINERS}
     for _ in range(runs):
@@ -80,4 +77,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        print(f"first step after {run_one(sys.argv[2], float(sys.argv[3]))}")
+    else:
+        typer.run(main)

@@ -1,0 +1,12 @@
+"""Every benchmark by its name: `python -m benchmarks` lists them, `python -m benchmarks NAME --help` explains one."""
+
+import typer
+
+from benchmarks import architectures, batch_size, large_batch, prepare, trainer_start, training
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+for module in (training, prepare, batch_size, large_batch, architectures, trainer_start):
+    app.command(module.__name__.rpartition(".")[2], help=module.__doc__)(module.main)
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")
