@@ -6,7 +6,7 @@ concurrency, after any interruption, and when more trials are added (tuning play
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,11 +80,10 @@ class OptunaSearch:
                 found[one.name] = self._suggest(trial, one)
         return values or found
 
-    def report(self, index: int, history: Iterable[float]) -> bool:
-        """Returns whether a trial shall end, given its objective epoch by epoch."""
+    def report(self, index: int, epoch: int, value: float) -> bool:
+        """Returns whether a trial shall end, given its objective after an epoch; the epochs come in their order."""
         trial = self._trials[index]
-        for epoch, value in enumerate(history, start=1):
-            trial.report(value, epoch)
+        trial.report(value, epoch)
         return bool(trial.should_prune())
 
     def end(self, index: int, objective: float | None) -> None:
@@ -99,8 +98,8 @@ class OptunaSearch:
     def replay(self, index: int, values: Values, history: Sequence[float], objective: float | None) -> None:
         """Takes a trial of an earlier job as if it had been of this one."""
         self.start(index, values)
-        for last in range(1, len(history) + 1):
-            self.report(index, history[:last])
+        for epoch, value in enumerate(history, start=1):
+            self.report(index, epoch, value)
         self.end(index, objective)
 
     def _suggest(self, trial: Any, one: Parameter) -> Any:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,7 @@ def run_study(
 
     Raises:
         InputError: the round has begun with another study, or another job works on it, or a trial can never run.
+        JobError: no trial has completed.
     """
     with hold_lease(folder.path("lease.json"), f"study {folder.uri}"):
         folder.write_study(study)
@@ -156,7 +157,10 @@ def run_study(
         if characterize:
             sweep.run(sweep.repetitions(characterize))
         write_study_report(folder)
-    return folder.read_trials()
+    trials = folder.read_trials()
+    if find_best(study, trials) is None:
+        raise JobError(f"no trial of {folder.uri} has completed; the last one: {trials[-1].reason}")
+    return trials
 
 
 @dataclass
@@ -164,8 +168,8 @@ class _Running:
     trial: Trial
     actor: Any
     started: float
-    history: list[float] = field(default_factory=list)
-    """Objective by epoch."""
+    last_objective: float | None = None
+    """Of its latest epoch."""
 
 
 class _Sweep:
@@ -203,7 +207,12 @@ class _Sweep:
                 values = self._search.start(index, values)
             elif values is None:
                 values = suggest_values(self._study, index)
-            yield Trial(run_name=name, kind="search", index=index, values=values)
+            trial = Trial(run_name=name, kind="search", index=index, values=values)
+            if self._search is not None:
+                # Of an interrupted trial, which goes on after them.
+                for epoch, value in enumerate(self._read_history(trial), start=1):
+                    self._search.report(index, epoch, value)
+            yield trial
 
     def repetitions(self, count: int) -> Iterator[Trial]:
         """Yields the best trial and the incumbent with other seeds."""
@@ -269,14 +278,13 @@ class _Sweep:
             references = [reference for reference, one in running.items() if one.trial.run_name == name]
             if not references or not isinstance(event, EpochFinished):
                 continue
-            one = running[references[0]]
-            one.history = [*one.history[: int(event.row["epoch"]) - 1], event.row[self._study.objective]]
-            stops = self._search is not None and one.trial.kind == "search"
-            if stops and self._search and self._search.report(one.trial.index, one.history):
+            one, epoch = running[references[0]], int(event.row["epoch"])
+            one.last_objective = event.row[self._study.objective]
+            if self._search is None or one.trial.kind != "search":
+                continue
+            if self._search.report(one.trial.index, epoch, one.last_objective):
                 ray.kill(running.pop(references[0]).actor)
-                self._finish(
-                    one, _end_without_result(one.trial, "stopped", f"worse than others after {len(one.history)} epochs")
-                )
+                self._finish(one, _end_without_result(one.trial, "stopped", f"worse than others after {epoch} epochs"))
 
     def _end(self, one: _Running, reference: Any) -> None:
         try:
@@ -292,7 +300,7 @@ class _Sweep:
     def _finish(self, one: _Running, trial: Trial) -> None:
         seconds = time.monotonic() - one.started
         if trial.status == "stopped":
-            trial = trial.model_copy(update={"objective": one.history[-1]})
+            trial = trial.model_copy(update={"objective": one.last_objective})
         trial = trial.model_copy(update={"seconds": seconds})
         if self._search is not None and trial.kind == "search":
             self._search.end(trial.index, trial.objective if trial.status == "completed" else None)
@@ -312,10 +320,13 @@ class _Sweep:
         search = OptunaSearch(self._study)
         for trial in self._known.values():
             if trial.kind == "search" and trial.ended:
-                history = [row[self._study.objective] for row in self._folder.run(trial).read_metrics()]
                 objective = trial.objective if trial.status == "completed" else None
-                search.replay(trial.index, trial.values, history, objective)
+                search.replay(trial.index, trial.values, self._read_history(trial), objective)
         return search
+
+    def _read_history(self, trial: Trial) -> list[float]:
+        """Returns the objective of a trial by epoch, as far as it has come."""
+        return [row[self._study.objective] for row in self._folder.run(trial).read_metrics()]
 
 
 class _TrialActor:
