@@ -5,6 +5,7 @@ concurrency, after any interruption, and when more trials are added (tuning play
 """
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,7 +73,7 @@ class OptunaSearch:
             values = suggest_values(self._study, index)
         if values is not None:
             labels = {one.label: values[one.name] for one in self._study.parameters if one.applies(values)}
-            self._search.enqueue_trial({name: _hashable(value) for name, value in labels.items()})
+            self._search.enqueue_trial({name: _to_choice(value) for name, value in labels.items()})
         trial = self._trials[index] = self._search.ask()
         found: Values = {}
         for one in self._study.parameters:
@@ -104,8 +105,8 @@ class OptunaSearch:
 
     def _suggest(self, trial: Any, one: Parameter) -> Any:
         if isinstance(one.domain, Choice):
-            chosen = trial.suggest_categorical(one.label, [_hashable(value) for value in one.domain.values])
-            return list(chosen) if isinstance(chosen, tuple) else chosen
+            choices = [_to_choice(value) for value in one.domain.values]
+            return one.domain.values[choices.index(trial.suggest_categorical(one.label, choices))]
         log = one.domain.scale == "log"
         if one.domain.integer:
             return trial.suggest_int(one.label, round(one.domain.low), round(one.domain.high), log=log)
@@ -156,8 +157,9 @@ def _value_at(domain: Range | Choice, position: float) -> Any:
     return domain.values[min(int(position * len(domain.values)), len(domain.values) - 1)]
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _to_choice(value: Any) -> Any:
+    """Returns a value as Optuna takes it, which knows no lists."""
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def merge_options(base: Mapping[str, Any], values: Values) -> dict[str, Any]:
