@@ -9,15 +9,13 @@ from trainer import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-ALL_METHODS = ["grad_cam", "integrated_gradients", "smooth_grad", "occlusion"]
-
 
 @app.command()
 def main(
     run: Annotated[str, Argument(help="Run folder, local or s3://.")],
     images: Annotated[list[str], Option(help="Image files; default: the worst predictions on the val split.")] = [],  # noqa: B006
     count: Annotated[int, Option(min=1, help="How many of the worst predictions.")] = 8,
-    method: Annotated[list[str], Option(help="Attribution methods.")] = ALL_METHODS,
+    method: Annotated[list[str], Option(help="Attribution methods; default: all.")] = [],  # noqa: B006
     tested_images: Annotated[int, Option(min=8, help="Val images that the methods are tested on.")] = 64,
     output: Annotated[str, Option(help="Folder or s3:// prefix; default: RUN/explanations.")] = "",
 ) -> None:

@@ -72,7 +72,7 @@ def explain_run(
     Args:
         uri: of a finished run.
         images: of the run's size and channels.
-        methods: names of `trainer.attribution.METHODS`.
+        methods: names of `trainer.attribution.METHODS`; none for all.
         output: folder or s3:// prefix; empty for a folder of the run.
         resources: of the cluster, which is connected.
         tested_images: of the validation split, drawn with a fixed seed, that the methods are tested on.
@@ -95,6 +95,7 @@ def _explain(
     # In a worker: the driver must not import TensorFlow.
     from trainer.attribution import METHODS
 
+    methods = methods or list(METHODS)
     if unknown := [name for name in methods if name not in METHODS]:
         raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
     run, config, _ = read_finished_run(uri)

@@ -379,6 +379,8 @@ class _TrialActor:
 def _options(study: Study, values: Values) -> dict[str, Any]:
     """Returns the options of a trial as `trainer.launch` takes them."""
     options = merge_options(study.base, values)
+    # The process of a trial has a current folder of its own.
+    options |= {name: storage.resolve_uri(options[name]) for name in ("dataset", "init_from") if options.get(name)}
     options["num_workers"] = str(options.get("num_workers", "auto"))
     return {"recipe": "modern", **options, "epochs": study.epochs, "steps": study.steps}
 
