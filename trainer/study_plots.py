@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 
 from trainer.options import format_value
 from trainer.plots import COLOURS
-from trainer.study import Choice, Parameter, Study
+from trainer.study import Choice, Parameter, Range, Study
 from trainer.study_analysis import BestOf, best_of_k, find_best
 from trainer.study_folder import Trial
 
 _IN_A_ROW = 3
+_MARGIN = 0.05
 _PLOT_WIDTH, _PLOT_HEIGHT = 4.0, 3.2
 
 
@@ -53,10 +54,7 @@ def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
             axes.set_xticks(range(len(names)), names, parse_math=False)
             axes.set_xlim(-0.5, len(names) - 0.5)
         else:
-            if parameter.domain.scale == "log":
-                axes.set_xscale("log")
-            for end in (parameter.domain.low, parameter.domain.high):
-                axes.axvline(end, color="0.8", linestyle=":")
+            _set_range(axes, parameter.domain)
     return figure
 
 
@@ -96,6 +94,19 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
         axes.set(xlabel="epoch", ylabel=f"{name} (dashed: train)")
         axes.legend()
     return figure
+
+
+def _set_range(axes: Axes, domain: Range) -> None:
+    """Shows the whole of a range, with its ends, however few of its values were tried."""
+    if domain.scale == "log":
+        margin = (domain.high / domain.low) ** _MARGIN
+        axes.set_xscale("log")
+        axes.set_xlim(domain.low / margin, domain.high * margin)
+    else:
+        margin = (domain.high - domain.low) * _MARGIN
+        axes.set_xlim(domain.low - margin, domain.high + margin)
+    for end in (domain.low, domain.high):
+        axes.axvline(end, color="0.8", linestyle=":")
 
 
 def _place(parameter: Parameter, trial: Trial) -> float:
