@@ -44,7 +44,7 @@ def main(
         launch.check_arch(arch, options["arch_arguments"])
         if dataset:
             launch.check_dataset(arch, dataset)
-        with connect() as cluster, console.show_events() as on_event:
+        with connect(may_wait=True) as cluster, console.show_events() as on_event:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             if not dataset:
                 from data_prep.embedded import prepare_embedded

@@ -24,7 +24,7 @@ def main(storage: Annotated[str, Option(help="Where runs go, local or s3://.")] 
         if not any(one.mend for one in findings):
             from trainer.cluster import connect
 
-            with connect() as resources:
+            with connect(may_wait=True) as resources:
                 of_cluster = check_cluster(storage, resources)
             print_findings(of_cluster)
             findings += of_cluster

@@ -55,7 +55,7 @@ def main(
         check_trackers(track)
         if dataset:
             launch.check_dataset(arch, dataset)
-        with console.show_events() as on_event, connect() as cluster:
+        with console.show_events() as on_event, connect(may_wait=True) as cluster:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             with launch.open_run(storage, run_name, arch, resources) as run:
                 options["dataset"] = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)

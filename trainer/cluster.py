@@ -61,15 +61,18 @@ class Resources:
 
 
 @contextlib.contextmanager
-def connect() -> Iterator[Resources]:
+def connect(*, may_wait: bool = False) -> Iterator[Resources]:
     """Connects to Ray for the time of the context and yields what the cluster has.
 
     Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
     happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
     the job itself. The session folder of such a cluster goes with it, unless the job failed.
 
+    Args:
+        may_wait: whether the job knows what to do with a cluster of which no node works yet.
+
     Raises:
-        InputError: no cluster answers at RAY_ADDRESS, or it refuses the token.
+        InputError: no cluster answers at RAY_ADDRESS, or it refuses the token, or no node of it works.
         JobError: that of the context; says where Ray's logs are.
     """
     for name, value in _RAY_ENVIRONMENT.items():
@@ -99,7 +102,10 @@ def connect() -> Iterator[Resources]:
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield read_resources()
+        resources = read_resources()
+        if not resources.num_cpus and not may_wait:
+            raise InputError("no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`)")
+        yield resources
     except JobError as error:
         useless = ""
         raise (JobError(f"{error}; Ray's logs are in {session}") if session else error) from error

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import ray
 from pydantic import TypeAdapter, ValidationError
 from ray.train import TrainingFailedError
 
@@ -441,6 +443,9 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     write_plots(run, last.history, steps, result, config.clip_norm)
     if (record := run.read_record()) and record.batch and record.batch.table:
         write_batch_sizes(run, record.batch.table)
+    if job.profile_steps:
+        # Chrome's trace viewer and ui.perfetto.dev show it.
+        storage.write_bytes(run.path("profile", "ray_timeline.json"), json.dumps(ray.timeline()).encode())
     if "mlflow" in job.trackers:
         log_to_mlflow(run, config, last.history, result)
     write_note(run, result)
