@@ -60,13 +60,22 @@ def assert_ends(job: subprocess.Popen[str], signal_name: str, code: int, folders
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
-def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, folders, tmp_path):
+def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Path) -> None:
+    """Two runs of one name are not mixed."""
+    other = run_job("train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(storage))
+    assert other.returncode == 2, other.stderr
+    assert f"run one is in use by process {job.pid}" in other.stderr
+
+
+def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, dataset, folders, tmp_path):
     run = tmp_path / "one"
     # A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
     for attempt, (send, number, code) in enumerate([(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]):
         job = start()
         assert not (run / "result.json").exists()
         assert len(list((run / "attempts").iterdir())) == attempt + 1
+        if attempt == 0:
+            assert_refused_beside(job, dataset, tmp_path)
         started = psutil.Process(job.pid).children(recursive=True)
         assert len(started) > 3
         for _ in range(2):
@@ -91,12 +100,3 @@ def test_a_signal_while_ray_is_starting_leaves_nothing(folders, tmp_path):
     os.killpg(job.pid, signal.SIGINT)
     assert_ends(job, "SIGINT", 130, folders)
     assert not psutil.wait_procs(started, timeout=10)[1]
-
-
-def test_two_runs_of_one_name_are_not_mixed(start, dataset, tmp_path):
-    job = start()
-    other = run_job("train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path))
-    job.terminate()
-    job.communicate(timeout=60)
-    assert other.returncode == 2, other.stderr
-    assert f"run one is in use by process {job.pid}" in other.stderr
