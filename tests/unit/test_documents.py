@@ -1,0 +1,44 @@
+"""Every command of the documents is one that the jobs accept, and every link leads somewhere."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from tests.conftest import REPOSITORY
+
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+EXAMPLES = [*DOCUMENTS, REPOSITORY / "cluster.yaml", *sorted((REPOSITORY / "jobs" / "schedule").iterdir())]
+
+
+def job_commands() -> list[tuple[str, str]]:
+    """The name of a job and its options, as they stand in code: after ``python``, up to a comment or a quote."""
+    found = {
+        match.groups()
+        for path in EXAMPLES
+        for match in re.finditer(r"python jobs/(\w+\.py)((?: [^\n#`|>&;)]+)?)", path.read_text())
+    }
+    # Help ends a job as it is parsed; three dots stand for anything.
+    return sorted(
+        (job, words.strip()) for job, words in found if words.strip() and not re.search(r"--help|\.\.\.", words)
+    )
+
+
+@pytest.mark.parametrize(("job", "options"), job_commands())
+def test_a_job_accepts_the_command(job, options):
+    app = runpy.run_path(str(REPOSITORY / "jobs" / job))["app"]
+    typer.main.get_command(app).make_context(job, shlex.split(options))
+
+
+def test_the_commands_are_found():
+    assert len({job for job, _ in job_commands()}) == len(list((REPOSITORY / "jobs").glob("*.py")))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_within_the_repository_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
+        if "://" not in target:
+            assert Path(document.parent, target).exists(), target
