@@ -42,13 +42,12 @@ def main(runs: Annotated[int, typer.Option()] = 50) -> None:
             started = time.monotonic()
             with launch.open_run(f"{folder}/runs", f"run-{number}", options["arch"], resources) as run:
                 launch.launch(launch.plan_run(options, run, resources), run, resources)
-            # The storage is the user's; what it holds is meant to grow.
             if number % max(1, runs // 10) == 0 or number == 1:
                 time.sleep(3)
-                print(f"{number:4}  {measure()}  {time.monotonic() - started - 3:7.1f}", flush=True)
+                print(f"{number:4}  {measure(folder)}  {time.monotonic() - started - 3:7.1f}", flush=True)
         four_at_once(folder)
         time.sleep(3)
-        print(f"four at once: {measure()}")
+        print(f"four at once: {measure(folder)}")
 
 
 def four_at_once(folder: str) -> None:
@@ -64,8 +63,8 @@ def four_at_once(folder: str) -> None:
     print(f"exit codes of four at once: {codes}", flush=True)
 
 
-def measure() -> str:
-    """Returns what is used now, in the order of the heading."""
+def measure(folder: str) -> str:
+    """Returns what is used now, in the order of the heading; the runs' own folder is meant to grow and left out."""
     driver = psutil.Process()
     processes = [driver, *driver.children(recursive=True)]
     resident, files = 0, 0
@@ -76,7 +75,7 @@ def measure() -> str:
         except psutil.NoSuchProcess:
             continue
     objects = ray.cluster_resources()["object_store_memory"] - ray.available_resources()["object_store_memory"]
-    temporary = sum(len(names) for _, _, names in os.walk(tempfile.gettempdir()) if names)
+    temporary = sum(len(names) for place, _, names in os.walk(tempfile.gettempdir()) if not place.startswith(folder))
     columns = (
         f"{driver.memory_info().rss / 2**20:10.0f}  {resident / 2**20:11.0f}  {len(processes):9}  {files:10}  "
         f"{objects / 2**20:11.1f}  {temporary:15}"
