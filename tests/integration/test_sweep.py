@@ -91,6 +91,7 @@ def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tm
     assert not any(isinstance(event, StudyTrialEnded) for event in events)
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_worse_than_others_is_ended_early(resources, study_text, tmp_path):
     text = study_text.replace("[0.05, 1e30]", "[0.2, 1e-9]")
     study = parse_study(text.replace("epochs = 2", 'epochs = 40\nearly_stopping = "asha"'), "study.toml")

@@ -281,6 +281,7 @@ def test_a_frozen_trunk_keeps_its_weights_and_averages_on_both_workers(train, ba
     assert any("moving_" in name for name in before)
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on_with_a_batch_that_it_can_share(train, plain_run_of_two):
     run = RunFolder(plain_run_of_two.uri.replace("plain-2", "plain-2-3"))
 
