@@ -63,6 +63,11 @@ class ImageOptions(BaseModel):
     background: int = Field(255, ge=0, le=255)
     """Gray value behind transparent pixels and of the bars of pad: 255 is white."""
 
+    @classmethod
+    def of(cls, record: BaseModel) -> "ImageOptions":
+        """Returns the options that a manifest, or a config of a preparation, has among its own."""
+        return cls(**record.model_dump(include=set(cls.model_fields)))
+
 
 class RejectedImageError(Exception):
     """The file cannot be used; ``reason`` says why."""

@@ -254,7 +254,7 @@ def _decode_slice(
         # Ray runs a task again whose node or process died; what it had committed stays.
         return {"images": item["rows"]}
     listed = ray.get(images).slice(item["start"], item["rows"])
-    options = ImageOptions(**config.model_dump(include=set(ImageOptions.model_fields)))
+    options = ImageOptions.of(config)
     pixels: list[Pixels] = []
     rows: list[dict[str, Any]] = []
     contents, outcomes = decode_listed(source, listed, options)

@@ -28,7 +28,7 @@ def main(
         from trainer.inference import read_finished_run
 
         manifest = read_finished_run(run)[0].read_manifest()
-        options = ImageOptions(**manifest.model_dump(include=set(ImageOptions.model_fields)))
+        options = ImageOptions.of(manifest)
         chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
         with connect() as resources:
             tests, report = explain_run(run, chosen, method, output, resources, tested_images=tested_images)

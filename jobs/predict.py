@@ -32,7 +32,7 @@ def main(
         from trainer.inference import predict_images, read_finished_run
 
         manifest = read_finished_run(run)[0].read_manifest()
-        options = ImageOptions(**manifest.model_dump(include=set(ImageOptions.model_fields)))
+        options = ImageOptions.of(manifest)
         with connect() as resources, console.show_events() as on_event:
             images, num_images = read_images(source, source_format, options)
             summary = predict_images(

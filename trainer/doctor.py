@@ -91,6 +91,7 @@ def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
         findings.append(
             Finding("storage", f"{uri} is a local path, and there are {resources.num_nodes} nodes", "give s3://")
         )
+    versions = _find_versions()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     inspect = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
     reports = {
@@ -111,7 +112,7 @@ def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
             reason = str(error).strip().splitlines()[-1]
             findings.append(Finding(f"node {name}", reason, "install this version of the project there"))
         else:
-            findings += check_node(name, report, _find_versions(), int(node["Resources"].get("GPU", 0)))
+            findings += check_node(name, report, versions, int(node["Resources"].get("GPU", 0)))
     return findings
 
 

@@ -1,9 +1,7 @@
 """Shows what a run's network looks at: attribution maps, a test of whether they mean anything, and its first layer."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,16 +150,12 @@ class _Network:
     """The best weights of a run, taken apart into the scaling of pixels and the network that gives logits."""
 
     def __init__(self, run: RunFolder) -> None:
-        import tf_keras
+        from trainer.export import load_export
 
         try:
-            content = storage.read_bytes(run.path("model.keras"))
+            _, self._scaling, self.logits, self._head = load_export(run).layers
         except FileNotFoundError as error:
             raise InputError(f"RUN {run.uri} has no model.keras, which training writes at its end") from error
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.keras")
-            path.write_bytes(content)
-            _, self._scaling, self.logits, self._head = tf_keras.models.load_model(path, compile=False).layers
 
     def scale(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Returns images as the network sees them."""

@@ -34,6 +34,18 @@ def build_export(arrays: Arrays, manifest: Manifest, config: TrainConfig) -> Any
     return keras.Model(images, scores, name=config.arch)
 
 
+def load_export(run: RunFolder) -> Any:
+    """Returns the model in ``model.keras`` of a run, as `build_export` made it.
+
+    Raises:
+        FileNotFoundError: training has not written it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.keras")
+        path.write_bytes(storage.read_bytes(run.path("model.keras")))
+        return keras.models.load_model(path, compile=False)
+
+
 def write_exports(run: RunFolder, arrays: Arrays, manifest: Manifest, config: TrainConfig) -> None:
     """Writes ``model.keras``, and ``saved_model/`` where the config asks for it."""
     model = build_export(arrays, manifest, config)

@@ -1,9 +1,7 @@
 """Uses the best checkpoint of a finished run: evaluates it on a split, or predicts images."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,13 +233,10 @@ class _Predictor:
     """One loaded network: an actor of Ray Data."""
 
     def __init__(self, run_uri: str, class_names: list[str]) -> None:
-        import tf_keras
+        from trainer.export import load_export
 
         self._class_names = np.array(class_names, np.object_)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.keras")
-            path.write_bytes(storage.read_bytes(RunFolder(run_uri).path("model.keras")))
-            self._model = tf_keras.models.load_model(path, compile=False)
+        self._model = load_export(RunFolder(run_uri))
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         scores = self._model.predict_on_batch(batch["image"])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.errors import InputError
 from trainer.inference import read_finished_run
@@ -88,7 +87,7 @@ def read_workload(uri: str) -> Workload:
     manifest, history = run.read_manifest(), run.read_metrics()
     rate = float(np.median([row["images_per_second"] / row["num_workers"] for row in history]))
     sizes = storage.find_files(storage.join(run.checkpoints, result.best_checkpoint))
-    if checkpoints.find_best(run.checkpoints) is None:
+    if not sizes:
         raise InputError(f"RUN {uri} has no checkpoint any more; train it again")
     return Workload(
         image_seconds=1 / rate,

@@ -6,7 +6,6 @@ concurrency, after any interruption, and when more trials are added (tuning play
 
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,13 +29,13 @@ def suggest_values(study: Study, index: int) -> Values:
     parameters = study.parameters
     if study.algorithm == "grid":
         return _select(parameters, list(itertools.product(*map(_grid_positions, parameters)))[index])
-    turns = [one for one in parameters if _takes_turns(one)]
-    combinations = list(itertools.product(*(range(len(_choices(one))) for one in turns)))
+    turns = [one for one in parameters if one.takes_turns]
+    combinations = list(itertools.product(*(range(len(one.choices)) for one in turns)))
     combination = combinations[index % len(combinations)]
-    others = [one for one in parameters if not _takes_turns(one)]
+    others = [one for one in parameters if not one.takes_turns]
     point = _draw_point(study.algorithm, len(others), study.seed, index // len(combinations)) if others else ()
     positions = {
-        **{one.label: (turn + 0.5) / len(_choices(one)) for one, turn in zip(turns, combination, strict=True)},
+        **{one.label: (turn + 0.5) / len(one.choices) for one, turn in zip(turns, combination, strict=True)},
         **dict(zip((one.label for one in others), point, strict=True)),
     }
     return _select(parameters, [positions[one.label] for one in parameters])
@@ -111,19 +110,6 @@ class OptunaSearch:
         if one.domain.integer:
             return trial.suggest_int(one.label, round(one.domain.low), round(one.domain.high), log=log)
         return trial.suggest_float(one.label, one.domain.low, one.domain.high, log=log)
-
-
-def count_combinations(study: Study) -> int:
-    """Returns how many scientific values there are, all choices together."""
-    return math.prod(len(_choices(one)) for one in study.parameters if _takes_turns(one))
-
-
-def _takes_turns(one: Parameter) -> bool:
-    return one.role == "scientific" and one.parent is None and isinstance(one.domain, Choice)
-
-
-def _choices(one: Parameter) -> list[Any]:
-    return one.domain.values if isinstance(one.domain, Choice) else []
 
 
 def _draw_point(algorithm: str, dimensions: int, seed: int, index: int) -> Sequence[float]:

@@ -97,6 +97,16 @@ class Parameter:
         """The name that tells it from a parameter of the same name under another parent."""
         return f"{self.name} ({self.parent[0]}={self.parent[1]})" if self.parent else self.name
 
+    @property
+    def choices(self) -> list[Any]:
+        """Its values where it is a choice; none of a range."""
+        return self.domain.values if isinstance(self.domain, Choice) else []
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether each of its values gets as many trials: a scientific choice that always exists."""
+        return self.role == "scientific" and self.parent is None and bool(self.choices)
+
     def applies(self, values: Mapping[str, Any]) -> bool:
         """Returns whether it exists beside these values of the other parameters."""
         return self.parent is None or values.get(self.parent[0]) == self.parent[1]
@@ -137,6 +147,11 @@ class Study(_Strict):
     def parameters(self) -> list[Parameter]:
         """All that is varied, scientific first."""
         return [*_parse_parameters(self.scientific, "scientific"), *_parse_parameters(self.nuisance, "nuisance")]
+
+    @property
+    def num_combinations(self) -> int:
+        """How many scientific values there are, all choices together."""
+        return math.prod(len(one.choices) for one in self.parameters if one.takes_turns)
 
     @property
     def maximises(self) -> bool:
@@ -194,16 +209,12 @@ def parse_study(text: str, source: str) -> Study:
 
 def find_warnings(study: Study) -> list[str]:
     """Returns what the playbook advises against, for what a file asks: one line each."""
-    parameters = study.parameters
-    combinations = math.prod(
-        len(one.domain.values) for one in parameters if one.role == "scientific" and isinstance(one.domain, Choice)
-    )
-    per_value = study.trials // max(1, combinations)
+    per_value = study.trials // study.num_combinations
     # Tuning playbook, "what are the update rules ... and how should they be tuned".
     least_trials = {"base_learning_rate": 1, "beta_1": 10, "epsilon": 25, "beta_2": 50}
     return [
         f"{one.label} is worth tuning from {least_trials[one.name]} trials a scientific value, there are {per_value}"
-        for one in parameters
+        for one in study.parameters
         if one.role == "nuisance" and per_value < least_trials.get(one.name, 0)
     ]
 
@@ -212,18 +223,13 @@ def _parse_parameters(table: Mapping[str, Any], role: Role) -> list[Parameter]:
     """Returns what a table of the file varies: ``NAME``, ``arch_arguments.NAME`` and ``"PARENT=VALUE"`` tables."""
     found = []
     for key, value in table.items():
-        if "=" in key:
-            name, _, text = key.partition("=")
-            parent = (name.strip(), _parse_scalar(text.strip()))
-            found += [
-                Parameter(one, role, _parse_domain(domain, (role, key, one)), parent)
-                for one, domain in _flatten(value).items()
-            ]
-        else:
-            found += [
-                Parameter(one, role, _parse_domain(domain, (role, one)))
-                for one, domain in _flatten({key: value}).items()
-            ]
+        name, conditional, text = key.partition("=")
+        parent = (name.strip(), _parse_scalar(text.strip())) if conditional else None
+        location = (role, key) if conditional else (role,)
+        found += [
+            Parameter(one, role, _parse_domain(domain, (*location, one)), parent)
+            for one, domain in _flatten(value if conditional else {key: value}).items()
+        ]
     return found
 
 

@@ -8,6 +8,7 @@ STORAGE/STUDY/ROUND/report.md     the answer and its evidence; report.html and p
 """
 
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -103,12 +104,17 @@ class StudyFolder:
         storage.write_bytes(self.path("trials", f"{trial.run_name}.json"), trial.model_dump_json(indent=2).encode())
 
     def read_trials(self) -> list[Trial]:
-        """Returns the trials that have started: those of the search by number, then the repetitions."""
+        """Returns the trials that have started."""
         found = [
             Trial.model_validate_json(storage.read_bytes(self.path("trials", name)))
             for name in storage.find_files(self.path("trials"))
         ]
-        return sorted(found, key=lambda trial: (trial.kind != "search", trial.index, trial.run_name))
+        return sort_trials(found)
+
+
+def sort_trials(trials: Iterable[Trial]) -> list[Trial]:
+    """Returns the trials of the search by number, then the repetitions."""
+    return sorted(trials, key=lambda trial: (trial.kind != "search", trial.index, trial.run_name))
 
 
 def find_round(storage_uri: str, name: str, *, new: bool = False) -> StudyFolder:

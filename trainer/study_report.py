@@ -23,19 +23,17 @@ from trainer.study_analysis import (
 from trainer.study_folder import StudyFolder, Trial
 from trainer.study_plots import draw_axes, draw_best_of_k, draw_curves, draw_isolation
 
-REPORT_NAMES = ("report.md", "report.html")
 _CURVES_OF = 3
 
 
-def write_study_report(folder: StudyFolder) -> list[str]:
-    """Writes ``report.md``, ``report.html`` and their plots of a round, finished or not, and returns the URIs of both.
+def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> None:
+    """Writes ``report.md``, ``report.html`` and their plots of a round, finished or not.
 
     Args:
-        folder: of a round that has begun.
+        folder: of the round.
+        study: of the round.
+        trials: all that have started.
     """
-    study, trials = folder.read_study(), folder.read_trials()
-    if study is None:
-        raise ValueError(f"{folder.uri} has no study")
     plots = _draw(folder, study, trials)
     for name, content in plots.items():
         storage.write_bytes(folder.path("plots", f"{name}.png"), content)
@@ -43,10 +41,9 @@ def write_study_report(folder: StudyFolder) -> list[str]:
     ended = sum(one.ended and one.kind == "search" for one in trials)
     subtitle = f"{ended} of {study.trials} trials, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
     page = render_sections(study.goal, subtitle, sections, plots)
-    texts = dict(zip(REPORT_NAMES, (_format_markdown(study.goal, subtitle, sections), page), strict=True))
-    for name, text in texts.items():
+    markdown = _format_markdown(study.goal, subtitle, sections)
+    for name, text in (("report.md", markdown), ("report.html", page)):
         storage.write_bytes(folder.path(name), text.encode())
-    return [folder.path(name) for name in texts]
 
 
 def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[str, bytes]:

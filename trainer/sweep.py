@@ -26,10 +26,10 @@ from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, Study
 from trainer.lease import hold_lease
 from trainer.options import format_command, format_value
 from trainer.run_folder import RunFolder, RunInterruption
-from trainer.search import OptunaSearch, Values, count_combinations, merge_options, suggest_values
+from trainer.search import OptunaSearch, Values, merge_options, suggest_values
 from trainer.study import Study
 from trainer.study_analysis import find_best
-from trainer.study_folder import StudyFolder, Trial, TrialStatus
+from trainer.study_folder import StudyFolder, Trial, TrialStatus, sort_trials
 from trainer.study_report import write_study_report
 from trainer.workers import parse_num_workers
 
@@ -91,7 +91,7 @@ def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> Study
         nuisance=[text for role, text in described if role == "nuisance"],
         trials=study.trials,
         trials_left=left,
-        trials_per_value=study.trials / count_combinations(study),
+        trials_per_value=study.trials / study.num_combinations,
         concurrency=concurrency,
         predicted_seconds=None if of_trial is None else of_trial * -(-left // concurrency),
     )
@@ -156,8 +156,8 @@ def run_study(
         sweep.run(sweep.search_trials())
         if characterize:
             sweep.run(sweep.repetitions(characterize))
-        write_study_report(folder)
-    trials = folder.read_trials()
+        trials = sweep.trials
+        write_study_report(folder, study, trials)
     if find_best(study, trials) is None:
         raise JobError(f"no trial of {folder.uri} has completed; the last one: {trials[-1].reason}")
     return trials
@@ -187,22 +187,30 @@ class _Sweep:
         self._study, self._folder = study, folder
         self._concurrency = find_concurrency(study, resources)
         self._max_failures, self._on_event = max_failures, on_event
-        self._known = {
-            one.run_name: one for one in folder.read_trials() if not (retry_failed and one.status == "failed")
-        }
+        self._known = {one.run_name: one for one in folder.read_trials()}
+        if retry_failed:
+            self._known |= {
+                name: one.model_copy(update={"status": "running"})
+                for name, one in self._known.items()
+                if one.status == "failed"
+            }
         self._search = self._replay() if study.algorithm == "tpe" or study.early_stopping == "asha" else None
         self._reported = time.monotonic()
         self._idle: list[Any] = []
         """Actors whose trial has ended well: the next one spares itself three seconds of imports."""
 
+    @property
+    def trials(self) -> list[Trial]:
+        """All that have started."""
+        return sort_trials(self._known.values())
+
     def search_trials(self) -> Iterator[Trial]:
         """Yields the trials of the search that have not ended, each when it can start."""
         for index in range(self._study.trials):
             name = f"trial-{index:04d}"
-            known = self._known.get(name)
-            if known is not None and known.ended:
+            if self._has_ended(name):
                 continue
-            values = known.values if known else None
+            values = self._known[name].values if name in self._known else None
             if self._search is not None:
                 values = self._search.start(index, values)
             elif values is None:
@@ -215,18 +223,20 @@ class _Sweep:
             yield trial
 
     def repetitions(self, count: int) -> Iterator[Trial]:
-        """Yields the best trial and the incumbent with other seeds."""
-        best = find_best(self._study, self._folder.read_trials())
+        """Yields the best trial and the incumbent with other seeds, as far as they have not ended."""
+        best = find_best(self._study, self.trials)
         if best is None:
             return
         seed = int(self._study.base.get("seed", 0))
         for offset in range(1, count + 1):
-            values = {**best.values, "seed": seed + offset}
-            yield Trial(run_name=f"best-{best.index:04d}-seed-{offset}", kind="best", index=best.index, values=values)
+            of_seed = {"seed": seed + offset}
+            name = f"best-{best.index:04d}-seed-{offset}"
+            if not self._has_ended(name):
+                yield Trial(run_name=name, kind="best", index=best.index, values={**best.values, **of_seed})
+            name = f"incumbent-seed-{offset}"
             # The base config with nothing changed, where it is a whole one.
-            if "arch" in self._study.base:
-                incumbent = {"seed": seed + offset}
-                yield Trial(run_name=f"incumbent-seed-{offset}", kind="incumbent", index=0, values=incumbent)
+            if "arch" in self._study.base and not self._has_ended(name):
+                yield Trial(run_name=name, kind="incumbent", index=0, values=of_seed)
 
     def run(self, trials: Iterator[Trial]) -> None:
         """Runs trials, as many at once as fit, until all have ended."""
@@ -234,7 +244,7 @@ class _Sweep:
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
         try:
             while True:
-                while len(running) < self._concurrency and (trial := self._next(trials)):
+                while len(running) < self._concurrency and (trial := next(trials, None)):
                     reference, started = self._start(trial, queue)
                     running[reference] = started
                 if not running:
@@ -249,12 +259,8 @@ class _Sweep:
             self._idle.clear()
             queue.shutdown()
 
-    def _next(self, trials: Iterator[Trial]) -> Trial | None:
-        for trial in trials:
-            known = self._known.get(trial.run_name)
-            if known is None or not known.ended:
-                return trial
-        return None
+    def _has_ended(self, run_name: str) -> bool:
+        return run_name in self._known and self._known[run_name].ended
 
     def _start(self, trial: Trial, queue: Queue) -> tuple[Any, _Running]:
         self._keep(trial)
@@ -307,7 +313,7 @@ class _Sweep:
         self._keep(trial)
         self._on_event(StudyTrialEnded(trial.run_name, _describe_trial(trial, self._study)))
         if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
-            write_study_report(self._folder)
+            write_study_report(self._folder, self._study, self.trials)
             self._reported = time.monotonic()
 
     def _keep(self, trial: Trial) -> None:
