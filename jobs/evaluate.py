@@ -25,7 +25,7 @@ def main(
         from trainer.inference import evaluate_run, read_finished_run
 
         folder, _, result = read_finished_run(run)
-        with connect() as resources:
+        with connect(one_process=True) as resources:
             evaluation = evaluate_run(run, split, dataset, resources)
         if as_json:
             console.stdout.print(evaluation.model_dump_json(), markup=False)

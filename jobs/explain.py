@@ -30,7 +30,7 @@ def main(
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions.of(manifest)
         chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
-        with connect() as resources:
+        with connect(one_process=True) as resources:
             tests, report = explain_run(run, chosen, method, output, resources, tested_images=tested_images)
         for test in tests:
             console.stdout.print(str(test), markup=False)

@@ -38,15 +38,14 @@ def main(
     **options: Any,
 ) -> None:
     """Train on every GPU of the cluster that RAY_ADDRESS names, or on this machine, and write a run folder."""
-    options |= {"arch": arch, "recipe": recipe, "num_workers": num_workers}
+    options |= {"arch": arch, "recipe": recipe, "num_workers": num_workers, "dataset": dataset}
     options["arch_arguments"] = dict(map(parse_assignment, arch_argument))
     with console.exit_codes():
         # Not at the top: --help and wrong options answer without loading Ray.
-        from data_prep.embedded import prepare_embedded
         from trainer import launch
         from trainer.cluster import connect
         from trainer.tracking import check_trackers
-        from trainer.workers import wait_for_workers
+        from trainer.workers import needs_cluster, wait_for_workers
 
         if list_archs:
             print_architectures(launch.describe_architectures(dataset))
@@ -55,10 +54,15 @@ def main(
         check_trackers(track)
         if dataset:
             launch.check_dataset(arch, dataset)
-        with console.show_events() as on_event, connect(may_wait=True) as cluster:
+        # The embedded images are prepared on a cluster, once.
+        one_process = not needs_cluster(num_workers) and bool(dataset or launch.has_embedded_dataset(arch, storage))
+        with console.show_events() as on_event, connect(may_wait=True, one_process=one_process) as cluster:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             with launch.open_run(storage, run_name, arch, resources) as run:
-                options["dataset"] = dataset or prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
+                if not dataset:
+                    from data_prep.embedded import prepare_embedded
+
+                    options["dataset"] = prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
                 plan = launch.plan_run(options, run, resources, probe_again=probe_again, on_event=on_event)
                 result = launch.launch(
                     plan,

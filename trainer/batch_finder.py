@@ -8,8 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 from pydantic import ValidationError
-from ray.train import TrainingFailedError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from data_prep.manifest import Manifest
 from trainer import storage
@@ -25,7 +23,7 @@ from trainer.batch_table import (
 )
 from trainer.cluster import Resources
 from trainer.config import BatchRequest, TrainConfig
-from trainer.errors import BatchError, JobError
+from trainer.errors import BatchError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.events import (
     BatchChosen,
     Event,
@@ -40,7 +38,7 @@ from trainer.job import TrialJob
 from trainer.workers import WorkerCount, run_workers
 
 # By exception, or as a worker that is gone: killed by the kernel or by `trainer.devices.kill_beyond`.
-_OUT_OF_MEMORY = (MemoryError, WorkerHealthCheckFailedError)
+_OUT_OF_MEMORY = (MemoryError, WorkerDiedError)
 # What the other workers say of one that is gone, by name: the driver does not import TensorFlow.
 _LOST_PEER = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")
 _MOST_TRIALS = 8
@@ -240,18 +238,16 @@ class _Finder:
         try:
             workers = WorkerCount(config.num_workers, config.num_workers, config.num_workers)
             run_workers(work, "batch-trial", workers, self._resources, on_event=collect)
-        except TrainingFailedError as error:
+        except WorkersFailedError as error:
             if not _ran_out_of_memory(error):
-                raise JobError(f"a trial of batch sizes {sizes} failed: {str(error).splitlines()[-1]}") from error
+                raise JobError(f"a trial of batch sizes {sizes} failed: {error}") from error
             failed = next(size for size in sizes if size not in {one.size for one in seen})
             self._failed[precision] = min(failed, self._failed.get(precision, failed))
         known = {one.size: one for one in (*self.measured.get(precision, ()), *seen)}
         self.measured[precision] = tuple(known[size] for size in sorted(known))
 
 
-def _ran_out_of_memory(error: TrainingFailedError) -> bool:
-    failures = getattr(error, "worker_failures", {}).values()
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-    return bool(causes) and all(
-        isinstance(cause, _OUT_OF_MEMORY) or type(cause).__name__ in _LOST_PEER for cause in causes
+def _ran_out_of_memory(error: WorkersFailedError) -> bool:
+    return bool(error.causes) and all(
+        isinstance(cause, _OUT_OF_MEMORY) or type(cause).__name__ in _LOST_PEER for cause in error.causes
     )

@@ -1,4 +1,4 @@
-"""Connects to Ray: the cluster that RAY_ADDRESS names (as in a submitted job), or one of our own on this machine."""
+"""What a job works on: the cluster that RAY_ADDRESS names, as in a submitted job, one of our own, or no cluster."""
 
 import contextlib
 import logging
@@ -8,13 +8,13 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
-import ray.data
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
 from trainer.errors import InputError, JobError
 
@@ -51,6 +51,8 @@ class Resources:
     """What a worker computes on: the kinds of GPU, or the cores of the smallest node."""
     node_memory_gib: float
     """For workers, of the node that has least; Ray leaves out the object store and what ran before it."""
+    folder: str = ""
+    """For the logs and temporary files of a job on this machine alone."""
 
     @property
     def hardware(self) -> str:
@@ -61,33 +63,60 @@ class Resources:
 
 
 @contextlib.contextmanager
-def connect(*, may_wait: bool = False) -> Iterator[Resources]:
+def connect(*, may_wait: bool = False, one_process: bool = False) -> Iterator[Resources]:
     """Connects to Ray for the time of the context and yields what the cluster has.
 
     Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
     happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
-    the job itself. The session folder of such a cluster goes with it, unless the job failed.
+    the job itself.
 
     Args:
         may_wait: whether the job knows what to do with a cluster of which no node works yet.
+        one_process: whether the job needs no cluster of its own: all that it starts is one process at a time, with
+            `trainer.workers`. Without RAY_ADDRESS, and with at most one GPU, none is started then.
 
     Raises:
         InputError: no cluster answers at RAY_ADDRESS, or it refuses the token, or no node of it works.
-        JobError: that of the context; says where Ray's logs are.
+        JobError: that of the context; says where the logs are.
     """
+    if "RAY_ADDRESS" in os.environ:
+        _check_answer(os.environ["RAY_ADDRESS"])
+        with _connected_ray(WORKER_ENVIRONMENT, may_wait):
+            yield read_resources()
+        return
+    with _job_folder() as folder:
+        machine = read_machine(folder)
+        if one_process and machine.num_gpus <= 1:
+            yield machine
+            return
+        # TensorFlow leaves files of traced functions in a worker that is killed.
+        environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
+        with _connected_ray(environment, may_wait, address="local", include_dashboard=False, _temp_dir=folder):
+            yield read_resources()
+
+
+@contextlib.contextmanager
+def _job_folder() -> Iterator[str]:
+    """Yields a folder for logs and temporary files that goes with the context, unless the job failed."""
+    # Not in TMPDIR, which may be long: Ray makes sockets there, and the name of a socket is short.
+    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    try:
+        yield folder
+    except JobError as error:
+        raise JobError(f"{error}; logs are in {folder}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _connected_ray(environment: dict[str, str], may_wait: bool, **options: Any) -> Iterator[None]:
+    # Not at the top: a job without a cluster spares itself the half second.
+    from ray.data import DataContext
+
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = {}
-    environment, session = WORKER_ENVIRONMENT, ""
-    if "RAY_ADDRESS" not in os.environ:
-        # Not in TMPDIR, which may be long: Ray makes sockets there, and the name of a socket is short.
-        session = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
-        options = {"address": "local", "include_dashboard": False, "_temp_dir": session}
-        # TensorFlow leaves files of traced functions in a worker that is killed.
-        environment = {**WORKER_ENVIRONMENT, "TMPDIR": session}
-    else:
-        _check_answer(os.environ["RAY_ADDRESS"])
-    useless = session
     try:
         with _deferred_signals():
             try:
@@ -101,18 +130,12 @@ def connect(*, may_wait: bool = False) -> Iterator[Resources]:
                 raise InputError(_explain_refusal(str(error).splitlines()[0])) from error
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        resources = read_resources()
-        if not resources.num_cpus and not may_wait:
+        DataContext.get_current().enable_progress_bars = False
+        if not may_wait and not ray.cluster_resources().get("CPU"):
             raise InputError("no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`)")
-        yield resources
-    except JobError as error:
-        useless = ""
-        raise (JobError(f"{error}; Ray's logs are in {session}") if session else error) from error
+        yield
     finally:
         ray.shutdown()
-        if useless:
-            shutil.rmtree(useless, ignore_errors=True)
 
 
 def _check_answer(address: str) -> None:
@@ -158,18 +181,37 @@ def _deferred_signals() -> Iterator[None]:
         signal.raise_signal(arrived[0])
 
 
+def read_machine(folder: str = "") -> Resources:
+    """Returns what Ray would say that this machine has, without starting it."""
+    # What `ray.init` itself calls; there is no public form.
+    spec = ResourceAndLabelSpec()
+    spec.resolve(is_head=True, node_ip_address="127.0.0.1")
+    return Resources(
+        num_nodes=1,
+        num_cpus=float(spec.num_cpus),
+        num_gpus=int(spec.num_gpus),
+        devices=_name_devices(spec.resources, spec.num_cpus),
+        node_memory_gib=spec.memory / 2**30,
+        folder=folder,
+    )
+
+
 def read_resources() -> Resources:
     """Returns what the connected cluster has now."""
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # Ray names each kind of GPU by a resource of its own.
-    kinds = sorted(name.removeprefix("accelerator_type:") for name in total if name.startswith("accelerator_type:"))
     # A head without work has no CPUs: no worker will run there.
     working = [node for node in nodes if node.get("CPU")] or nodes
     return Resources(
         num_nodes=len(nodes),
         num_cpus=total.get("CPU", 0.0),
         num_gpus=int(total.get("GPU", 0)),
-        devices=" ".join(kinds) or f"{min(node.get('CPU', 0) for node in working):g} cores",
+        devices=_name_devices(total, min(node.get("CPU", 0) for node in working)),
         node_memory_gib=min(node.get("memory", 0.0) for node in working) / 2**30,
     )
+
+
+def _name_devices(resources: Mapping[str, float], num_cpus: float) -> str:
+    # Ray names each kind of GPU by a resource of its own.
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
+    return " ".join(kinds) or f"{num_cpus:g} cores"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,7 +35,7 @@ def exit_codes() -> Iterator[None]:
     """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr.
 
     SIGINT and SIGTERM end it with 130 and 143. Further ones are ignored for a while, or they would cut short the ending
-    of what was started.
+    of what was started; also Python's own ending, when the context has ended.
     """
     last = -math.inf
 
@@ -44,7 +45,7 @@ def exit_codes() -> Iterator[None]:
             last = time.monotonic()
             raise StoppedError(signal_number)
 
-    before = {one: signal.signal(one, stop) for one in _STOP_SIGNALS}
+    before: dict[signal.Signals, Any] = {one: signal.signal(one, stop) for one in _STOP_SIGNALS}
     try:
         yield
     except InputError as error:
@@ -54,6 +55,8 @@ def exit_codes() -> Iterator[None]:
         stderr.print(f"failed: {error}", markup=False)
         sys.exit(1)
     except StoppedError as error:
+        # Python is still ending when the second signal comes.
+        before = dict.fromkeys(_STOP_SIGNALS, signal.SIG_IGN)
         stderr.print(f"stopped by {error}; the same command continues", markup=False)
         sys.exit(128 + error.signal_number)
     finally:

@@ -9,6 +9,8 @@ from pathlib import Path
 import ray
 import tensorflow as tf
 
+from trainer.cluster import read_machine
+
 _GIB = 2**30
 _GUARD_INTERVAL_SECONDS = 0.02
 
@@ -36,8 +38,11 @@ def memory_limit_gib(workers_on_node: int) -> float:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(ray.get_gpu_ids()[0]))
+        gpu = ray.get_gpu_ids()[0] if ray.is_initialized() else 0
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(gpu))
         return float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / _GIB
+    if not ray.is_initialized():
+        return read_machine().node_memory_gib / workers_on_node
     own_node = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_node)
     return float(resources["memory"]) / workers_on_node / _GIB

@@ -18,6 +18,19 @@ class JobError(Exception):
     """The job started and failed: exit 1."""
 
 
+class WorkerDiedError(Exception):
+    """The process of a worker is gone without an answer."""
+
+
+class WorkersFailedError(Exception):
+    """The workers failed more often than allowed."""
+
+    def __init__(self, causes: list[Exception]) -> None:
+        self.causes = causes
+        """Of the last failure, one a worker that failed."""
+        super().__init__("; ".join(sorted({str(one).strip().splitlines()[-1] for one in causes if str(one).strip()})))
+
+
 class StoppedError(BaseException):
     """The process got SIGINT or SIGTERM: exit 130 or 143, after everything that it started has ended.
 

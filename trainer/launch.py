@@ -14,9 +14,8 @@ from typing import Any
 
 import ray
 from pydantic import TypeAdapter, ValidationError
-from ray.train import TrainingFailedError
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, read_manifest
 from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.architectures import ARCHITECTURES, count_parameters, family_arguments
@@ -35,13 +34,12 @@ from trainer.config import (
 )
 from trainer.dataset import cache_folder, load_manifest
 from trainer.diagnostics import find_symptoms
-from trainer.errors import InputError, JobError, StoppedError
+from trainer.errors import InputError, JobError, StoppedError, WorkersFailedError
 from trainer.evaluation import summarise
 from trainer.events import BatchChosen, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
 from trainer.lease import hold_lease
 from trainer.notes import write_note
-from trainer.plots import write_batch_sizes, write_plots
 from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
 from trainer.tracking import log_to_mlflow
@@ -122,6 +120,11 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
     root = storage.resolve_uri(storage_uri)
     folder = str(cache_folder()) if storage.is_local(root) else root
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
+
+
+def has_embedded_dataset(arch: str, storage_uri: str) -> bool:
+    """Returns whether the embedded dataset of an architecture has been prepared."""
+    return read_manifest(embedded_dataset(arch, storage_uri)[0]) is not None
 
 
 @contextlib.contextmanager
@@ -386,26 +389,19 @@ def _run_workers(
         result: WorkerResult = run_workers(
             train, run.name, workers, resources, max_failures=max_failures, on_event=on_event
         )
-    except TrainingFailedError as error:
-        raise _find_cause(error, run) from error
+    except WorkersFailedError as error:
+        for cause in error.causes:
+            if isinstance(cause, InputError | JobError):
+                raise cause from error
+        raise JobError(f"run {run.name}: {error}; the same command continues it from its last checkpoint") from error
     return result
-
-
-def _find_cause(error: TrainingFailedError, run: RunFolder) -> Exception:
-    """Returns the error to show: a worker's own, or that the run failed and how to go on."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, InputError | JobError):
-            return cause
-    reasons = {str(failure).strip().splitlines()[-1] for failure in failures.values()} or {str(error).splitlines()[-1]}
-    return JobError(
-        f"run {run.name}: {'; '.join(sorted(reasons))}; the same command continues it from its last checkpoint"
-    )
 
 
 def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     """Writes what is drawn from a run when its workers have ended: plots, note, result."""
+    # Not at the top: the workers start a third of a second sooner.
+    from trainer.plots import write_batch_sizes, write_plots
+
     run, config, manifest = RunFolder(job.run), job.config, job.manifest
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
@@ -443,7 +439,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     write_plots(run, last.history, steps, result, config.clip_norm)
     if (record := run.read_record()) and record.batch and record.batch.table:
         write_batch_sizes(run, record.batch.table)
-    if job.profile_steps:
+    if job.profile_steps and ray.is_initialized():
         # Chrome's trace viewer and ui.perfetto.dev show it.
         storage.write_bytes(run.path("profile", "ray_timeline.json"), json.dumps(ray.timeline()).encode())
     if "mlflow" in job.trackers:

@@ -1,10 +1,13 @@
 """Runs a function on Ray Train workers that are one MultiWorkerMirroredStrategy, and hears of their progress.
 
+Where no cluster is connected there is one worker, a process of this machine (`trainer.local_worker`).
+
 How many there are, and whether the cluster has room for them, is decided here too.
 """
 
 import contextlib
 import io
+import itertools
 import re
 import tempfile
 import threading
@@ -12,19 +15,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.queue import Empty, Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.backend import TensorFlowConfig
 from trainer.cluster import Resources, read_resources
-from trainer.errors import InputError, JobError
-from trainer.events import OnEvent, StageProgressed
+from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
+from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.local_worker import run_process
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig, TrainingFailedError
 
 _POLL_SECONDS = 0.2
 # What a job that has just ended held is free this much later at the latest.
@@ -62,6 +63,15 @@ def parse_num_workers(num_workers: str, resources: Resources) -> WorkerCount:
     return WorkerCount(least, min(most, gpus) if gpus else most, most)
 
 
+def needs_cluster(num_workers: str) -> bool:
+    """Returns whether a job with this ``--num-workers`` needs one on a machine with at most one GPU.
+
+    Raises:
+        InputError: it is not one of what `parse_num_workers` takes.
+    """
+    return num_workers != "auto" and _parse_range(num_workers)[1] > 1
+
+
 def _parse_range(num_workers: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", num_workers)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -95,13 +105,20 @@ def wait_for_workers(num_workers: str, resources: Resources, wait_seconds: float
                 raise shortage
             if wait_seconds:
                 on_event(StageProgressed("waiting for free workers", int(waited), int(wait_seconds)))
-                request_resources(bundles=missing)
+                _request_nodes(missing)
             time.sleep(_POLL_SECONDS)
             resources = read_resources()
     finally:
         if wait_seconds:
-            request_resources(bundles=[])
+            _request_nodes([])
     return resources
+
+
+def _request_nodes(bundles: list[dict[str, float]]) -> None:
+    if ray.is_initialized():
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
 
 
 def _worker_bundle(resources: Resources) -> dict[str, float]:
@@ -120,6 +137,8 @@ def _find_shortage(num_workers: str, resources: Resources) -> InputError | None:
             f"--num-workers {num_workers}: no node of the cluster works yet; start one, or give a number and --wait "
             "SECONDS where the cluster grows by itself"
         )
+    if not ray.is_initialized():
+        return None
     free, total = ray.available_resources(), {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
     for name, of_worker in _worker_resources(least, resources).items():
         needed, has = least * of_worker, free.get(name, 0.0)
@@ -153,8 +172,18 @@ def run_workers(
         on_event: told of the events that workers sent, until the workers have ended.
 
     Raises:
-        ray.train.TrainingFailedError: the workers failed more often than allowed.
+        WorkersFailedError: the workers failed more often than allowed.
     """
+    if not ray.is_initialized():
+        return _run_alone(function, resources, max_failures, on_event)
+    # Not at the top: a job without a cluster spares itself the second.
+    from ray.train import FailureConfig, RunConfig, TrainingFailedError
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.util.queue import Empty, Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from trainer.backend import TensorFlowConfig
+
     # With the driver, like Ray Train's controller: any other node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -194,9 +223,33 @@ def run_workers(
             except Empty:
                 if ended:
                     return fitted.result()
+    except TrainingFailedError as error:
+        raise WorkersFailedError(_find_causes(error)) from error
     finally:
         queue.shutdown()
         bookkeeping.cleanup()
+
+
+def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_failures: int, on_event: OnEvent) -> Any:
+    for failures in itertools.count():
+        try:
+            return run_process(function, resources.folder, on_event)
+        except WorkerDiedError as error:
+            if failures == max_failures:
+                raise WorkersFailedError([error]) from error
+        except Exception as error:
+            # It would fail again.
+            raise WorkersFailedError([error]) from error
+
+
+def _find_causes(error: "TrainingFailedError") -> list[Exception]:
+    """Returns what ended each worker of the last attempt, or Ray Train itself."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    causes = [getattr(one, "_base_exc", one) for one in getattr(error, "worker_failures", {}).values()]
+    return [WorkerDiedError(str(one)) if isinstance(one, WorkerHealthCheckFailedError) else one for one in causes] or [
+        error
+    ]
 
 
 def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Resources) -> Any:
@@ -208,6 +261,13 @@ def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Res
         InputError: that of the function.
         JobError: the function failed otherwise.
     """
+    if not ray.is_initialized():
+        try:
+            return run_process(lambda _: function(*arguments), resources.folder, ignore_event)
+        except InputError:
+            raise
+        except Exception as error:
+            raise JobError(f"the worker failed: {error}") from error
     remote = ray.remote(num_gpus=min(1, resources.num_gpus))(function)
     try:
         return ray.get(remote.remote(*arguments))
@@ -218,7 +278,9 @@ def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Res
         raise JobError(f"the worker failed: {cause}") from error
 
 
-def _scaling(workers: WorkerCount, resources: Resources) -> ScalingConfig:
+def _scaling(workers: WorkerCount, resources: Resources) -> "ScalingConfig":
+    from ray.train import ScalingConfig
+
     elastic = workers.least < workers.most
     return ScalingConfig(
         num_workers=(workers.least, workers.most) if elastic else workers.now,

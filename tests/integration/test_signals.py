@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM, twice in a row too: nothing is left running, and the same command continues."""
 
+import itertools
 import json
 import os
 import signal
@@ -42,8 +43,9 @@ def folders(monkeypatch) -> Iterator[list[Path]]:
 def start(dataset, folders, tmp_path):
     """Starts the run in a process group of its own; returns when it has trained an epoch."""
 
-    def start() -> subprocess.Popen[str]:
+    def start(num_workers: str) -> subprocess.Popen[str]:
         command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path)]
+        command += ["--num-workers", num_workers]
         job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
         for line in job.stderr:
             if line.startswith("epoch "):
@@ -70,14 +72,16 @@ def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Pa
 def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, dataset, folders, tmp_path):
     run = tmp_path / "one"
     # A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
-    for attempt, (send, number, code) in enumerate([(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]):
-        job = start()
+    stops = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
+    # One worker is a process of the job, two are a cluster's.
+    for attempt, (num_workers, (send, number, code)) in enumerate(itertools.product("12", stops)):
+        job = start(num_workers)
         assert not (run / "result.json").exists()
         assert len(list((run / "attempts").iterdir())) == attempt + 1
         if attempt == 0:
             assert_refused_beside(job, dataset, tmp_path)
         started = psutil.Process(job.pid).children(recursive=True)
-        assert len(started) > 3
+        assert len(started) > int(num_workers)
         for _ in range(2):
             send(job.pid, number)
             time.sleep(0.3)

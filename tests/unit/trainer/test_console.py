@@ -27,9 +27,17 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(capsys, error, code, l
     assert captured.out == ""
 
 
+@pytest.fixture
+def handlers():
+    """The signals that stop a job; what this process does at them is restored."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    yield list(before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_short(capsys, number, code):
-    before = signal.getsignal(number)
+def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_short(capsys, handlers, number, code):
 
     def work() -> None:
         try:
@@ -44,7 +52,8 @@ def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_sh
     assert ended.value.code == code
     said = f"ended in order\nstopped by {number.name}; the same command continues\n"
     assert capsys.readouterr().err == said
-    assert signal.getsignal(number) == before
+    # What is left to do is Python's own ending.
+    assert [signal.getsignal(one) for one in handlers] == [signal.SIG_IGN, signal.SIG_IGN]
 
 
 def test_a_long_line_is_not_wrapped(capsys):
@@ -59,9 +68,11 @@ def test_another_error_is_left_as_it_is():
 
 
 def test_success_ends_nothing(capsys):
+    before = signal.getsignal(signal.SIGINT)
     with console.exit_codes():
         pass
     assert capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_job_log_has_plain_lines_of_events_and_nothing_of_quick_progress(capsys):

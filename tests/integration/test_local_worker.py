@@ -1,0 +1,134 @@
+"""A run on this machine alone: one process trains it, and neither its death nor the driver's changes the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, run_job, write_stripes
+from trainer import checkpoint as checkpoints
+from trainer.errors import InputError, WorkerDiedError
+from trainer.events import StageProgressed
+from trainer.local_worker import run_process
+from trainer.run_folder import RunFolder
+
+TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 40"
+OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--checkpoint-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
+    assert job.returncode == 0, job.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(dataset, tmp_path_factory) -> list[str]:
+    return [*OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path_factory.mktemp("runs"))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options) -> RunFolder:
+    job = run_job("train.py", *options, "--run-name", "undisturbed")
+    assert job.returncode == 0, job.stderr
+    return RunFolder(f"{options[-1]}/undisturbed")
+
+
+def start(*options: str) -> subprocess.Popen[str]:
+    """Returns a job that has trained an epoch and goes on."""
+    command = [sys.executable, "jobs/train.py", *options]
+    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    for line in job.stderr:
+        if line.startswith("epoch "):
+            return job
+    raise AssertionError("ended before its first epoch")
+
+
+def worker_pid(run: RunFolder) -> int:
+    return json.loads(Path(run.path("attempts", "0001.json")).read_text())["pid"]
+
+
+def last_state(run: RunFolder) -> list[object]:
+    last = checkpoints.find_last(run.checkpoints)
+    names = (checkpoints.MODEL_NAME, checkpoints.OPTIMIZER_NAME, checkpoints.STEPS_NAME)
+    return [checkpoints.read_file(run.checkpoints, last, name) for name in names]
+
+
+def test_no_cluster_is_started(options):
+    job = start(*options, "--run-name", "watched")
+    try:
+        commands = [" ".join(one.cmdline()) for one in psutil.Process(job.pid).children(recursive=True)]
+        assert len(commands) == 2  # the worker, and what Python starts beside such a process
+        assert not [one for one in commands if "raylet" in one or "gcs_server" in one]
+    finally:
+        job.kill()
+        job.communicate()
+
+
+def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options, undisturbed):
+    run = RunFolder(f"{options[-1]}/worker-killed")
+    job = start(*options, "--run-name", run.name)
+    os.kill(worker_pid(run), signal.SIGKILL)
+    errors = job.communicate(timeout=120)[1]
+    assert job.returncode == 0, errors
+    assert run.read_result().attempts == 2
+    assert last_state(run) == last_state(undisturbed)
+
+
+def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options, undisturbed):
+    run = RunFolder(f"{options[-1]}/driver-killed")
+    job = start(*options, "--run-name", run.name)
+    worker = psutil.Process(worker_pid(run))
+    job.kill()
+    job.communicate()
+    assert not psutil.wait_procs([worker], timeout=10)[1]
+    again = run_job("train.py", *options, "--run-name", run.name)
+    assert again.returncode == 0, again.stderr
+    assert run.read_result().attempts == 2
+    assert last_state(run) == last_state(undisturbed)
+
+
+def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):
+    run = RunFolder(f"{options[-1]}/fails")
+    job = start(*options, "--run-name", run.name, "--max-failures", "0")
+    os.kill(worker_pid(run), signal.SIGKILL)
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode == 1
+    assert "the worker was killed by SIGKILL" in errors
+    assert "the same command continues it" in errors
+
+
+def test_events_arrive_in_order_before_the_result(tmp_path):
+    events = []
+    sent = [StageProgressed("counting", count, 100) for count in range(100)]
+
+    def count(send_event):
+        print("for the log")
+        for event in sent:
+            send_event(event)
+        return os.getpid()
+
+    assert run_process(count, str(tmp_path), events.append) != os.getpid()
+    assert events == sent
+    assert "for the log" in (tmp_path / "worker.log").read_text()
+
+
+def test_the_error_of_the_function_is_raised_here(tmp_path):
+    def refuse(send_event):
+        raise InputError("--epochs 0; give 1 or more")
+
+    with pytest.raises(InputError, match="give 1 or more"):
+        run_process(refuse, str(tmp_path), print)
+
+
+def test_a_process_that_exits_is_an_error(tmp_path):
+    with pytest.raises(WorkerDiedError, match=r"ended with exit code 3; .*worker\.log"):
+        run_process(lambda send_event: os._exit(3), str(tmp_path), print)

@@ -1,0 +1,102 @@
+"""Runs a function in one process of this machine: the worker of a job that needs no cluster.
+
+Ray Train's local mode trains in it, so the function sees the same world as on a cluster, of one worker.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
+
+from trainer.cluster import WORKER_ENVIRONMENT
+from trainer.errors import WorkerDiedError
+from trainer.events import OnEvent
+
+_LOG_NAME = "worker.log"
+
+
+def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEvent) -> Any:
+    """Calls a function in a fresh process and returns what it returns.
+
+    Args:
+        function: gets a function that sends an event to this process. It may be a closure.
+        folder: gets what the process prints, in ``worker.log``, and its temporary files.
+        on_event: told of the events, until the process has ended.
+
+    Raises:
+        Exception: that of the function.
+        WorkerDiedError: the process has ended without an answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(cloudpickle.dumps(function), folder, sender), daemon=True)
+    process.start()
+    # The other end is the process's alone, so that its death is the end of what can be received.
+    sender.close()
+    try:
+        while True:
+            kind, value = cloudpickle.loads(receiver.recv_bytes())
+            if kind == "event":
+                on_event(value)
+            elif kind == "error":
+                raise value
+            else:
+                return value
+    except EOFError:
+        process.join()
+        raise WorkerDiedError(_describe_end(process.exitcode or 0, folder)) from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _describe_end(exit_code: int, folder: str) -> str:
+    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    return f"the worker {how}; what it printed is in {Path(folder, _LOG_NAME)}"
+
+
+def _main(content: bytes, folder: str, sender: Connection) -> None:
+    """Is the process."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    # The driver ends this process; a terminal sends the signal to both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # No variable keeps all of TensorFlow's messages from a user's terminal.
+    log = os.open(Path(folder, _LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.update(WORKER_ENVIRONMENT, TMPDIR=folder)
+    lock = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        message = cloudpickle.dumps((kind, value))
+        with lock:
+            sender.send_bytes(message)
+
+    try:
+        send("result", _train(cloudpickle.loads(content), lambda event: send("event", event)))
+    except Exception as error:
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        send("error", error)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _train(function: Callable[[OnEvent], Any], send_event: OnEvent) -> Any:
+    from ray.train import ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    # No workers: in this process.
+    trainer = DataParallelTrainer(lambda: function(send_event), scaling_config=ScalingConfig(num_workers=0))
+    return trainer.fit().return_value
