@@ -2,10 +2,32 @@
 
 import typer
 
-from benchmarks import architectures, batch_size, large_batch, prepare, trainer_start, training
+from benchmarks import (
+    architectures,
+    batch_size,
+    checkpoints,
+    feeding,
+    large_batch,
+    prepare,
+    scale,
+    trainer_start,
+    training,
+    workers,
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
-for module in (training, prepare, batch_size, large_batch, architectures, trainer_start):
+for module in (
+    training,
+    feeding,
+    checkpoints,
+    workers,
+    scale,
+    prepare,
+    batch_size,
+    large_batch,
+    architectures,
+    trainer_start,
+):
     app.command(module.__name__.rpartition(".")[2], help=module.__doc__)(module.main)
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""Training by this project against the notes' own script: steady images a second, start, end, and peak memory.
+"""Training by this project against the notes' own script and Ray's stock path: rate, start, end, and peak memory.
 
 The notes' script is `model.fit` on arrays in memory, as on the laptop: float32 pixels times 1/255, batch 32, the same
-network, adam. Both train the same images in processes of their own, taking turns. Rates leave the first epoch out.
-Marks: at least 0.98 of the script's rate at its precision; the first step after at most 2.5 times its seconds; at most
-3 s from the last step to the end; at most 1.2 times its memory.
+network, adam. Ray's stock path, with --source, is what its documentation shows: read_images, to_tf,
+prepare_dataset_shard, report. Where PyTorch is installed there is a loop in it too (`benchmarks.torch_loop`). All train
+the same images in processes of their own, taking turns. Rates leave the first epoch out.
 
-Run: python -m benchmarks training DATASET [--arch cnn_tapered] [--rounds 3] [--json]
+Marks: at least 0.98 of the script's rate at its precision; input wait at most 2% of an epoch; the first step after at
+most 2.5 times the script's seconds; at most 3 s from the last epoch to the end; at most 1.2 times its memory.
+
+Run: python -m benchmarks training DATASET [--source IMAGES] [--arch cnn_tapered] [--rounds 3] [--json]
 """
 
+import importlib.util
 import json
 import resource
 import statistics
@@ -16,20 +20,21 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.table import format_ratio, format_spread, print_table
+from trainer.architectures import ARCHITECTURES
+from trainer.dataset import load_manifest
+
+HERE = "benchmarks.training"
 BATCH, EPOCHS = 32, 4
-SCRIPT = "model.fit, as in the notes"
-CONTESTANTS = {
-    SCRIPT: "",
-    "this project, float32": "float32",
-    "this project, bfloat16": "mixed_bfloat16",
-}
+SCRIPT, STOCK, TORCH = "model.fit, as in the notes", "Ray's stock path", "a PyTorch loop"
+PRECISIONS = {"this project, float32": "float32", "this project, bfloat16": "mixed_bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Outcome:
     end_seconds: float
     """From the end of the last epoch to the end of the process."""
     peak_gib: float
+    """Of the process that trains."""
+    wait_share: float = 0.0
+    """Of the seconds of training in an epoch that the step waits for images."""
 
 
 def run_script(dataset: str, arch: str) -> None:
@@ -51,8 +59,8 @@ def run_script(dataset: str, arch: str) -> None:
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     import tf_keras as keras
 
-    from trainer.architectures import ARCHITECTURES, build_model
-    from trainer.dataset import load_manifest, open_split
+    from trainer.architectures import build_model
+    from trainer.dataset import open_split
 
     manifest = load_manifest(dataset)
     splits = [open_split(dataset, manifest, name) for name in ("train", "val")]
@@ -80,21 +88,77 @@ def run_script(dataset: str, arch: str) -> None:
     print(json.dumps({"rates": rates, "first_step": times["steps"][0], "last_epoch": time.time(), "peak_gib": peak}))
 
 
-def measure_script(dataset: str, arch: str) -> Outcome:
+def run_stock(source: str, arch: str, image_size: str) -> None:
+    """Is Ray's stock path on class folders of images; prints as `run_script` does."""
+    import ray.data
+    import ray.train
+    from ray.train import ScalingConfig
+    from ray.train.tensorflow import TensorflowTrainer, prepare_dataset_shard
+
+    from trainer.cluster import connect
+
+    size, class_names = int(image_size), sorted(one.name for one in Path(source).iterdir() if one.is_dir())
+
+    def add_label(row: dict[str, Any]) -> dict[str, Any]:
+        label = class_names.index(Path(row["path"]).parent.name)
+        return {"image": row["image"][..., None].astype("float32") / 255, "label": label}
+
+    def train() -> dict[str, Any]:
+        import tensorflow as tf
+        import tf_keras as keras
+
+        from trainer.architectures import build_model
+
+        times: dict[str, list[float]] = {"steps": []}
+
+        class Clock(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                times["steps"] = times["steps"] or [time.time()]
+
+        with tf.distribute.MultiWorkerMirroredStrategy().scope():
+            network = build_model(arch, size, 1, len(class_names))
+            model = keras.Sequential([network, keras.layers.Activation(ARCHITECTURES[arch].head)])
+            model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        shard = ray.train.get_dataset_shard("train")
+        rates = []
+        for _ in range(EPOCHS):
+            began = time.time()
+            batches = prepare_dataset_shard(shard.to_tf("image", "label", batch_size=BATCH, drop_last=True))
+            history = model.fit(batches, verbose=0, callbacks=[Clock()])
+            rates.append(rows // BATCH * BATCH / (time.time() - began))
+            ray.train.report({"loss": history.history["loss"][-1]})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"rates": rates, "first_step": times["steps"][0], "last_epoch": time.time(), "peak_gib": peak}
+
+    with connect(), tempfile.TemporaryDirectory() as folder:
+        images = ray.data.read_images(source, size=(size, size), mode="L", include_paths=True).map(add_label)
+        rows = images.count()
+        trainer = TensorflowTrainer(
+            train,
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            run_config=ray.train.RunConfig(storage_path=folder),
+            datasets={"train": images},
+        )
+        found = trainer.fit().return_value
+    print(json.dumps(found))
+
+
+def measure_script(module: str, *arguments: str) -> Outcome:
+    """Runs one of the others; its times are what it prints."""
     began = time.time()
-    command = [sys.executable, "-m", "benchmarks.training", "--script", dataset, arch]
+    command = [sys.executable, "-m", module, *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     ended, found = time.time(), json.loads(output.splitlines()[-1])
     rate = statistics.median(found["rates"][1:])
     return Outcome(rate, found["first_step"] - began, ended - found["last_epoch"], found["peak_gib"])
 
 
-def measure_project(dataset: str, arch: str, precision: str) -> Outcome:
+def measure_project(dataset: str, arch: str, precision: str, num_workers: int = 1) -> Outcome:
     """Runs jobs/train.py; its times are read from its run folder."""
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "jobs/train.py", "--arch", arch, "--dataset", dataset, "--storage", storage]
         command += ["--run-name", "one", "--global-batch-size", str(BATCH), "--epochs", str(EPOCHS)]
-        command += ["--precision", precision, "--recipe", "notes"]
+        command += ["--precision", precision, "--recipe", "notes", "--num-workers", str(num_workers)]
         began = time.time()
         subprocess.run(command, check=True, capture_output=True)
         ended = time.time()
@@ -110,40 +174,49 @@ def measure_project(dataset: str, arch: str, precision: str) -> Outcome:
         first = over - sum(seconds) + max(0.0, seconds[0] - statistics.median(seconds[1:]))
         rate = statistics.median(row["images_per_second"] for row in history[1:])
         peak = max(row["peak_memory_gib"] for row in history)
-        return Outcome(rate, first - began, ended - over, peak)
+        wait = statistics.median(row["data_wait_seconds"] / row["epoch_seconds"] for row in history[1:])
+        return Outcome(rate, first - began, ended - over, peak, wait)
 
 
 def main(
     dataset: Annotated[str, typer.Argument(help="Prepared.")],
+    source: Annotated[str, typer.Option(help="Class folders, for Ray's stock path too.")] = "",
     arch: Annotated[str, typer.Option()] = "cnn_tapered",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in CONTESTANTS}
+    size = str(load_manifest(dataset).image_size)
+    contestants = {SCRIPT: partial(measure_script, HERE, "--script", dataset, arch)}
+    contestants |= {name: partial(measure_project, dataset, arch, one) for name, one in PRECISIONS.items()}
+    if source:
+        contestants[STOCK] = partial(measure_script, HERE, "--stock", source, arch, size)
+    if importlib.util.find_spec("torch") and "later_filters" in ARCHITECTURES[arch].arguments:
+        contestants[TORCH] = partial(measure_script, "benchmarks.torch_loop", dataset, arch)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, precision in CONTESTANTS.items():
-            found = measure_project(dataset, arch, precision) if precision else measure_script(dataset, arch)
-            outcomes[name].append(found)
-            print(f"{name}: {found}", file=sys.stderr, flush=True)
+        for name, measure in contestants.items():
+            outcomes[name].append(measure())
+            print(f"{name}: {outcomes[name][-1]}", file=sys.stderr, flush=True)
     if as_json:
         print(json.dumps({name: [asdict(one) for one in found] for name, found in outcomes.items()}))
         return
-    table = Table(arch, "images/s", "ratio", "first step, s", "ratio", "end, s", "GiB", "ratio")
-    script = outcomes[SCRIPT]
+    table = Table(arch, "images/s", "ratio", "input wait", "first step, s", "ratio", "end, s", "GiB", "ratio")
     for name, found in outcomes.items():
         cells = []
         for field, digits in (("images_per_second", 0), ("first_step_seconds", 1), ("end_seconds", 1), ("peak_gib", 2)):
             values = [getattr(one, field) for one in found]
-            cells.append(f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})")
+            cells.append(format_spread(values, digits))
             if field != "end_seconds":
-                baseline = statistics.median(getattr(one, field) for one in script)
-                cells.append(f"{statistics.median(values) / baseline:.2f}")
-        table.add_row(name, *cells)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+                cells.append(format_ratio(values, [getattr(one, field) for one in outcomes[SCRIPT]]))
+        wait = f"{statistics.median(one.wait_share for one in found):.1%}" if name in PRECISIONS else ""
+        table.add_row(name, *cells[:2], wait, *cells[2:])
+    print_table(table)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--script"]:
         run_script(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--stock"]:
+        run_stock(*sys.argv[2:])
     else:
         typer.run(main)

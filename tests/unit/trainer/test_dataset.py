@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,3 +196,45 @@ def test_a_manifest_of_a_newer_format_is_refused(write_dataset):
     storage.write_bytes(storage.join(written.uri, "manifest.json"), json.dumps(newer).encode())
     with pytest.raises(InputError, match="format version 1"):
         load_manifest(written.uri)
+
+
+def test_a_split_larger_than_memory_is_fed_whole(tmp_path):
+    """Half a gigabyte of images in a process that may hold 100 MB more than its modules do."""
+    folder = cache_folder() / "splits" / "large"
+    folder.mkdir(parents=True)
+    images = np.lib.format.open_memmap(
+        folder / "train.images.npy", mode="w+", dtype=np.uint8, shape=(8192, 256, 256, 1)
+    )
+    images[:, 0, 0, 0] = np.arange(8192) % 251
+    images.flush()
+    np.save(folder / "train.labels.npy", np.arange(8192, dtype=np.int32) % 251)
+    finished = subprocess.run([sys.executable, "-c", FEED_AN_EPOCH], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["8192", "refused"]
+
+
+FEED_AN_EPOCH = """
+import re, resource
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+from trainer.dataset import BatchFeed, cache_folder, epoch_order, open_split, worker_rows
+
+held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + 100 * 2**20, held + 100 * 2**20))
+split = open_split("", SimpleNamespace(fingerprint="large"), "train")
+order = epoch_order(len(split), 0, 1)
+
+def make_batch(step):
+    rows = worker_rows(order, step, 64, 0, 1)
+    return split.images[rows], split.labels[rows]
+
+right = 0
+for images, labels in BatchFeed().batches(make_batch, range(len(split) // 64)):
+    right += int((images[:, 0, 0, 0] == labels).sum())
+print(right)
+try:
+    np.load(cache_folder() / "splits" / "large" / "train.images.npy")
+except MemoryError:
+    print("refused")
+"""

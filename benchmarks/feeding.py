@@ -1,0 +1,130 @@
+"""Images a second that reach a training step, shuffled anew each epoch: this project against tf.data and Ray Data.
+
+All feed the same uint8 images, made here, in batches to a consumer that does nothing; the first epoch is left out. Each
+contestant is a process of its own; they take turns. Mark: this project reaches tf.data's cache() of uint8.
+
+Run: python -m benchmarks feeding [--rows 8000] [--image-size 250] [--batch 64] [--rounds 3] [--json]
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from benchmarks.table import format_ratio, format_spread, print_table
+
+EPOCHS = 3
+
+
+def project(images: np.ndarray, labels: np.ndarray, batch: int, epoch: int) -> Iterator[Any]:
+    """As `trainer.loop` does: rows of a memory map, gathered in a thread ahead of their use."""
+    import tensorflow as tf
+
+    from trainer.dataset import BatchFeed, epoch_order, worker_rows
+
+    order = epoch_order(len(images), 0, epoch)
+
+    def make_batch(step: int) -> Any:
+        rows = worker_rows(order, step, batch, 0, 1)
+        return tf.constant(images[rows]), tf.constant(labels[rows])
+
+    return BatchFeed().batches(make_batch, range(len(images) // batch))
+
+
+def tf_data_cache(images: np.ndarray, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:
+    import tensorflow as tf
+
+    signature = (tf.TensorSpec(images.shape[1:], tf.uint8), tf.TensorSpec((), tf.int32))
+    dataset = tf.data.Dataset.from_generator(lambda: zip(images, labels, strict=True), output_signature=signature)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(images))).cache()
+    dataset = dataset.shuffle(len(images)).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return lambda epoch: iter(dataset)
+
+
+def ray_data(images: np.ndarray, labels: np.ndarray, batch: int, form: str) -> Callable[[int], Iterator[Any]]:
+    import ray.data
+
+    step = 500
+    blocks = [
+        {"image": np.ascontiguousarray(images[start : start + step]), "label": labels[start : start + step]}
+        for start in range(0, len(images), step)
+    ]
+    dataset = ray.data.from_blocks([ray.data.block.BlockAccessor.batch_to_block(one) for one in blocks]).materialize()
+    options = {"batch_size": batch, "drop_last": True, "local_shuffle_buffer_size": 2000}
+    if form == "to_tf":
+        tensors = dataset.to_tf("image", "label", **options)
+        return lambda epoch: iter(tensors)
+    return lambda epoch: iter(dataset.iter_batches(batch_format="numpy", **options))
+
+
+CONTESTANTS = ("tf.data cache()", "this project", "Ray Data iter_batches, shuffled", "Ray Data to_tf, shuffled")
+
+
+def measure(name: str, folder: str, batch: int) -> list[float]:
+    """Returns images a second of each epoch after the first."""
+    images, labels = (np.load(Path(folder, f"{part}.npy"), mmap_mode="r") for part in ("images", "labels"))
+    if name == CONTESTANTS[0]:
+        begin = tf_data_cache(images, labels, batch)
+    elif name == CONTESTANTS[1]:
+        begin = lambda epoch: project(images, labels, batch, epoch)  # noqa: E731
+    else:
+        begin = ray_data(images, labels, batch, name.split()[2].rstrip(","))
+    rates = []
+    for epoch in range(EPOCHS):
+        started = time.perf_counter()
+        count = sum(1 for _ in begin(epoch))
+        rates.append(count * batch / (time.perf_counter() - started))
+    return rates[1:]
+
+
+def measure_here(name: str, folder: str, batch: str) -> None:
+    import contextlib
+
+    from trainer.cluster import connect
+
+    with connect() if name.startswith("Ray") else contextlib.nullcontext():
+        print(json.dumps(measure(name, folder, int(batch))))
+
+
+def main(
+    rows: Annotated[int, typer.Option(min=64)] = 8000,
+    image_size: Annotated[int, typer.Option(min=8)] = 250,
+    batch: Annotated[int, typer.Option(min=1)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        random = np.random.default_rng(0)
+        shape = (rows, image_size, image_size, 1)
+        images = np.lib.format.open_memmap(Path(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=shape)
+        for row in range(rows):
+            images[row] = random.integers(0, 256, shape[1:], np.uint8)
+        np.save(Path(folder, "labels.npy"), random.integers(0, 10, rows).astype(np.int32))
+        for _ in range(rounds):
+            for name in CONTESTANTS:
+                command = [sys.executable, "-m", "benchmarks.feeding", "--one", name, folder, str(batch)]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                rates[name] += json.loads(output.splitlines()[-1])
+    if as_json:
+        print(json.dumps(rates))
+        return
+    table = Table(f"{rows} images of {image_size}x{image_size}", "images/s", "ratio")
+    for name, values in rates.items():
+        table.add_row(name, format_spread(values), format_ratio(values, rates[CONTESTANTS[0]]))
+    print_table(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        measure_here(*sys.argv[2:])
+    else:
+        typer.run(main)
