@@ -65,6 +65,8 @@ def _describe_end(exit_code: int, folder: str) -> str:
 def _main(content: bytes, folder: str, sender: Connection) -> None:
     """Is the process."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    # What the kernel kills first when memory runs out, as Ray does.
+    Path("/proc/self/oom_score_adj").write_text("1000")
     # The driver ends this process; a terminal sends the signal to both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # No variable keeps all of TensorFlow's messages from a user's terminal.

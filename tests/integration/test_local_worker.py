@@ -68,6 +68,8 @@ def test_no_cluster_is_started(options):
         commands = [" ".join(one.cmdline()) for one in psutil.Process(job.pid).children(recursive=True)]
         assert len(commands) == 2  # the worker, and what Python starts beside such a process
         assert not [one for one in commands if "raylet" in one or "gcs_server" in one]
+        worker = worker_pid(RunFolder(f"{options[-1]}/watched"))
+        assert Path(f"/proc/{worker}/oom_score_adj").read_text() == "1000\n"
     finally:
         job.kill()
         job.communicate()
