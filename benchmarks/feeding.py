@@ -26,17 +26,12 @@ EPOCHS = 3
 
 def project(images: np.ndarray, labels: np.ndarray, batch: int, epoch: int) -> Iterator[Any]:
     """As `trainer.loop` does: rows of a memory map, gathered in a thread ahead of their use."""
-    import tensorflow as tf
+    from trainer.batches import make_batch
+    from trainer.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
 
-    from trainer.dataset import BatchFeed, epoch_order, worker_rows
-
-    order = epoch_order(len(images), 0, epoch)
-
-    def make_batch(step: int) -> Any:
-        rows = worker_rows(order, step, batch, 0, 1)
-        return tf.constant(images[rows]), tf.constant(labels[rows])
-
-    return BatchFeed().batches(make_batch, range(len(images) // batch))
+    split, order = ImageSplit(images, labels), epoch_order(len(images), 0, epoch)
+    steps = range(len(images) // batch)
+    return BatchFeed().batches(lambda step: make_batch(split, worker_rows(order, step, batch, 0, 1)), steps)
 
 
 def tf_data_cache(images: np.ndarray, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:

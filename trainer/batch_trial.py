@@ -12,6 +12,7 @@ import ray.train
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
+from trainer.batches import make_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import has_gpu, kill_beyond, memory_limit_gib, peak_memory_gib, reset_peak_memory, share_devices
 from trainer.events import LossesMeasured, OnEvent, SizeMeasured, TrialStarted
@@ -85,22 +86,22 @@ class _Trial:
 
     def first_losses(self, size: int) -> tuple[float, ...]:
         """Returns the losses of the first steps from the seeded weights."""
-        step, make_batch = self._compile(size)
-        return tuple(float(np.asarray(step(*make_batch(number)))[STEP_LOSS]) for number in range(_LOSS_STEPS))
+        step, batch_of_step = self._compile(size)
+        return tuple(float(np.asarray(step(*batch_of_step(number)))[STEP_LOSS]) for number in range(_LOSS_STEPS))
 
     def measure(self, size: int) -> SizeMeasured:
         """Returns time and memory of training steps: every number is that of the slowest or largest replica."""
-        step, make_batch = self._compile(size)
+        step, batch_of_step = self._compile(size)
         reset_peak_memory()
         held = self._checkpoint_copy()
-        first_batch = make_batch(0)
+        first_batch = batch_of_step(0)
         _seconds(step, first_batch)  # traces and compiles
         once = float(self.gather([[_seconds(step, first_batch)]]).max())
         count = int(np.clip(_TIMED_SECONDS / once, 1, _MOST_TIMED_STEPS))
         synthetic = [once] + [_seconds(step, first_batch) for _ in range(count - 1)]
         real = []
         started = time.perf_counter()
-        for batch in BatchFeed().batches(make_batch, range(1, count + 1)):
+        for batch in BatchFeed().batches(batch_of_step, range(1, count + 1)):
             np.asarray(step(*batch))
             real.append(time.perf_counter() - started)
             started = time.perf_counter()
@@ -124,11 +125,11 @@ class _Trial:
         step = compile_train_step(self._network, self._job.manifest, config)
         steps_in_order = max(1, len(self._order) // global_batch_size)
 
-        def make_batch(number: int) -> tuple[Any, Any]:
+        def batch_of_step(number: int) -> tuple[Any, Any]:
             rows = worker_rows(self._order, number % steps_in_order, global_batch_size, self._rank, self._num_workers)
-            return tf.constant(self._split.images[rows]), tf.constant(self._split.labels[rows])
+            return make_batch(self._split, rows)
 
-        return step, make_batch
+        return step, batch_of_step
 
     def _checkpoint_copy(self) -> list[Any]:
         """Returns what a checkpoint that is being written holds beside the network: on a CPU, in the same memory."""

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.train
-import tensorflow as tf
 from ray.train.collective import broadcast_from_rank_zero
 
 from trainer import checkpoint as checkpoints
 from trainer import storage
+from trainer.batches import make_batch
 from trainer.checkpoint import Checkpoint, Position
 from trainer.config import TrainConfig, resize_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
@@ -178,14 +178,14 @@ class _Training:
         epoch_start = int(self._history[-1]["step"]) if self._history else 0
         num_steps = len(order) // config.global_batch_size
 
-        def make_batch(step: int) -> tuple[Any, Any]:
+        def batch_of_step(step: int) -> tuple[Any, Any]:
             rows = worker_rows(order, step, config.global_batch_size, self._rank, config.num_workers)
-            return tf.constant(self._train.images[rows]), tf.constant(self._train.labels[rows])
+            return make_batch(self._train, rows)
 
         feed = BatchFeed()
         started = last_event = time.perf_counter()
         stats: list[Any] = []
-        for images, labels in feed.batches(make_batch, range(num_steps)):
+        for images, labels in feed.batches(batch_of_step, range(num_steps)):
             stats.append(self._train_step(images, labels))
             taken = len(stats)
             if (profiled := self._profiler.after_step(feed.wait_seconds)) and self._rank == 0:
