@@ -19,8 +19,12 @@ def share_devices(workers_on_node: int) -> None:
     """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
-    cores = len(os.sched_getaffinity(0))
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // workers_on_node))
+    threads = max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    if workers_on_node > 1:
+        # As many operations at once too, or the all-reduce takes turns with the backward pass on the same cores
+        # (docs/performance.md).
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 def has_gpu() -> bool:
