@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from ray import cloudpickle
 
 from trainer.cluster import WORKER_ENVIRONMENT
-from trainer.errors import WorkerDiedError
+from trainer.errors import InputError, JobError, WorkerDiedError
 from trainer.events import OnEvent
 
 _LOG_NAME = "worker.log"
@@ -30,7 +31,8 @@ def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEve
         on_event: told of the events, until the process has ended.
 
     Raises:
-        Exception: that of the function.
+        InputError, JobError, MemoryError: that of the function.
+        RuntimeError: the function raised something else, which the message names.
         WorkerDiedError: the process has ended without an answer.
     """
     context = multiprocessing.get_context("spawn")
@@ -83,9 +85,12 @@ def _main(content: bytes, folder: str, sender: Connection) -> None:
 
     try:
         send("result", _train(cloudpickle.loads(content), lambda event: send("event", event)))
+    except (InputError, JobError, MemoryError) as error:
+        send("error", type(error)(*error.args))
     except Exception as error:
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        send("error", error)
+        traceback.print_exc()
+        # The driver may not know its class, or would have to import TensorFlow for it.
+        send("error", RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _end_with_parent() -> None:

@@ -131,6 +131,18 @@ def test_the_error_of_the_function_is_raised_here(tmp_path):
         run_process(refuse, str(tmp_path), print)
 
 
+def test_another_error_is_named_here_and_whole_in_the_log(tmp_path):
+    class OwnError(Exception):
+        pass
+
+    def fail(send_event):
+        raise OwnError("no such row")
+
+    with pytest.raises(RuntimeError, match="OwnError: no such row"):
+        run_process(fail, str(tmp_path), print)
+    assert "Traceback" in (tmp_path / "worker.log").read_text()
+
+
 def test_a_process_that_exits_is_an_error(tmp_path):
     with pytest.raises(WorkerDiedError, match=r"ended with exit code 3; .*worker\.log"):
         run_process(lambda send_event: os._exit(3), str(tmp_path), print)
