@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer import checkpoint as checkpoints
+from trainer.run_folder import RunFolder
+
 # A case that is slow on a busy machine is no failure; the same cases each time, so that a failure is one of the code.
 hypothesis.settings.register_profile("suite", max_examples=100, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None, database=None)
@@ -41,6 +44,23 @@ def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int
             patches = random.normal(0, 40, (8, 8)).repeat(size // 8, axis=0).repeat(size // 8, axis=1)
             Image.fromarray((stripes + patches).clip(0, 255).astype(np.uint8)).save(folder / name / f"{index:03d}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory) -> Path:
+    """A prepared dataset of 120 stripes, 32 pixels wide."""
+    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
+    assert job.returncode == 0, job.stderr
+    return folder
+
+
+def last_state(run: RunFolder) -> list[bytes]:
+    """Returns what a run has come to, bit for bit: weights, optimizer, and the answer of every step."""
+    last = checkpoints.find_last(run.checkpoints)
+    names = (checkpoints.MODEL_NAME, checkpoints.OPTIMIZER_NAME, checkpoints.STEPS_NAME)
+    return [checkpoints.read_file(run.checkpoints, last, name) for name in names]
 
 
 def free_port() -> int:

@@ -16,8 +16,7 @@ from typing import Annotated
 import typer
 
 from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import write_stripes
-from trainer import checkpoint as checkpoints
+from tests.conftest import last_state, write_stripes
 from trainer import launch
 from trainer.cluster import Resources, connect
 from trainer.run_folder import RunFolder
@@ -56,7 +55,7 @@ def main(
         killed.set()
         killer.join()
         took = time.monotonic() - started
-        same = [content(one) for one in (run, whole)]
+        same = [last_state(one) for one in (run, whole)]
         print(f"killed {len(counts)} workers in {took / 60:.1f} minutes: {run.read_result().val}")
         print(f"attempts: {run.read_result().attempts}; the same bit for bit: {same[0] == same[1]}")
         if same[0] != same[1]:
@@ -82,12 +81,6 @@ def kill_workers(run: RunFolder, duration: float, mean: float, ended: threading.
         except (ProcessLookupError, ValueError):
             continue
         counts.append(len(attempts))
-
-
-def content(run: RunFolder) -> list[object]:
-    last = checkpoints.find_last(run.checkpoints)
-    files = (checkpoints.MODEL_NAME, checkpoints.OPTIMIZER_NAME, checkpoints.STEPS_NAME)
-    return [checkpoints.read_file(run.checkpoints, last, name) for name in files]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, run_job, write_stripes
-from trainer import checkpoint as checkpoints
+from tests.conftest import REPOSITORY, last_state, run_job
 from trainer.errors import InputError, WorkerDiedError
 from trainer.events import StageProgressed
 from trainer.local_worker import run_process
@@ -22,17 +21,8 @@ OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
-    folder = tmp_path_factory.mktemp("prepared") / "dataset"
-    job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
-    assert job.returncode == 0, job.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def options(dataset, tmp_path_factory) -> list[str]:
-    return [*OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path_factory.mktemp("runs"))]
+def options(stripes, tmp_path_factory) -> list[str]:
+    return [*OPTIONS, "--dataset", str(stripes), "--storage", str(tmp_path_factory.mktemp("runs"))]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +44,6 @@ def start(*options: str) -> subprocess.Popen[str]:
 
 def worker_pid(run: RunFolder) -> int:
     return json.loads(Path(run.path("attempts", "0001.json")).read_text())["pid"]
-
-
-def last_state(run: RunFolder) -> list[object]:
-    last = checkpoints.find_last(run.checkpoints)
-    names = (checkpoints.MODEL_NAME, checkpoints.OPTIMIZER_NAME, checkpoints.STEPS_NAME)
-    return [checkpoints.read_file(run.checkpoints, last, name) for name in names]
 
 
 def test_no_cluster_is_started(options):

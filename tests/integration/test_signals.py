@@ -21,15 +21,6 @@ TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument d
 OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--run-name", "one"]
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=20)
-    folder = tmp_path_factory.mktemp("prepared") / "dataset"
-    job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
-    assert job.returncode == 0, job.stderr
-    return folder
-
-
 @pytest.fixture
 def folders(monkeypatch) -> Iterator[list[Path]]:
     """Where the jobs of a test leave what is temporary; empty. Ray makes sockets there, so the names are short."""
@@ -40,11 +31,11 @@ def folders(monkeypatch) -> Iterator[list[Path]]:
 
 
 @pytest.fixture
-def start(dataset, folders, tmp_path):
+def start(stripes, folders, tmp_path):
     """Starts the run in a process group of its own; returns when it has trained an epoch."""
 
     def start(num_workers: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(tmp_path)]
+        command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(stripes), "--storage", str(tmp_path)]
         command += ["--num-workers", num_workers]
         job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
         for line in job.stderr:
@@ -69,7 +60,7 @@ def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Pa
     assert f"run one is in use by process {job.pid}" in other.stderr
 
 
-def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, dataset, folders, tmp_path):
+def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path):
     run = tmp_path / "one"
     # A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
     stops = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
@@ -79,7 +70,7 @@ def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, dataset, f
         assert not (run / "result.json").exists()
         assert len(list((run / "attempts").iterdir())) == attempt + 1
         if attempt == 0:
-            assert_refused_beside(job, dataset, tmp_path)
+            assert_refused_beside(job, stripes, tmp_path)
         started = psutil.Process(job.pid).children(recursive=True)
         assert len(started) > int(num_workers)
         for _ in range(2):
