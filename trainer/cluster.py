@@ -52,7 +52,12 @@ class Resources:
     node_memory_gib: float
     """For workers, of the node that has least; Ray leaves out the object store and what ran before it."""
     folder: str = ""
-    """For the logs and temporary files of a job on this machine alone."""
+    """For the logs and temporary files of a job on this machine; empty on a cluster that RAY_ADDRESS names."""
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether one worker is simply a process of this machine, with its GPU if it has one."""
+        return bool(self.folder) and self.num_gpus <= 1
 
     @property
     def hardware(self) -> str:
@@ -86,13 +91,15 @@ def connect(*, may_wait: bool = False, one_process: bool = False) -> Iterator[Re
         return
     with _job_folder() as folder:
         machine = read_machine(folder)
-        if one_process and machine.num_gpus <= 1:
+        if one_process and machine.is_one_machine:
             yield machine
             return
         # TensorFlow leaves files of traced functions in a worker that is killed.
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
+        # Its nodes are not taken away by a cloud.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         with _connected_ray(environment, may_wait, address="local", include_dashboard=False, _temp_dir=folder):
-            yield read_resources()
+            yield read_resources(folder)
 
 
 @contextlib.contextmanager
@@ -196,8 +203,8 @@ def read_machine(folder: str = "") -> Resources:
     )
 
 
-def read_resources() -> Resources:
-    """Returns what the connected cluster has now."""
+def read_resources(folder: str = "") -> Resources:
+    """Returns what the connected cluster has now; ``folder`` is that of the `Resources` of one on this machine."""
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # A head without work has no CPUs: no worker will run there.
@@ -208,6 +215,7 @@ def read_resources() -> Resources:
         num_gpus=int(total.get("GPU", 0)),
         devices=_name_devices(total, min(node.get("CPU", 0) for node in working)),
         node_memory_gib=min(node.get("memory", 0.0) for node in working) / 2**30,
+        folder=folder,
     )
 
 

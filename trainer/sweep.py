@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.2
 # A long study can be looked at meanwhile.
 _SECONDS_BETWEEN_REPORTS = 60.0
 # What a trial takes besides its steps: processes, TensorFlow, tracing, plots.
-_START_SECONDS = 15.0
+_START_SECONDS = 8.0
 # Where the batch is found by the trial itself.
 _TYPICAL_BATCH = 64
 # Evaluation takes about a third of a training step an image.
@@ -186,6 +186,7 @@ class _Sweep:
     ) -> None:
         self._study, self._folder = study, folder
         self._concurrency = find_concurrency(study, resources)
+        self._job_folder = resources.folder
         self._max_failures, self._on_event = max_failures, on_event
         self._known = {one.run_name: one for one in folder.read_trials()}
         if retry_failed:
@@ -270,7 +271,9 @@ class _Sweep:
             else ray.remote(_TrialActor).options(num_cpus=0, scheduling_strategy=_here()).remote()
         )
         options = _options(self._study, trial.values)
-        reference = actor.run.remote(options, self._study.objective, self._folder.uri, trial, self._max_failures, queue)
+        reference = actor.run.remote(
+            options, self._study.objective, self._folder.uri, trial, self._job_folder, self._max_failures, queue
+        )
         return reference, _Running(trial, actor, time.monotonic())
 
     def _handle_events(self, queue: Queue, running: dict[Any, _Running]) -> None:
@@ -344,12 +347,13 @@ class _TrialActor:
         objective: str,
         storage_uri: str,
         trial: Trial,
+        job_folder: str,
         max_failures: int,
         queue: Queue,
     ) -> Trial:
         """Returns the trial with what became of it."""
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-        resources = read_resources()
+        resources = read_resources(job_folder)
 
         def send_event(event: Event) -> None:
             queue.actor.put_nowait.remote((trial.run_name, event))

@@ -1,6 +1,6 @@
 """Runs a function on Ray Train workers that are one MultiWorkerMirroredStrategy, and hears of their progress.
 
-Where no cluster is connected there is one worker, a process of this machine (`trainer.local_worker`).
+One worker on a machine of its own is no group: it is a process of that machine (`trainer.local_worker`).
 
 How many there are, and whether the cluster has room for them, is decided here too.
 """
@@ -107,7 +107,7 @@ def wait_for_workers(num_workers: str, resources: Resources, wait_seconds: float
                 on_event(StageProgressed("waiting for free workers", int(waited), int(wait_seconds)))
                 _request_nodes(missing)
             time.sleep(_POLL_SECONDS)
-            resources = read_resources()
+            resources = read_resources(resources.folder)
     finally:
         if wait_seconds:
             _request_nodes([])
@@ -174,7 +174,7 @@ def run_workers(
     Raises:
         WorkersFailedError: the workers failed more often than allowed.
     """
-    if not ray.is_initialized():
+    if workers.most == 1 and resources.is_one_machine:
         return _run_alone(function, resources, max_failures, on_event)
     # Not at the top: a job without a cluster spares itself the second.
     from ray.train import FailureConfig, RunConfig, TrainingFailedError
@@ -261,7 +261,7 @@ def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Res
         InputError: that of the function.
         JobError: the function failed otherwise.
     """
-    if not ray.is_initialized():
+    if resources.is_one_machine:
         try:
             return run_process(lambda _: function(*arguments), resources.folder, ignore_event)
         except InputError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -98,18 +99,30 @@ def kill_trial_workers(event) -> None:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             ours = cache in (process / "environ").read_bytes().split(b"\0")
-            if ours and b"RayTrainWorker" in (process / "cmdline").read_bytes():
+            # The name of Ray Train's, or of a process of this machine alone.
+            if ours and re.search(b"RayTrainWorker|spawn_main", (process / "cmdline").read_bytes()):
                 os.kill(int(process.name), signal.SIGKILL)
         except OSError:
             continue
 
 
-def test_a_killed_trial_counts_as_out_of_memory_and_the_search_goes_on(work, resources, tmp_path):
-    choice = choose_batch(*draft(work, resources), str(tmp_path), resources, on_event=kill_trial_workers)
-    # 98 images in at least ten steps: 8 was measured, 9 was killed.
+@pytest.mark.parametrize(("num_workers", "steps"), [(1, 10), (2, 5)])
+def test_a_killed_trial_counts_as_out_of_memory_and_the_search_goes_on(work, resources, tmp_path, num_workers, steps):
+    drafted = draft(work, resources, num_workers=str(num_workers), min_steps_per_epoch=steps)
+    choice = choose_batch(*drafted, str(tmp_path), resources, on_event=kill_trial_workers)
+    # 98 images in so many steps leave 9 for each worker: 8 was measured, 9 was killed.
     assert choice.table.failed == {"float32": 9}
-    assert (choice.global_batch_size, choice.limit) == (8, "memory")
+    assert (choice.global_batch_size, choice.limit) == (8 * num_workers, "memory")
     assert storage.find_files(storage.join(str(tmp_path), "batch_sizes"))
+
+
+def test_workers_that_die_after_their_last_size_cost_nothing(work, resources, tmp_path):
+    # 98 images in ten steps of two workers leave 4 for each, which is all that is tried.
+    choice = choose_batch(
+        *draft(work, resources, num_workers="2"), str(tmp_path), resources, on_event=kill_trial_workers
+    )
+    assert choice.table.failed == {}
+    assert (choice.global_batch_size, choice.limit) == (8, "rows")
 
 
 def test_a_batch_that_needs_more_than_the_limit_is_refused_with_the_arithmetic(work, resources, tmp_path):
