@@ -4,15 +4,14 @@ Run: python -m tests.faults.soak [--minutes 30] [--epochs 700]
 """
 
 import json
-import os
 import random
-import signal
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from data_prep.prepare import PrepareConfig, prepare
@@ -77,8 +76,12 @@ def kill_workers(run: RunFolder, duration: float, mean: float, ended: threading.
         if not attempts:
             continue
         try:
-            os.kill(json.loads(attempts[-1].read_text())["pid"], signal.SIGKILL)
-        except (ProcessLookupError, ValueError):
+            worker = psutil.Process(json.loads(attempts[-1].read_text())["pid"])
+            # Another process may have got the number of one that has ended.
+            if worker.create_time() > attempts[-1].stat().st_mtime:
+                continue
+            worker.kill()
+        except (psutil.NoSuchProcess, ValueError):
             continue
         counts.append(len(attempts))
 
