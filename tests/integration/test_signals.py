@@ -1,6 +1,5 @@
 """SIGINT and SIGTERM, twice in a row too: nothing is left running, and the same command continues."""
 
-import itertools
 import json
 import os
 import signal
@@ -60,12 +59,13 @@ def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Pa
     assert f"run one is in use by process {job.pid}" in other.stderr
 
 
-def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path):
+# One worker is a process of the job, two are a cluster's, as in `ray job stop` (test_submit.py).
+@pytest.mark.parametrize("num_workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path, num_workers):
     run = tmp_path / "one"
     # A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
     stops = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
-    # One worker is a process of the job, two are a cluster's.
-    for attempt, (num_workers, (send, number, code)) in enumerate(itertools.product("12", stops)):
+    for attempt, (send, number, code) in enumerate(stops):
         job = start(num_workers)
         assert not (run / "result.json").exists()
         assert len(list((run / "attempts").iterdir())) == attempt + 1
