@@ -137,7 +137,6 @@ def test_without_a_token_nothing_is_accepted(submit, tmp_path):
     assert "uthentication" in job.stdout + job.stderr
 
 
-@pytest.mark.slow
 def test_a_stopped_job_keeps_its_checkpoint_and_says_so(ray_job, submit, tmp_path):
     run = tmp_path / "runs" / "one"
     command = [

@@ -38,7 +38,6 @@ def handlers():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_short(capsys, handlers, number, code):
-
     def work() -> None:
         try:
             signal.raise_signal(number)
