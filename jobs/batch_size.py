@@ -39,12 +39,12 @@ def main(
         # Not at the top: --help and wrong options answer without loading Ray.
         from trainer import launch
         from trainer.cluster import connect
-        from trainer.workers import needs_cluster, wait_for_workers
+        from trainer.workers import wait_for_workers
 
         launch.check_arch(arch, options["arch_arguments"])
         if dataset:
             launch.check_dataset(arch, dataset)
-        one_process = not needs_cluster(num_workers) and bool(dataset or launch.has_embedded_dataset(arch, storage))
+        one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
         with connect(may_wait=True, one_process=one_process) as cluster, console.show_events() as on_event:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             if not dataset:

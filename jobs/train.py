@@ -45,7 +45,7 @@ def main(
         from trainer import launch
         from trainer.cluster import connect
         from trainer.tracking import check_trackers
-        from trainer.workers import needs_cluster, wait_for_workers
+        from trainer.workers import wait_for_workers
 
         if list_archs:
             print_architectures(launch.describe_architectures(dataset))
@@ -54,8 +54,7 @@ def main(
         check_trackers(track)
         if dataset:
             launch.check_dataset(arch, dataset)
-        # The embedded images are prepared on a cluster, once.
-        one_process = not needs_cluster(num_workers) and bool(dataset or launch.has_embedded_dataset(arch, storage))
+        one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
         with console.show_events() as on_event, connect(may_wait=True, one_process=one_process) as cluster:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             with launch.open_run(storage, run_name, arch, resources) as run:

@@ -241,9 +241,9 @@ class _Finder:
         except WorkersFailedError as error:
             if not _ran_out_of_memory(error):
                 raise JobError(f"a trial of batch sizes {sizes} failed: {error}") from error
-            measured = {one.size for one in seen}
-            # None failed where the workers died after the last one.
-            for failed in [size for size in sizes if size not in measured][:1]:
+            # Seen in order; none failed where the workers died after the last one.
+            if len(seen) < len(sizes):
+                failed = sizes[len(seen)]
                 self._failed[precision] = min(failed, self._failed.get(precision, failed))
         known = {one.size: one for one in (*self.measured.get(precision, ()), *seen)}
         self.measured[precision] = tuple(known[size] for size in sorted(known))

@@ -45,7 +45,7 @@ from trainer.notes import write_note
 from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
 from trainer.tracking import log_to_mlflow
-from trainer.workers import WorkerCount, parse_num_workers, run_workers
+from trainer.workers import WorkerCount, needs_cluster, parse_num_workers, run_workers
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,17 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
 
 
-def has_embedded_dataset(arch: str, storage_uri: str) -> bool:
-    """Returns whether the embedded dataset of an architecture has been prepared."""
-    return read_manifest(embedded_dataset(arch, storage_uri)[0]) is not None
+def needs_one_process(num_workers: str, arch: str, dataset: str, storage_uri: str) -> bool:
+    """Returns whether one worker does all: the dataset is there, and ``--num-workers`` asks for no more.
+
+    The embedded dataset, for which ``dataset`` is empty, is prepared on a cluster, once.
+
+    Raises:
+        InputError: ``num_workers`` is not one of what `parse_num_workers` takes.
+    """
+    if needs_cluster(num_workers):
+        return False
+    return bool(dataset) or read_manifest(embedded_dataset(arch, storage_uri)[0]) is not None
 
 
 @contextlib.contextmanager

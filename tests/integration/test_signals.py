@@ -59,12 +59,19 @@ def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Pa
     assert f"run one is in use by process {job.pid}" in other.stderr
 
 
-# One worker is a process of the job, two are a cluster's, as in `ray job stop` (test_submit.py).
-@pytest.mark.parametrize("num_workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path, num_workers):
+# A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
+STOPS = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
+
+
+# One worker is a process of the job, two are a cluster's. SIGTERM on a cluster is in the suite as `ray job stop`
+# (test_submit.py): here it has failed once in a whole run of the suite, which is not understood (docs/reliability.md).
+@pytest.mark.parametrize(
+    ("num_workers", "stops"),
+    [("1", STOPS), ("2", STOPS[:1]), pytest.param("2", STOPS[1:], marks=pytest.mark.slow)],
+    ids=["one worker", "SIGINT", "SIGTERM"],
+)
+def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path, num_workers, stops):
     run = tmp_path / "one"
-    # A terminal sends Ctrl-C to the whole group, a scheduler sends SIGTERM to the job.
-    stops = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
     for attempt, (send, number, code) in enumerate(stops):
         job = start(num_workers)
         assert not (run / "result.json").exists()
