@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def stripes(tmp_path_factory) -> Path:
     job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
     assert job.returncode == 0, job.stderr
     return folder
+
+
+@pytest.fixture
+def handlers():
+    """The signals that stop a job; what this process does at them is restored."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    yield list(before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 def last_state(run: RunFolder) -> list[bytes]:

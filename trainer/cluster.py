@@ -4,19 +4,17 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import ray
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
 from trainer.errors import InputError, JobError
+from trainer.signals import defer_signals
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -125,7 +123,9 @@ def _connected_ray(environment: dict[str, str], may_wait: bool, **options: Any) 
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        with _deferred_signals():
+        # What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back. Ray
+        # also puts its own handler of SIGTERM in place, which exits with 15.
+        with defer_signals():
             try:
                 ray.init(
                     log_to_driver=False,
@@ -161,31 +161,6 @@ def _explain_refusal(reason: str) -> str:
         f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS', '')}: {reason}; start Ray there, or unset RAY_ADDRESS to work on "
         "this machine alone; with token authentication set RAY_AUTH_MODE=token and give ~/.ray/auth_token"
     )
-
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[None]:
-    """Keeps SIGINT and SIGTERM until the end of the context.
-
-    What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back. Ray also
-    puts its own handler of SIGTERM in place, which exits with 15.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[int] = []
-
-    def keep(signal_number: int, frame: FrameType | None) -> None:
-        arrived.append(signal_number)
-
-    before = {one: signal.signal(one, keep) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-    if arrived:
-        signal.raise_signal(arrived[0])
 
 
 def read_machine(folder: str = "") -> Resources:

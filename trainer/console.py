@@ -4,19 +4,16 @@ On a terminal there are progress bars; piped or in a job log there are plain lin
 """
 
 import contextlib
-import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.errors import InputError, JobError, StoppedError
+from trainer.errors import InputError, JobError
 from trainer.events import Event, OnEvent, StageProgressed
+from trainer.signals import defer_signals, raise_on_signals, received_signal
 
 # Tables of a job log are not cut to the width of a terminal that is not there.
 _PLAIN_WIDTH = 160
@@ -24,8 +21,6 @@ _PLAIN_WIDTH = 160
 stdout = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ENDING_SECONDS = 20.0
 # A job log gets a line about an unfinished stage at most this often.
 _PLAIN_INTERVAL_SECONDS = 10.0
 
@@ -34,41 +29,28 @@ _PLAIN_INTERVAL_SECONDS = 10.0
 def exit_codes() -> Iterator[None]:
     """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr.
 
-    SIGINT and SIGTERM end it with 130 and 143. Further ones are ignored for a while, or they would cut short the ending
-    of what was started; also Python's own ending, when the context has ended.
+    SIGINT and SIGTERM end it with 130 and 143.
     """
-    last = -math.inf
-
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        if time.monotonic() > last + _ENDING_SECONDS:
-            last = time.monotonic()
-            raise StoppedError(signal_number)
-
-    before: dict[signal.Signals, Any] = {one: signal.signal(one, stop) for one in _STOP_SIGNALS}
     try:
-        yield
+        with raise_on_signals():
+            yield
     except InputError as error:
         stderr.print(f"error: {error}", markup=False)
         sys.exit(2)
     except JobError as error:
         stderr.print(f"failed: {error}", markup=False)
         sys.exit(1)
-    except StoppedError as error:
-        # Python is still ending when the second signal comes.
-        before = dict.fromkeys(_STOP_SIGNALS, signal.SIG_IGN)
-        stderr.print(f"stopped by {error}; the same command continues", markup=False)
-        sys.exit(128 + error.signal_number)
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    except KeyboardInterrupt:
+        number = received_signal()
+        stderr.print(f"stopped by {number.name}; the same command continues", markup=False)
+        sys.exit(128 + number)
 
 
 @contextlib.contextmanager
 def show_events() -> Iterator[OnEvent]:
     """Yields a function that shows each event: the current stage as a bar, anything else as a line."""
     if not stderr.is_terminal:
-        yield _plain_lines()
+        yield _uninterrupted(_plain_lines())
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as bars:
@@ -82,7 +64,17 @@ def show_events() -> Iterator[OnEvent]:
             else:
                 bars.print(str(event), markup=False, soft_wrap=True)
 
-        yield show
+        yield _uninterrupted(show)
+
+
+def _uninterrupted(show: OnEvent) -> OnEvent:
+    """Rich, interrupted in the middle of a line, keeps all further ones to itself."""
+
+    def show_whole(event: Event) -> None:
+        with defer_signals():
+            show(event)
+
+    return show_whole
 
 
 def _plain_lines() -> OnEvent:

@@ -1,7 +1,5 @@
 """The errors that a job turns into an exit code."""
 
-import signal
-
 
 class InputError(Exception):
     """The arguments or the data are wrong: exit 2, before anything is started.
@@ -29,14 +27,3 @@ class WorkersFailedError(Exception):
         self.causes = causes
         """Of the last failure, one a worker that failed."""
         super().__init__("; ".join(sorted({str(one).strip().splitlines()[-1] for one in causes if str(one).strip()})))
-
-
-class StoppedError(BaseException):
-    """The process got SIGINT or SIGTERM: exit 130 or 143, after everything that it started has ended.
-
-    Like KeyboardInterrupt it is no Exception, so that nothing takes it for a failure of its own.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        self.signal_number = signal_number
-        super().__init__(signal.Signals(signal_number).name)

@@ -36,7 +36,7 @@ from trainer.config import (
 )
 from trainer.dataset import cache_folder, load_manifest
 from trainer.diagnostics import find_symptoms
-from trainer.errors import InputError, JobError, StoppedError, WorkersFailedError
+from trainer.errors import InputError, JobError, WorkersFailedError
 from trainer.evaluation import summarise
 from trainer.events import BatchChosen, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
@@ -44,6 +44,7 @@ from trainer.lease import hold_lease
 from trainer.notes import write_note
 from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
+from trainer.signals import received_signal
 from trainer.tracking import log_to_mlflow
 from trainer.workers import WorkerCount, needs_cluster, parse_num_workers, run_workers
 
@@ -338,7 +339,7 @@ def launch(
     Raises:
         InputError: the run name is used by another config.
         JobError: the workers failed more often than allowed.
-        StoppedError: the process got a signal to stop; ``result.json`` says so.
+        KeyboardInterrupt: the process got a signal to stop; ``result.json`` says which.
     """
     config, manifest = plan.config, plan.manifest
     num_workers = config.num_workers
@@ -367,9 +368,9 @@ def launch(
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:
         return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event))
-    except StoppedError as error:
+    except KeyboardInterrupt:
         # Before anything is ended: `ray job stop` kills after three seconds.
-        run.write_interruption("interrupted", str(error))
+        run.write_interruption("interrupted", received_signal().name)
         raise
 
 

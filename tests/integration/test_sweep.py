@@ -1,14 +1,13 @@
 """Studies of real runs: interrupted and continued, with trials that diverge and trials that are ended early."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import run_job, write_stripes
-from trainer.errors import InputError, StoppedError
+from trainer.errors import InputError
 from trainer.events import StudyTrialEnded
 from trainer.lease import hold_lease
 from trainer.study import parse_study
@@ -51,12 +50,12 @@ def study_text(dataset) -> str:
 
 def interrupt_after_the_first(event) -> None:
     if isinstance(event, StudyTrialEnded):
-        raise StoppedError(signal.SIGTERM)
+        raise KeyboardInterrupt
 
 
 def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tmp_path):
     study, folder = parse_study(study_text, "study.toml"), StudyFolder(str(tmp_path / "rates" / "2026-11-25-1"))
-    with pytest.raises(StoppedError):
+    with pytest.raises(KeyboardInterrupt):
         run_study(study, folder, resources, on_event=interrupt_after_the_first)
     assert [one.status for one in folder.read_trials()] == ["completed"]
     plan = plan_study(study, folder, resources)

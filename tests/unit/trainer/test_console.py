@@ -1,10 +1,12 @@
+import io
 import signal
+import sys
 
 import pytest
 
 from trainer import console
 from trainer.errors import InputError, JobError
-from trainer.events import RunStarted, StageProgressed
+from trainer.events import RunStarted, StageProgressed, StudyTrialEnded
 
 
 @pytest.mark.parametrize(
@@ -27,15 +29,6 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(capsys, error, code, l
     assert captured.out == ""
 
 
-@pytest.fixture
-def handlers():
-    """The signals that stop a job; what this process does at them is restored."""
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    yield list(before)
-    for one, handler in before.items():
-        signal.signal(one, handler)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_short(capsys, handlers, number, code):
     def work() -> None:
@@ -53,6 +46,19 @@ def test_a_signal_ends_the_job_with_its_code_and_further_ones_do_not_cut_that_sh
     assert capsys.readouterr().err == said
     # What is left to do is Python's own ending.
     assert [signal.getsignal(one) for one in handlers] == [signal.SIG_IGN, signal.SIG_IGN]
+
+
+def test_a_signal_in_the_middle_of_a_line_waits_for_its_end(monkeypatch, handlers):
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            signal.raise_signal(signal.SIGTERM)
+            return written
+
+    monkeypatch.setattr("sys.stderr", Interrupted())
+    with pytest.raises(SystemExit), console.exit_codes(), console.show_events() as show:
+        show(StudyTrialEnded("trial-0001", "306 of 310"))
+    assert sys.stderr.getvalue() == "trial-0001 306 of 310\nstopped by SIGTERM; the same command continues\n"
 
 
 def test_a_long_line_is_not_wrapped(capsys):
