@@ -227,7 +227,15 @@ class _Finder:
                 self._on_event(event)
 
         config = self._draft.model_copy(update={"precision": precision})
-        job = TrialJob(config, self._manifest, sizes, self._request.memory_limit_gib, 1 - SAFETY_MARGIN, compare_losses)
+        job = TrialJob(
+            config,
+            self._manifest,
+            sizes,
+            self._request.memory_limit_gib,
+            memory_share=1 - SAFETY_MARGIN,
+            compare_losses=compare_losses,
+            reference=self.measured.get("float32", ()) if compare_losses and precision != "float32" else (),
+        )
 
         def work(send_event: OnEvent) -> None:
             from trainer.batch_trial import run_trial

@@ -23,6 +23,9 @@ _PREDICTION_ERROR = 0.05
 _CLOSE = 1.25
 # A doubled batch that gains less than this is where a bottleneck begins (tuning playbook: about double).
 _DOUBLING_GAIN = 1.8
+# So much slower than float32 is a precision that the device has no units for; one that it has may lose a little at
+# small sizes.
+_FAR_SLOWER = 1.5
 # First losses of a precision may be this much worse than those of float32.
 _LOSS_TOLERANCE = 0.1
 
@@ -181,6 +184,18 @@ def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, l
         candidate = (largest + bound) // 2
     candidate = round_size(candidate)
     return candidate if candidate > largest * (1 + _SIZE_TOLERANCE) else None
+
+
+def is_far_slower(row: SizeMeasured, reference: Sequence[SizeMeasured]) -> bool:
+    """Returns whether one size says that its precision is emulated, so that larger ones need not be measured.
+
+    Args:
+        row: the size.
+        reference: what float32 measured.
+    """
+    return any(
+        one.size == row.size and one.images_per_second > _FAR_SLOWER * row.images_per_second for one in reference
+    )
 
 
 def choose_precision(

@@ -12,6 +12,7 @@ import ray.train
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
+from trainer.batch_table import is_far_slower
 from trainer.batches import make_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import has_gpu, kill_beyond, memory_limit_gib, peak_memory_gib, reset_peak_memory, share_devices
@@ -29,7 +30,7 @@ _LONGEST_SIZE_SECONDS = 20.0
 
 
 def run_trial(job: TrialJob, send_event: OnEvent) -> None:
-    """Measures each size in turn, as long as the next one promises to fit and to be quick.
+    """Measures each size in turn, as long as the next one promises to fit, to be quick and to be of use.
 
     Raises:
         MemoryError: a size needs more memory than there is, and TensorFlow could say so.
@@ -61,6 +62,8 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> None:
             raise MemoryError(f"batch {size} a replica: {error.message}") from error
         if rank == 0:
             send_event(measured[-1])
+        if is_far_slower(measured[-1], job.reference):
+            return
 
 
 def _promises_to_fit(measured: list[SizeMeasured], size: int, target_gib: float) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data_prep.manifest import Manifest
 from trainer.config import TrainConfig
-from trainer.events import OnEvent
+from trainer.events import OnEvent, SizeMeasured
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,5 @@ class TrialJob:
     """A size that is predicted to need more than this share of the limit is left out."""
     compare_losses: bool
     """Send the losses of a few first steps at the first size."""
+    reference: tuple[SizeMeasured, ...]
+    """Of float32, in a trial of another precision, which ends where that is far slower."""

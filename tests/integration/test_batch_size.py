@@ -16,7 +16,9 @@ from trainer import launch, storage
 from trainer.batch_finder import choose_batch
 from trainer.errors import InputError
 from trainer.events import SizeMeasured
+from trainer.job import TrialJob
 from trainer.run_folder import RunFolder
+from trainer.workers import WorkerCount, run_workers
 
 NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
 SMALL = [word for name, value in NETWORK.items() for word in ("--arch-argument", f"{name}={json.dumps(value)}")]
@@ -123,6 +125,21 @@ def test_workers_that_die_after_their_last_size_cost_nothing(work, resources, tm
     )
     assert choice.table.failed == {}
     assert (choice.global_batch_size, choice.limit) == (8, "rows")
+
+
+def test_larger_sizes_of_an_emulated_precision_are_not_measured(work, resources):
+    config, manifest, _ = draft(work, resources)
+    reference = SizeMeasured("float32", 4, 1, 1e-9, 0.0, 1e-9, 0.1)
+    job = TrialJob(config, manifest, (2, 4, 8), None, 0.9, compare_losses=False, reference=(reference,))
+    events = []
+
+    def work_alone(send_event) -> None:
+        from trainer.batch_trial import run_trial
+
+        run_trial(job, send_event)
+
+    run_workers(work_alone, "trial", WorkerCount(1, 1, 1), resources, on_event=events.append)
+    assert [event.size for event in events if isinstance(event, SizeMeasured)] == [2, 4]
 
 
 def test_a_batch_that_needs_more_than_the_limit_is_refused_with_the_arithmetic(work, resources, tmp_path):

@@ -8,6 +8,7 @@ from trainer.batch_table import (
     choose_precision,
     decide,
     find_bottlenecks,
+    is_far_slower,
     ladder,
     largest_for_rows,
     next_size,
@@ -182,6 +183,13 @@ def test_the_fastest_precision_with_sane_losses_is_taken_and_named(bfloat16_seco
     assert precision == chosen
     assert reason.startswith(f"{chosen} ")
     assert "32 images/s" in reason
+
+
+@pytest.mark.parametrize(("seconds", "slower"), [(1.0, False), (1.4, False), (1.6, True)])
+def test_a_precision_that_is_emulated_shows_at_its_first_size(seconds, slower):
+    assert is_far_slower(size(8, seconds=seconds), [size(8), size(16)]) == slower
+    # Nothing to compare with.
+    assert not is_far_slower(size(32, seconds=100), [size(8), size(16)])
 
 
 def test_throughput_that_does_not_double_is_attributed():
