@@ -33,8 +33,24 @@ def test_a_job_accepts_the_command(job, options):
     typer.main.get_command(app).make_context(job, shlex.split(options))
 
 
+def benchmark_commands() -> list[str]:
+    return sorted(
+        {one for path in DOCUMENTS for one in re.findall(r"python -m benchmarks (\w+[^`\n]*)`", path.read_text())}
+    )
+
+
+@pytest.mark.parametrize("words", benchmark_commands())
+def test_a_benchmark_accepts_the_command(words):
+    name, *options = words.split()
+    command = typer.main.get_command(runpy.run_module("benchmarks.__main__")["app"]).commands[name]
+    # Some documents name the benchmark alone.
+    if options:
+        command.make_context(name, options)
+
+
 def test_the_commands_are_found():
     assert len({job for job, _ in job_commands()}) == len(list((REPOSITORY / "jobs").glob("*.py")))
+    assert benchmark_commands()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
