@@ -19,7 +19,7 @@ from rich.table import Table
 from trainer.comparison import compare_predictions
 from trainer.evaluation import describe_accuracy
 from trainer.recipes import RECIPES
-from trainer.run_folder import RunFolder, find_runs
+from trainer.run_folder import RunFolder, StartedRun, find_runs
 
 
 def train(dataset: str, storage: str, arch: str, recipe: str, seed: int, options: list[str]) -> None:
@@ -33,15 +33,14 @@ def train(dataset: str, storage: str, arch: str, recipe: str, seed: int, options
         print(f"{name} ended with {code}", file=sys.stderr, flush=True)
 
 
-def print_table(console: Console, runs: list[RunFolder]) -> None:
+def print_table(console: Console, runs: list[StartedRun]) -> None:
     table = Table("architecture", "recipe", "seed", "precision", "batch", "val", "loss", "epochs", "steps", "minutes")
     by_arch: dict[str, list[RunFolder]] = {}
     for run in runs:
-        record, result = run.read_record(), run.read_result()
-        if record is None or result is None:
+        config, result = run.record.config, run.folder.read_result()
+        if result is None:
             continue
-        config = record.config
-        by_arch.setdefault(config.arch, []).append(run)
+        by_arch.setdefault(config.arch, []).append(run.folder)
         table.add_row(
             *(config.arch, config.recipe, str(config.seed), config.precision, str(config.global_batch_size)),
             describe_accuracy(result.val.correct, result.val.total) if result.status == "completed" else result.status,

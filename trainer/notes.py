@@ -1,11 +1,13 @@
 """The notes, in the form of the user's own: one of each run, and the notebook of all."""
 
+from collections.abc import Sequence
+
 from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, describe_rescaling, find_differences
 from trainer.markdown import format_table
-from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, find_runs
+from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 
 NOTEBOOK_NAME = "NOTES.md"
 
@@ -13,15 +15,16 @@ NOTEBOOK_NAME = "NOTES.md"
 def write_note(run: RunFolder, result: RunResult) -> None:
     """Writes ``note.md``."""
     runs = find_runs(storage.parent(run.uri))
-    storage.write_bytes(run.path("note.md"), format_note(run, runs, result).encode())
+    own = next(one for one in runs if one.folder.uri == run.uri)
+    storage.write_bytes(run.path("note.md"), format_note(own, runs, result).encode())
 
 
-def format_notebook(runs: list[RunFolder]) -> str:
+def format_notebook(runs: Sequence[StartedRun]) -> str:
     """Returns the notes of all runs as Markdown, in the order in which they were started."""
-    return "\n".join(["# Training notes", "", *(format_note(run, runs, run.read_result()) for run in runs)])
+    return "\n".join(["# Training notes", "", *(format_note(run, runs, run.folder.read_result()) for run in runs)])
 
 
-def format_note(run: RunFolder, runs: list[RunFolder], result: RunResult | None) -> str:
+def format_note(run: StartedRun, runs: Sequence[StartedRun], result: RunResult | None) -> str:
     """Returns the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers.
 
     Args:
@@ -29,31 +32,29 @@ def format_note(run: RunFolder, runs: list[RunFolder], result: RunResult | None)
         runs: of the same storage, in the order in which they were started.
         result: of the run; None where it is not finished.
     """
-    record = run.read_record()
-    if record is None:
-        raise ValueError(f"{run.uri} has no record")
-    lines = [f"### {record.started:%Y-%m-%d}", f"#### {record.config.arch}: {run.name}", describe_change(run, runs), ""]
+    folder, record = run.folder, run.record
+    title = f"#### {record.config.arch}: {folder.name}"
+    lines = [f"### {record.started:%Y-%m-%d}", title, describe_change(run, runs), ""]
     if result is None:
-        lines += ["```sh", record.command, "```", describe_unfinished(run)]
+        lines += ["```sh", record.command, "```", describe_unfinished(folder)]
     else:
-        lines += _format_finished(run, record, run.read_manifest(), result)
+        lines += _format_finished(folder, record, folder.read_manifest(), result)
     return "\n".join(lines) + "\n"
 
 
-def describe_change(run: RunFolder, runs: list[RunFolder]) -> str:
-    """Returns how the config differs from that of the previous run of the same architecture."""
-    records = [(one.name, record) for one in runs if (record := one.read_record())]
-    own = next(record for name, record in records if name == run.name)
-    previous = [
-        (name, record)
-        for name, record in records
-        if record.config.arch == own.config.arch and (record.started, name) < (own.started, run.name)
-    ]
+def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
+    """Returns how the config differs from that of the previous run of the same architecture.
+
+    Args:
+        run: one of the runs.
+        runs: in the order in which they were started.
+    """
+    config = run.record.config
+    previous = [one for one in runs[: runs.index(run)] if one.record.config.arch == config.arch]
     if not previous:
-        return f"the first {own.config.arch} here"
-    name, record = previous[-1]
-    changes = find_differences(record.config, own.config)
-    return f"after {name}: {'; '.join(changes) or 'the same again'}"
+        return f"the first {config.arch} here"
+    changes = find_differences(previous[-1].record.config, config)
+    return f"after {previous[-1].folder.name}: {'; '.join(changes) or 'the same again'}"
 
 
 def describe_unfinished(run: RunFolder) -> str:

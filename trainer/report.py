@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer.comparison import compare_predictions
 from trainer.errors import InputError
 from trainer.html import render_page, to_data_uri
 from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, describe_unfinished, format_notebook
-from trainer.run_folder import RunFolder, RunRecord, RunResult, find_runs
+from trainer.run_folder import RunRecord, RunResult, StartedRun, find_runs
 
 REPORT_NAME = "report.html"
 _MOST_POINTS = 300
@@ -76,7 +77,7 @@ def write_notes_and_report(storage_uri: str, output: str) -> list[str]:
     return [storage.join(folder, name) for name in written]
 
 
-def format_report(runs: list[RunFolder]) -> str:
+def format_report(runs: Sequence[StartedRun]) -> str:
     """Returns the page as HTML text.
 
     Args:
@@ -101,10 +102,9 @@ def _describe(view: RunView) -> dict[str, Any]:
     return {"name": view.name, "config": {name: str(value) for name, value in view.record.config.model_dump().items()}}
 
 
-def _view(run: RunFolder, runs: list[RunFolder]) -> RunView:
-    record, result, history, steps = run.read_record(), run.read_result(), run.read_metrics(), run.read_steps()
-    if record is None:
-        raise ValueError(f"{run.uri} has no record")
+def _view(run: StartedRun, runs: Sequence[StartedRun]) -> RunView:
+    folder, record = run.folder, run.record
+    result, history, steps = folder.read_result(), folder.read_metrics(), folder.read_steps()
     charts = []
     if history:
         epochs = np.array([row["epoch"] for row in history])
@@ -118,15 +118,15 @@ def _view(run: RunFolder, runs: list[RunFolder]) -> RunView:
         charts.append(_draw_gradient_norms(steps, record.config.clip_norm))
     rates = [row["images_per_second"] for row in history]
     return RunView(
-        name=run.name,
+        name=folder.name,
         record=record,
         result=result,
-        unfinished="" if result else describe_unfinished(run),
+        unfinished="" if result else describe_unfinished(folder),
         change=describe_change(run, runs),
         training=describe_training(record.config, result.steps if result else len(steps or ())),
         images_per_second=float(np.median(rates)) if rates else 0.0,
         charts=charts,
-        mistakes=_read_picture(run.path("plots", "mistakes.png")),
+        mistakes=_read_picture(folder.path("plots", "mistakes.png")),
     )
 
 
@@ -171,12 +171,12 @@ def _read_picture(uri: str) -> str:
     return to_data_uri(content)
 
 
-def _compare(runs: list[RunFolder], views: list[RunView]) -> dict[str, str]:
+def _compare(runs: Sequence[StartedRun], views: list[RunView]) -> dict[str, str]:
     """Returns the verdict on each pair of finished runs, by ``first,second``."""
     predictions = {
         index: table
         for index, (run, view) in enumerate(zip(runs, views, strict=True))
-        if view.result and (table := run.read_predictions())
+        if view.result and (table := run.folder.read_predictions())
     }
     verdicts = {}
     for first, second in itertools.combinations(predictions, 2):

@@ -7,11 +7,15 @@ STORAGE/RUN/attempts/        one small file each time the workers start
 STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
 STORAGE/RUN/metrics.parquet  one row an epoch
 STORAGE/RUN/steps.parquet    one row an optimizer step
-STORAGE/RUN/model.keras      the best weights, for use elsewhere
+STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/saved_model/ where it is asked for
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/profile/         traces of a few steps, one a worker, for TensorBoard; Ray's timeline of the whole run
 STORAGE/RUN/note.md          the note of the run
 STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
+STORAGE/RUN/test_predictions.parquet  what the best checkpoint says of the test split, where it is asked for
+STORAGE/RUN/tensorboard/     event files, where they are asked for
+STORAGE/RUN/evaluations/     of jobs/evaluate.py
+STORAGE/RUN/explanations/    of jobs/explain.py
 STORAGE/RUN/result.json      RunResult; written last; or a RunInterruption
 """
 
@@ -21,6 +25,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -226,11 +231,28 @@ class RunFolder:
         return storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
 
 
-def find_runs(storage_uri: str) -> list[RunFolder]:
-    """Returns the runs below a storage, in the order in which they were started."""
-    runs = [RunFolder(storage.join(storage_uri, name)) for name in storage.find_folders(storage_uri)]
-    started = [(record.started, run.name, run) for run in runs if (record := run.read_record())]
-    return [run for _, _, run in sorted(started, key=lambda one: one[:2])]
+@dataclass(frozen=True)
+class StartedRun:
+    """A run folder and the record that opened it."""
+
+    folder: RunFolder
+    record: RunRecord
+
+
+def find_runs(storage_uri: str) -> list[StartedRun]:
+    """Returns the runs below a storage, in the order in which they were started.
+
+    A folder whose ``config.json`` is of another program, or of another version of this one, is left out.
+    """
+    runs = []
+    for name in storage.find_folders(storage_uri):
+        folder = RunFolder(storage.join(storage_uri, name))
+        try:
+            content = storage.read_bytes(folder.path("config.json"))
+            runs.append(StartedRun(folder, RunRecord.model_validate_json(content)))
+        except (FileNotFoundError, ValidationError):
+            continue
+    return sorted(runs, key=lambda run: (run.record.started, run.folder.name))
 
 
 def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None, command: str = "") -> RunRecord:

@@ -26,7 +26,8 @@ def start(tmp_path, make_config, write_dataset, monkeypatch):
 
 
 def note_of(run: RunFolder, result=None) -> str:
-    return format_note(run, find_runs(storage.parent(run.uri)), result)
+    runs = find_runs(storage.parent(run.uri))
+    return format_note(next(one for one in runs if one.folder.uri == run.uri), runs, result)
 
 
 def test_the_note_has_the_form_of_the_users_own(start, make_result):
@@ -83,11 +84,12 @@ def test_a_run_that_is_not_finished_says_so(start):
 def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     start("first", 12)
     start("other", 13, arch="vgg19")
-    second, third = start("second", 14, epochs=20, seed=4), start("third", 15, epochs=20, seed=4)
-    runs = find_runs(storage.parent(second.uri))
-    assert [run.name for run in runs] == ["first", "other", "second", "third"]
-    assert describe_change(second, runs) == "after first: epochs: 50 -> 20; seed: 3 -> 4"
-    assert describe_change(third, runs) == "after second: the same again"
+    start("second", 14, epochs=20, seed=4)
+    third = start("third", 15, epochs=20, seed=4)
+    runs = find_runs(storage.parent(third.uri))
+    assert [run.folder.name for run in runs] == ["first", "other", "second", "third"]
+    assert describe_change(runs[2], runs) == "after first: epochs: 50 -> 20; seed: 3 -> 4"
+    assert describe_change(runs[3], runs) == "after second: the same again"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,13 @@ def test_the_note_is_written_into_the_run_folder(start, make_result):
     run, result = start("first"), make_result()
     write_note(run, result)
     assert storage.read_bytes(run.path("note.md")).decode() == note_of(run, result)
+
+
+def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_result):
+    run, neighbour = start("first", 12), start("another", 11)
+    storage.write_bytes(neighbour.path("config.json"), b'{"model_type": "bert"}')
+    write_note(run, make_result())
+    assert "the first alexnet here" in storage.read_bytes(run.path("note.md")).decode()
 
 
 def test_the_notebook_has_all_runs_by_date(start, make_result):
