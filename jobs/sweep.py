@@ -32,6 +32,7 @@ def main(
     """Run the trials that a study still lacks, on the cluster that RAY_ADDRESS names or on this machine."""
     with console.exit_codes():
         # Not at the top: --help and a wrong file answer without loading Ray.
+        from trainer.storage import exists
         from trainer.study import find_warnings, load_study
         from trainer.study_folder import find_round
 
@@ -58,11 +59,17 @@ def main(
                     max_failures=max_failures,
                     on_event=on_event,
                 )
+        elif not status:
+            from trainer.sweep import conclude_study
+
+            trials = conclude_study(study, folder)
         if as_json:
             console.stdout.print_json(data=[trial.model_dump(mode="json") for trial in trials])
             return
         print_trials(study, trials)
-        console.stdout.print(f"report  {folder.path('report.html')}", markup=False)
+        report = folder.path("report.html")
+        if exists(report):
+            console.stdout.print(f"report  {report}", markup=False)
 
 
 def print_trials(study: "Study", trials: "list[Trial]") -> None:

@@ -15,9 +15,7 @@ from trainer.errors import InputError
 Role = Literal["scientific", "nuisance"]
 Scalar = bool | int | float | str
 
-# Options of a run that are no fields of these, and that a study may fix.
-_RUN_OPTIONS = {"num_workers"}
-_KNOWN = {*TrainConfig.model_fields, *BatchRequest.model_fields, *_RUN_OPTIONS} - {"dataset_fingerprint"}
+_KNOWN = {*TrainConfig.model_fields, *BatchRequest.model_fields} - {"dataset_fingerprint"}
 _ARGUMENTS = "arch_arguments"
 # Why the playbook does not let a study vary these.
 _NEVER_VARIED = {

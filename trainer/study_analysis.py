@@ -20,6 +20,8 @@ from trainer.study_folder import Trial
 _EDGE_SHARE = 0.1
 # A best learning rate so near below one that diverged is held down by instability.
 _UNSTABLE_SHARE = 0.1
+# In the reason of a trial that diverged (`trainer.loop`); other infeasible ones were too large for the memory.
+_DIVERGED = "nan or inf"
 _BUCKETS = 4
 _BOOTSTRAP_SAMPLES = 2000
 # Relative difference of a loss that says nothing.
@@ -168,9 +170,10 @@ def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
     for one in study.parameters:
         if one.name != "base_learning_rate" or not isinstance(one.domain, Range) or not best or not _varies(best, one):
             continue
-        positions = [one.domain.position(trial.values[one.name]) for trial in bad if _varies(trial, one)]
-        distance = min(positions, default=math.inf) - one.domain.position(best.values[one.name])
-        if distance < _UNSTABLE_SHARE:
+        diverged = [trial for trial in bad if _DIVERGED in trial.reason and _varies(trial, one)]
+        position = one.domain.position(best.values[one.name])
+        distances = [one.domain.position(trial.values[one.name]) - position for trial in diverged]
+        if any(0 <= distance < _UNSTABLE_SHARE for distance in distances):
             lines.append(
                 f"{one.label}: the best value {best.values[one.name]:.3g} is at the edge of those that diverge: the "
                 "optimum is held down by instability; try clip_norm, longer warmup_epochs, or normalisation"

@@ -1,4 +1,4 @@
-"""Runs the trials of a study: every trial is a run started by `trainer.launch`, in an actor of its own.
+"""Runs the trials of a study: every trial is a run started by `trainer.launch`, in an actor that runs one at a time.
 
 A study that is run again goes on where it was: what has ended is in the storage, what was interrupted continues from
 its checkpoint, and the values of a trial do not depend on who runs it when.
@@ -73,7 +73,7 @@ class StudyPlan:
 
 
 def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> StudyPlan:
-    """Returns what running a study would do; measures a training step where no trial has ended yet.
+    """Returns what running a study would do; measures a training step where no trial has completed yet.
 
     Raises:
         InputError: a trial of it can never run: a value is not allowed, or the cluster is too small.
@@ -156,8 +156,23 @@ def run_study(
         sweep.run(sweep.search_trials())
         if characterize:
             sweep.run(sweep.repetitions(characterize))
-        trials = sweep.trials
-        write_study_report(folder, study, trials)
+        return _conclude(study, folder, sweep.trials)
+
+
+def conclude_study(study: Study, folder: StudyFolder) -> list[Trial]:
+    """Writes the report of a round that lacks no trial, and returns all its trials; needs no cluster.
+
+    Raises:
+        InputError: the round has begun with another study, or another job works on it.
+        JobError: no trial has completed.
+    """
+    with hold_lease(folder.path("lease.json"), f"study {folder.uri}"):
+        folder.write_study(study)
+        return _conclude(study, folder, folder.read_trials())
+
+
+def _conclude(study: Study, folder: StudyFolder, trials: list[Trial]) -> list[Trial]:
+    write_study_report(folder, study, trials)
     if find_best(study, trials) is None:
         raise JobError(f"no trial of {folder.uri} has completed; the last one: {trials[-1].reason}")
     return trials
@@ -339,7 +354,7 @@ class _Sweep:
 
 
 class _TrialActor:
-    """Runs one trial in a process of its own on the driver's node."""
+    """Runs trials, one after another, in a process of its own on the driver's node."""
 
     def run(
         self,

@@ -12,7 +12,7 @@ from trainer.events import StudyTrialEnded
 from trainer.lease import hold_lease
 from trainer.study import parse_study
 from trainer.study_folder import StudyFolder, Trial, find_round
-from trainer.sweep import plan_study, run_study
+from trainer.sweep import conclude_study, plan_study, run_study
 
 STUDY = """
 goal = "Which learning rate?"
@@ -89,6 +89,11 @@ def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tm
     assert run_study(study, folder, resources, on_event=events.append) == trials
     assert not any(isinstance(event, StudyTrialEnded) for event in events)
 
+    # Nor is the report lost of a job that was stopped before it wrote it.
+    Path(folder.path("report.md")).unlink()
+    assert conclude_study(study, folder) == trials
+    assert Path(folder.path("report.md")).read_text() == report
+
 
 @pytest.mark.slow
 def test_a_trial_that_is_worse_than_others_is_ended_early(resources, study_text, tmp_path):
@@ -128,6 +133,36 @@ def test_the_job_shows_what_has_run(study_text, tmp_path):
     status = run_job("sweep.py", str(file), "--storage", str(tmp_path), "--status", "--json")
     assert status.returncode == 0, status.stderr
     assert [trial["status"] for trial in json.loads(status.stdout)] == ["failed"]
+
+
+def test_a_study_without_result_fails_each_time_and_one_with_a_result_is_shown(study_text, tmp_path):
+    file = tmp_path / "rates.toml"
+    file.write_text(study_text)
+    command = ("sweep.py", str(file), "--storage", str(tmp_path))
+    folder = find_round(str(tmp_path), "rates")
+    bad = [
+        Trial(
+            run_name=f"trial-{index:04d}", kind="search", index=index, values={"base_learning_rate": rate}
+        ).model_copy(update={"status": "failed", "reason": "disk"})
+        for index, rate in enumerate((0.05, 1e30))
+    ]
+    for trial in bad:
+        folder.write_trial(trial)
+    status = run_job(*command, "--status")
+    assert (status.returncode, "report" in status.stdout) == (0, False)
+
+    again = run_job(*command)
+    assert again.returncode == 1
+    assert f"no trial of {folder.uri} has completed; the last one: disk" in again.stderr
+    assert Path(folder.path("report.html")).exists()
+
+    found = {"status": "completed", "objective": 0.5, "correct": 9, "total": 18, "best_step": 4, "steps": 8}
+    folder.write_trial(bad[0].model_copy(update=found))
+    complete = run_job(*command)
+    assert complete.returncode == 0, complete.stderr
+    assert complete.stdout.splitlines()[-1] == f"report  {folder.path('report.html')}"
+    assert "trial-0001 failed: disk" in Path(folder.path("report.md")).read_text()
+    assert not Path(folder.path("trial-0000")).exists()
 
 
 def test_what_would_run_is_shown_with_its_time(resources, study_text, tmp_path):

@@ -31,6 +31,7 @@ weight_decay = { low = 0, high = 0.1 }
 """,
     "study.toml",
 )
+DIVERGED = "the loss or its gradient became nan or inf somewhere within steps [1, 50]"
 
 
 def trial(index: int, correct: int = 0, rate: float = 0.03, status: str = "completed", **changes) -> Trial:
@@ -135,8 +136,16 @@ def test_trials_without_result_are_counted_with_their_reason():
 
 
 def test_an_optimum_beside_divergence_is_a_stability_problem():
-    trials = [trial(0, 80, rate=0.3), trial(1, status="infeasible", rate=0.4)]
+    trials = [trial(0, 80, rate=0.3), trial(1, status="infeasible", reason=DIVERGED, rate=0.4)]
     assert "held down by instability" in check_infeasible(STUDY, trials)[-1]
+
+
+@pytest.mark.parametrize(
+    ("reason", "rate"), [(DIVERGED, 0.002), (DIVERGED, 0.9), ("a batch of 64 does not fit into the memory", 0.4)]
+)
+def test_a_trial_that_failed_elsewhere_or_otherwise_is_none(reason, rate):
+    trials = [trial(0, 80, rate=0.3), trial(1, status="infeasible", reason=reason, rate=rate)]
+    assert not any("instability" in line for line in check_infeasible(STUDY, trials))
 
 
 @pytest.mark.parametrize(
