@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer import storage
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 
 _RENEW_SECONDS = 15.0
 # Longer than the clocks of two machines and a slow object store can differ from that.
 _EXPIRE_SECONDS = 90.0
+# Longer than another job takes from reading who held the lease to writing itself down.
+_SETTLE_SECONDS = 1.0
 
 
 @contextlib.contextmanager
@@ -24,7 +26,8 @@ def hold_lease(uri: str, what: str) -> Iterator[None]:
 
     A lease whose holder died is taken over: at once if it was a process of this machine, else when it has not been
     renewed for a minute and a half. Two jobs that start at the same moment are told apart by a conditional write where
-    the storage has one; where it has not, by reading back who wrote last.
+    the storage has one; where it has not, by reading back who wrote last. Two that take over at the same moment read
+    that back a second later, which tells them apart unless the storage is slower.
 
     Args:
         uri: of the file.
@@ -56,6 +59,7 @@ def _acquire(uri: str, what: str, token: str) -> None:
                 f"{time.time() - holder['renewed']:.0f} s ago; wait for its end, or {_EXPIRE_SECONDS:.0f} s if it died"
             )
         storage.write_bytes(uri, _describe_holder(token))
+        time.sleep(_SETTLE_SECONDS)
     if not _holds(uri, token):
         raise InputError(f"{what} was taken by another job that started at the same moment; wait for it to end")
 
@@ -86,6 +90,10 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 
 
 def _renew(uri: str, token: str, released: threading.Event) -> None:
-    # A job that was stopped for so long that another one took over must not take the lease back.
-    while not released.wait(_RENEW_SECONDS) and _holds(uri, token):
-        storage.write_bytes(uri, _describe_holder(token))
+    while not released.wait(_RENEW_SECONDS):
+        # A storage that does not answer now may do so before the lease expires.
+        with contextlib.suppress(InputError, JobError):
+            # A job that was stopped for so long that another one took over must not take the lease back.
+            if not _holds(uri, token):
+                return
+            storage.write_bytes(uri, _describe_holder(token))

@@ -4,10 +4,13 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 
-from trainer import storage
+from trainer import lease, storage
 from trainer.errors import InputError
 from trainer.lease import hold_lease
 
@@ -82,3 +85,40 @@ def test_a_lease_that_another_job_took_over_is_left_to_it(uri):
     with hold_lease(uri, "DATASET d"):
         write_holder(uri, host="elsewhere")
     assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"
+
+
+def test_a_lease_is_renewed_again_when_the_storage_is_back(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.05)
+    folder = Path(uri).parent
+    (tmp_path / "works").mkdir()
+    (tmp_path / "is no folder").touch()
+
+    def point_at(name: str) -> None:
+        (tmp_path / "next").symlink_to(tmp_path / name)
+        (tmp_path / "next").replace(folder)
+
+    point_at("works")
+    with hold_lease(uri, "DATASET d"):
+        point_at("is no folder")
+        time.sleep(0.3)
+        point_at("works")
+        back, deadline = time.time(), time.monotonic() + 10
+        while json.loads(storage.read_bytes(uri))["renewed"] < back:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_of_several_jobs_that_take_over_at_once_one_goes_on(uri):
+    write_holder(uri, renewed=time.time() - 3600)
+    together = Barrier(4)
+
+    def take_over(_: int) -> bool:
+        together.wait()
+        try:
+            with hold_lease(uri, "DATASET d"):
+                return True
+        except InputError:
+            return False
+
+    with ThreadPoolExecutor(4) as jobs:
+        assert sum(jobs.map(take_over, range(4))) == 1
