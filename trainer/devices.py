@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import ray
@@ -42,8 +43,11 @@ def memory_limit_gib(workers_on_node: int) -> float:
         import pynvml
 
         pynvml.nvmlInit()
-        gpu = ray.get_gpu_ids()[0] if ray.is_initialized() else 0
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(gpu))
+        # The first of these, a number or a UUID, is TensorFlow's GPU:0; Ray sets the variable of its workers.
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        )
         return float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / _GIB
     if not ray.is_initialized():
         return read_machine().node_memory_gib / workers_on_node
@@ -76,10 +80,9 @@ def kill_beyond(limit_gib: float) -> None:
 
     def watch() -> None:
         while _resident_gib("VmRSS") <= limit_gib:
-            stopped.wait(_GUARD_INTERVAL_SECONDS)
+            time.sleep(_GUARD_INTERVAL_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    stopped = threading.Event()
     threading.Thread(target=watch, name="memory guard", daemon=True).start()
 
 

@@ -20,6 +20,8 @@ _PYTHON = ((3, 11), (3, 14))
 # A dataset and Ray's own objects need more than this before long.
 _LEAST_DISK_GIB = 2.0
 _NODE_SECONDS = 120.0
+# How Ray begins its RuntimeError on a node that lacks this project.
+_NOT_IMPORTED = "The remote function failed to import"
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,35 @@ def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
         for node in nodes
     }
     for (name, reference), node in zip(reports.items(), nodes, strict=True):
+        gpus = int(node["Resources"].get("GPU", 0))
         try:
             report = ray.get(reference, timeout=_NODE_SECONDS)
-        except ray.exceptions.GetTimeoutError:
-            findings.append(
-                Finding(f"node {name}", "its GPUs are in use", "look again when the job that has them ends")
-            )
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            findings.append(Finding(f"node {name}", reason, "install this version of the project there"))
+            findings.append(explain_silence(name, error, gpus))
         else:
-            findings += check_node(name, report, versions, int(node["Resources"].get("GPU", 0)))
+            findings += check_node(name, report, versions, gpus)
     return findings
+
+
+def explain_silence(name: str, error: ray.exceptions.RayError, gpus: int) -> Finding:
+    """Returns why a node has said nothing of itself.
+
+    Args:
+        name: of the node.
+        error: in place of its report.
+        gpus: that Ray counts there.
+    """
+    look_there = "look at Ray's logs there"
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        if gpus:
+            return Finding(f"node {name}", "its GPUs are in use", "look again when the job that has them ends")
+        return Finding(f"node {name}", f"no answer within {_NODE_SECONDS:.0f} s", look_there)
+    lacks_project = isinstance(error, ImportError) or _NOT_IMPORTED in str(error)
+    return Finding(
+        f"node {name}",
+        str(error).strip().splitlines()[-1],
+        "install this version of the project there" if lacks_project else look_there,
+    )
 
 
 def inspect_node(uri: str) -> NodeReport:

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from ray.exceptions import GetTimeoutError, RayTaskError, WorkerCrashedError
 
-from trainer.doctor import NodeReport, check_node, check_packages
+from trainer.doctor import NodeReport, check_node, check_packages, explain_silence
 
 VERSIONS = {"ray": "2.60.0", "tf_keras": "2.21.0"}
 WELL = NodeReport(
@@ -36,3 +37,28 @@ def test_a_node_that_is_well_is_one_line():
 def test_what_is_wrong_is_one_line_with_what_to_do(change, expected):
     (line,) = check_node("a", replace(WELL, **change), VERSIONS, 2)
     assert str(line).startswith(expected)
+
+
+def raised_by_a_task(error: Exception, text: str) -> RayTaskError:
+    return RayTaskError("inspect_node", f"ray::inspect_node()\n{text}", error).as_instanceof_cause()
+
+
+LACKING = "ModuleNotFoundError: No module named 'trainer'"
+NOT_IMPORTED = f"RuntimeError: The remote function failed to import on the worker. This may be because\n{LACKING}"
+
+
+@pytest.mark.parametrize(
+    ("error", "gpus", "expected"),
+    [
+        (GetTimeoutError(), 2, "its GPUs are in use; look again when the job that has them ends"),
+        (GetTimeoutError(), 0, "no answer within 120 s; look at Ray's logs there"),
+        (raised_by_a_task(RuntimeError(), NOT_IMPORTED), 0, f"{LACKING}; install this version of the project there"),
+        (raised_by_a_task(ImportError(), "ImportError: libcuda"), 0, "ImportError: libcuda; install this version of"),
+        (raised_by_a_task(OSError(), "OSError: disk"), 2, "OSError: disk; look at Ray's logs there"),
+        (WorkerCrashedError(), 0, "The worker died unexpectedly while executing this task."),
+    ],
+)
+def test_a_node_that_does_not_answer_has_its_reason(error, gpus, expected):
+    line = str(explain_silence("a", error, gpus))
+    assert line.startswith(f"wrong  node a: {expected}")
+    assert ("install" in line) == ("install" in expected)
