@@ -157,7 +157,8 @@ class _Training:
             except DivergedError as error:
                 return str(error)
             finally:
-                self._profiler.close()
+                if (profiled := self._profiler.close()) and self._rank == 0:
+                    self._job.send_event(profiled)
         return ""
 
     def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
@@ -291,6 +292,8 @@ def _finite_mean(column: pa.ChunkedArray) -> float:
 
 
 def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
+    if not stats:
+        return  # what is left of a continued epoch is less than a batch of now
     last = np.asarray(stats[-1])
     # A float16 gradient that overflowed is what loss scaling is for: the step is left out and the scale is halved.
     watched = [STEP_LOSS] if precision == "mixed_float16" else [STEP_LOSS, STEP_GRAD_NORM]

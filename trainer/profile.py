@@ -21,13 +21,14 @@ _ALL_REDUCE = ("Collective", "Nccl")
 
 
 class StepProfiler:
-    """Watches the steps of one worker; traces the wanted ones, once a run."""
+    """Watches the steps of one worker; traces the wanted ones, once an attempt."""
 
     def __init__(self, run: RunFolder, rank: int, steps: int) -> None:
         self._run, self._rank, self._steps = run, rank, steps
         self._taken = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._started = self._waited = 0.0
+        self._started = self._ended = 0.0
+        self._waited_before = self._waited = 0.0
 
     def after_step(self, wait_seconds: float) -> StepProfiled | None:
         """Is told of each step that was taken; returns what was measured when the last of the wanted ones was.
@@ -41,22 +42,18 @@ class StepProfiler:
         if self._taken == _SKIPPED_STEPS:
             self._folder = tempfile.TemporaryDirectory()
             tf.profiler.experimental.start(self._folder.name)
-            self._started, self._waited = time.perf_counter(), wait_seconds
-        elif self._folder is not None and self._taken == _SKIPPED_STEPS + self._steps:
-            # An epoch that began meanwhile began its waiting anew.
-            return self._finish(max(0.0, wait_seconds - self._waited))
+            self._started, self._waited_before = time.perf_counter(), wait_seconds
+        elif self._folder is not None:
+            self._ended, self._waited = time.perf_counter(), wait_seconds
+            if self._taken == _SKIPPED_STEPS + self._steps:
+                return self.close()
         return None
 
-    def close(self) -> None:
-        """Ends a trace whose steps were never all taken."""
-        if self._folder is not None:
-            self._finish(0.0)
-
-    def _finish(self, waited: float) -> StepProfiled:
-        seconds = time.perf_counter() - self._started
-        tf.profiler.experimental.stop()
+    def close(self) -> StepProfiled | None:
+        """Ends the trace, also before all wanted steps were taken; returns what was measured of those that were."""
         if self._folder is None:
-            raise RuntimeError("there is no trace to end")
+            return None
+        tf.profiler.experimental.stop()
         traces = list(Path(self._folder.name).rglob("*.xplane.pb"))
         contents = [trace.read_bytes() for trace in traces]
         for content in contents:
@@ -65,11 +62,15 @@ class StepProfiler:
             storage.write_bytes(self._run.path(*place), content)
         self._folder.cleanup()
         self._folder = None
-        steps = max(1, self._taken - _SKIPPED_STEPS)
+        steps = self._taken - _SKIPPED_STEPS
+        if not steps:
+            return None
         of_types: Counter[str] = Counter()
         for content in contents:
             of_types.update(sum_op_seconds(content))
-        return summarise(steps, seconds, waited, of_types)
+        # An epoch that began meanwhile began its waiting anew.
+        waited = max(0.0, self._waited - self._waited_before)
+        return summarise(steps, self._ended - self._started, waited, of_types)
 
 
 def sum_op_seconds(trace: bytes) -> Counter[str]:

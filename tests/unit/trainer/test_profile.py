@@ -1,9 +1,13 @@
 """What a trace says of the time of a step."""
 
+import time
+
 import pytest
+import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from trainer.profile import sum_op_seconds, summarise
+from trainer.profile import StepProfiler, sum_op_seconds, summarise
+from trainer.run_folder import RunFolder
 
 MILLISECOND = 1_000_000_000
 
@@ -53,3 +57,18 @@ def test_the_largest_part_has_its_advice(waited, reduced, expected):
     assert (profiled.step_ms, profiled.compute_ms) == pytest.approx((10, 6))
     assert profiled.slowest_ms[0] == pytest.approx(("MatMul", 5))
     assert expected in str(profiled)
+
+
+def test_a_run_that_ends_before_all_steps_are_traced_has_its_measurement(tmp_path):
+    profiler = StepProfiler(RunFolder(str(tmp_path)), 0, 10)
+    step = tf.function(lambda matrix: matrix @ matrix)
+    for taken in range(1, 9):
+        step(tf.ones((64, 64)))
+        assert profiler.after_step(wait_seconds=0.01 * taken) is None
+    # As validation does.
+    time.sleep(0.5)
+    profiled = profiler.close()
+    assert (profiled.steps, profiled.input_ms) == (3, pytest.approx(10))
+    assert 0 < profiled.step_ms < 100
+    assert "MatMul" in dict(profiled.slowest_ms)
+    assert profiler.close() is None
