@@ -185,8 +185,7 @@ class _Finder:
         if self._chosen is None:
             for precision in self._precisions():
                 self.run_trial(sizes, precision, compare_losses=True)
-            able = {name: rows for name, rows in self.measured.items() if rows}
-            self._chosen = choose_precision(able, self._losses) if able else (next(iter(self.measured)), "nothing fits")
+            self._chosen = self._choose_precision()
         precision, first = self._chosen[0], self.trials
         # The most that a search may start; what a table from the cache still lacks is searched anew.
         while self.trials < first + _MOST_TRIALS - len(self.measured):
@@ -205,6 +204,13 @@ class _Finder:
             trials=self.trials,
             measured=datetime.now(UTC),
         )
+
+    def _choose_precision(self) -> tuple[str, str]:
+        given = self._request.precision
+        if given != "auto":
+            return given, f"{given} as given"
+        able = {name: rows for name, rows in self.measured.items() if rows}
+        return choose_precision(able, self._losses) if able else ("float32", "nothing fits")
 
     def _precisions(self) -> tuple[str, ...]:
         if self._request.precision != "auto":

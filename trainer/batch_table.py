@@ -204,24 +204,24 @@ def choose_precision(
     """Returns the precision to train in, and why: the fastest whose first losses are not worse than those of float32.
 
     Args:
-        measurements: by precision, float32 first; each has at least one.
+        measurements: by precision, the most exact one first (float32, if it fits); each has at least one.
         losses: of the same first steps, by precision.
     """
-    if len(measurements) == 1:
-        (only,) = measurements
-        return only, f"{only} as given"
+    exact, *others = measurements
+    if not others:
+        return exact, f"{exact}, the only precision that fits"
     sizes = [{one.size: one for one in rows} for rows in measurements.values()]
     common = max(set.intersection(*map(set, sizes)))
     speeds = {name: of_size[common].images_per_second for name, of_size in zip(measurements, sizes, strict=True)}
-    reference = float(np.mean(losses["float32"][-4:]))
+    reference = float(np.mean(losses[exact][-4:]))
     means = {name: float(np.mean(losses[name][-4:])) for name in measurements}
     sane = [name for name in measurements if means[name] <= reference * (1 + _LOSS_TOLERANCE)]
-    fastest = max(sane or ["float32"], key=lambda name: speeds[name])
-    chosen = fastest if speeds[fastest] > speeds["float32"] * (1 + _THROUGHPUT_TOLERANCE) else "float32"
-    others = ", ".join(
+    fastest = max(sane or [exact], key=lambda name: speeds[name])
+    chosen = fastest if speeds[fastest] > speeds[exact] * (1 + _THROUGHPUT_TOLERANCE) else exact
+    against = ", ".join(
         f"{name} {speeds[name]:.0f} images/s and loss {means[name]:.3f}" for name in measurements if name != chosen
     )
-    return chosen, f"{chosen} {speeds[chosen]:.0f} images/s and loss {means[chosen]:.3f} at {common} against {others}"
+    return chosen, f"{chosen} {speeds[chosen]:.0f} images/s and loss {means[chosen]:.3f} at {common} against {against}"
 
 
 def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:

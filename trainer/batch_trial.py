@@ -12,7 +12,7 @@ import ray.train
 import tensorflow as tf
 
 from trainer import checkpoint as checkpoints
-from trainer.batch_table import is_far_slower
+from trainer.batch_table import is_far_slower, predict_gib
 from trainer.batches import make_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import has_gpu, kill_beyond, memory_limit_gib, peak_memory_gib, reset_peak_memory, share_devices
@@ -67,11 +67,8 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> None:
 
 
 def _promises_to_fit(measured: list[SizeMeasured], size: int, target_gib: float) -> bool:
-    if len(measured) < 2:
-        return True
-    before, last = measured[-2:]
-    slope = max(0.0, last.peak_memory_gib - before.peak_memory_gib) / (last.size - before.size)
-    return last.peak_memory_gib + slope * (size - last.size) <= target_gib
+    needed = predict_gib(measured, size)
+    return needed is None or needed <= target_gib
 
 
 class _Trial:

@@ -22,7 +22,7 @@ WORKER_ENVIRONMENT = {
     "TF_USE_LEGACY_KERAS": "1",
     # Errors only.
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    # Where a CPU has no AVX-512, TensorFlow leaves it off and takes 1.5 to 4.5 times as long (docs/performance.md).
+    # Where a CPU has no AVX-512, TensorFlow leaves it off and takes 1.7 to 4.6 times as long (docs/performance.md).
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 

@@ -72,8 +72,8 @@ def describe_accuracy(correct: int, total: int) -> str:
 class Evaluator:
     """Evaluates a split on all workers together.
 
-    Batches have one size on any number of workers and a row's result does not depend on its neighbours, so the numbers
-    are the same as those of a single worker. The last batch is filled up with rows that are dropped again afterwards.
+    A row's result does not depend on its neighbours, so the numbers are those of a single worker. The last batch is
+    filled up with rows that are dropped again afterwards.
     """
 
     split: ImageSplit

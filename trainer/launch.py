@@ -402,9 +402,6 @@ def _run_workers(
             train, run.name, workers, resources, max_failures=max_failures, on_event=on_event
         )
     except WorkersFailedError as error:
-        for cause in error.causes:
-            if isinstance(cause, InputError | JobError):
-                raise cause from error
         raise JobError(f"run {run.name}: {error}; the same command continues it from its last checkpoint") from error
     return result
 

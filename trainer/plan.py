@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from trainer import storage
+from trainer.config import BatchRequest
 from trainer.errors import InputError
 from trainer.inference import read_finished_run
 
@@ -24,7 +25,7 @@ _BACKWARD_SHARE = 2 / 3
 _HOP_SECONDS = 20e-6
 _GRADIENT_BYTES = 4
 # What `trainer.batch_finder` leaves as well.
-_LEAST_STEPS = 10
+_LEAST_STEPS = BatchRequest().min_steps_per_epoch
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ def run_workers(
         on_event: told of the events that workers sent, until the workers have ended.
 
     Raises:
-        WorkersFailedError: the workers failed more often than allowed.
+        InputError, JobError: that of the function on one of the workers.
+        WorkersFailedError: the workers failed otherwise, more often than allowed.
     """
     if workers.most == 1 and resources.is_one_machine:
         return _run_alone(function, resources, max_failures, on_event)
@@ -224,7 +225,11 @@ def run_workers(
                 if ended:
                     return fitted.result()
     except TrainingFailedError as error:
-        raise WorkersFailedError(_find_causes(error)) from error
+        causes = _find_causes(error)
+        for cause in causes:
+            if isinstance(cause, InputError | JobError):
+                raise cause from error
+        raise WorkersFailedError(causes) from error
     finally:
         queue.shutdown()
         bookkeeping.cleanup()
@@ -237,6 +242,8 @@ def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_fai
         except WorkerDiedError as error:
             if failures == max_failures:
                 raise WorkersFailedError([error]) from error
+        except (InputError, JobError):
+            raise
         except Exception as error:
             # It would fail again.
             raise WorkersFailedError([error]) from error

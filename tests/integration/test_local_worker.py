@@ -11,10 +11,12 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, last_state, run_job
+from trainer.cluster import read_machine
 from trainer.errors import InputError, WorkerDiedError
 from trainer.events import StageProgressed
 from trainer.local_worker import run_process
 from trainer.run_folder import RunFolder
+from trainer.workers import WorkerCount, run_workers
 
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 40"
 OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--checkpoint-every", "3"]
@@ -112,7 +114,7 @@ def test_the_error_of_the_function_is_raised_here(tmp_path):
         raise InputError("--epochs 0; give 1 or more")
 
     with pytest.raises(InputError, match="give 1 or more"):
-        run_process(refuse, str(tmp_path), print)
+        run_workers(refuse, "refusal", WorkerCount(1, 1, 1), read_machine(str(tmp_path)), on_event=print)
 
 
 def test_another_error_is_named_here_and_whole_in_the_log(tmp_path):

@@ -185,6 +185,14 @@ def test_the_fastest_precision_with_sane_losses_is_taken_and_named(bfloat16_seco
     assert "32 images/s" in reason
 
 
+def test_where_float32_does_not_fit_the_others_are_compared():
+    halves = by_precision(mixed_bfloat16=1.0, mixed_float16=0.5)
+    losses = {"mixed_bfloat16": (2.3, 2.2, 2.1, 2.0), "mixed_float16": (2.3, 2.2, 2.1, 2.01)}
+    assert choose_precision(halves, losses)[0] == "mixed_float16"
+    alone = choose_precision(by_precision(mixed_bfloat16=1.0), losses)
+    assert alone == ("mixed_bfloat16", "mixed_bfloat16, the only precision that fits")
+
+
 @pytest.mark.parametrize(("seconds", "slower"), [(1.0, False), (1.4, False), (1.6, True)])
 def test_a_precision_that_is_emulated_shows_at_its_first_size(seconds, slower):
     assert is_far_slower(size(8, seconds=seconds), [size(8), size(16)]) == slower
