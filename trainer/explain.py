@@ -19,6 +19,8 @@ from trainer.plots import to_png
 from trainer.run_folder import RunFolder
 from trainer.workers import call_in_worker
 
+# Of `trainer.attribution.METHODS`, which takes TensorFlow to import.
+METHOD_NAMES = ("grad_cam", "integrated_gradients", "smooth_grad", "occlusion")
 REPORT_NAME = "report.html"
 _SIGNIFICANCE = 0.05
 _MOST_FILTERS = 64
@@ -70,7 +72,7 @@ def explain_run(
     Args:
         uri: of a finished run.
         images: of the run's size and channels.
-        methods: names of `trainer.attribution.METHODS`; none for all.
+        methods: some of METHOD_NAMES; none for all.
         output: folder or s3:// prefix; empty for a folder of the run.
         resources: of the cluster, which is connected.
         tested_images: of the validation split, drawn with a fixed seed, that the methods are tested on.
@@ -79,10 +81,12 @@ def explain_run(
         InputError: the run is not finished, or its model or its dataset is gone, or a method is unknown.
         JobError: the worker failed.
     """
+    if unknown := [name for name in methods if name not in METHOD_NAMES]:
+        raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHOD_NAMES)}")
     # A worker has a current folder of its own.
     uri = storage.resolve_uri(uri)
     output = storage.resolve_uri(output) if output else storage.join(uri, "explanations")
-    arguments = (uri, images, methods, output, tested_images)
+    arguments = (uri, images, methods or METHOD_NAMES, output, tested_images)
     found: tuple[list[PerturbationTest], str] = call_in_worker(_explain, *arguments, resources=resources)
     return found
 
@@ -93,9 +97,6 @@ def _explain(
     # In a worker: the driver must not import TensorFlow.
     from trainer.attribution import METHODS
 
-    methods = methods or list(METHODS)
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
     run, config, _ = read_finished_run(uri)
     manifest = run.read_manifest()
     network = _Network(run)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 
 from trainer import checkpoint as checkpoints
 from trainer import storage
@@ -18,6 +19,9 @@ from trainer.errors import InputError
 HEAD = "logits"
 # What `tf_keras.applications` calls the last layer of the networks whose weight files are read here.
 _HEAD_IN_APPLICATIONS = "predictions"
+
+# In the order of `tf_keras`.
+_WEIGHT_NAMES = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
 
 LayerWeights = Mapping[str, list[npt.NDArray[np.float32]]]
 """The arrays of each layer by its name, in the order of `tf_keras` (kernel, bias; gamma, beta, mean, variance)."""
@@ -47,7 +51,7 @@ def read_weights(location: str) -> LayerWeights:
         InputError: nothing that can be read is there.
     """
     if location.endswith(".safetensors"):
-        return _by_layer(checkpoints.from_safetensors(_read_file(location)))
+        return _read_safetensors(location)
     if location.endswith((".h5", ".hdf5")):
         return _read_hdf5(location)
     folder = storage.join(location, "checkpoints")
@@ -66,11 +70,23 @@ def _read_file(location: str) -> bytes:
         raise InputError(f"--init-from {location}: there is no such file") from error
 
 
+def _read_safetensors(location: str) -> LayerWeights:
+    try:
+        arrays = checkpoints.from_safetensors(_read_file(location))
+    except SafetensorError as error:
+        raise InputError(f"--init-from {location} is no safetensors file: {error}; give another one") from error
+    if unknown := [name for name in arrays if _weight_name(name) not in _WEIGHT_NAMES]:
+        raise InputError(
+            f"--init-from {location} holds {unknown[0]}, which is no variable of tf_keras "
+            f"({', '.join(_WEIGHT_NAMES)}); give a run, or the model.safetensors of one of its checkpoints"
+        )
+    return _by_layer(arrays)
+
+
 def _by_layer(arrays: checkpoints.Arrays) -> LayerWeights:
     layers: dict[str, list[npt.NDArray[np.float32]]] = {}
-    # safetensors sorts by name; Keras has beta after gamma, bias after kernel.
-    order = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
-    for name in sorted(arrays, key=lambda name: order.index(_weight_name(name))):
+    # safetensors sorts by name.
+    for name in sorted(arrays, key=lambda name: _WEIGHT_NAMES.index(_weight_name(name))):
         layers.setdefault(name.partition("/")[0], []).append(arrays[name])
     return layers
 
@@ -82,7 +98,11 @@ def _weight_name(variable: str) -> str:
 def _read_hdf5(location: str) -> LayerWeights:
     import h5py
 
-    with h5py.File(io.BytesIO(_read_file(location))) as file:
+    try:
+        opened = h5py.File(io.BytesIO(_read_file(location)))
+    except OSError as error:
+        raise InputError(f"--init-from {location} is no HDF5 file: {error}; give another one") from error
+    with opened as file:
         # `save` writes the weights beside the network, `save_weights` alone.
         root = file.get("model_weights", file)
         if "layer_names" not in root.attrs:

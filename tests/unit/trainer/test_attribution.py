@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import tf_keras as keras
 
-from trainer.attribution import find_last_features, grad_cam, integrated_gradients, occlusion, smooth_grad
+from trainer.attribution import METHODS, find_last_features, grad_cam, integrated_gradients, occlusion, smooth_grad
+from trainer.explain import METHOD_NAMES
 from trainer.perturbation import check_attribution
 
 SIZE = 16
+
+
+def test_the_methods_that_can_be_asked_for_are_those_that_are_there():
+    assert tuple(METHODS) == METHOD_NAMES
 
 
 @pytest.fixture(scope="module")

@@ -147,3 +147,17 @@ def test_a_place_without_weights_is_refused(tmp_path):
     build_vgg().save_weights(tmp_path / "new.weights.h5")
     with pytest.raises(InputError, match="has no layer names"):
         read_weights(str(tmp_path / "new.weights.h5"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("torch.safetensors", to_safetensors({"conv1.weight": np.zeros(3, np.float32)}), "conv1.weight, which is no"),
+        ("cut.safetensors", b"{", "is no safetensors file"),
+        ("cut.h5", b"{", "is no HDF5 file"),
+    ],
+)
+def test_a_file_that_is_not_of_keras_or_damaged_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_weights(str(tmp_path / name))
