@@ -1,5 +1,6 @@
 """Reads the bytes of images, wherever their source keeps them: files, members of a tar, rows of a Parquet file."""
 
+import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,21 +8,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.sources import suffix_of
 from trainer import storage
+from trainer.errors import InputError
 
 # Reads overlap the latency of an object store.
 _READERS = 8
+# What a local file system says of one file; anything else is taken for a failure of the whole.
+_OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def read_contents(source: str, images: pa.Table) -> Iterator[bytes | None]:
-    """Yields the bytes of each image in turn, or None where there is no such file.
+    """Yields the bytes of each image in turn, or None where there is no such file or a local one cannot be opened.
 
     Args:
         source: URI of the folder that paths and containers are relative to.
         images: columns of `data_prep.sources.IMAGES_SCHEMA`.
+
+    Raises:
+        InputError: the storage refused or could not be reached.
     """
     containers = set(images["container"].unique().to_pylist())
-    if containers == {None} or all(container.endswith(".tar") for container in containers if container):
+    if containers == {None} or all(suffix_of(container) == ".tar" for container in containers if container):
         with ThreadPoolExecutor(_READERS) as readers:
             yield from readers.map(lambda row: _read_one(source, row), images.to_pylist())
     else:
@@ -35,6 +43,11 @@ def _read_one(source: str, row: dict[str, Any]) -> bytes | None:
         return storage.read_bytes(storage.join(source, row["container"]), row["offset"], row["bytes"])
     except FileNotFoundError:
         return None
+    except InputError as error:
+        # An object store answers the same where a key is wrong, which must not cost every file.
+        if storage.is_local(source) and isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_ONE_FILE:
+            return None
+        raise
 
 
 def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None]:

@@ -47,7 +47,8 @@ def decode_guarded(
                 outcomes += _decode_all(call, options, decode)
         finally:
             faulthandler.cancel_dump_traceback_later()
-    marker.unlink()
+    # Another preparation of the same source on this machine may have been the first to end.
+    marker.unlink(missing_ok=True)
     return outcomes
 
 

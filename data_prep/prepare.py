@@ -9,6 +9,7 @@ number of nodes, and chunks that an interrupted attempt staged are used again.
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,6 +59,7 @@ _LEAST_TASKS_PER_CORE = 4
 _MAX_ITEMS_PER_TASK = 16
 _STAGING = "_staging"
 _CHUNK_PREFIX = "chunk-"
+_DATA_FILE_NAME = re.compile(r"part-\d{5,}\.parquet")
 
 
 class PrepareConfig(ImageOptions):
@@ -117,36 +119,43 @@ def prepare(
 
     Raises:
         InputError: the source or the dataset cannot be used, or too many files were rejected.
+        JobError: a task of Ray Data failed, or the disk is full.
     """
     source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
     if storage.join(dataset, "").startswith(storage.join(source, "")):
         raise InputError(f"DATASET {dataset} lies in SOURCE {source}; give a folder outside it")
-    existing = read_manifest(dataset)
-    if existing and not overwrite:
-        _check_same_preparation(existing, source, dataset, config)
+    if storage.join(source, "").startswith(storage.join(dataset, "")):
+        raise InputError(f"SOURCE {source} lies in DATASET {dataset}; give a folder outside it")
+    if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
         return existing
+    storage.check_access(dataset)
 
-    with hold_lease(storage.join(dataset, _STAGING, "lease"), f"DATASET {dataset}"):
+    # Beside the staged chunks, which are deleted while it is held.
+    with hold_lease(storage.join(dataset, "_lease"), f"DATASET {dataset}"):
+        # Another job may have finished since.
+        if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
+            return existing
+        found = find_images(source, source_format)
         if overwrite:
             _delete_dataset(dataset)
-        found = find_images(source, source_format)
         slices = slice_images(found, config)
         _open_staging(dataset, found, config)
         _stage_chunks(found, dataset, slices, config, on_event)
         images, rejected = _read_staged_rows(dataset, len(slices))
-        _check_rejected(rejected, len(found.images), config)
+        _check_rejected(dataset, rejected, len(found.images), config)
         groups = group_duplicates(np.asarray(images["pixels_sha256"]), _stack_hashes(images["perceptual_hash"]))
         splits = assign_splits(images, groups, config.val_fraction, config.test_fraction, config.seed)
         files, histogram = _write_data_files(dataset, images, splits, config, on_event)
 
         duplicates = list_duplicates(images, groups, splits)
         storage.write_bytes(storage.join(dataset, DUPLICATES_NAME), storage.parquet_bytes(duplicates))
+        rejected = rejected.drop_columns("chunk")
         rejected = pa.concat_tables([rejected, found.ignored.cast(rejected.schema)]).sort_by("path")
         storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
         manifest = _build_manifest(source, found, config, images, splits, files, histogram, rejected, duplicates)
         write_card(dataset, manifest)
         storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.model_dump_json(indent=2).encode())
-    storage.delete_folder(storage.join(dataset, _STAGING))
+        storage.delete_folder(storage.join(dataset, _STAGING))
     return manifest
 
 
@@ -154,12 +163,26 @@ def _delete_dataset(dataset: str) -> None:
     """Deletes what a preparation writes, and nothing else that may be in the folder; the commit goes first."""
     for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
-    for split in SPLITS:
-        storage.delete_folder(storage.join(dataset, split))
+    _delete_data_files(dataset)
     _delete_chunks(dataset)
 
 
-def _check_same_preparation(existing: Manifest, source: str, dataset: str, config: PrepareConfig) -> None:
+def _delete_data_files(dataset: str) -> None:
+    for split in SPLITS:
+        for name in storage.find_files(storage.join(dataset, split)):
+            if _DATA_FILE_NAME.fullmatch(name):
+                storage.delete_file(storage.join(dataset, split, name))
+
+
+def _read_same_preparation(source: str, dataset: str, config: PrepareConfig) -> Manifest | None:
+    """Returns the manifest that is there, or None where there is none.
+
+    Raises:
+        InputError: it is of another preparation.
+    """
+    existing = read_manifest(dataset)
+    if existing is None:
+        return None
     wanted = {"source": source, **config.model_dump(exclude={"max_bad_fraction"})}
     different = [
         f"{name} {getattr(existing, name)} there, {value} asked"
@@ -171,6 +194,7 @@ def _check_same_preparation(existing: Manifest, source: str, dataset: str, confi
             f"{dataset} already holds a dataset prepared otherwise ({'; '.join(different)}); "
             "choose another DATASET or replace it with --overwrite"
         )
+    return existing
 
 
 def _chunk_uri(dataset: str, index: int) -> str:
@@ -178,19 +202,21 @@ def _chunk_uri(dataset: str, index: int) -> str:
 
 
 def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> None:
-    """Keeps the chunks of an interrupted attempt at the same preparation and deletes those of any other."""
+    """Keeps the chunks of an interrupted attempt at the same preparation and deletes those of any other.
+
+    Data files of an interrupted attempt are deleted in any case: it may have drawn the splits otherwise.
+    """
     digest = hashlib.sha256(config.model_dump_json(include=set(ImageOptions.model_fields)).encode())
     for batch in found.images.combine_chunks().to_batches():
         digest.update(batch.serialize())
     plan = digest.hexdigest().encode()
     plan_uri = storage.join(dataset, _STAGING, "plan")
-    try:
-        if storage.read_bytes(plan_uri) == plan:
-            return
-    except FileNotFoundError:
-        pass
-    _delete_chunks(dataset)
-    storage.write_bytes(plan_uri, plan)
+    interrupted_plan = storage.read_bytes(plan_uri) if storage.exists(plan_uri) else None
+    if interrupted_plan is not None:
+        _delete_data_files(dataset)
+    if interrupted_plan != plan:
+        _delete_chunks(dataset)
+        storage.write_bytes(plan_uri, plan)
 
 
 def _delete_chunks(dataset: str) -> None:
@@ -228,10 +254,11 @@ def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, An
     dataset = ray.data.from_items(items, override_num_blocks=num_tasks)
     try:
         for result in dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments).iter_rows():
-            if "error" in result:
+            # Ray fills it with None in the other rows of a task of which one has it.
+            if result.get("error") is not None:
                 raise InputError(result["error"])
             yield result
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayError as error:
         # Ray keeps the task's own error as text only, above its own.
         own = str(error).partition("\n\n")[0].splitlines()[-1]
         raise JobError(f"a task of Ray Data failed: {own}") from error
@@ -285,20 +312,23 @@ def _stack_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
 
 
 def _read_staged_rows(dataset: str, num_chunks: int) -> tuple[pa.Table, pa.Table]:
-    """Returns the rows of all staged images, each with its chunk, and those of all rejected files."""
+    """Returns the rows of all staged images and those of all rejected files, each with its chunk."""
     tables = []
     for chunk in range(num_chunks):
         rows = read_chunk_rows(_chunk_uri(dataset, chunk))
         tables.append(rows.append_column("chunk", pa.array([chunk] * len(rows), pa.int32())))
     rows = pa.concat_tables(tables)
     return rows.filter(pc.field("reason").is_null()), rows.filter(pc.field("reason").is_valid()).select(
-        ["path", "reason"]
+        ["path", "reason", "chunk"]
     )
 
 
-def _check_rejected(rejected: pa.Table, num_images: int, config: PrepareConfig) -> None:
+def _check_rejected(dataset: str, rejected: pa.Table, num_images: int, config: PrepareConfig) -> None:
     fraction = len(rejected) / num_images
     if fraction > config.max_bad_fraction or len(rejected) == num_images:
+        # Or files that are mended would stay rejected: neither a table nor a permission changes the plan.
+        for chunk in rejected["chunk"].unique().to_pylist():
+            storage.delete_file(_chunk_uri(dataset, chunk) + ROWS_SUFFIX)
         first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
         raise InputError(
             f"{len(rejected)} of {num_images} images were rejected ({fraction:.1%}, allowed are "
@@ -342,6 +372,8 @@ def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
     """Writes the images of some consecutive chunks as one Parquet file a split."""
     images = [image for uri in item["uris"] for image in read_chunk_pixels(uri)]
     rows = pa.concat_tables([read_chunk_rows(uri) for uri in item["uris"]]).filter(pc.field("reason").is_null())
+    if [hashlib.sha256(image.data).hexdigest() for image in images] != rows["pixels_sha256"].to_pylist():
+        raise InputError(f"{storage.join(dataset, _STAGING)}: staged images are damaged; replace them with --overwrite")
     split_of = np.asarray(item["splits"])
     files: dict[str, Any] = {}
     for split in SPLITS:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.manifest import SPLITS, SplitName
+from data_prep.manifest import SplitName
 from trainer import storage
 from trainer.errors import InputError
 
@@ -70,12 +70,6 @@ class Source:
     ignored: pa.Table
     """path, reason: files that are not images by their place or name."""
 
-    @property
-    def given_splits(self) -> list[SplitName]:
-        """The splits that the source itself defines."""
-        found = set(self.images["split"].unique().to_pylist())
-        return [split for split in SPLITS if split in found]
-
 
 @dataclass
 class _Found:
@@ -104,7 +98,7 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
     """
     uri = storage.resolve_uri(source)
     file_suffixes = {*_TABLE_SUFFIXES, ".parquet", ".tar", ".tfrecord", ".tfrecords"}
-    is_file = PurePosixPath(uri).suffix.lower() in (file_suffixes if labelled else file_suffixes | _IMAGE_SUFFIXES)
+    is_file = suffix_of(uri) in (file_suffixes if labelled else file_suffixes | _IMAGE_SUFFIXES)
     root = storage.parent(uri) if is_file else uri
     sizes = {storage.basename(uri): 0} if is_file else storage.find_files(uri)
     visible = {path: size for path, size in sizes.items() if not _is_hidden(PurePosixPath(path))}
@@ -132,8 +126,13 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
     return _to_source(source, root, found, ignored)
 
 
+def suffix_of(path: str | PurePosixPath) -> str:
+    """Returns the suffix of a path or URI in lower case, with its dot; empty where there is none."""
+    return PurePosixPath(path).suffix.lower()
+
+
 def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
-    suffixes = {PurePosixPath(path).suffix.lower() for path in paths}
+    suffixes = {suffix_of(path) for path in paths}
     if suffixes & {".tfrecord", ".tfrecords"}:
         raise InputError(
             f"{root}: TFRecord files are not read; write the images into class folders, a WebDataset tar or Parquet"
@@ -145,7 +144,7 @@ def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
     if ".tar" in suffixes:
         return "webdataset"
     if ".parquet" in suffixes:
-        first = next(path for path in paths if path.endswith(".parquet"))
+        first = next(path for path in paths if suffix_of(path) == ".parquet")
         names = storage.read_parquet_schema(storage.join(root, first)).names
         return "parquet" if "image" in names else "table"
     return "folder"
@@ -191,7 +190,7 @@ def _find_in_table(root: str, name: str, labelled: bool) -> Iterator[_Found]:
 
 
 def _find_table(source: str, paths: Iterable[str]) -> str:
-    tables = [path for path in paths if PurePosixPath(path).suffix.lower() in {*_TABLE_SUFFIXES, ".parquet"}]
+    tables = [path for path in paths if suffix_of(path) in {*_TABLE_SUFFIXES, ".parquet"}]
     if len(tables) != 1:
         raise InputError(
             f"{source} holds {len(tables)} tables ({', '.join(tables) or 'none'}); give one of them as SOURCE"
@@ -202,10 +201,10 @@ def _find_table(source: str, paths: Iterable[str]) -> str:
 def _read_table(uri: str) -> list[dict[str, Any]]:
     content = storage.read_bytes(uri)
     try:
-        if uri.endswith(".parquet"):
+        if suffix_of(uri) == ".parquet":
             return storage.parquet_table(content).to_pylist()  # type: ignore[no-any-return]
         text = content.decode("utf-8-sig")
-        if uri.endswith(".csv"):
+        if suffix_of(uri) == ".csv":
             return _check_widths(uri, list(csv.DictReader(io.StringIO(text), strict=True)))
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (ValueError, csv.Error) as error:
@@ -224,7 +223,7 @@ def _check_widths(uri: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _find_in_parquet(root: str, path: str, ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
-    if not path.endswith(".parquet"):
+    if suffix_of(path) != ".parquet":
         ignored[path] = "not_a_parquet_file"
         return
     uri = storage.join(root, path)
@@ -243,7 +242,7 @@ def _find_in_parquet(root: str, path: str, ignored: dict[str, str], labelled: bo
 
 
 def _find_in_tar(root: str, path: str, ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
-    if not path.endswith(".tar"):
+    if suffix_of(path) != ".tar":
         ignored[path] = "not_a_tar"
         return
     images: dict[str, tarfile.TarInfo] = {}
@@ -252,14 +251,14 @@ def _find_in_tar(root: str, path: str, ignored: dict[str, str], labelled: bool) 
         for member in tar:
             folder, _, name = member.name.rpartition("/")
             key, _, extension = name.partition(".")
-            key = f"{folder}/{key}"
+            key, extension = f"{folder}/{key}", f".{extension.lower()}"
             if not member.isfile():
                 continue
-            if f".{extension.lower()}" in _IMAGE_SUFFIXES:
+            if extension in _IMAGE_SUFFIXES:
                 images[key] = member
-            elif extension in ("cls", "json"):
-                text = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
-                label = json.loads(text).get("label") if extension == "json" else text.strip()
+            elif extension in (".cls", ".json"):
+                content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                label = _parse_label(f"{path}#{member.name}", content, is_json=extension == ".json")
                 if label is not None:
                     labels[key] = str(label)
             else:
@@ -270,6 +269,17 @@ def _find_in_tar(root: str, path: str, ignored: dict[str, str], labelled: bool) 
             ignored[name] = "no_label"
         else:
             yield _Found(name, labels.get(key), _split_of_name(path), path, member.offset_data, member.size)
+
+
+def _parse_label(name: str, content: bytes, is_json: bool) -> Any:
+    try:
+        text = content.decode()
+        fields = json.loads(text) if is_json else {"label": text.strip()}
+    except ValueError as error:
+        raise InputError(f"{name} cannot be read as a label: {error}; mend it or remove it") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{name} cannot be read as a label: it must be a JSON object; mend it or remove it")
+    return fields.get("label")
 
 
 def _to_class_name(label: Any) -> str | None:
@@ -335,4 +345,4 @@ def _is_hidden(path: PurePosixPath) -> bool:
 
 
 def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in _IMAGE_SUFFIXES
+    return suffix_of(path) in _IMAGE_SUFFIXES

@@ -102,7 +102,8 @@ def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
     Args:
         uri: of the file.
         content: of the file.
-        sync: wait until a local disk has it, so that it survives a loss of power too. An object store always does.
+        sync: wait until a local disk has it and its name, so that it survives a loss of power too. An object store
+            always does.
 
     Raises:
         InputError: the storage refused or could not be reached.
@@ -122,6 +123,9 @@ def create_file(uri: str, content: bytes) -> bool:
     """Writes one file unless it exists, and returns whether it did.
 
     The check and the write are one where the storage has conditional writes; Swift and old Ceph have none.
+
+    Raises:
+        InputError: the storage refused or could not be reached.
     """
     with _clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
@@ -142,13 +146,15 @@ def create_file(uri: str, content: bytes) -> bool:
             filesystem.pipe_file(path, content, mode="create")
         except FileExistsError:
             return False
+        except FileNotFoundError as error:
+            raise InputError(_s3_message(uri, "no such bucket")) from error
         return True
 
 
-def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
-    """Returns a table as the content of a Parquet file; options are those of `pyarrow.parquet.write_table`."""
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Returns a table as the content of a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="lz4", **options)
+    pq.write_table(table, sink, compression="lz4")
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -168,7 +174,11 @@ def exists(uri: str) -> bool:
 def find_files(uri: str) -> dict[str, int]:
     """Returns the size in bytes of every file below a folder by its path relative to it, sorted by path.
 
-    Local symlinks to folders are not followed, so a loop cannot trap the walk. A folder that is not there is empty.
+    Local symlinks to folders are followed unless they lead back to a folder above them, so a loop cannot trap the walk;
+    one to a file that is not there has size 0. A folder that is not there is empty.
+
+    Raises:
+        InputError: the storage or one of the folders cannot be read.
     """
     with _clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
@@ -176,7 +186,10 @@ def find_files(uri: str) -> dict[str, int]:
             sizes = _local_sizes(Path(path))
         else:
             root = path.rstrip("/") + "/"
-            entries = filesystem.find(path, detail=True)
+            try:
+                entries = filesystem.find(path, detail=True)
+            except FileNotFoundError as error:
+                raise InputError(_s3_message(uri, "no such bucket")) from error
             # Some tools leave empty "folder/" marker objects.
             sizes = {
                 name.removeprefix(root): entry["size"]
@@ -290,18 +303,44 @@ def _write_local(path: Path, content: bytes, sync: bool) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         partial.replace(path)
+        if sync:
+            _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _sync_folder(folder: Path) -> None:
+    # Some network file systems cannot sync a folder.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _local_sizes(root: Path) -> dict[str, int]:
     sizes = {}
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_raise_unless_missing, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(Path(folder, name))]
         for name in names:
             path = Path(folder, name)
             if path.is_file():
                 sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+            elif path.is_symlink() and not path.exists():
+                # Listed, for its reader to find out that it is broken.
+                sizes[path.relative_to(root).as_posix()] = 0
     return sizes
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        with _clear_errors(error.filename):
+            raise error
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.resolve() in [above.resolve() for above in folder.parents]
 
 
 @contextlib.contextmanager

@@ -166,15 +166,49 @@ def test_overwrite_replaces_the_dataset_and_nothing_else(source, tmp_path):
     target = tmp_path / "dataset"
     prepare(str(source), str(target), CONFIG)
     (target / "mine.txt").write_text("keep")
+    (target / "train" / "cat").mkdir()
+    for name in ("mine.png", "part-1.parquet", "cat/part-00000.parquet"):
+        (target / "train" / name).write_text("keep")
+    (target / "train" / "part-00007.parquet").write_text("of the old dataset")
+    (target / "manifest.json").write_text("of another format")
     manifest = prepare(str(source), str(target), CONFIG.model_copy(update={"channels": 3}), overwrite=True)
     assert manifest.channels == 3
     assert (target / "mine.txt").read_text() == "keep"
+    assert {path.relative_to(target / "train").as_posix() for path in (target / "train").rglob("*.p*")} == {
+        "part-00000.parquet",
+        "mine.png",
+        "part-1.parquet",
+        "cat/part-00000.parquet",
+    }
+
+
+def test_what_an_interrupted_attempt_wrote_does_not_stay_beside_other_splits(source, tmp_path):
+    target = tmp_path / "dataset"
+
+    def interrupt_after_writing(event):
+        if event.stage == "write" and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(source), str(target), CONFIG, on_event=interrupt_after_writing)
+    assert (target / "test" / "part-00000.parquet").exists()
+    prepare(str(source), str(target), CONFIG.model_copy(update={"test_fraction": 0}))
+    assert not (target / "test" / "part-00000.parquet").exists()
 
 
 def test_too_many_bad_files_are_refused_before_anything_is_committed(source, tmp_path):
     with pytest.raises(InputError, match=r"2 of 63 images were rejected .*down/empty.png \(empty\)"):
         prepare(str(source), str(tmp_path / "dataset"), CONFIG.model_copy(update={"max_bad_fraction": 0.01}))
     assert not (tmp_path / "dataset" / "manifest.json").exists()
+
+
+def test_a_file_that_was_mended_after_a_refusal_is_used(source, tmp_path):
+    table = write_as_table(source, tmp_path, ".csv")
+    config = CONFIG.model_copy(update={"max_bad_fraction": 0.04})
+    with pytest.raises(InputError, match=r"3 of 64 images were rejected"):
+        prepare(str(table), str(tmp_path / "dataset"), config)
+    Image.new("L", (20, 20), 77).save(tmp_path / "pictures" / "missing.png")
+    assert prepare(str(table), str(tmp_path / "dataset"), config).rejected == {"empty": 1, "not_an_image": 1}
 
 
 def test_a_given_split_is_kept_and_its_leaks_are_listed(tmp_path):
@@ -200,6 +234,19 @@ def test_a_second_preparation_of_the_same_dataset_is_refused(source, tmp_path):
 
     prepare(str(source), str(target), CONFIG, on_event=prepare_again)
     assert (target / "manifest.json").exists()
+
+
+def test_a_dataset_that_another_job_finished_meanwhile_is_not_made_again(source, tmp_path, monkeypatch):
+    target = tmp_path / "dataset"
+
+    def prepare_meanwhile(uri):
+        monkeypatch.undo()
+        prepare(str(source), str(target), CONFIG)
+
+    monkeypatch.setattr(data_prep.prepare.storage, "check_access", prepare_meanwhile)
+    events = []
+    prepare(str(source), str(target), CONFIG, on_event=events.append)
+    assert events == []
 
 
 def write_as_table(source: Path, folder: Path, suffix: str) -> Path:
@@ -282,6 +329,10 @@ def refuse(item):
     raise InputError("what the task said")
 
 
+def refuse_odd_rows(item):
+    return refuse(item) if item["row"] % 2 else item
+
+
 def fail(item):
     raise KeyError("what went wrong")
 
@@ -290,6 +341,11 @@ def fail(item):
 def test_the_error_of_a_task_is_the_error_of_the_job(task, error):
     with pytest.raises((InputError, JobError), match=error):
         list(data_prep.prepare._run_tasks(task, [{"row": 1}, {"row": 2}]))
+
+
+def test_what_a_task_refuses_is_told_where_it_did_other_items_before():
+    with pytest.raises(InputError, match=r"^what the task said$"):
+        list(data_prep.prepare._run_tasks(refuse_odd_rows, [{"row": row} for row in range(64)]))
 
 
 def decode_or_die(content, options):

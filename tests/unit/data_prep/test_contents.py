@@ -1,5 +1,8 @@
 import io
+import os
 import tarfile
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,6 +10,7 @@ import pytest
 
 from data_prep.contents import read_contents
 from data_prep.sources import IMAGES_SCHEMA, find_images
+from trainer.errors import InputError
 
 
 def as_images(rows: list[dict]) -> pa.Table:
@@ -27,13 +31,42 @@ def test_a_file_that_is_not_there_has_no_content(tmp_path):
     assert list(read_contents(str(tmp_path), images)) == [None, b"1", None]
 
 
+def test_a_file_without_read_permission_costs_that_file():
+    # Not in tmp_path, which is closed to all but its owner, and nothing is closed to root.
+    with tempfile.TemporaryDirectory() as source:
+        Path(source).chmod(0o755)
+        Path(source, "open.png").write_bytes(b"1")
+        Path(source, "closed.png").touch(mode=0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            contents = list(read_contents(source, as_images([{"path": "closed.png"}, {"path": "open.png"}])))
+        finally:
+            os.seteuid(user)
+    assert contents == [None, b"1"]
+
+
+def test_a_name_that_cannot_be_read_costs_that_file(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    images = as_images([{"path": "folder.png"}, {"path": "loop.png"}, {"path": "x" * 300 + ".png"}])
+    assert list(read_contents(str(tmp_path), images)) == [None, None, None]
+
+
+def test_a_storage_that_fails_is_not_taken_for_a_bad_file(tmp_path):
+    # Opens as a file but fails when it is read.
+    (tmp_path / "x.png").symlink_to("/proc/self/mem")
+    with pytest.raises(InputError, match=r"x\.png: Invalid argument"):
+        list(read_contents(str(tmp_path), as_images([{"path": "x.png"}])))
+
+
 def test_no_rows_give_nothing(tmp_path):
     assert list(read_contents(str(tmp_path), as_images([]))) == []
 
 
 def test_members_of_a_tar_are_read_from_their_place(tmp_path):
     contents = {f"{number}.png": bytes([number]) * (700 * number) for number in range(1, 5)}
-    for name in ("train-0.tar", "train-1.tar"):
+    for name in ("train-0.tar", "train-1.TAR"):
         with tarfile.open(tmp_path / name, "w") as tar:
             for path, content in {**contents, "1.cls": b"a", "2.cls": b"b", "3.cls": b"a", "4.cls": b"b"}.items():
                 member = tarfile.TarInfo(path)

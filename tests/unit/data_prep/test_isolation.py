@@ -63,5 +63,15 @@ def test_a_hang_costs_only_the_image_that_made_it(monkeypatch):
     assert as_text(outcomes) == ["a", "decoder_hung", "b"]
 
 
+def test_another_preparation_of_the_same_images_may_end_first(tmp_path):
+    marker = tmp_path / "marker"
+
+    def decode_while_another_ends(content: bytes, options: ImageOptions) -> np.ndarray:
+        marker.unlink()
+        return np.full((4, 4, 1), content[0], np.uint8)
+
+    assert as_text(isolation.decode_guarded([b"a"], OPTIONS, marker, decode_while_another_ends)) == ["a"]
+
+
 def test_no_images_give_no_outcomes():
     assert isolation.decode_isolated([], OPTIONS) == []

@@ -1,6 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from data_prep.prepare import PrepareConfig, parse_config, prepare
+from data_prep.prepare import PrepareConfig, _write_part, parse_config, prepare
+from data_prep.shards import STAGED_SCHEMA, write_chunk
+from tests.conftest import REPOSITORY
 from trainer.errors import InputError
 
 
@@ -34,6 +42,39 @@ def test_fractions_that_leave_nothing_to_train_on_are_refused():
 def test_a_dataset_inside_its_source_is_refused(tmp_path, dataset):
     with pytest.raises(InputError, match="lies in SOURCE"):
         prepare(str(tmp_path), str(tmp_path / dataset), PrepareConfig(), overwrite=True)
+
+
+@pytest.mark.parametrize("source", ["train", "labels.csv"])
+def test_a_source_inside_its_dataset_is_refused(tmp_path, source):
+    with pytest.raises(InputError, match=r"SOURCE .* lies in DATASET"):
+        prepare(str(tmp_path / source), str(tmp_path), PrepareConfig(), overwrite=True)
+
+
+def test_a_source_that_cannot_be_used_deletes_nothing(write_dataset, tmp_path):
+    written = write_dataset()
+    before = sorted(path for path in Path(written.uri).rglob("*") if path.is_file())
+    with pytest.raises(InputError, match="no files there"):
+        prepare(str(tmp_path / "missing"), written.uri, PrepareConfig(), overwrite=True)
+    assert sorted(path for path in Path(written.uri).rglob("*") if path.is_file()) == before
+
+
+def test_a_dataset_in_a_bucket_that_is_not_there_is_refused(bucket, tmp_path):
+    # In a process of its own: the endpoint of a process is read once.
+    script = f"from data_prep.prepare import *; prepare({str(tmp_path)!r}, 's3://missing/prepared', PrepareConfig())"
+    process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    last_line = process.stderr.splitlines()[-1]
+    assert last_line.startswith("trainer.errors.InputError: s3://missing/prepared/")
+    assert "'no such bucket'" in last_line
+    assert last_line.endswith("a job must be able to write a file there (s3:PutObject)")
+
+
+def test_staged_images_that_were_damaged_are_not_written(tmp_path):
+    row = {"path": "a.png", "label": 0, "pixels_sha256": "of other pixels"}
+    uri = str(tmp_path / "chunk-000000")
+    write_chunk(uri, np.zeros((1, 4, 4, 1), np.uint8), pa.Table.from_pylist([row], schema=STAGED_SCHEMA))
+    with pytest.raises(InputError, match="staged images are damaged; replace them with --overwrite"):
+        _write_part({"part": 0, "uris": [uri], "splits": ["train"]}, str(tmp_path))
+    assert not (tmp_path / "train").exists()
 
 
 def test_a_dataset_prepared_otherwise_is_kept(write_dataset):

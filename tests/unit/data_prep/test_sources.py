@@ -57,7 +57,6 @@ def test_a_folder_is_a_class_and_its_number_follows_the_sorted_names(write_files
 def test_files_have_no_split_unless_their_folders_say_so(write_files):
     source = write_files("a/1.png", "b/2.png")
     assert rows_of(source, "split", "container") == [(None, None), (None, None)]
-    assert find_images(source).given_splits == []
 
 
 def test_each_file_has_its_size(write_files):
@@ -79,13 +78,12 @@ def test_split_folders_are_honoured(write_files, train, folder, split):
     split_of = dict(rows_of(source, "path", "split"))
     assert split_of == {f"{train}/a/1.png": "train", f"{train}/b/2.png": "train", f"{folder}/a/3.png": split}
     assert find_images(source).class_names == ["a", "b"]
-    assert find_images(source).given_splits == ["train", split]
 
 
 def test_a_class_may_be_called_test(write_files):
     source = write_files("test/1.png", "train/2.png", "question/3.png")
     assert find_images(source).class_names == ["question", "test", "train"]
-    assert find_images(source).given_splits == []
+    assert rows_of(source, "split") == [(None,), (None,), (None,)]
 
 
 def test_without_a_train_folder_split_names_are_classes(write_files):
@@ -94,7 +92,7 @@ def test_without_a_train_folder_split_names_are_classes(write_files):
 
 def test_folders_without_images_do_not_decide_whether_there_are_splits(write_files):
     source = write_files("train/a/1.png", "train/b/2.png", "docs/readme.txt", "notes.md")
-    assert find_images(source).given_splits == ["train"]
+    assert rows_of(source, "split") == [("train",), ("train",)]
 
 
 def test_hidden_files_and_folders_are_passed_over(write_files):
@@ -170,6 +168,14 @@ def test_a_csv_names_images_labels_and_splits(write_table):
         ("x/4.png", 1, "train"),
         ("x/5.png", 0, "train"),
     ]
+
+
+def test_suffixes_may_be_in_upper_case(tmp_path, write_table):
+    assert rows_of(write_table("LABELS.CSV", CSV), "path")[0] == ("x/1.png",)
+    write_parquet(tmp_path / "hub" / "A.PARQUET", ["b", "a"])
+    assert rows_of(str(tmp_path / "hub"), "label", "container") == [(1, "A.PARQUET"), (0, "A.PARQUET")]
+    members = {"0.JPG": b"", "0.CLS": b"a", "1.jpg": b"", "1.JSON": b'{"label": "b"}'}
+    assert rows_of(write_tar(tmp_path / "X.TAR", members), "path") == [("X.TAR#0.JPG",), ("X.TAR#1.jpg",)]
 
 
 def test_paths_of_a_table_are_relative_to_its_folder(write_table):
@@ -355,6 +361,14 @@ def test_an_image_of_a_tar_without_a_label_is_ignored(tmp_path):
         "shard.tar#2.jpg": "no_label",
         "shard.tar#3.jpg": "no_label",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("0.json", b'{"label": '), ("0.json", b"[1]"), ("0.json", b"\xff"), ("0.cls", b"\xff")]
+)
+def test_a_label_of_a_tar_that_cannot_be_read_is_refused_and_named(tmp_path, name, content):
+    with pytest.raises(InputError, match=rf"shard\.tar#{name} cannot be read as a label: .*; mend it or remove it"):
+        find_images(write_tar(tmp_path / "shard.tar", {"0.jpg": b"", name: content}))
 
 
 def test_tars_take_their_split_from_their_name(tmp_path):

@@ -1,8 +1,14 @@
+import os
+import subprocess
+import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from tests.conftest import REPOSITORY
 from trainer import storage
 from trainer.errors import InputError
 
@@ -181,14 +187,44 @@ def test_a_symlink_loop_does_not_trap_the_walk(root, tmp_path):
     write_all(root, "a/file")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "itself").symlink_to(tmp_path / "a" / "itself")
-    assert storage.find_files(root) == {"a/file": 6}
+    assert storage.find_files(root) == {"a/file": 6, "a/itself": 0}
 
 
-def test_a_symlink_to_a_file_is_a_file(root, tmp_path):
+def test_symlinks_to_each_other_do_not_trap_the_walk(root, tmp_path):
+    write_all(root, "a/file", "b/file")
+    (tmp_path / "a" / "other").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "other").symlink_to(tmp_path / "a")
+    assert list(storage.find_files(root)) == ["a/file", "a/other/file", "b/file", "b/other/file"]
+
+
+def test_a_symlink_to_a_folder_is_followed(root, tmp_path):
+    write_all(root, "elsewhere/cats/1.png")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "cats").symlink_to(tmp_path / "elsewhere" / "cats")
+    assert list(storage.find_files(storage.join(root, "source"))) == ["cats/1.png"]
+
+
+def test_a_symlink_to_a_file_is_a_file_and_a_broken_one_is_listed_as_empty(root, tmp_path):
     write_all(root, "file")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "broken").symlink_to(tmp_path / "missing")
-    assert storage.find_files(root) == {"file": 4, "link": 4}
+    assert storage.find_files(root) == {"broken": 0, "file": 4, "link": 4}
+
+
+def test_a_folder_that_may_not_be_read_is_refused_and_named():
+    # Not in tmp_path, which is closed to all but its owner, and nothing is closed to root.
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        write_all(root, "open/file", "closed/file")
+        Path(root, "closed").chmod(0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            with pytest.raises(InputError, match=f"{root}/closed: Permission denied; give a path"):
+                storage.find_files(root)
+        finally:
+            os.seteuid(user)
+            Path(root, "closed").chmod(0o755)
 
 
 def test_folders_are_found_sorted_and_one_level_deep(root):
@@ -222,6 +258,17 @@ def test_a_table_survives_as_parquet(root):
     assert storage.parquet_table(content).to_pydict()["epoch"] == [1, 2]
     storage.write_bytes(storage.join(root, "t.parquet"), content)
     assert storage.read_parquet_schema(storage.join(root, "t.parquet")) == table.schema
+
+
+def test_a_bucket_that_is_not_there_is_an_input_error(bucket):
+    for call in ("write_bytes({!r}, b'')", "create_file({!r}, b'')", "find_files({!r})"):
+        # In a process of its own: the endpoint of a process is read once.
+        script = "from trainer import storage; storage." + call.format("s3://missing/lease")
+        process = subprocess.run(
+            [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        )
+        assert "InputError: s3://missing/lease: bucket 'missing' at" in process.stderr
+        assert "answered 'no such bucket'" in process.stderr
 
 
 def test_an_unreachable_bucket_is_an_input_error_without_the_secret(monkeypatch):
