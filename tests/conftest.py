@@ -1,9 +1,11 @@
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -109,6 +111,60 @@ def wait_for_port(port: int, timeout: float = 60) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def ray_nodes(
+    home: Path, session: str, head: Sequence[str] = (), nodes: Sequence[Sequence[str]] = (), **variables: str
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Starts a head in the checkout, and nodes, with token authentication; yields what runs ``ray job`` elsewhere.
+
+    Args:
+        home: a folder for the token, where ``ray job`` is run too.
+        session: a folder for what Ray writes; a short name, since Ray makes sockets there.
+        head: options of ``ray start --head``.
+        nodes: those of each further ``ray start``.
+        variables: of the environment of all.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **variables}
+    subprocess.run(["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    port, dashboard_port = free_port(), free_port()
+    ports = [f"--port={port}", f"--dashboard-port={dashboard_port}"]
+    commands = [["--head", f"--temp-dir={session}", *ports, *head]]
+    commands += [[f"--address=127.0.0.1:{port}", *options] for options in nodes]
+    started = []
+
+    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["ray", "job", *arguments],
+            cwd=home,
+            env={**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}", **extra},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    try:
+        for command in commands:
+            started.append(
+                subprocess.Popen(
+                    ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *command],
+                    cwd=REPOSITORY,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    # A shell that runs the tests in the background has it ignored, and that is inherited.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
+            )
+            wait_for_port(dashboard_port)
+        yield run
+    finally:
+        for process in reversed(started):
+            process.send_signal(signal.SIGINT)
+        for process in started:
+            process.wait()
 
 
 def run_job(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:

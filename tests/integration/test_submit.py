@@ -1,88 +1,29 @@
 """`ray job submit` as a user types it, against a head with token authentication."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, free_port, wait_for_port, write_stripes
+from tests.conftest import REPOSITORY, ray_nodes, write_stripes
 
 NETWORK = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 TRAINING = [*NETWORK, "--epochs", "1", "--global-batch-size", "64", "--precision", "float32"]
-
-
 SECRET = "a-secret-that-no-file-may-hold"
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """A home of its own with a new token, and a secret; python and ray are those of this environment."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    home = tmp_path_factory.mktemp("home")
-    environment = {
-        **os.environ,
-        "PATH": path,
-        "HOME": str(home),
-        "RAY_AUTH_MODE": "token",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-    }
-    subprocess.run(["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    return environment
-
-
-@pytest.fixture(scope="module")
-def ray_job(environment, tmp_path_factory):
-    """A head that was started in the checkout; returns a function that runs ``ray job`` from elsewhere."""
-    port, dashboard_port = free_port(), free_port()
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    # Ray's socket names must be short.
-    session = Path("/tmp", f"ray-head-{port}")
-    ports = {"port": port, "dashboard-port": dashboard_port, "dashboard-agent-listen-port": free_port()}
-    head = subprocess.Popen(
-        [
-            "ray",
-            "start",
-            "--head",
-            "--block",
-            "--temp-dir",
-            session,
-            *(f"--{name}={one}" for name, one in ports.items()),
-        ],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # A shell that runs the tests in the background has it ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-    def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        address = f"http://127.0.0.1:{dashboard_port}"
-        return subprocess.run(
-            ["ray", "job", *arguments],
-            cwd=elsewhere,
-            env={**environment, "RAY_API_SERVER_ADDRESS": address, **extra},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-
-    try:
-        wait_for_port(dashboard_port)
-        yield run
-    finally:
-        head.send_signal(signal.SIGINT)
-        head.wait()
+def ray_job(tmp_path_factory):
+    """A head with a secret in its environment; returns a function that runs ``ray job`` from elsewhere."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as session:
+        with ray_nodes(tmp_path_factory.mktemp("home"), session, AWS_SECRET_ACCESS_KEY=SECRET) as run:
+            yield run
         # All that Ray wrote: logs, runtime environments, the jobs' own output.
-        for path in session.rglob("*"):
+        for path in Path(session).rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-        shutil.rmtree(session)
 
 
 @pytest.fixture(scope="module")
