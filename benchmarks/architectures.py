@@ -13,9 +13,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.table import print_table
 from trainer.comparison import compare_predictions
 from trainer.evaluation import describe_accuracy
 from trainer.recipes import RECIPES
@@ -33,7 +33,7 @@ def train(dataset: str, storage: str, arch: str, recipe: str, seed: int, options
         print(f"{name} ended with {code}", file=sys.stderr, flush=True)
 
 
-def print_table(console: Console, runs: list[StartedRun]) -> None:
+def print_outcomes(runs: list[StartedRun]) -> None:
     table = Table("architecture", "recipe", "seed", "precision", "batch", "val", "loss", "epochs", "steps", "minutes")
     by_arch: dict[str, list[RunFolder]] = {}
     for run in runs:
@@ -46,12 +46,12 @@ def print_table(console: Console, runs: list[StartedRun]) -> None:
             describe_accuracy(result.val.correct, result.val.total) if result.status == "completed" else result.status,
             *(f"{result.val.loss:.3f}", str(result.epochs), str(result.steps), f"{result.train_seconds / 60:.1f}"),
         )
-    console.print(table)
+    print_table(table)
     for same_arch in by_arch.values():
         for first, second in itertools.combinations(same_arch, 2):
             predictions = first.read_predictions(), second.read_predictions()
             if all(table is not None for table in predictions):
-                console.print(compare_predictions(*predictions).describe(first.name, second.name))
+                print(compare_predictions(*predictions).describe(first.name, second.name))
 
 
 def main(
@@ -65,7 +65,7 @@ def main(
     for a_seed, a_recipe in itertools.product(seed, recipe):
         for name in arch or RECIPES[a_recipe]:
             train(dataset, storage, name, a_recipe, a_seed, options or [])
-    print_table(Console(width=None if sys.stdout.isatty() else 160), find_runs(storage))
+    print_outcomes(find_runs(storage))
 
 
 if __name__ == "__main__":

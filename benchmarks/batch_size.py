@@ -15,9 +15,9 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.table import print_table
 from trainer import launch
 from trainer.batch_finder import choose_batch, measure_size
 from trainer.cluster import connect
@@ -57,7 +57,7 @@ def main(
                 *(name, f"{memory_limit:g}", str(found), str(choice.table.trials), f"{seconds:.0f}"),
                 *(str(largest), str(sizes), f"{exhaustive_seconds:.0f}", f"{found / largest:.3f}"),
             )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print_table(table)
 
 
 def say(name: str, what: object) -> None:

@@ -11,9 +11,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.table import print_table
 from trainer.dataset import load_manifest
 from trainer.evaluation import describe_accuracy
 from trainer.recipes import recipe_epochs
@@ -54,7 +54,7 @@ def main(
                     describe_accuracy(result.val.correct, result.val.total),
                     *(f"{result.val.loss:.3f}", f"{result.train_seconds / 60:.1f}"),
                 )
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

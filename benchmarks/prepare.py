@@ -22,9 +22,9 @@ import numpy as np
 import ray
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.table import format_ratio, format_spread, print_table
 from data_prep.decode import ImageOptions, decode_image
 from data_prep.prepare import PrepareConfig, prepare
 from trainer.cluster import connect
@@ -133,7 +133,6 @@ def main(
 ) -> None:
     """Print one table for each kind of image."""
     cores = len(os.sched_getaffinity(0))
-    console = Console()
     for label, width, height, suffix in (
         ("JPEG 500x375", 500, 375, "jpeg"),
         ("JPEG 1000x750", 1000, 750, "jpeg"),
@@ -163,11 +162,10 @@ def main(
         for column in ("", "images/s (min-max)", "mean difference", "99% below", "ratio to the fastest that passes"):
             table.add_column(column)
         for name, values in rates.items():
-            median = statistics.median(values)
             mean, p99 = (f"{value:.2f}" for value in quality[name]) if name in quality else ("", "")
-            ratio = f"{median / statistics.median(rates[fastest]):.2f}" + (" (mark 0.80)" if name == "prepare" else "")
-            table.add_row(name, f"{median:.0f} ({min(values):.0f}-{max(values):.0f})", mean, p99, ratio)
-        console.print(table)
+            ratio = format_ratio(values, rates[fastest]) + (" (mark 0.80)" if name == "prepare" else "")
+            table.add_row(name, format_spread(values), mean, p99, ratio)
+        print_table(table)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-_PLAIN_WIDTH = 150
+_PLAIN_WIDTH = 170
 
 
 def format_spread(values: Sequence[float], digits: int = 0) -> str:

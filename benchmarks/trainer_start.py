@@ -12,8 +12,9 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from benchmarks.table import format_ratio, format_spread, print_table
 
 TRAINERS = ("TensorflowTrainer", "DataParallelTrainer + TF_CONFIG")
 
@@ -68,12 +69,10 @@ def main(runs: Annotated[int, typer.Option(min=1)] = 5) -> None:
             whole[name].append(time.time() - began)
             first[name].append(float(output.rpartition("first step after ")[2]))
     table = Table("trainer", "first step, s: median (min-max)", "whole, s: median", "ratio of first steps")
-    baseline = statistics.median(first[TRAINERS[0]])
     for name in TRAINERS:
-        median = statistics.median(first[name])
-        spread = f"{median:.1f} ({min(first[name]):.1f}-{max(first[name]):.1f})"
-        table.add_row(name, spread, f"{statistics.median(whole[name]):.1f}", f"{median / baseline:.2f}")
-    Console().print(table)
+        ratio = format_ratio(first[name], first[TRAINERS[0]])
+        table.add_row(name, format_spread(first[name], 1), f"{statistics.median(whole[name]):.1f}", ratio)
+    print_table(table)
 
 
 if __name__ == "__main__":
