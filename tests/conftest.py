@@ -133,7 +133,7 @@ def ray_nodes(
     ports = [f"--port={port}", f"--dashboard-port={dashboard_port}"]
     commands = [["--head", f"--temp-dir={session}", *ports, *head]]
     commands += [[f"--address=127.0.0.1:{port}", *options] for options in nodes]
-    started = []
+    started, logs = [], []
 
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -147,24 +147,35 @@ def ray_nodes(
 
     try:
         for command in commands:
-            started.append(
-                subprocess.Popen(
-                    ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *command],
-                    cwd=REPOSITORY,
-                    env=environment,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    # A shell that runs the tests in the background has it ignored, and that is inherited.
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            logs.append(home / f"ray-start-{len(logs)}.log")
+            with logs[-1].open("w") as log:
+                started.append(
+                    subprocess.Popen(
+                        ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *command],
+                        cwd=REPOSITORY,
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
+                        # A shell that runs the tests in the background has it ignored, and that is inherited.
+                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                    )
                 )
-            )
-            wait_for_port(dashboard_port)
+            # One after the other: two that start at once on one machine take each other's ports.
+            wait_for_text(logs[-1], "Ray runtime started")
+        wait_for_port(dashboard_port)
         yield run
     finally:
         for process in reversed(started):
             process.send_signal(signal.SIGINT)
         for process in started:
             process.wait()
+
+
+def wait_for_text(path: Path, text: str, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while text not in path.read_text():
+        assert time.monotonic() < deadline, path.read_text()
+        time.sleep(0.1)
 
 
 def run_job(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
