@@ -94,6 +94,8 @@ def bucket():
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_for_port(port)
+            # An instance keeps the endpoint that it was made with.
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("training")
             yield "s3://training"
         finally:
