@@ -135,7 +135,7 @@ def ray_nodes(
     ports = [f"--port={port}", f"--dashboard-port={dashboard_port}"]
     commands = [["--head", f"--temp-dir={session}", *ports, *head]]
     commands += [[f"--address=127.0.0.1:{port}", *options] for options in nodes]
-    started, logs = [], []
+    started = []
 
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -149,8 +149,8 @@ def ray_nodes(
 
     try:
         for command in commands:
-            logs.append(home / f"ray-start-{len(logs)}.log")
-            with logs[-1].open("w") as log:
+            log_path = home / f"ray-start-{len(started)}.log"
+            with log_path.open("w") as log:
                 started.append(
                     subprocess.Popen(
                         ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *command],
@@ -163,7 +163,7 @@ def ray_nodes(
                     )
                 )
             # One after the other: two that start at once on one machine take each other's ports.
-            wait_for_text(logs[-1], "Ray runtime started")
+            wait_for_text(log_path, "Ray runtime started")
         wait_for_port(dashboard_port)
         yield run
     finally:

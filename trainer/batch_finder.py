@@ -240,7 +240,7 @@ class _Finder:
             self._request.memory_limit_gib,
             memory_share=1 - SAFETY_MARGIN,
             compare_losses=compare_losses,
-            reference=self.measured.get("float32", ()) if compare_losses and precision != "float32" else (),
+            reference=self.measured.get("float32", ()),
         )
 
         def work(send_event: OnEvent) -> None:

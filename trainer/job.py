@@ -55,4 +55,4 @@ class TrialJob:
     compare_losses: bool
     """Send the losses of a few first steps at the first size."""
     reference: tuple[SizeMeasured, ...]
-    """Of float32, in a trial of another precision, which ends where that is far slower."""
+    """What float32 measured so far: a trial of another precision ends where that is far slower."""
