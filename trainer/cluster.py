@@ -14,7 +14,7 @@ import ray
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
 from trainer.errors import InputError, JobError
-from trainer.signals import defer_signals
+from trainer.signals import call_deferring_signals, defer_signals_of_start
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -125,9 +125,8 @@ def _connected_ray(environment: dict[str, str], may_wait: bool, **options: Any) 
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        # What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back. Ray
-        # also puts its own handler of SIGTERM in place, which exits with 15.
-        with defer_signals():
+        # What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back.
+        with defer_signals_of_start():
             try:
                 ray.init(
                     log_to_driver=False,
@@ -144,7 +143,7 @@ def _connected_ray(environment: dict[str, str], may_wait: bool, **options: Any) 
             raise InputError("no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`)")
         yield
     finally:
-        ray.shutdown()
+        call_deferring_signals(ray.shutdown)
 
 
 def _check_answer(address: str) -> None:

@@ -1,20 +1,23 @@
 """SIGINT and SIGTERM end a job by KeyboardInterrupt in its main thread, and not in the middle of what would break.
 
 Of all that a handler may raise, Ray's C++ code passes on only this one: anything else it loses or turns into a
-SystemError.
+SystemError. When it starts and ends it also takes SIGTERM for itself.
 """
 
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ENDING_SECONDS = 20.0
+_SETTING_SECONDS = 0.0002
 
 _received = signal.SIGINT
 
@@ -72,3 +75,40 @@ def defer_signals() -> Iterator[None]:
             signal.signal(one, handler)
     if arrived:
         signal.raise_signal(arrived[0])
+
+
+@contextlib.contextmanager
+def defer_signals_of_start() -> Iterator[None]:
+    """As `defer_signals`, around ``ray.init``, which puts handlers of SIGTERM in place that exit with 15.
+
+    Each call of a function within sets the handlers again. Only for the main thread.
+    """
+
+    def set_again(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
+
+    with defer_signals():
+        handlers = {one: signal.getsignal(one) for one in _STOP_SIGNALS}
+        before = sys.getprofile()
+        sys.setprofile(set_again)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+
+def call_deferring_signals(function: Callable[[], None]) -> None:
+    """Calls ``ray.shutdown``, whose C++ code gives SIGTERM the system's action: that ends a process without a word.
+
+    It does so a tenth of a second and more before it returns, so it is called in a thread of its own, while this one
+    sets the handlers again and again. Signals are deferred to its end. Only for the main thread.
+    """
+    with defer_signals(), ThreadPoolExecutor(1) as pool:
+        future = pool.submit(function)
+        while not future.done():
+            for one in _STOP_SIGNALS:
+                signal.signal(one, signal.getsignal(one))
+            time.sleep(_SETTING_SECONDS)
+    future.result()

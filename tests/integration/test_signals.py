@@ -51,8 +51,8 @@ def start(stripes, folders, tmp_path):
 
 def assert_ends(job: subprocess.Popen[str], signal_name: str, code: int, folders: list[Path]) -> None:
     """Everything that the job started ends with it, and it has said why."""
-    *_, last_line = job.stderr
-    assert (job.wait(timeout=60), last_line) == (code, f"stopped by {signal_name}; the same command continues\n")
+    lines = job.stderr.readlines()
+    assert (job.wait(timeout=60), lines[-1:]) == (code, [f"stopped by {signal_name}; the same command continues\n"])
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
@@ -100,6 +100,32 @@ def test_a_signal_is_not_lost_in_ray(handlers):
     with pytest.raises(KeyboardInterrupt):
         wait_for_ray()
     assert received_signal() == signal.SIGTERM
+
+
+# Ray takes SIGTERM for itself while it starts and while it ends: a signal would end the process there.
+STORM = """
+import os, signal, threading, time
+from pathlib import Path
+from trainer.cluster import connect
+from trainer.console import exit_codes
+
+def send():
+    while not list(Path(os.environ["RAY_TMPDIR"]).glob("*/session_*")):
+        time.sleep(0.01)
+    while True:
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+with exit_codes():
+    threading.Thread(target=send, daemon=True).start()
+    with connect():
+        time.sleep(60)
+"""
+
+
+def test_no_signal_is_ray_s_own(folders):
+    job = subprocess.Popen([sys.executable, "-c", STORM], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert_ends(job, "SIGTERM", 143, folders)
 
 
 def test_a_signal_while_ray_is_starting_leaves_nothing(folders, tmp_path):
