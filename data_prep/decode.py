@@ -153,7 +153,8 @@ def _fit_square(pixels: Pixels, options: ImageOptions) -> Pixels:
     if options.resize == "crop":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        return _resize(pixels[top : top + side, left : left + side], size, size)
+        # Contiguous, as all that is returned: where nothing is resized, it would be a view.
+        return np.ascontiguousarray(_resize(pixels[top : top + side, left : left + side], size, size))
     if options.resize == "pad":
         scale = size / max(height, width)
         fitted = _resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))

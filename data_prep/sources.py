@@ -108,7 +108,7 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
     try:
         match source_format or _detect_format(root, visible):
             case "folder":
-                found = list(_find_in_folders(visible, ignored, labelled))
+                found = list(_find_in_folders(source, visible, ignored, labelled))
             case "table":
                 found = list(_find_in_table(root, _find_table(source, visible), labelled))
             case "parquet":
@@ -119,6 +119,7 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         raise InputError(f"{error}; give a folder, a table, a Parquet file or a tar that is there") from error
     except (pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(f"{source} is damaged or not what its name says: {str(error).splitlines()[0]}") from error
+    found = _drop_unnamable(found, ignored)
     if labelled:
         _check_classes(source, found)
     elif not found:
@@ -150,11 +151,9 @@ def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
     return "folder"
 
 
-def _find_in_folders(sizes: dict[str, int], ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
+def _find_in_folders(source: str, sizes: dict[str, int], ignored: dict[str, str], labelled: bool) -> Iterator[_Found]:
     paths = [PurePosixPath(path) for path in sizes]
-    # The folders are splits only if all of them are: a class may be called "test".
-    top_folders = {path.parts[0] for path in paths if len(path.parts) > 1 and _is_image(path)}
-    is_split = top_folders <= _SPLIT_NAMES.keys() and "train" in {_SPLIT_NAMES.get(name) for name in top_folders}
+    is_split = _has_split_folders(source, [path for path in paths if len(path.parts) > 1 and _is_image(path)])
     for path in paths:
         folders = path.parts[1:-1] if is_split else path.parts[:-1]
         if labelled and not folders:
@@ -162,8 +161,27 @@ def _find_in_folders(sizes: dict[str, int], ignored: dict[str, str], labelled: b
         elif not _is_image(path):
             ignored[str(path)] = "not_an_image_name"
         else:
-            split = _SPLIT_NAMES[path.parts[0]] if is_split else None
+            split = _SPLIT_NAMES[path.parts[0].lower()] if is_split else None
             yield _Found(str(path), folders[0] if folders else None, split, bytes=sizes[str(path)])
+
+
+def _has_split_folders(source: str, images: list[PurePosixPath]) -> bool:
+    """Returns whether the folders at the top are splits: only if all of them are, since a class may be called "test".
+
+    Raises:
+        InputError: several are called like splits and have folders of their own, others are not.
+    """
+    top_folders = {path.parts[0] for path in images}
+    named = {name for name in top_folders if name.lower() in _SPLIT_NAMES}
+    if "train" not in {_SPLIT_NAMES[name.lower()] for name in named}:
+        return False
+    others = top_folders - named
+    if others and len(named) > 1 and any(len(path.parts) > 2 for path in images if path.parts[0] in named):
+        raise InputError(
+            f"{source}: the folders {', '.join(sorted(named))} look like splits, and beside them is "
+            f"{', '.join(sorted(others))}; move or rename the ones or the others"
+        )
+    return not others
 
 
 def _find_in_table(root: str, name: str, labelled: bool) -> Iterator[_Found]:
@@ -254,7 +272,9 @@ def _find_in_tar(root: str, path: str, ignored: dict[str, str], labelled: bool) 
             key, extension = f"{folder}/{key}", f".{extension.lower()}"
             if not member.isfile():
                 continue
-            if extension in _IMAGE_SUFFIXES:
+            if extension in _IMAGE_SUFFIXES and key in images:
+                ignored[f"{path}#{member.name}"] = "second_image_of_its_key"
+            elif extension in _IMAGE_SUFFIXES:
                 images[key] = member
             elif extension in (".cls", ".json"):
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -287,16 +307,30 @@ def _to_class_name(label: Any) -> str | None:
 
 
 def _split_of_name(path: str) -> SplitName | None:
-    words = (re.split(r"[-_.]", part, maxsplit=1)[0] for part in PurePosixPath(path).parts)
+    words = (re.split(r"[-_.]", part, maxsplit=1)[0].lower() for part in PurePosixPath(path).parts)
     return next((_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES), None)
 
 
 def _parse_split(name: str, row: int, split: Any) -> SplitName | None:
     if split is None or split == "":
         return None
-    if str(split) not in _SPLIT_NAMES:
+    known = _SPLIT_NAMES.get(str(split).lower())
+    if known is None:
         raise InputError(f"{name}, row {row}: split {split!r} is unknown; use train, val or test")
-    return _SPLIT_NAMES[str(split)]
+    return known
+
+
+def _drop_unnamable(found: list[_Found], ignored: dict[str, str]) -> list[_Found]:
+    """Returns the images whose path is text; of others, such as those of an old zip, no Parquet file can speak."""
+    for name, reason in list(ignored.items()):
+        ignored[_in_text(name)] = ignored.pop(name, reason)
+    ignored |= {_in_text(image.path): "name_is_not_utf8" for image in found if _in_text(image.path) != image.path}
+    return [image for image in found if _in_text(image.path) == image.path]
+
+
+def _in_text(name: str) -> str:
+    """Returns a name with the bytes that are not UTF-8 written as backslash, udc, XX."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _check_classes(source: str, found: list[_Found]) -> None:

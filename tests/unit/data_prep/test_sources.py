@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -125,6 +126,30 @@ def test_other_files_are_listed_with_the_reason(write_files):
 def test_an_image_directly_in_a_split_folder_has_no_class(write_files):
     source = write_files("train/a/1.png", "train/b/2.png", "train/3.png")
     assert ignored_in(source) == {"train/3.png": "not_in_a_class_folder"}
+
+
+def test_split_folders_may_be_in_any_case(write_files):
+    source = write_files("Train/a/1.png", "Train/b/2.png", "TESTING/a/3.png")
+    assert find_images(source).class_names == ["a", "b"]
+    assert rows_of(source, "split") == [("test",), ("train",), ("train",)]
+
+
+def test_a_folder_beside_split_folders_is_refused_and_named(write_files):
+    source = write_files("train/a/1.png", "train/b/2.png", "val/a/3.png", "extra/a/4.png")
+    with pytest.raises(InputError, match=r"the folders train, val look like splits, and beside them is extra; move or"):
+        find_images(source)
+
+
+def test_a_class_may_be_called_like_a_split(write_files):
+    assert find_images(write_files("train/red/1.png", "car/red/2.png")).class_names == ["car", "train"]
+
+
+def test_a_name_that_is_not_utf8_costs_that_file(write_files):
+    source = write_files("a/1.png", "b/2.png")
+    Path(os.fsdecode(os.fsencode(source) + b"/a/caf\xe9.png")).touch()
+    Path(os.fsdecode(os.fsencode(source) + b"/a/caf\xe9.txt")).touch()
+    assert rows_of(source, "path") == [("a/1.png",), ("b/2.png",)]
+    assert ignored_in(source) == {"a/caf\\udce9.png": "name_is_not_utf8", "a/caf\\udce9.txt": "not_an_image_name"}
 
 
 def test_an_empty_or_missing_folder_is_refused(tmp_path):
@@ -361,6 +386,11 @@ def test_an_image_of_a_tar_without_a_label_is_ignored(tmp_path):
         "shard.tar#2.jpg": "no_label",
         "shard.tar#3.jpg": "no_label",
     }
+
+
+def test_a_second_image_of_a_key_is_listed(tmp_path):
+    source = write_tar(tmp_path / "shard.tar", {"0.jpg": b"", "0.cls": b"a", "0.png": b"", "1.jpg": b"", "1.cls": b"b"})
+    assert ignored_in(source) == {"shard.tar#0.png": "second_image_of_its_key"}
 
 
 @pytest.mark.parametrize(
