@@ -109,7 +109,7 @@ class TrainConfig(BaseModel):
     """Pixels to zero mean and unit deviation of the train split, or to 0-1."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Of the layers; variables, logits and losses are float32 always."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Of initialisation, dropout, augmentation and data order."""
     checkpoint_every: int = Field(0, ge=0)
     """Optimizer steps between checkpoints within an epoch; there is one at the end of each epoch in any case."""

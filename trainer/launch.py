@@ -294,6 +294,10 @@ def plan_run(
     """
     draft, manifest, request = build_draft(options, resources)
     record = run.read_record()
+    if record is not None:
+        # Before anything is measured; what is measured is compared when it is.
+        is_open = [name for name in ("global_batch_size", "precision", "epochs") if options.get(name) is None]
+        _check_same_config(run, record.config, draft, ["num_workers", "global_batch_size", "precision", *is_open])
     if record is not None and record.batch is not None and record.batch.request == request:
         batch = record.batch
     else:
@@ -347,12 +351,7 @@ def launch(
     if record is not None:
         # Another number of workers continues a run: each attempt works out its batch anew.
         config = record.config
-        differences = find_differences(config, plan.config.model_copy(update={"num_workers": config.num_workers}))
-        if differences:
-            raise InputError(
-                f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); "
-                "choose another --run-name, or the same options to continue it"
-            )
+        _check_same_config(run, config, plan.config, ["num_workers"])
     if result := run.read_result():
         return result
     if record is None:
@@ -372,6 +371,16 @@ def launch(
         # Before anything is ended: `ray job stop` kills after three seconds.
         run.write_interruption("interrupted", received_signal().name)
         raise
+
+
+def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, passed_over: list[str]) -> None:
+    """Raises InputError where a run was begun with another config, whatever is in some of its fields."""
+    same = {name: getattr(begun, name) for name in passed_over}
+    if differences := find_differences(begun, config.model_copy(update=same)):
+        raise InputError(
+            f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); "
+            "choose another --run-name, or the same options to continue it"
+        )
 
 
 def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> RunStarted:
@@ -423,7 +432,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     if best is None or last is None:
         run.write_interruption("diverged", worker_result.reason)
         raise JobError(
-            f"run {run.name} diverged before its first validation: {worker_result.reason}; lower "
+            f"run {run.name} diverged in its first epoch: {worker_result.reason}; lower "
             "--base-learning-rate or set --clip-norm"
         )
     predictions = storage.parquet_table(checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME))

@@ -17,6 +17,7 @@ from trainer.architectures import build_model
 from trainer.augment import augment
 from trainer.config import TrainConfig
 from trainer.dropout import fix_dropout
+from trainer.errors import InputError
 from trainer.schedule import build_schedule
 from trainer.transfer import LayerWeights, freeze_trunk, transfer_weights
 
@@ -61,6 +62,9 @@ def build_network(
         config: of the run.
         steps_per_epoch: optimizer steps.
         initial_weights: of another network, which the layers of the same name start from.
+
+    Raises:
+        InputError: the network cannot be built with these arguments, or not from these weights.
     """
     strategy, model = _build_distributed_model(manifest, config)
     with strategy.scope():
@@ -82,9 +86,15 @@ def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[A
     keras.mixed_precision.set_global_policy(config.precision)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
-        model = build_model(
-            config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
-        )
+        try:
+            model = build_model(
+                config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
+            )
+        except ValueError as error:
+            raise InputError(
+                f"--arch {config.arch} with --arch-argument {config.arch_arguments} cannot be built for images of "
+                f"{manifest.image_size} pixels: {str(error).splitlines()[0]}"
+            ) from error
     return strategy, model
 
 

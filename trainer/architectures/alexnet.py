@@ -6,6 +6,8 @@ normalisation after the first two, and no split of the layers over two GPUs.
 
 from typing import Any
 
+from trainer.architectures.blocks import Count, Fraction, Width
+
 # filters, kernel, strides, padding, and whether a 3x3/2 max pooling follows.
 _CONVOLUTIONS = (
     (96, 11, 4, "valid", True),
@@ -21,11 +23,11 @@ def build_alexnet(
     channels: int,
     num_classes: int,
     *,
-    width: float = 1.0,
-    dense_units: int = 4096,
-    dropout: float = 0.5,
+    width: Width = 1.0,
+    dense_units: Count = 4096,
+    dropout: Fraction = 0.5,
     kernel_initializer: str = "glorot_uniform",
-    batch_norm_momentum: float = 0.99,
+    batch_norm_momentum: Fraction = 0.99,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
 

@@ -1,6 +1,13 @@
 """What several families are made of."""
 
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
+
+# What an argument of a family may be; checked before any worker starts.
+Count = Annotated[int, Ge(1)]
+Width = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 def convolution(
@@ -12,7 +19,7 @@ def convolution(
     padding: str = "same",
     kernel_initializer: str = "glorot_uniform",
     batch_norm: bool = False,
-    batch_norm_momentum: float = 0.9,
+    batch_norm_momentum: Fraction = 0.9,
 ) -> list[Any]:
     """Returns the layers of a convolution with ReLU, to be applied one after another.
 

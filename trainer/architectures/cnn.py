@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.architectures.blocks import convolution
+from trainer.architectures.blocks import Count, Fraction, convolution
 
 
 def build_cnn(
@@ -10,13 +10,13 @@ def build_cnn(
     channels: int,
     num_classes: int,
     *,
-    later_filters: tuple[int, ...],
-    first_filters: int | None = None,
-    dense_units: int = 1024,
-    dropout: float = 0.0,
+    later_filters: tuple[Count, ...],
+    first_filters: Count | None = None,
+    dense_units: Count = 1024,
+    dropout: Fraction = 0.0,
     kernel_initializer: str = "glorot_uniform",
     batch_norm: bool = False,
-    batch_norm_momentum: float = 0.9,
+    batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.architectures.blocks import apply_layers, convolution
+from trainer.architectures.blocks import Count, Fraction, Width, apply_layers, convolution
 
 # Filters of a module: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection. Table 1 of the paper.
 _INCEPTION_3A = (64, 96, 128, 16, 32, 32)
@@ -26,11 +26,11 @@ def build_googlenet(
     channels: int,
     num_classes: int,
     *,
-    width: float = 1.0,
-    dropout: float = 0.4,
+    width: Width = 1.0,
+    dropout: Fraction = 0.4,
     kernel_initializer: str = "glorot_uniform",
     batch_norm: bool = False,
-    batch_norm_momentum: float = 0.9,
+    batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
     """Returns GoogLeNet (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, table 1) that gives logits.
 
@@ -63,7 +63,7 @@ def build_googlenet(
     def pool(tensor: Any, name: str, strides: int = 2) -> Any:
         return layers.MaxPooling2D(3, strides, padding="same", name=name)(tensor)
 
-    def inception(tensor: Any, filters: tuple[int, ...], name: str) -> Any:
+    def inception(tensor: Any, filters: tuple[Count, ...], name: str) -> Any:
         """Four branches side by side, as in figure 2(b)."""
         one, three_reduce, three, five_reduce, five, projection = filters
         branches = [
@@ -92,11 +92,11 @@ def build_inception_notes(
     channels: int,
     num_classes: int,
     *,
-    width: float = 1.0,
-    dropout: float = 0.0,
+    width: Width = 1.0,
+    dropout: Fraction = 0.0,
     kernel_initializer: str = "glorot_uniform",
     batch_norm: bool = False,
-    batch_norm_momentum: float = 0.9,
+    batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
     """Returns the notes' InceptionNet that gives logits ``[batch, num_classes]``.
 

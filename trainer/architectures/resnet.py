@@ -6,6 +6,8 @@ stride of a bottleneck is, in its first 1x1 convolution, and that its convolutio
 
 from typing import Any
 
+from trainer.architectures.blocks import Count, Fraction, Width
+
 _EPSILON = 1.001e-5
 
 
@@ -14,13 +16,13 @@ def build_resnet(
     channels: int,
     num_classes: int,
     *,
-    blocks: tuple[int, ...],
+    blocks: tuple[Count, ...],
     bottleneck: bool,
     convolution_bias: bool,
-    width: float = 1.0,
+    width: Width = 1.0,
     zero_init_residual: bool = False,
     kernel_initializer: str = "glorot_uniform",
-    batch_norm_momentum: float = 0.9,
+    batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
 

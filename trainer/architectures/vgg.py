@@ -5,7 +5,7 @@ Layers are named as in `tf_keras.applications`, so that its weight files can be 
 
 from typing import Any
 
-from trainer.architectures.blocks import convolution
+from trainer.architectures.blocks import Count, Fraction, convolution
 
 
 def build_vgg(
@@ -13,13 +13,13 @@ def build_vgg(
     channels: int,
     num_classes: int,
     *,
-    convolutions: tuple[int, ...],
-    filters: tuple[int, ...] = (64, 128, 256, 512, 512),
-    dense_units: int = 4096,
-    dropout: float = 0.5,
+    convolutions: tuple[Count, ...],
+    filters: tuple[Count, ...] = (64, 128, 256, 512, 512),
+    dense_units: Count = 4096,
+    dropout: Fraction = 0.5,
     kernel_initializer: str = "glorot_uniform",
     batch_norm: bool = False,
-    batch_norm_momentum: float = 0.9,
+    batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
     """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
 

@@ -64,6 +64,9 @@ def test_every_architecture_is_known():
         ({"depth": 3}, "--arch-argument 'depth' is unknown; alexnet has width,"),
         ({"width": "wide"}, "--arch-argument width=wide: Input should be a valid number"),
         ({"kernel_initializer": 3}, "--arch-argument kernel_initializer=3: Input should be a valid string"),
+        ({"dropout": 1.5}, "--arch-argument dropout=1.5: Input should be less than 1"),
+        ({"width": 0}, "--arch-argument width=0: Input should be greater than 0"),
+        ({"dense_units": -5}, "--arch-argument dense_units=-5: Input should be greater than or equal to 1"),
     ],
 )
 def test_arguments_that_the_family_does_not_take_are_refused(arguments, message):
@@ -248,6 +251,13 @@ def test_a_finished_run_is_not_started_again(finished, make_result):
     events = []
     assert launch(planned, run, ONE_MACHINE, on_event=events.append) == make_result()
     assert events == []
+
+
+def test_a_used_name_with_another_dataset_is_refused_before_anything_is_measured(finished, plan, write_dataset):
+    run, _ = finished
+    write_dataset(rows=(3, 3, 0), image_size=24)
+    with pytest.raises(InputError, match=r"run first .* another config \(dataset_fingerprint: .*; choose another --run"):
+        plan(run, global_batch_size="max", precision="auto")
 
 
 def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, plan):
