@@ -144,6 +144,9 @@ class _Training:
                     swap_averages(self.network)
                     outcomes = self.evaluate(self.val)
                     row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, self.val.labels)
+                    if not np.isfinite(row["val_loss"]):
+                        # The last step of the epoch was still finite, and what it did to the weights is not.
+                        raise DivergedError(f"the validation loss became nan or inf in epoch {row['epoch']}")
                     waited, peak = self.gather([[row["data_wait_seconds"], peak_memory_gib()]]).max(axis=0)
                     row["data_wait_seconds"], row["peak_memory_gib"] = float(waited), float(peak)
                     row["checkpoint_seconds"], self._checkpoint_seconds = self._checkpoint_seconds, 0.0

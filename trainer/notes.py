@@ -61,9 +61,7 @@ def describe_unfinished(run: RunFolder) -> str:
     """Returns why a run has no result, and how it gets one."""
     match run.read_ending():
         case RunInterruption(status="diverged", reason=reason):
-            return (
-                f"diverged before its first validation: {reason}; try half the --base-learning-rate, or --clip-norm 1"
-            )
+            return f"diverged in its first epoch: {reason}; try half the --base-learning-rate, or --clip-norm 1"
         case RunInterruption(reason=reason):
             return f"interrupted by {reason}: the same command continues it"
     return "not finished: the same command continues it"

@@ -105,7 +105,7 @@ class RunInterruption(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     status: Literal["interrupted", "diverged"]
-    """Stopped by a signal, or diverged before its first validation."""
+    """Stopped by a signal, or diverged in its first epoch."""
     reason: str
     """The name of the signal, or the steps."""
     ended: datetime

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import threading
 from pathlib import Path
@@ -339,15 +338,15 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train):
     run = train("diverges", DIVERGING, 2, global_batch_size="84", epochs=20)
     result = run.read_result()
     assert (result.status, result.val.total) == ("diverged", 18)
-    assert re.fullmatch(r"the loss or its gradient became nan or inf .* steps \[\d, \d\]", result.reason)
+    assert result.reason == "the validation loss became nan or inf in epoch 2"
     assert result.findings[0].startswith("diverged: ")
     for array in last_weights(run).values():
         assert np.isfinite(array).all()
     assert result.epochs == checkpoints.find_last(run.checkpoints).epoch < 20
 
 
-def test_a_run_that_diverges_before_its_first_validation_says_so(train, plain_run_of_two):
-    with pytest.raises(JobError, match=r"diverged before its first validation: .* steps \[1, 4\]"):
+def test_a_run_that_diverges_in_its_first_epoch_says_so(train, plain_run_of_two):
+    with pytest.raises(JobError, match=r"diverged in its first epoch: the loss or its gradient .* steps \[1, 4\]"):
         train("diverges-at-once", DIVERGING, 2)
     ending = RunFolder(plain_run_of_two.uri.replace("plain-2", "diverges-at-once")).read_ending()
     assert ending.status == "diverged"

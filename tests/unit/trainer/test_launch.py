@@ -8,8 +8,8 @@ from trainer.errors import InputError
 from trainer.launch import RunPlan, build_draft, check_arch, check_dataset, embedded_dataset, launch, open_run, plan_run
 from trainer.run_folder import RunFolder, describe_run
 
-ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, devices="4 cores", node_memory_gib=16)
-FOUR_GPUS = Resources(num_nodes=2, num_cpus=16, num_gpus=4, devices="L4", node_memory_gib=64)
+ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, devices="4 cores", node_memory_gib=16)
+FOUR_GPUS = Resources(num_nodes=2, num_cpus=16, num_gpus=4, free_gpus=4, devices="L4", node_memory_gib=64)
 # Nothing to measure.
 SETTLED = {"global_batch_size": "4", "precision": "float32"}
 
@@ -256,7 +256,9 @@ def test_a_finished_run_is_not_started_again(finished, make_result):
 def test_a_used_name_with_another_dataset_is_refused_before_anything_is_measured(finished, plan, write_dataset):
     run, _ = finished
     write_dataset(rows=(3, 3, 0), image_size=24)
-    with pytest.raises(InputError, match=r"run first .* another config \(dataset_fingerprint: .*; choose another --run"):
+    with pytest.raises(
+        InputError, match=r"run first .* another config \(dataset_fingerprint: .*; choose another --run"
+    ):
         plan(run, global_batch_size="max", precision="auto")
 
 
