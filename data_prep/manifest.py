@@ -13,7 +13,7 @@ DATASET/manifest.json       this model; written last, so that its presence is th
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer import storage
 from trainer.errors import InputError
@@ -31,8 +31,8 @@ class DataFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str
-    """Relative to the dataset, for example ``train/part-00000.parquet``."""
+    path: str = Field(pattern=r"^(train|val|test)/[\w-]+\.parquet$")
+    """Relative to the dataset and below it, for example ``train/part-00000.parquet``."""
     rows: int
     bytes: int
     sha256: str

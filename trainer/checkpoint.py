@@ -122,6 +122,18 @@ def find_best(folder: str) -> Checkpoint | None:
     return max(evaluated, key=lambda checkpoint: checkpoint.rank, default=None)
 
 
+def find_named(folder: str, name: str) -> Checkpoint:
+    """Returns the checkpoint of a name.
+
+    Raises:
+        InputError: there is none, or it is not complete.
+    """
+    for checkpoint in find_checkpoints(folder):
+        if checkpoint.name == name:
+            return checkpoint
+    raise InputError(f"{folder} has no complete checkpoint {name}, the run's best; train it again")
+
+
 def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
     """Returns one file of a checkpoint.
 

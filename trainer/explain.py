@@ -153,10 +153,7 @@ class _Network:
     def __init__(self, run: RunFolder) -> None:
         from trainer.export import load_export
 
-        try:
-            _, self._scaling, self.logits, self._head = load_export(run).layers
-        except FileNotFoundError as error:
-            raise InputError(f"RUN {run.uri} has no model.keras, which training writes at its end") from error
+        _, self._scaling, self.logits, self._head = load_export(run).layers
 
     def scale(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Returns images as the network sees them."""

@@ -8,15 +8,16 @@ import tensorflow as tf
 import tf_keras as keras
 
 from data_prep.manifest import Manifest
+from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.architectures import ARCHITECTURES, build_model
-from trainer.checkpoint import Arrays, assign_variables
 from trainer.config import TrainConfig
+from trainer.errors import InputError
 from trainer.run_folder import RunFolder
 from trainer.step import pixel_scaling
 
 
-def build_export(arrays: Arrays, manifest: Manifest, config: TrainConfig) -> Any:
+def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> Any:
     """Returns a `tf_keras.Model` without strategy or mixed precision.
 
     It takes uint8 or float ``[batch, height, width, channels]`` with values 0-255 and gives float32 scores
@@ -26,7 +27,7 @@ def build_export(arrays: Arrays, manifest: Manifest, config: TrainConfig) -> Any
     network = build_model(
         config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
     )
-    assign_variables(network.variables, arrays)
+    checkpoints.assign_variables(network.variables, arrays)
     scale, offset = pixel_scaling(manifest, config)
     images = keras.Input((manifest.image_size, manifest.image_size, manifest.channels), name="images")
     scaled = keras.layers.Rescaling(scale, offset, name="pixel_scaling")(images)
@@ -35,18 +36,22 @@ def build_export(arrays: Arrays, manifest: Manifest, config: TrainConfig) -> Any
 
 
 def load_export(run: RunFolder) -> Any:
-    """Returns the model in ``model.keras`` of a run, as `build_export` made it.
+    """Returns the model of a finished run as `build_export` makes it, from the best checkpoint.
+
+    Not from ``model.keras``: to load one of somebody else's can run code that is in it.
 
     Raises:
-        FileNotFoundError: training has not written it.
+        InputError: the checkpoint is gone or damaged.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.keras")
-        path.write_bytes(storage.read_bytes(run.path("model.keras")))
-        return keras.models.load_model(path, compile=False)
+    record, result = run.read_record(), run.read_result()
+    if record is None or result is None:
+        raise InputError(f"RUN {run.uri} is not finished; run its command again to finish it")
+    best = checkpoints.find_named(run.checkpoints, result.best_checkpoint)
+    content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
+    return build_export(checkpoints.from_safetensors(content), run.read_manifest(), record.config)
 
 
-def write_exports(run: RunFolder, arrays: Arrays, manifest: Manifest, config: TrainConfig) -> None:
+def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> None:
     """Writes ``model.keras``, and ``saved_model/`` where the config asks for it."""
     model = build_export(arrays, manifest, config)
     with tempfile.TemporaryDirectory() as folder:

@@ -78,7 +78,7 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
         JobError: the worker failed.
     """
     run, config, result = read_finished_run(uri)
-    checkpoint = _find_checkpoint(run, result.best_checkpoint)
+    checkpoint = checkpoints.find_named(run.checkpoints, result.best_checkpoint)
     trained_on = run.read_manifest()
     dataset_uri = storage.resolve_uri(dataset) if dataset else config.dataset
     manifest = load_manifest(dataset_uri)
@@ -99,13 +99,6 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
     storage.write_bytes(run.path("evaluations", f"{name}.parquet"), storage.parquet_bytes(predictions))
     storage.write_bytes(run.path("evaluations", f"{name}.json"), evaluation.model_dump_json(indent=2).encode())
     return evaluation
-
-
-def _find_checkpoint(run: RunFolder, name: str) -> Checkpoint:
-    for checkpoint in checkpoints.find_checkpoints(run.checkpoints):
-        if checkpoint.name == name:
-            return checkpoint
-    raise InputError(f"{run.checkpoints} has no complete checkpoint {name}, the run's best; train it again")
 
 
 def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
@@ -168,12 +161,11 @@ def predict_images(
         on_event: told about predicted images.
 
     Raises:
-        InputError: the run is not finished or its model is gone, or the output is not empty.
+        InputError: the run is not finished or its checkpoint is gone, or the output is not empty.
         JobError: a task of Ray Data failed.
     """
     run, _, result = read_finished_run(uri)
-    if not storage.exists(run.path("model.keras")):
-        raise InputError(f"RUN {uri} has no model.keras, which training writes at its end; train it again")
+    checkpoints.find_named(run.checkpoints, result.best_checkpoint)
     output = storage.resolve_uri(output)
     found = storage.find_files(output)
     if found and not overwrite:

@@ -16,6 +16,7 @@ import ray
 
 from tests.conftest import run_job, write_stripes
 from trainer.errors import InputError
+from trainer.export import load_export
 from trainer.inference import evaluate_run, predict_images
 from trainer.run_folder import RunFolder
 
@@ -150,9 +151,14 @@ def test_a_run_without_its_weights_is_refused(resources, work, copied_run):
     shutil.rmtree(copied_run / "checkpoints")
     with pytest.raises(InputError, match="checkpoints has no complete checkpoint step-"):
         evaluate_run(str(copied_run), "val", str(work / "dataset"), resources)
-    (copied_run / "model.keras").unlink()
-    with pytest.raises(InputError, match=r"has no model\.keras"):
+    with pytest.raises(InputError, match="checkpoints has no complete checkpoint step-"):
         predict_images(None, 0, str(copied_run), str(copied_run / "out"), resources)
+
+
+def test_a_model_file_of_somebody_else_is_not_opened(copied_run):
+    # HDF5 instead of a zip: Keras would run the code of a Lambda layer in it.
+    (copied_run / "model.keras").write_bytes(b"\x89HDF\r\n\x1a\n")
+    assert load_export(RunFolder(str(copied_run))).name == "cnn_softmax"
 
 
 def test_a_dataset_that_is_not_the_runs_own_any_more_is_refused(resources, copied_run):
