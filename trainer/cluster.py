@@ -47,6 +47,8 @@ class Resources:
     num_nodes: int
     num_cpus: float
     num_gpus: int
+    free_gpus: int
+    """Of these, that no job held when it was looked."""
     devices: str
     """What a worker computes on: the kinds of GPU, or the cores of the smallest node."""
     node_memory_gib: float
@@ -173,6 +175,7 @@ def read_machine(folder: str = "") -> Resources:
         num_nodes=1,
         num_cpus=float(spec.num_cpus),
         num_gpus=int(spec.num_gpus),
+        free_gpus=int(spec.num_gpus),
         devices=_name_devices(spec.resources, spec.num_cpus),
         node_memory_gib=spec.memory / 2**30,
         folder=folder,
@@ -189,6 +192,7 @@ def read_resources(folder: str = "") -> Resources:
         num_nodes=len(nodes),
         num_cpus=total.get("CPU", 0.0),
         num_gpus=int(total.get("GPU", 0)),
+        free_gpus=int(ray.available_resources().get("GPU", 0)),
         devices=_name_devices(total, min(node.get("CPU", 0) for node in working)),
         node_memory_gib=min(node.get("memory", 0.0) for node in working) / 2**30,
         folder=folder,

@@ -14,6 +14,19 @@ class StageProgressed:
 
 
 @dataclass(frozen=True)
+class WorkersAwaited:
+    """The cluster has no room for the workers of a run, at its start or since it lost some."""
+
+    least: int
+    """Workers without which it does not go on."""
+    seconds: float
+    """Since one was last heard of."""
+
+    def __str__(self) -> str:
+        return f"waiting for room for {self.least} workers, {self.seconds:.0f} s since one was heard of"
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """The workers are about to start; the numbers say how the images are cut into steps."""
 
@@ -172,6 +185,7 @@ class StudyTrialEnded:
 TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
 Event = (
     StageProgressed
+    | WorkersAwaited
     | RunStarted
     | WeightsTransferred
     | EpochFinished

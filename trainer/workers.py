@@ -21,7 +21,7 @@ import ray
 
 from trainer.cluster import Resources, read_resources
 from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
-from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.events import OnEvent, StageProgressed, WorkersAwaited, ignore_event
 from trainer.local_worker import run_process
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.2
 # What a job that has just ended held is free this much later at the latest.
 _RELEASE_SECONDS = 5.0
+# Ray looks for room for the workers for a minute at a time. A node that was lost may need some until it is replaced.
+_ROOM_TRIES = 15
+# Without a word from any worker, before the user is told what they wait for.
+_SILENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ def parse_num_workers(num_workers: str, resources: Resources) -> WorkerCount:
     if num_workers == "auto":
         return WorkerCount(max(1, gpus), max(1, gpus), max(1, gpus))
     least, most = _parse_range(num_workers)
+    # What other jobs hold now joins later: a measurement of the batch starts all at once.
+    free = max(least, resources.free_gpus)
     if gpus and least > gpus:
         raise InputError(
             f"--num-workers {num_workers} needs {least} GPUs, the cluster has {gpus}; give {gpus} or less, or auto, or "
             "--wait SECONDS for more"
         )
-    return WorkerCount(least, min(most, gpus) if gpus else most, most)
+    return WorkerCount(least, min(most, free) if gpus else most, most)
 
 
 def needs_cluster(num_workers: str) -> bool:
@@ -173,12 +179,14 @@ def run_workers(
 
     Raises:
         InputError, JobError: that of the function on one of the workers.
+        JobError: the cluster had no room for them for a quarter of an hour, at the start or after a loss.
         WorkersFailedError: the workers failed otherwise, more often than allowed.
     """
     if workers.most == 1 and resources.is_one_machine:
         return _run_alone(function, resources, max_failures, on_event)
     # Not at the top: a job without a cluster spares itself the second.
     from ray.train import FailureConfig, RunConfig, TrainingFailedError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.util.queue import Empty, Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -199,7 +207,12 @@ def run_workers(
         backend_config=TensorFlowConfig(),
         scaling_config=_scaling(workers, resources),
         run_config=RunConfig(
-            name=name, storage_path=bookkeeping.name, failure_config=FailureConfig(max_failures=max_failures)
+            name=name,
+            storage_path=bookkeeping.name,
+            # Ray's own limit of tries to find room is none: a run that lost a node would wait for ever.
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=_ROOM_TRIES * (max_failures + 1)
+            ),
         ),
     )
     fitted: Future[Any] = Future()
@@ -215,16 +228,28 @@ def run_workers(
     # In a thread of its own Ray leaves the handler of SIGINT alone: a signal interrupts the loop below, and the workers
     # end with the connection to Ray.
     threading.Thread(target=fit, daemon=True).start()
+    heard = told = time.monotonic()
     try:
         while True:
             # Before the look into the queue: an event may arrive just after the workers have ended.
             ended = fitted.done()
             try:
                 on_event(queue.get(timeout=_POLL_SECONDS))
+                heard = time.monotonic()
             except Empty:
                 if ended:
                     return fitted.result()
+                now = time.monotonic()
+                if min(now - heard, now - told) > _SILENCE_SECONDS:
+                    told = now
+                    if _wait_for_room(workers, resources):
+                        on_event(WorkersAwaited(workers.least, now - heard))
     except TrainingFailedError as error:
+        if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            raise JobError(
+                f"{workers.least} workers found no room: {read_resources().hardware}; start nodes or wait for other "
+                "jobs to end, or give a smaller --num-workers or a range, MIN:MAX"
+            ) from error
         causes = _find_causes(error)
         for cause in causes:
             if isinstance(cause, InputError | JobError):
@@ -233,6 +258,15 @@ def run_workers(
     finally:
         queue.shutdown()
         bookkeeping.cleanup()
+
+
+def _wait_for_room(workers: WorkerCount, resources: Resources) -> bool:
+    """Returns whether workers such as these wait for a place; another job's that are alike count, too."""
+    bundle = _worker_resources(workers.most, resources)
+    return any(
+        group["state"] in ("PENDING", "RESCHEDULING") and bundle in group["bundles"].values()
+        for group in ray.util.placement_group_table().values()
+    )
 
 
 def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_failures: int, on_event: OnEvent) -> Any:

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import ray
@@ -15,8 +15,8 @@ from tests.conftest import write_stripes
 from trainer import launch, storage
 from trainer.cluster import Resources, connect
 from trainer.errors import InputError
-from trainer.events import EpochFinished
-from trainer.run_folder import RunFolder
+from trainer.events import EpochFinished, Event, StageProgressed
+from trainer.run_folder import RunFolder, RunResult
 from trainer.workers import wait_for_workers
 
 NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
@@ -48,10 +48,16 @@ def kill_worker_node(nodes: Cluster) -> None:
 def test_preparing_survives_a_node(nodes, resources, bucket, tmp_path):
     source = write_stripes(tmp_path / "source", images_per_class=400)
     config = PrepareConfig(image_size=32)
-    killer = threading.Timer(1.0, kill_worker_node, [nodes])
-    killer.start()
-    prepare(str(source), f"{bucket}/lost-node", config)
-    killer.join()
+    killed_at: list[StageProgressed] = []
+
+    def kill_while_decoding(event: Event) -> None:
+        if isinstance(event, StageProgressed) and event.stage == "decode" and 0 < event.done < event.total:
+            if not killed_at:
+                kill_worker_node(nodes)
+            killed_at.append(event)
+
+    prepare(str(source), f"{bucket}/lost-node", config, on_event=kill_while_decoding)
+    assert killed_at
     nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
     prepare(str(source), f"{bucket}/whole", config)
@@ -59,30 +65,51 @@ def test_preparing_survives_a_node(nodes, resources, bucket, tmp_path):
     assert lost == whole
 
 
-def test_training_goes_on_with_the_nodes_that_are_left(nodes, resources, bucket, tmp_path):
+@pytest.fixture
+def train(resources, bucket, tmp_path):
+    """Returns a function that trains 60 epochs on the nodes and calls another one after the first."""
+    folder = f"{bucket}/{tmp_path.name}"
     prepare(
-        str(write_stripes(tmp_path / "source", images_per_class=40)), f"{bucket}/images", PrepareConfig(image_size=32)
+        str(write_stripes(tmp_path / "source", images_per_class=40)), f"{folder}/images", PrepareConfig(image_size=32)
     )
-    options = {
-        "arch": "cnn_softmax",
-        "arch_arguments": NETWORK,
-        "recipe": "modern",
-        "dataset": f"{bucket}/images",
-        "num_workers": "1:3",
-        "global_batch_size": "12",
-        "precision": "float32",
-        "epochs": 60,
-    }
 
-    def kill_in_second_epoch(event):
-        if isinstance(event, EpochFinished) and (event.row["epoch"], event.row["attempt"]) == (1, 1):
-            kill_worker_node(nodes)
+    def train(num_workers: str, after_first_epoch: Callable[[], None]) -> tuple[RunFolder, RunResult]:
+        options = {
+            "arch": "cnn_softmax",
+            "arch_arguments": NETWORK,
+            "recipe": "modern",
+            "dataset": f"{folder}/images",
+            "num_workers": num_workers,
+            "global_batch_size": "12",
+            "precision": "float32",
+            "epochs": 60,
+        }
 
-    with launch.open_run(f"{bucket}/runs", "elastic", "cnn_softmax", resources) as run:
-        plan = launch.plan_run(options, run, resources)
-        result = launch.launch(plan, run, resources, on_event=kill_in_second_epoch)
+        def watch(event):
+            if isinstance(event, EpochFinished) and (event.row["epoch"], event.row["attempt"]) == (1, 1):
+                after_first_epoch()
+
+        with launch.open_run(f"{folder}/runs", "run", "cnn_softmax", resources) as run:
+            plan = launch.plan_run(options, run, resources)
+            return run, launch.launch(plan, run, resources, on_event=watch)
+
+    return train
+
+
+def test_training_waits_for_a_node_that_takes_the_place_of_a_lost_one(nodes, train):
+    def replace_node() -> None:
+        kill_worker_node(nodes)
+        threading.Timer(10.0, nodes.add_node, kwargs={"num_cpus": 1}).start()
+
+    run, result = train("3", replace_node)
+    assert (result.status, result.attempts, len(result.weights_crc32)) == ("completed", 2, 3)
+    assert {row["num_workers"] for row in run.read_metrics()} == {3}
+
+
+def test_training_goes_on_with_the_nodes_that_are_left(nodes, train):
+    run, result = train("1:3", lambda: kill_worker_node(nodes))
     assert (result.status, result.attempts, len(result.weights_crc32)) == ("completed", 2, 2)
-    rows = RunFolder(run.uri).read_metrics()
+    rows = run.read_metrics()
     assert [row["epoch"] for row in rows] == list(range(1, 61))
     assert (rows[0]["num_workers"], rows[-1]["num_workers"]) == (3, 2)
     assert {row["global_batch_size"] for row in rows} == {12}
