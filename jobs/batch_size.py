@@ -41,9 +41,7 @@ def main(
         from trainer.cluster import connect
         from trainer.workers import wait_for_workers
 
-        launch.check_arch(arch, options["arch_arguments"])
-        if dataset:
-            launch.check_dataset(arch, dataset)
+        launch.check_options(options, storage)
         one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
         with connect(may_wait=True, one_process=one_process) as cluster, console.show_events() as on_event:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)

@@ -32,7 +32,6 @@ def main(
     """Run the trials that a study still lacks, on the cluster that RAY_ADDRESS names or on this machine."""
     with console.exit_codes():
         # Not at the top: --help and a wrong file answer without loading Ray.
-        from trainer.storage import exists
         from trainer.study import find_warnings, load_study
         from trainer.study_folder import find_round
 
@@ -44,6 +43,7 @@ def main(
             from trainer.cluster import connect
             from trainer.sweep import plan_study, run_study
 
+            folder.check_access()
             for warning in find_warnings(study):
                 console.stderr.print(f"warning: {warning}", markup=False)
             with console.show_events() as on_event, connect() as resources:
@@ -67,8 +67,7 @@ def main(
             console.stdout.print_json(data=[trial.model_dump(mode="json") for trial in trials])
             return
         print_trials(study, trials)
-        report = folder.path("report.html")
-        if exists(report):
+        if report := folder.report:
             console.stdout.print(f"report  {report}", markup=False)
 
 

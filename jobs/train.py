@@ -50,10 +50,8 @@ def main(
         if list_archs:
             print_architectures(launch.describe_architectures(dataset))
             return
-        launch.check_arch(arch, options["arch_arguments"])
+        launch.check_options(options, storage, run_name)
         check_trackers(track)
-        if dataset:
-            launch.check_dataset(arch, dataset)
         one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
         with console.show_events() as on_event, connect(may_wait=True, one_process=one_process) as cluster:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)

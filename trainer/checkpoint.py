@@ -152,13 +152,14 @@ def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
 
 
 def delete_old_checkpoints(folder: str, keep_best: int) -> None:
-    """Deletes all but the last checkpoint and the best ones."""
+    """Deletes all but the last checkpoint and the best ones, and what a killed writer has left of older ones."""
     checkpoints = find_checkpoints(folder)
     evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.is_evaluated]
     best = sorted(evaluated, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
-    for checkpoint in checkpoints:
-        if checkpoint not in best and checkpoint is not checkpoints[-1]:
-            uri = storage.join(folder, checkpoint.name)
+    kept = {checkpoint.name for checkpoint in [*best, *checkpoints[-1:]]}
+    for name in storage.find_folders(folder):
+        if name not in kept and name < max(kept, default=""):
+            uri = storage.join(folder, name)
             # The commit goes first, so that a half-deleted folder is not a checkpoint.
             storage.delete_file(storage.join(uri, _COMMIT_NAME))
             storage.delete_folder(uri)

@@ -15,6 +15,7 @@ from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
 from trainer.errors import InputError, JobError
 from trainer.signals import call_deferring_signals, defer_signals_of_start
+from trainer.storage import ANSWERED_VARIABLE
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -24,6 +25,8 @@ WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     # Where a CPU has no AVX-512, TensorFlow leaves it off and takes 1.7 to 4.6 times as long (docs/performance.md).
     "TF_ENABLE_ONEDNN_OPTS": "1",
+    # The job looked at it before.
+    ANSWERED_VARIABLE: "1",
 }
 
 # What Ray would tell the user is told by the job; these hold for the driver and what it starts.

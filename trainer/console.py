@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainer.errors import InputError, JobError
 from trainer.events import Event, OnEvent, StageProgressed
-from trainer.signals import defer_signals, raise_on_signals, received_signal
+from trainer.signals import defer_signals, failure_reason, raise_on_signals, received_signal
 
 # Tables of a job log are not cut to the width of a terminal that is not there.
 _PLAIN_WIDTH = 160
@@ -41,6 +41,9 @@ def exit_codes() -> Iterator[None]:
         stderr.print(f"failed: {error}", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
+        if reason := failure_reason():
+            stderr.print(f"failed: {reason}", markup=False)
+            sys.exit(1)
         number = received_signal()
         stderr.print(f"stopped by {number.name}; the same command continues", markup=False)
         sys.exit(128 + number)

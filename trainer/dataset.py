@@ -7,6 +7,7 @@ function of seed and epoch alone, the same for every number of workers, and a ru
 
 import hashlib
 import io
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -67,7 +68,8 @@ def open_split(dataset: str, manifest: Manifest, split: SplitName) -> ImageSplit
     """Returns all rows of a split as memory maps, filling this node's cache first where it is empty.
 
     Raises:
-        InputError: a file of the dataset is not the one that the manifest names.
+        InputError: a file of the dataset is missing, or not the one that the manifest names.
+        JobError: this machine's disk has no room for it.
     """
     folder = cache_folder() / "splits" / manifest.fingerprint
     images_path, labels_path = folder / f"{split}.images.npy", folder / f"{split}.labels.npy"
@@ -82,17 +84,25 @@ def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path:
     rows = manifest.splits[split].rows
     shape = (rows, manifest.image_size, manifest.image_size, manifest.channels)
     partial = images_path.with_suffix(".partial")
-    images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
     labels = np.empty(rows, np.int32)
-    start = 0
-    for file in manifest.splits[split].files:
-        table = pq.read_table(io.BytesIO(_read_data_file(dataset, file)), columns=["image", "label"])
-        end = start + file.rows
-        images[start:end] = table["image"].combine_chunks().to_numpy_ndarray()
-        labels[start:end] = table["label"].to_numpy()
-        start = end
-    images.flush()
-    partial.rename(images_path)
+    try:
+        with storage.clear_errors(str(partial)):
+            images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            with partial.open("r+b") as file:
+                # All of it now: a process that writes to a map for which the disk has no room is killed (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, images.offset + images.nbytes)
+        start = 0
+        for data_file in manifest.splits[split].files:
+            content = io.BytesIO(_read_data_file(dataset, data_file))
+            table = pq.read_table(content, columns=["image", "label"])
+            end = start + data_file.rows
+            images[start:end] = table["image"].combine_chunks().to_numpy_ndarray()
+            labels[start:end] = table["label"].to_numpy()
+            start = end
+        images.flush()
+        partial.rename(images_path)
+    finally:
+        partial.unlink(missing_ok=True)
     # Written last and whole: its presence says that the cache is filled.
     sink = io.BytesIO()
     np.save(sink, labels)
@@ -100,11 +110,15 @@ def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path:
 
 
 def _read_data_file(dataset: str, file: DataFile) -> bytes:
-    content = storage.read_bytes(storage.join(dataset, file.path))
+    uri = storage.join(dataset, file.path)
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise InputError(f"{error}, though the manifest names it; prepare {dataset} again with --overwrite") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != file.sha256:
         raise InputError(
-            f"{storage.join(dataset, file.path)} has sha256 {digest}, the manifest says {file.sha256}; the dataset is "
+            f"{uri} has sha256 {digest}, the manifest says {file.sha256}; the dataset is "
             "damaged or was changed: prepare it again with --overwrite"
         )
     return content

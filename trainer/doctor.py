@@ -1,5 +1,6 @@
 """Looks at everything that a job needs before one is started: one line a finding, and how to mend what is wrong."""
 
+import os
 import platform
 import shutil
 import tempfile
@@ -140,6 +141,8 @@ def inspect_node(uri: str) -> NodeReport:
     import tensorflow as tf
 
     folders = (Path(tempfile.gettempdir()), cache_folder())
+    # This node may be the one that cannot reach it.
+    os.environ.pop(storage.ANSWERED_VARIABLE, None)
     error = ""
     try:
         storage.check_access(uri)

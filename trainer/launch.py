@@ -44,7 +44,7 @@ from trainer.lease import hold_lease
 from trainer.notes import write_note
 from trainer.recipes import RECIPES, recipe_epochs
 from trainer.run_folder import RunFolder, RunResult, describe_run
-from trainer.signals import received_signal
+from trainer.signals import failure_reason, received_signal
 from trainer.tracking import log_to_mlflow
 from trainer.workers import WorkerCount, needs_cluster, parse_num_workers, run_workers
 
@@ -139,7 +139,9 @@ def needs_one_process(num_workers: str, arch: str, dataset: str, storage_uri: st
 
 
 @contextlib.contextmanager
-def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -> Iterator[RunFolder]:
+def open_run(
+    storage_uri: str, run_name: str, arch: str, resources: Resources, *, wait: bool = False
+) -> Iterator[RunFolder]:
     """Yields the run folder of a name, new or used, which no other job can open meanwhile.
 
     Args:
@@ -147,25 +149,33 @@ def open_run(storage_uri: str, run_name: str, arch: str, resources: Resources) -
         run_name: "" for one made of the architecture and the time.
         arch: an architecture.
         resources: of the cluster.
+        wait: for another job that has the run and of which nothing is heard any more.
 
     Raises:
-        InputError: the name is not allowed, or the storage cannot be used, or not from every node, or another job has
-            the run.
+        InputError: the name is not allowed, or the storage cannot be used from every node, or another job has the run.
     """
     name = run_name or f"{arch}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    _check_run_name(name)
+    run = RunFolder(storage.join(storage.resolve_uri(storage_uri), name))
+    check_shared("--storage", run.uri, resources)
+    with hold_lease(run.path("lease.json"), f"run {name}", wait=wait):
+        yield run
+
+
+def _check_run_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(
             f"--run-name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit"
         )
-    run = RunFolder(storage.join(storage.resolve_uri(storage_uri), name))
-    if storage.is_local(run.uri) and resources.num_nodes > 1:
+
+
+def check_shared(option: str, uri: str, resources: Resources) -> None:
+    """Raises InputError where the nodes of the cluster do not share a place."""
+    if storage.is_local(uri) and resources.num_nodes > 1:
         raise InputError(
-            f"--storage {storage_uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not "
-            "share it; give s3://bucket/prefix"
+            f"{option} {uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not share it; "
+            "give s3://bucket/prefix"
         )
-    storage.check_access(run.uri)
-    with hold_lease(run.path("lease.json"), f"run {name}"):
-        yield run
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,24 @@ class RunPlan:
     """That makes the same run; empty for that of this process."""
 
 
+def check_options(options: Mapping[str, Any], storage_uri: str, run_name: str = "") -> None:
+    """Raises InputError for all that is wrong whatever the cluster is, before one is looked at or waited for.
+
+    Args:
+        options: as in `build_draft`; ``dataset`` may be empty.
+        storage_uri: where runs go; it is tried out.
+        run_name: of the run; empty for one that is made up.
+    """
+    if run_name:
+        _check_run_name(run_name)
+    values, request = _parse_options(options)
+    dataset = storage.resolve_uri(options["dataset"]) if options["dataset"] else ""
+    draft = _parse_draft(values, request, dataset=dataset, dataset_fingerprint="", num_workers=1)
+    storage.check_access(storage.resolve_uri(storage_uri))
+    if dataset:
+        _check_fits(draft, check_dataset(draft.arch, dataset))
+
+
 def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest, BatchRequest]:
     """Returns a config in which batch and precision may still be open, the manifest of its dataset, and what is asked.
 
@@ -191,39 +219,52 @@ def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[Train
     Raises:
         InputError: a value is not allowed, or the values do not fit each other, the dataset or the cluster.
     """
+    values, request = _parse_options(options)
+    dataset = storage.resolve_uri(options["dataset"])
+    check_shared("--dataset", dataset, resources)
+    manifest = check_dataset(options["arch"], dataset)
+    num_workers = parse_num_workers(options["num_workers"], resources).now
+    draft = _parse_draft(
+        values, request, dataset=dataset, dataset_fingerprint=manifest.fingerprint, num_workers=num_workers
+    )
+    _check_fits(draft, manifest)
+    return draft, manifest, request
+
+
+def _parse_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], BatchRequest]:
+    """Returns the values of a config but for those that dataset, cluster and request say, and the request."""
     arch, recipe = options["arch"], options["recipe"]
+    check_arch(arch, options.get("arch_arguments") or {})
     if recipe not in RECIPES:
         raise InputError(f"--recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
     if arch not in RECIPES[recipe]:
         raise InputError(
             f"--recipe {recipe} has no {arch}, only {', '.join(RECIPES[recipe])}; give one of them or --recipe modern"
         )
-    dataset = storage.resolve_uri(options["dataset"])
-    manifest = check_dataset(arch, dataset)
     known = {**TrainConfig.model_fields, **BatchRequest.model_fields}
     given = {name: options[name] for name in known if options.get(name) is not None}
     if options.get("init_from"):
         given["init_from"] = storage.resolve_uri(options["init_from"])
     values = {**RECIPES[recipe][arch], **given}
     values["arch_arguments"] = {**RECIPES[recipe][arch].get("arch_arguments", {}), **given.get("arch_arguments", {})}
-    check_arch(arch, values["arch_arguments"])
     asked = {name: values.pop(name) for name in BatchRequest.model_fields if name in values}
-    request = parse_batch_request(asked | {"global_batch_size": str(asked.get("global_batch_size", "max"))})
-    num_workers = parse_num_workers(options["num_workers"], resources).now
-    draft = parse_config(
-        {
-            **values,
-            "dataset": dataset,
-            "dataset_fingerprint": manifest.fingerprint,
-            "num_workers": num_workers,
-            "global_batch_size": request.given_size or num_workers,
-            "precision": "float32" if request.precision == "auto" else request.precision,
-        }
-    )
+    return values, parse_batch_request(asked | {"global_batch_size": str(asked.get("global_batch_size", "max"))})
+
+
+def _parse_draft(values: Mapping[str, Any], request: BatchRequest, **settled: Any) -> TrainConfig:
+    measured = {
+        "global_batch_size": request.given_size or settled["num_workers"],
+        "precision": "float32" if request.precision == "auto" else request.precision,
+    }
+    return parse_config({**values, **measured, **settled})
+
+
+def _check_fits(draft: TrainConfig, manifest: Manifest) -> None:
+    """Raises InputError where a dataset has not what a config asks for, or what it starts from is not there."""
     rows = manifest.splits["train"].rows
     if draft.global_batch_size > rows:
         raise InputError(
-            f"--global-batch-size {draft.global_batch_size} is more than the {rows} train images of {dataset}; "
+            f"--global-batch-size {draft.global_batch_size} is more than the {rows} train images of {draft.dataset}; "
             f"give {rows} or less"
         )
     if draft.init_from and not storage.exists(draft.init_from):
@@ -232,8 +273,7 @@ def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[Train
             "(.safetensors or .h5)"
         )
     if draft.evaluate_test and not manifest.splits["test"].rows:
-        raise InputError(f"--evaluate-test: {dataset} has no test images; prepare it with a --test-fraction")
-    return draft, manifest, request
+        raise InputError(f"--evaluate-test: {draft.dataset} has no test images; prepare it with a --test-fraction")
 
 
 def measure_batches(
@@ -260,7 +300,6 @@ def measure_batches(
     draft, manifest, request = build_draft(options, resources)
     check_shares(draft)
     root = storage.resolve_uri(storage_uri)
-    storage.check_access(root)
     choice = choose_batch(draft, manifest, request, root, resources, probe_again=probe_again, on_event=on_event)
     if choice.table is None:
         return choice, []
@@ -369,7 +408,8 @@ def launch(
         return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event))
     except KeyboardInterrupt:
         # Before anything is ended: `ray job stop` kills after three seconds.
-        run.write_interruption("interrupted", received_signal().name)
+        if not failure_reason():
+            run.write_interruption("interrupted", received_signal().name)
         raise
 
 

@@ -8,65 +8,98 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from trainer import storage
 from trainer.errors import InputError, JobError
+from trainer.signals import interrupt_main
 
 _RENEW_SECONDS = 15.0
-# Longer than the clocks of two machines and a slow object store can differ from that.
-_EXPIRE_SECONDS = 90.0
+# Longer than that, the two minutes for which a storage may be away, and what the clocks of two machines differ by.
+_EXPIRE_SECONDS = 150.0
 # Longer than another job takes from reading who held the lease to writing itself down.
 _SETTLE_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def hold_lease(uri: str, what: str) -> Iterator[None]:
+def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[None]:
     """Holds the file at ``uri`` for the time of the context.
 
     A lease whose holder died is taken over: at once if it was a process of this machine, else when it has not been
-    renewed for a minute and a half. Two jobs that start at the same moment are told apart by a conditional write where
-    the storage has one; where it has not, by reading back who wrote last. Two that take over at the same moment read
-    that back a second later, which tells them apart unless the storage is slower.
+    renewed for two and a half minutes. Two jobs that start at the same moment are told apart by a conditional write
+    where the storage has one. Where it has not, and where two take over at the same moment, each reads back a second
+    later who wrote last, which tells them apart unless the storage is slower.
+
+    A job that was silent for so long that another one took over is interrupted as by SIGTERM (`trainer.signals`). What
+    a killed holder had begun to write in the folder of the file is deleted.
 
     Args:
         uri: of the file.
         what: is worked on, for the message.
+        wait: for a holder of which nothing is heard any more, in place of an error at once.
 
     Raises:
         InputError: another job holds it.
     """
     token = uuid.uuid4().hex
-    _acquire(uri, what, token)
+    deadline = time.monotonic() + (_EXPIRE_SECONDS if wait else 0)
+    while holder := _acquire(uri, what, token):
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{what} is in use by process {holder['pid']} on {holder['host']}, last heard of "
+                f"{time.time() - holder['renewed']:.0f} s ago; wait for its end, or {_EXPIRE_SECONDS:.0f} s if it died"
+            )
+        time.sleep(_SETTLE_SECONDS)
+    storage.delete_partial_files(storage.parent(uri))
     released = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(uri, token, released), daemon=True)
+    renewer = threading.Thread(target=_renew, args=(uri, what, token, released), daemon=True)
     renewer.start()
     try:
         yield
     finally:
         released.set()
-        renewer.join()
-        if _holds(uri, token):
-            storage.delete_file(uri)
+        # Where the storage is away, the lease expires.
+        if not storage.is_local(uri):
+            storage.ask_briefly()
+        renewer.join(_SETTLE_SECONDS)
+        with contextlib.suppress(InputError, JobError):
+            if _holds(uri, token):
+                storage.delete_file(uri)
 
 
-def _acquire(uri: str, what: str, token: str) -> None:
-    if not storage.create_file(uri, _describe_holder(token)):
+def _acquire(uri: str, what: str, token: str) -> dict[str, Any] | None:
+    """Takes the lease, or returns who holds it."""
+    content = _describe_holder(token)
+    if not storage.create_file(uri, content):
         holder = _read_holder(uri)
-        if holder is not None and _is_alive(holder):
-            raise InputError(
-                f"{what} is in use by process {holder['pid']} on {holder['host']}, last heard of "
-                f"{time.time() - holder['renewed']:.0f} s ago; wait for its end, or {_EXPIRE_SECONDS:.0f} s if it died"
-            )
-        storage.write_bytes(uri, _describe_holder(token))
+        # It is this job itself where the answer to its write was lost, and the write was tried again.
+        if holder is not None and holder["token"] != token and _is_alive(holder):
+            return holder
+        storage.write_bytes(uri, content)
+        time.sleep(_SETTLE_SECONDS)
+    elif not storage.refuses_to_create(uri, content):
         time.sleep(_SETTLE_SECONDS)
     if not _holds(uri, token):
         raise InputError(f"{what} was taken by another job that started at the same moment; wait for it to end")
+    return None
 
 
 def _describe_holder(token: str) -> bytes:
-    holder = {"token": token, "host": platform.node(), "pid": os.getpid(), "renewed": time.time()}
+    holder = {
+        "token": token,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "namespace": _process_namespace(),
+        "renewed": time.time(),
+    }
     return json.dumps(holder).encode()
+
+
+def _process_namespace() -> str:
+    """Returns what two processes have in common of which one can tell whether the other is alive."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _read_holder(uri: str) -> dict[str, Any] | None:
@@ -83,17 +116,19 @@ def _holds(uri: str, token: str) -> bool:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder["host"] == platform.node() and not os.path.exists(f"/proc/{holder['pid']}"):
+    if holder["namespace"] == _process_namespace() and not os.path.exists(f"/proc/{holder['pid']}"):
         return False
     # Of this machine too: a container that was started again has the host name and the process numbers of the old one.
     return bool(time.time() - holder["renewed"] < _EXPIRE_SECONDS)
 
 
-def _renew(uri: str, token: str, released: threading.Event) -> None:
+def _renew(uri: str, what: str, token: str, released: threading.Event) -> None:
     while not released.wait(_RENEW_SECONDS):
         # A storage that does not answer now may do so before the lease expires.
         with contextlib.suppress(InputError, JobError):
-            # A job that was stopped for so long that another one took over must not take the lease back.
-            if not _holds(uri, token):
+            holder = _read_holder(uri)
+            if holder is None or holder["token"] != token:
+                by = f"process {holder['pid']} on {holder['host']}" if holder else "nobody: its lease was deleted"
+                interrupt_main(f"{what} was taken over while nothing was heard of this job, by {by}")
                 return
             storage.write_bytes(uri, _describe_holder(token))

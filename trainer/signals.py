@@ -6,6 +6,7 @@ SystemError. When it starts and ends it also takes SIGTERM for itself.
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
@@ -20,11 +21,24 @@ _ENDING_SECONDS = 20.0
 _SETTING_SECONDS = 0.0002
 
 _received = signal.SIGINT
+_reason = ""
 
 
 def received_signal() -> signal.Signals:
     """Returns which signal the last KeyboardInterrupt stands for."""
     return _received
+
+
+def interrupt_main(reason: str) -> None:
+    """Makes the main thread end as by SIGTERM, though nobody sent one; the job has failed for this reason."""
+    global _reason
+    _reason = reason
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def failure_reason() -> str:
+    """Returns why this process interrupted itself; empty where it did not."""
+    return _reason
 
 
 @contextlib.contextmanager

@@ -9,8 +9,10 @@ import contextlib
 import errno
 import functools
 import os
+import re
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 # storage that has never answered is likely misnamed: 3 s of waiting. One that has is worth two minutes.
 _TRIES_BEFORE_FIRST_ANSWER = 6
 _TRIES = 16
+# Set in the processes that a job starts: the job itself has had an answer by then.
+ANSWERED_VARIABLE = "TRAINING_STORAGE_ANSWERED"
+_has_answered = False
+# One that takes a connection and never answers would hold up the tries above for minutes.
+_FIRST_ANSWER_SECONDS = 25.0
+# How what is not written to its end is called on a local disk; hidden, and no file to anybody.
+_PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial")
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 2}, "connect_timeout": 5, "read_timeout": 60},
@@ -74,8 +83,9 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     Raises:
         FileNotFoundError: there is no such file.
         InputError: the storage refused or could not be reached.
+        JobError: it had answered before, and did not for two minutes.
     """
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         content: bytes = filesystem.cat_file(path, start, None if length is None else start + length)
         return content
@@ -84,7 +94,7 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
 @contextlib.contextmanager
 def open_file(uri: str) -> Iterator[Any]:
     """Opens one file to read parts of it."""
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         with filesystem.open(path, "rb") as file:
             yield file
@@ -107,8 +117,9 @@ def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
 
     Raises:
         InputError: the storage refused or could not be reached.
+        JobError: a disk is full, or the storage had answered before, and did not for two minutes.
     """
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         if isinstance(filesystem, LocalFileSystem):
             _write_local(Path(path), content, sync)
@@ -127,28 +138,42 @@ def create_file(uri: str, content: bytes) -> bool:
     Raises:
         InputError: the storage refused or could not be reached.
     """
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         if isinstance(filesystem, LocalFileSystem):
             # Linked, not opened exclusively: a file that exists is whole.
-            whole = f"{path}.{uuid.uuid4().hex}"
-            _write_local(Path(whole), content, sync=False)
-            try:
-                os.link(whole, path)
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(whole)
+            with _partial_file(Path(path), content, sync=False) as whole:
+                try:
+                    os.link(whole, path)
+                except FileExistsError:
+                    return False
             return True
-        if filesystem.exists(path):
-            return False
-        try:
-            filesystem.pipe_file(path, content, mode="create")
-        except FileExistsError:
-            return False
-        except FileNotFoundError as error:
-            raise InputError(_s3_message(uri, "no such bucket")) from error
-        return True
+        return not filesystem.exists(path) and _create_object(uri, content)
+
+
+def refuses_to_create(uri: str, content: bytes) -> bool:
+    """Tries to create a file that exists, and returns whether the storage refused: whether its writes are conditional.
+
+    Args:
+        uri: of the file.
+        content: that it has; where the storage knows no conditions, it is written again.
+
+    Raises:
+        InputError: the storage refuses conditional writes altogether, or could not be reached.
+    """
+    with clear_errors(uri):
+        return is_local(uri) or not _create_object(uri, content)
+
+
+def _create_object(uri: str, content: bytes) -> bool:
+    filesystem, path = _open_filesystem(uri)
+    try:
+        filesystem.pipe_file(path, content, mode="create")
+    except FileExistsError:
+        return False
+    except FileNotFoundError as error:
+        raise InputError(_s3_message(uri, "no such bucket")) from error
+    return True
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -166,7 +191,7 @@ def parquet_table(content: bytes) -> pa.Table:
 
 def exists(uri: str) -> bool:
     """Returns whether one file, or at least one file below a folder, exists."""
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         return bool(filesystem.exists(path))
 
@@ -180,7 +205,7 @@ def find_files(uri: str) -> dict[str, int]:
     Raises:
         InputError: the storage or one of the folders cannot be read.
     """
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         if isinstance(filesystem, LocalFileSystem):
             sizes = _local_sizes(Path(path))
@@ -201,7 +226,7 @@ def find_files(uri: str) -> dict[str, int]:
 
 def find_folders(uri: str) -> list[str]:
     """Returns the names of the folders directly below a folder, sorted. A folder that is not there has none."""
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         try:
             entries = filesystem.ls(path, detail=True)
@@ -212,7 +237,7 @@ def find_folders(uri: str) -> list[str]:
 
 def delete_file(uri: str) -> None:
     """Deletes one file; one that is not there is no error."""
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         with contextlib.suppress(FileNotFoundError):
             filesystem.rm_file(path)
@@ -220,10 +245,20 @@ def delete_file(uri: str) -> None:
 
 def delete_folder(uri: str) -> None:
     """Deletes a folder and all below it; one that is not there is no error."""
-    with _clear_errors(uri):
+    with clear_errors(uri):
         filesystem, path = _open_filesystem(uri)
         with contextlib.suppress(FileNotFoundError):
             filesystem.rm(path, recursive=True)
+
+
+def delete_partial_files(uri: str) -> None:
+    """Deletes what writers that were killed have left below a folder; only where nobody else writes."""
+    if not is_local(uri):
+        return
+    with clear_errors(uri):
+        for path in Path(uri).rglob(".*.partial"):
+            if _PARTIAL.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def check_access(uri: str) -> None:
@@ -236,8 +271,13 @@ def check_access(uri: str) -> None:
     file = join(folder, "file")
 
     def write() -> bool:
-        write_bytes(file, b"ok")
+        _answer_soon(uri, lambda: write_bytes(file, b"ok"))
         return True
+
+    def create() -> bool:
+        # Swift and old Ceph write in any case.
+        refuses_to_create(file, b"ok")
+        return not create_file(file, b"no")
 
     def delete() -> bool:
         delete_file(file)
@@ -247,19 +287,63 @@ def check_access(uri: str) -> None:
         ("write a file", "s3:PutObject", write),
         ("read a file", "s3:GetObject", lambda: read_bytes(file) == b"ok"),
         ("list files", "s3:ListBucket", lambda: find_files(folder) == {"file": 2}),
-        ("write a file unless it exists", "s3:PutObject, If-None-Match", lambda: not create_file(file, b"no")),
+        ("write a file unless it exists", "s3:PutObject, If-None-Match", create),
         ("delete a file", "s3:DeleteObject", delete),
     ):
         try:
             if works():
                 continue
         except (InputError, FileNotFoundError) as error:
-            with contextlib.suppress(InputError):
-                delete_file(file)
+            # Where nothing was written, nobody waits for another answer.
+            if what != "write a file":
+                with contextlib.suppress(InputError, JobError):
+                    delete_file(file)
             needed = "" if is_local(uri) else f" ({permission})"
             raise InputError(f"{error}; a job must be able to {what} there{needed}") from error
         raise InputError(f"{uri}: tried to {what} and found something else than was written; use another storage")
     delete_folder(folder)
+
+
+def _answer_soon(uri: str, call: Callable[[], None]) -> None:
+    """Calls what is tried first of a storage, and gives up long before all tries have failed."""
+    raised: list[BaseException] = []
+
+    def catch() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    # Not of a pool, which Python would wait for at its end.
+    thread = threading.Thread(target=catch, daemon=True)
+    thread.start()
+    thread.join(_FIRST_ANSWER_SECONDS)
+    if thread.is_alive() and not _has_answered:
+        raise InputError(_s3_message(uri, f"nothing for {_FIRST_ANSWER_SECONDS:.0f} s"))
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+@contextlib.contextmanager
+def clear_errors(uri: str) -> Iterator[None]:
+    """Turns what a storage or a disk can answer into one line with the place and what to set, never with a secret."""
+    try:
+        yield
+        _note_answer(uri)
+    except FileNotFoundError as error:
+        _note_answer(uri)
+        raise FileNotFoundError(f"{uri}: not found") from error
+    except OSError as error:
+        if error.errno in _FULL:
+            raise JobError(f"{uri}: {error.strerror}; make room, and the same command continues") from error
+        if is_local(uri):
+            raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
+        raise _explain_s3(uri, error) from error
+    except Exception as error:
+        if is_local(uri) or not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            raise
+        raise _explain_s3(uri, error) from error
 
 
 @functools.cache
@@ -270,11 +354,13 @@ def _open_filesystem_for(scheme: str) -> fsspec.AbstractFileSystem:
 
     set_custom_error_handler(_is_transient)
     filesystem = fsspec.filesystem("s3", **_S3_OPTIONS)
-    filesystem.retries = _TRIES_BEFORE_FIRST_ANSWER
+    global _has_answered
+    _has_answered = bool(os.environ.get(ANSWERED_VARIABLE))
+    filesystem.retries = _TRIES if _has_answered else _TRIES_BEFORE_FIRST_ANSWER
     return filesystem
 
 
-def _is_transient(error: Exception) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Returns whether s3fs, which knows some of these itself, shall try a failed request again."""
     from botocore.exceptions import ClientError, ConnectionError
 
@@ -283,8 +369,15 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, ConnectionError)
 
 
+def ask_briefly() -> None:
+    """Lets this process try for seconds where it would for minutes, until it has an answer: for what ends a job."""
+    _open_filesystem_for("s3").retries = _TRIES_BEFORE_FIRST_ANSWER
+
+
 def _note_answer(uri: str) -> None:
+    global _has_answered
     if not is_local(uri):
+        _has_answered = True
         _open_filesystem_for("s3").retries = _TRIES
 
 
@@ -294,6 +387,15 @@ def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _write_local(path: Path, content: bytes, sync: bool) -> None:
+    with _partial_file(path, content, sync) as partial:
+        partial.replace(path)
+    if sync:
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _partial_file(path: Path, content: bytes, sync: bool) -> Iterator[Path]:
+    """Yields a file of this content beside ``path``, which is gone afterwards unless it got another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -302,9 +404,7 @@ def _write_local(path: Path, content: bytes, sync: bool) -> None:
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        partial.replace(path)
-        if sync:
-            _sync_folder(path.parent)
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
 
@@ -325,6 +425,8 @@ def _local_sizes(root: Path) -> dict[str, int]:
         folders[:] = [name for name in folders if not _leads_back(Path(folder, name))]
         for name in names:
             path = Path(folder, name)
+            if _PARTIAL.fullmatch(name):
+                continue
             if path.is_file():
                 sizes[path.relative_to(root).as_posix()] = path.stat().st_size
             elif path.is_symlink() and not path.exists():
@@ -335,7 +437,7 @@ def _local_sizes(root: Path) -> dict[str, int]:
 
 def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
-        with _clear_errors(error.filename):
+        with clear_errors(error.filename):
             raise error
 
 
@@ -343,25 +445,14 @@ def _leads_back(folder: Path) -> bool:
     return folder.is_symlink() and folder.resolve() in [above.resolve() for above in folder.parents]
 
 
-@contextlib.contextmanager
-def _clear_errors(uri: str) -> Iterator[None]:
-    """Turns what a storage can answer into one line with the place and what to set, never with a secret."""
-    try:
-        yield
-        _note_answer(uri)
-    except FileNotFoundError as error:
-        _note_answer(uri)
-        raise FileNotFoundError(f"{uri}: not found") from error
-    except OSError as error:
-        if error.errno in _FULL:
-            raise JobError(f"{uri}: {error.strerror}; make room, and the same command continues") from error
-        if is_local(uri):
-            raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
-        raise InputError(_s3_message(uri, _first_line(error))) from error
-    except Exception as error:
-        if is_local(uri) or not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise
-        raise InputError(_s3_message(uri, _first_line(error))) from error
+def _explain_s3(uri: str, error: Exception) -> InputError | JobError:
+    """Returns what a refusal is, or a storage that does not answer any more, for which nobody gave a wrong argument."""
+    # s3fs raises errors of its own from those of botocore.
+    if _has_answered and (_is_transient(error) or (error.__cause__ and _is_transient(error.__cause__))):
+        # Waited for long enough.
+        ask_briefly()
+        return JobError(f"{_s3_message(uri, _first_line(error))}; when it is back, the same command continues")
+    return InputError(_s3_message(uri, _first_line(error)))
 
 
 def _first_line(error: Exception) -> str:

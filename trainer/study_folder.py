@@ -67,6 +67,16 @@ class StudyFolder:
         """Returns the URI of a file in the folder."""
         return storage.join(self.uri, *parts)
 
+    @property
+    def report(self) -> str:
+        """The URI of the page about the round; empty where there is none yet."""
+        uri = self.path("report.html")
+        return uri if storage.exists(uri) else ""
+
+    def check_access(self) -> None:
+        """Raises InputError where the storage cannot be used; nothing is left of the round that is looked at."""
+        storage.check_access(storage.parent(storage.parent(self.uri)))
+
     def run(self, trial: Trial) -> RunFolder:
         """Returns the run folder of a trial."""
         return RunFolder(self.path(trial.run_name))

@@ -78,6 +78,7 @@ def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> Study
     Raises:
         InputError: a trial of it can never run: a value is not allowed, or the cluster is too small.
     """
+    launch.check_shared("--storage", folder.uri, resources)
     check_trials(study, resources)
     ended = [one for one in folder.read_trials() if one.kind == "search" and one.ended]
     left = max(0, study.trials - len(ended))
@@ -375,7 +376,8 @@ class _TrialActor:
 
         run = StudyFolder(storage_uri).run(trial)
         try:
-            with launch.open_run(storage_uri, trial.run_name, options["arch"], resources):
+            # The study is this job's: whoever still has the run is gone.
+            with launch.open_run(storage_uri, trial.run_name, options["arch"], resources, wait=True):
                 plan = launch.plan_run(options, run, resources)
                 plan = replace(plan, command=_describe_command(options, plan.config, run))
                 result = launch.launch(plan, run, resources, max_failures=max_failures, on_event=send_event)

@@ -1,9 +1,11 @@
-"""A real object store behind a proxy that refuses, resets and goes away."""
+"""A real object store behind a proxy that is slow, refuses, resets, loses answers and goes away."""
 
+import contextlib
 import http.client
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,15 +20,22 @@ SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request ra
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Forwards to a server; every third request gets 503 SlowDown, every seventh a reset, and once all are refused."""
+    """Forwards to a server, late; every third request gets 503 SlowDown, every seventh a reset before it is forwarded.
 
-    def __init__(self, target: str, away_after: int, away_seconds: float) -> None:
+    Every eleventh gets one afterwards, so that its answer is lost; and from one on all are reset for a while.
+    """
+
+    def __init__(self, target: str, latency_seconds: float, away_after: int, away_seconds: float) -> None:
         super().__init__(("127.0.0.1", free_port()), _Forward)
         self.target = urlsplit(target).netloc
-        self.away_after, self.away_seconds = away_after, away_seconds
+        self.latency_seconds, self.away_after, self.away_seconds = latency_seconds, away_after, away_seconds
         self.away_until = 0.0
         self.requests = self.refused = 0
         self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def next_fault(self) -> str:
         with self.lock:
@@ -36,7 +45,8 @@ class FaultyProxy(ThreadingHTTPServer):
             if time.monotonic() < self.away_until:
                 self.refused += 1
                 return "reset"
-            return "slow down" if self.requests % 3 == 0 else "reset" if self.requests % 7 == 0 else ""
+            faults = {3: "slow down", 7: "reset", 11: "lose"}
+            return next((fault for every, fault in faults.items() if self.requests % every == 0), "")
 
 
 class _Forward(BaseHTTPRequestHandler):
@@ -45,6 +55,7 @@ class _Forward(BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        time.sleep(self.server.latency_seconds)
         fault = self.server.next_fault()
         if fault == "reset":
             self.close_connection = True
@@ -56,6 +67,11 @@ class _Forward(BaseHTTPRequestHandler):
         target = http.client.HTTPConnection(self.server.target)
         target.request(self.command, self.path, body, dict(self.headers))
         answer = target.getresponse()
+        if fault == "lose":
+            answer.read()
+            self.close_connection = True
+            self.connection.close()
+            return
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP_HEADERS}
         self.answer(answer.status, headers, answer.read(), length=answer.getheader("Content-Length"))
         target.close()
@@ -79,48 +95,73 @@ _HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "date", "se
 
 
 @pytest.fixture
-def proxy(bucket, monkeypatch) -> Iterator[FaultyProxy]:
+def start_proxy(bucket) -> Iterator[Callable[..., FaultyProxy]]:
+    """Returns a function that starts a proxy before the store of the bucket."""
     target = fsspec.filesystem("s3", skip_instance_cache=True).s3.meta.endpoint_url
-    server = FaultyProxy(target, away_after=40, away_seconds=8)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with contextlib.ExitStack() as proxies:
+
+        def start(**faults: float) -> FaultyProxy:
+            server = FaultyProxy(target, **faults)
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            proxies.callback(server.server_close)
+            proxies.callback(thread.join)
+            proxies.callback(server.shutdown)
+            return server
+
+        yield start
 
 
-def test_preparing_from_and_to_a_faulty_store_ends_right(bucket, proxy, tmp_path: Path):
+def test_preparing_from_and_to_a_faulty_store_ends_right(bucket, start_proxy, tmp_path: Path):
+    proxy = start_proxy(latency_seconds=0.05, away_after=40, away_seconds=20)
     source = write_stripes(tmp_path / "source", images_per_class=10)
     fsspec.filesystem("s3", skip_instance_cache=True).put(f"{source}/", f"{bucket}/images/", recursive=True)
-    through_proxy = run_job(
-        "prepare.py",
-        f"{bucket}/images",
-        f"{bucket}/dataset",
-        "--image-size",
-        "32",
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.server_address[1]}",
-    )
+    images, dataset = f"{bucket}/images", f"{bucket}/dataset"
+    through_proxy = run_job("prepare.py", images, dataset, "--image-size", "32", AWS_ENDPOINT_URL=proxy.url)
     assert through_proxy.returncode == 0, through_proxy.stderr
     assert "30 images 32x32x1, 0 files not used" in through_proxy.stdout
     assert proxy.refused > 0
     assert proxy.requests > 60
 
 
-def test_training_to_a_faulty_store_ends_as_to_a_disk(bucket, proxy, tmp_path: Path):
+@pytest.fixture
+def training(tmp_path) -> list[str]:
+    """Of a job, but for its storage."""
     source, dataset = write_stripes(tmp_path / "source", images_per_class=20), tmp_path / "dataset"
     assert run_job("prepare.py", str(source), str(dataset), "--image-size", "32").returncode == 0
     network = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32"
-    training = f"{network} --global-batch-size 10 --precision float32 --epochs 2 --run-name one"
-    command = ["train.py", *training.split(), "--dataset", str(dataset), "--storage"]
-    on_disk = run_job(*command, str(tmp_path / "runs"))
+    options = f"{network} --global-batch-size 10 --precision float32 --epochs 2 --run-name one"
+    return ["train.py", *options.split(), "--dataset", str(dataset), "--storage"]
+
+
+def test_training_to_a_faulty_store_ends_as_to_a_disk(bucket, start_proxy, training, tmp_path: Path):
+    on_disk = run_job(*training, str(tmp_path / "runs"))
     assert on_disk.returncode == 0, on_disk.stderr
-    through_proxy = run_job(
-        *command, f"{bucket}/faulty", AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.server_address[1]}"
-    )
+    # Away for a minute while the worker starts, in a process that has had no answer yet.
+    proxy = start_proxy(latency_seconds=0.5, away_after=30, away_seconds=60)
+    through_proxy = run_job(*training, f"{bucket}/faulty", AWS_ENDPOINT_URL=proxy.url)
     assert through_proxy.returncode == 0, through_proxy.stderr
     assert proxy.refused > 0
     assert proxy.requests > 60
     steps = [RunFolder(f"{storage}/one").read_steps() for storage in (tmp_path / "runs", f"{bucket}/faulty")]
     assert steps[0].num_rows == 8
     assert steps[0] == steps[1]
+
+
+def test_a_store_that_stays_away_fails_the_job_which_goes_on_when_it_is_back(bucket, start_proxy, training):
+    proxy = start_proxy(latency_seconds=0.0, away_after=70, away_seconds=3600)
+    failed = run_job(*training, f"{bucket}/away", AWS_ENDPOINT_URL=proxy.url)
+    assert failed.returncode == 1, failed.stderr
+    assert "the same command continues" in failed.stderr.splitlines()[-1]
+    again = run_job(*training, f"{bucket}/away")
+    assert again.returncode == 0, again.stderr
+    assert "continuing after epoch 1" in again.stderr
+
+
+def test_wrong_names_are_told_soon(bucket, training):
+    silent = socket.create_server(("127.0.0.1", 0))
+    started = time.monotonic()
+    finished = run_job(*training, "s3://training/runs", AWS_ENDPOINT_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert (finished.returncode, time.monotonic() - started < 60) == (2, True)
+    assert "answered 'nothing for 25 s'; check AWS_ENDPOINT_URL_S3" in finished.stderr
+    silent.close()

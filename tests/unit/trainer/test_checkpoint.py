@@ -140,6 +140,15 @@ def test_the_best_and_the_last_are_kept(folder, accuracies, keep_best, kept):
     assert storage.find_folders(folder) == [checkpoints.checkpoint_name(step) for step in kept]
 
 
+def test_what_a_killed_writer_left_of_an_older_checkpoint_is_deleted(folder):
+    save(folder, [0.5, 0.6])
+    for step in (5, 1000):
+        storage.write_bytes(storage.join(folder, checkpoints.checkpoint_name(step), checkpoints.MODEL_NAME), b"")
+    checkpoints.delete_old_checkpoints(folder, keep_best=1)
+    kept = [checkpoints.checkpoint_name(step) for step in (20, 1000)]
+    assert storage.find_folders(folder) == kept  # the later one may be on its way
+
+
 def test_arrays_survive_as_safetensors():
     arrays = {
         "conv/kernel:0": np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1),

@@ -124,7 +124,7 @@ def test_a_split_that_is_in_the_cache_is_not_read_again(write_dataset):
     open_split(written.uri, written.manifest, "train")
     shutil.rmtree(written.uri)
     np.testing.assert_array_equal(open_split(written.uri, written.manifest, "train").images, written.images["train"])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"part-00000.parquet: not found, though the manifest names it; prepare"):
         open_split(written.uri, written.manifest, "val")
 
 

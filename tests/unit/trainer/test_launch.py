@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from trainer import storage
@@ -5,11 +7,21 @@ from trainer.architectures import ARCHITECTURES
 from trainer.batch_table import BatchChoice
 from trainer.cluster import Resources
 from trainer.errors import InputError
-from trainer.launch import RunPlan, build_draft, check_arch, check_dataset, embedded_dataset, launch, open_run, plan_run
+from trainer.launch import (
+    RunPlan,
+    build_draft,
+    check_arch,
+    check_dataset,
+    check_options,
+    embedded_dataset,
+    launch,
+    open_run,
+    plan_run,
+)
 from trainer.run_folder import RunFolder, describe_run
 
 ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, devices="4 cores", node_memory_gib=16)
-FOUR_GPUS = Resources(num_nodes=2, num_cpus=16, num_gpus=4, free_gpus=4, devices="L4", node_memory_gib=64)
+FOUR_GPUS = Resources(num_nodes=1, num_cpus=16, num_gpus=4, free_gpus=4, devices="L4", node_memory_gib=64)
 # Nothing to measure.
 SETTLED = {"global_batch_size": "4", "precision": "float32"}
 
@@ -129,15 +141,40 @@ def test_a_run_name_that_is_no_plain_name_is_refused(tmp_path, name):
         open_and_close(str(tmp_path), name, "alexnet", ONE_MACHINE)
 
 
-def test_several_nodes_need_a_storage_that_they_share(tmp_path):
-    with pytest.raises(InputError, match=r"is a local path and the cluster has 2 nodes.*give s3://bucket/prefix"):
-        open_and_close(str(tmp_path), "first", "alexnet", FOUR_GPUS)
+def test_several_nodes_need_a_storage_and_a_dataset_that_they_share(build, tmp_path):
+    two_nodes = replace(FOUR_GPUS, num_nodes=2)
+    with pytest.raises(InputError, match=r"--storage .* is a local path and the cluster has 2 nodes.*s3://bucket/pref"):
+        open_and_close(str(tmp_path), "first", "alexnet", two_nodes)
+    with pytest.raises(InputError, match=r"--dataset .* is a local path and the cluster has 2 nodes"):
+        build(two_nodes)
 
 
-def test_a_storage_that_cannot_be_written_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"arch": "vgg"}, "--arch 'vgg' is unknown"),
+        ({"recipe": "old"}, "--recipe 'old' is unknown"),
+        ({"epochs": 0}, "--epochs 0: "),
+        ({"seed": -1}, "--seed -1: "),
+        ({"global_batch_size": "many"}, "--global-batch-size many: "),
+        ({"global_batch_size": "101"}, "--global-batch-size 101 is more than the 100 train images"),
+        ({"arch_arguments": {"depth": 1}}, "--arch-argument 'depth' is unknown"),
+        ({"arch": "alexnet"}, "--arch alexnet needs images of 67x67"),
+        ({"dataset": "nowhere"}, "nowhere holds no prepared dataset"),
+    ],
+)
+def test_what_is_wrong_whatever_the_cluster_is_refused_without_one(options, tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        check_options({**options, **given}, str(tmp_path))
+
+
+def test_a_run_name_and_a_storage_are_looked_at_without_a_cluster(options, tmp_path):
+    check_options({**options, "dataset": ""}, str(tmp_path / "runs"), "first")
+    with pytest.raises(InputError, match="--run-name 'a b'"):
+        check_options(options, str(tmp_path), "a b")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give a path that can be read and written"):
-        open_and_close(str(tmp_path / "file"), "first", "alexnet", ONE_MACHINE)
+        check_options(options, str(tmp_path / "file"))
 
 
 def test_what_the_command_line_leaves_open_the_recipe_says(plan):

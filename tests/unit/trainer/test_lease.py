@@ -10,7 +10,7 @@ from threading import Barrier
 
 import pytest
 
-from trainer import lease, storage
+from trainer import lease, signals, storage
 from trainer.errors import InputError
 from trainer.lease import hold_lease
 
@@ -21,7 +21,7 @@ def uri(tmp_path) -> str:
 
 
 def write_holder(uri: str, **values) -> None:
-    holder = {"token": "other", "host": platform.node(), "pid": os.getpid(), "renewed": time.time()}
+    holder = json.loads(lease._describe_holder("other"))
     storage.write_bytes(uri, json.dumps({**holder, **values}).encode())
 
 
@@ -59,6 +59,12 @@ def test_a_process_of_this_machine_that_died_is_followed_at_once(uri):
         assert json.loads(storage.read_bytes(uri))["pid"] == os.getpid()
 
 
+def test_a_process_of_another_container_of_this_host_is_not_taken_for_dead(uri):
+    write_holder(uri, pid=pid_of_a_dead_process(), namespace="another")
+    with pytest.raises(InputError, match="in use by process"), hold_lease(uri, "DATASET d"):
+        pass
+
+
 def test_a_process_number_that_another_process_has_by_now_is_followed_after_a_while(uri):
     write_holder(uri, renewed=time.time() - 3600)
     with hold_lease(uri, "DATASET d"):
@@ -66,13 +72,13 @@ def test_a_process_number_that_another_process_has_by_now_is_followed_after_a_wh
 
 
 def test_another_machine_is_followed_when_it_was_silent_for_long(uri):
-    write_holder(uri, host="elsewhere", pid=1, renewed=time.time() - 3600)
+    write_holder(uri, host="elsewhere", namespace="elsewhere", pid=1, renewed=time.time() - 3600)
     with hold_lease(uri, "DATASET d"):
         assert json.loads(storage.read_bytes(uri))["host"] == platform.node()
 
 
 def test_another_machine_that_was_heard_of_lately_is_left_alone(uri):
-    write_holder(uri, host="elsewhere", pid=7, renewed=time.time() - 30)
+    write_holder(uri, host="elsewhere", namespace="elsewhere", pid=7, renewed=time.time() - 30)
     with (
         pytest.raises(InputError, match=r"in use by process 7 on elsewhere, last heard of 3\d s ago"),
         hold_lease(uri, "DATASET d"),
@@ -85,6 +91,51 @@ def test_a_lease_that_another_job_took_over_is_left_to_it(uri):
     with hold_lease(uri, "DATASET d"):
         write_holder(uri, host="elsewhere")
     assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"
+
+
+def test_a_job_that_lost_its_lease_is_interrupted_and_knows_why(uri, monkeypatch, handlers):
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(signals, "_reason", "")
+
+    @signals.raise_on_signals()
+    def work() -> None:
+        with hold_lease(uri, "DATASET d"):
+            write_holder(uri, host="elsewhere", pid=7)
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert signals.failure_reason().endswith(
+        "was taken over while nothing was heard of this job, by process 7 on elsewhere"
+    )
+    assert json.loads(storage.read_bytes(uri))["pid"] == 7
+
+
+def test_a_holder_of_which_nothing_is_heard_is_waited_for(uri, monkeypatch):
+    monkeypatch.setattr(lease, "_EXPIRE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.2)
+    write_holder(uri, host="elsewhere", namespace="elsewhere", pid=7)
+    with hold_lease(uri, "DATASET d", wait=True):
+        assert json.loads(storage.read_bytes(uri))["pid"] == os.getpid()
+
+
+def test_a_job_whose_first_write_was_tried_again_is_not_refused_by_itself(uri, monkeypatch):
+    def lose_the_answer(uri: str, content: bytes) -> bool:
+        storage.write_bytes(uri, content)
+        return False
+
+    monkeypatch.setattr(storage, "create_file", lose_the_answer)
+    with hold_lease(uri, "DATASET d"):
+        pass
+    assert not storage.exists(uri)
+
+
+def test_what_a_killed_holder_had_begun_to_write_is_deleted(uri):
+    partial = Path(uri).parent / "train" / f".part-00000.parquet.{'0' * 32}.partial"
+    partial.parent.mkdir(parents=True)
+    partial.touch()
+    with hold_lease(uri, "DATASET d"):
+        assert not partial.exists()
 
 
 def test_a_lease_is_renewed_again_when_the_storage_is_back(uri, tmp_path, monkeypatch):

@@ -86,6 +86,21 @@ def test_a_write_leaves_only_its_file(root):
     assert storage.find_files(root) == {"a/file": 1}
 
 
+def test_a_file_that_is_not_written_to_its_end_is_none(root):
+    write_all(root, "a/file", f"a/.file.{'0' * 32}.partial", "a/.notes.partial")
+    assert list(storage.find_files(root)) == ["a/.notes.partial", "a/file"]
+    storage.delete_partial_files(root)
+    assert sorted(os.listdir(Path(root, "a"))) == [".notes.partial", "file"]
+
+
+def test_a_file_that_exists_is_not_created(root):
+    uri = storage.join(root, "file")
+    assert storage.create_file(uri, b"first")
+    assert not storage.create_file(uri, b"second")
+    assert storage.refuses_to_create(uri, b"first")
+    assert storage.read_bytes(uri) == b"first"
+
+
 def test_a_write_that_fails_leaves_what_was_there(root):
     uri = storage.join(root, "file")
     storage.write_bytes(uri, b"old")
