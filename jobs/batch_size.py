@@ -43,7 +43,7 @@ def main(
 
         launch.check_options(options, storage)
         one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
-        with connect(may_wait=True, one_process=one_process) as cluster, console.show_events() as on_event:
+        with connect(wait_seconds=None, one_process=one_process) as cluster, console.show_events() as on_event:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             if not dataset:
                 from data_prep.embedded import prepare_embedded

@@ -6,6 +6,7 @@ import typer
 from typer import Option
 
 from trainer import console
+from trainer.options import Wait
 
 if TYPE_CHECKING:
     from trainer.doctor import Finding
@@ -14,7 +15,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 @app.command()
-def main(storage: Annotated[str, Option(help="Where runs go, local or s3://.")] = "runs") -> None:
+def main(
+    storage: Annotated[str, Option(help="Where runs go, local or s3://.")] = "runs",
+    wait: Wait = 0,
+) -> None:
     """Look at versions, Keras, GPUs, Ray, disks and storage on every node, one line each; exit 2 if one is wrong."""
     with console.exit_codes():
         from trainer.doctor import check_cluster, check_packages
@@ -24,7 +28,7 @@ def main(storage: Annotated[str, Option(help="Where runs go, local or s3://.")] 
         if not any(one.mend for one in findings):
             from trainer.cluster import connect
 
-            with connect(may_wait=True) as resources:
+            with connect(wait_seconds=wait or None) as resources:
                 of_cluster = check_cluster(storage, resources)
             print_findings(of_cluster)
             findings += of_cluster

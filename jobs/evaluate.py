@@ -8,6 +8,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from trainer import console
+from trainer.options import Wait
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -18,6 +19,7 @@ def main(
     split: Annotated[Literal["val", "test"], Option(help="Reading test is counted in the run's folder.")] = "val",
     dataset: Annotated[str, Option(help="Another prepared dataset; default: the run's own.")] = "",
     as_json: Annotated[bool, Option("--json", help="Print the whole result as JSON.")] = False,
+    wait: Wait = 0,
 ) -> None:
     """Print loss, accuracy and what they are made of, over every image of a split once."""
     with console.exit_codes():
@@ -25,7 +27,7 @@ def main(
         from trainer.inference import evaluate_run, read_finished_run
 
         folder, _, result = read_finished_run(run)
-        with connect(one_process=True) as resources:
+        with connect(wait_seconds=wait, one_process=True) as resources:
             evaluation = evaluate_run(run, split, dataset, resources)
         if as_json:
             console.stdout.print(evaluation.model_dump_json(), markup=False)

@@ -6,6 +6,7 @@ import typer
 from typer import Argument, Option
 
 from trainer import console
+from trainer.options import Wait
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -18,6 +19,7 @@ def main(
     method: Annotated[list[str], Option(help="Attribution methods; default: all.")] = [],  # noqa: B006
     tested_images: Annotated[int, Option(min=8, help="Val images that the methods are tested on.")] = 64,
     output: Annotated[str, Option(help="Folder or s3:// prefix; default: RUN/explanations.")] = "",
+    wait: Wait = 0,
 ) -> None:
     """Write attribution maps, a test of each method on this network, and its first filters: PNG files and one page."""
     with console.exit_codes():
@@ -30,7 +32,7 @@ def main(
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions.of(manifest)
         chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
-        with connect(one_process=True) as resources:
+        with connect(wait_seconds=wait, one_process=True) as resources:
             tests, report = explain_run(run, chosen, method, output, resources, tested_images=tested_images)
         for test in tests:
             console.stdout.print(str(test), markup=False)

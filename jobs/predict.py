@@ -6,6 +6,7 @@ import typer
 from typer import Argument, Option
 
 from trainer import console
+from trainer.options import Wait
 
 if TYPE_CHECKING:
     from trainer.inference import PredictionSummary
@@ -23,6 +24,7 @@ def main(
     ] = None,
     batch_size: Annotated[int, Option(min=1, help="Images that go through the network together.")] = 64,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the predictions that OUTPUT holds.")] = False,
+    wait: Wait = 0,
 ) -> None:
     """Write path, label, predicted class, confidence and probabilities of every image of SOURCE."""
     with console.exit_codes():
@@ -33,7 +35,7 @@ def main(
 
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions.of(manifest)
-        with connect() as resources, console.show_events() as on_event:
+        with connect(wait_seconds=wait) as resources, console.show_events() as on_event:
             images, num_images = read_images(source, source_format, options)
             summary = predict_images(
                 images,

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from trainer import console
+from trainer.options import Wait
 
 # Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -29,6 +30,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="More rejected files than this fail.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what DATASET holds.")] = False,
+    wait: Wait = 0,
 ) -> None:
     """Decode, resize, split and shard the images of SOURCE into DATASET."""
     with console.exit_codes():
@@ -45,7 +47,7 @@ def main(
             seed=seed,
             max_bad_fraction=max_bad_fraction,
         )
-        with connect(), console.show_events() as on_event:
+        with connect(wait_seconds=wait), console.show_events() as on_event:
             manifest = prepare(
                 source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=on_event
             )

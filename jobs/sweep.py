@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from typer import Argument, Option
 
 from trainer import console
+from trainer.options import Wait
 
 if TYPE_CHECKING:
     from trainer.study import Study
@@ -28,6 +29,7 @@ def main(
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would run, and end.")] = False,
     status: Annotated[bool, Option("--status", help="Show what has run, and end.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the trials as JSON.")] = False,
+    wait: Wait = 0,
 ) -> None:
     """Run the trials that a study still lacks, on the cluster that RAY_ADDRESS names or on this machine."""
     with console.exit_codes():
@@ -46,7 +48,7 @@ def main(
             folder.check_access()
             for warning in find_warnings(study):
                 console.stderr.print(f"warning: {warning}", markup=False)
-            with console.show_events() as on_event, connect() as resources:
+            with console.show_events() as on_event, connect(wait_seconds=wait) as resources:
                 console.stderr.print(str(plan_study(study, folder, resources)), markup=False)
                 if dry_run:
                     return

@@ -53,7 +53,7 @@ def main(
         launch.check_options(options, storage, run_name)
         check_trackers(track)
         one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
-        with console.show_events() as on_event, connect(may_wait=True, one_process=one_process) as cluster:
+        with console.show_events() as on_event, connect(wait_seconds=None, one_process=one_process) as cluster:
             resources = wait_for_workers(num_workers, cluster, wait, on_event)
             with launch.open_run(storage, run_name, arch, resources) as run:
                 if not dataset:

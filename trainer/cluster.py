@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ _RAY_ENVIRONMENT = {
 
 
 _ANSWER_SECONDS = 5.0
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Resources:
 
 
 @contextlib.contextmanager
-def connect(*, may_wait: bool = False, one_process: bool = False) -> Iterator[Resources]:
+def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Iterator[Resources]:
     """Connects to Ray for the time of the context and yields what the cluster has.
 
     Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
@@ -81,7 +83,8 @@ def connect(*, may_wait: bool = False, one_process: bool = False) -> Iterator[Re
     the job itself.
 
     Args:
-        may_wait: whether the job knows what to do with a cluster of which no node works yet.
+        wait_seconds: how long to wait for a node where none works yet, of a cluster that grows by itself. With None the
+            job knows what to do with such a cluster.
         one_process: whether the job needs no cluster of its own: all that it starts is one process at a time, with
             `trainer.workers`. Without RAY_ADDRESS, and with at most one GPU, none is started then.
 
@@ -91,7 +94,7 @@ def connect(*, may_wait: bool = False, one_process: bool = False) -> Iterator[Re
     """
     if "RAY_ADDRESS" in os.environ:
         _check_answer(os.environ["RAY_ADDRESS"])
-        with _connected_ray(WORKER_ENVIRONMENT, may_wait):
+        with _connected_ray(WORKER_ENVIRONMENT, wait_seconds):
             yield read_resources()
         return
     with _job_folder() as folder:
@@ -103,7 +106,7 @@ def connect(*, may_wait: bool = False, one_process: bool = False) -> Iterator[Re
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
         # Its nodes are not taken away by a cloud.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        with _connected_ray(environment, may_wait, address="local", include_dashboard=False, _temp_dir=folder):
+        with _connected_ray(environment, wait_seconds, address="local", include_dashboard=False, _temp_dir=folder):
             yield read_resources(folder)
 
 
@@ -123,7 +126,7 @@ def _job_folder() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _connected_ray(environment: dict[str, str], may_wait: bool, **options: Any) -> Iterator[None]:
+def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **options: Any) -> Iterator[None]:
     # Not at the top: a job without a cluster spares itself the half second.
     from ray.data import DataContext
 
@@ -144,11 +147,35 @@ def _connected_ray(environment: dict[str, str], may_wait: bool, **options: Any) 
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         DataContext.get_current().enable_progress_bars = False
-        if not may_wait and not ray.cluster_resources().get("CPU"):
-            raise InputError("no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`)")
+        if wait_seconds is not None:
+            _wait_for_node(wait_seconds)
         yield
     finally:
         call_deferring_signals(ray.shutdown)
+
+
+def _wait_for_node(seconds: float) -> None:
+    started = time.monotonic()
+    try:
+        while not ray.cluster_resources().get("CPU"):
+            if time.monotonic() - started > seconds:
+                raise InputError(
+                    "no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`), or give "
+                    "--wait SECONDS where the cluster grows by itself"
+                )
+            request_nodes([{"CPU": 1}])
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if seconds:
+            request_nodes([])
+
+
+def request_nodes(bundles: list[dict[str, float]]) -> None:
+    """Asks the autoscaler, where there is one, for nodes that hold these resources; for nothing more with none."""
+    if ray.is_initialized():
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
 
 
 def _check_answer(address: str) -> None:

@@ -21,6 +21,7 @@ _PYTHON = ((3, 11), (3, 14))
 # A dataset and Ray's own objects need more than this before long.
 _LEAST_DISK_GIB = 2.0
 _NODE_SECONDS = 120.0
+_NO_NODE = "start a node that has CPUs, or give --wait SECONDS where the cluster grows by itself"
 # How Ray begins its RuntimeError on a node that lacks this project.
 _NOT_IMPORTED = "The remote function failed to import"
 
@@ -88,7 +89,7 @@ def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
     uri = storage.resolve_uri(storage_uri)
     works = resources.num_cpus >= 1
     findings = [
-        Finding("ray", f"{ray.__version__}, {resources.hardware}", "" if works else "start a node that has CPUs"),
+        Finding("ray", f"{ray.__version__}, {resources.hardware}", "" if works else _NO_NODE),
     ]
     if storage.is_local(uri) and resources.num_nodes > 1:
         findings.append(

@@ -10,6 +10,8 @@ import typer
 
 from trainer.config import BatchRequest, TrainConfig
 
+Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a node, where none works yet.")]
+
 # Not a user's to give, or given in a form of their own.
 _WITHOUT_OPTION = {"dataset_fingerprint", "arch_arguments"}
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from trainer.cluster import Resources, read_resources
+from trainer.cluster import Resources, read_resources, request_nodes
 from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.events import OnEvent, StageProgressed, WorkersAwaited, ignore_event
 from trainer.local_worker import run_process
@@ -111,20 +111,13 @@ def wait_for_workers(num_workers: str, resources: Resources, wait_seconds: float
                 raise shortage
             if wait_seconds:
                 on_event(StageProgressed("waiting for free workers", int(waited), int(wait_seconds)))
-                _request_nodes(missing)
+                request_nodes(missing)
             time.sleep(_POLL_SECONDS)
             resources = read_resources(resources.folder)
     finally:
         if wait_seconds:
-            _request_nodes([])
+            request_nodes([])
     return resources
-
-
-def _request_nodes(bundles: list[dict[str, float]]) -> None:
-    if ray.is_initialized():
-        from ray.autoscaler.sdk import request_resources
-
-        request_resources(bundles=bundles)
 
 
 def _worker_bundle(resources: Resources) -> dict[str, float]:

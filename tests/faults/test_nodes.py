@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from data_prep.manifest import MANIFEST_NAME
 from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import write_stripes
+from tests.conftest import run_job, write_stripes
 from trainer import launch, storage
 from trainer.cluster import Resources, connect
 from trainer.errors import InputError
@@ -113,6 +113,20 @@ def test_training_goes_on_with_the_nodes_that_are_left(nodes, train):
     assert [row["epoch"] for row in rows] == list(range(1, 61))
     assert (rows[0]["num_workers"], rows[-1]["num_workers"]) == (3, 2)
     assert {row["global_batch_size"] for row in rows} == {12}
+
+
+def test_a_job_waits_for_the_first_node_of_a_cluster_that_grows(bucket, tmp_path):
+    source = write_stripes(tmp_path / "source", images_per_class=10)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    command = ["prepare.py", str(source), f"{bucket}/{tmp_path.name}", "--image-size", "32"]
+    refused = run_job(*command, RAY_ADDRESS=cluster.address)
+    assert (refused.returncode, "--wait SECONDS where the cluster grows" in refused.stderr) == (2, True)
+    later = threading.Timer(15.0, cluster.add_node, kwargs={"num_cpus": 1})
+    later.start()
+    prepared = run_job(*command, "--wait", "90", RAY_ADDRESS=cluster.address)
+    later.join()
+    cluster.shutdown()
+    assert prepared.returncode == 0, prepared.stderr
 
 
 def test_a_cluster_in_use_is_waited_for(nodes, resources):

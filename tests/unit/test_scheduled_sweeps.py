@@ -86,6 +86,37 @@ def test_kubernetes_accepts_the_pods_of_a_ray_cluster(name):
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
+# What these manifests may say by the API reference of KubeRay 1.4: the API server drops what it does not know.
+RAY_CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}
+AUTOSCALER = {"idleTimeoutSeconds", "env", "envFrom", "resources", "upscalingMode", "version", "image"}
+HEAD_GROUP = {"rayStartParams", "template", "serviceType"}
+WORKER_GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template"}
+RAY_JOB = {
+    *("entrypoint", "runtimeEnvYAML", "submissionMode", "rayClusterSpec", "submitterPodTemplate", "backoffLimit"),
+    *("shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "suspend"),
+}
+
+
+@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
+def test_kuberay_knows_every_field_of_a_ray_cluster(name):
+    cluster = ray_clusters()[name]
+    assert cluster.keys() <= RAY_CLUSTER
+    assert cluster.get("autoscalerOptions", {}).keys() <= AUTOSCALER
+    assert cluster["headGroupSpec"].keys() <= HEAD_GROUP
+    for group in cluster["workerGroupSpecs"]:
+        assert group.keys() <= WORKER_GROUP
+
+
+def test_kuberay_knows_every_field_of_the_job():
+    assert load("rayjob.yaml")["spec"].keys() <= RAY_JOB
+
+
+def test_the_autoscaler_has_the_token_of_the_cluster():
+    cluster = ray_clusters()["raycluster"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert cluster["autoscalerOptions"]["env"] == head["env"]
+
+
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
 def test_a_ray_cluster_runs_the_version_that_is_installed(name):
     assert ray_clusters()[name]["rayVersion"] == version("ray")
