@@ -107,6 +107,8 @@ class StepProfiled:
     @property
     def advice(self) -> str:
         """What to do about the largest part."""
+        if not self.slowest_ms:
+            return "the trace names no operation: look at it in TensorBoard"
         if self.input_ms > 0.2 * self.step_ms:
             return "the device waits for images: keep the cache folder (XDG_CACHE_HOME) on a fast disk"
         if self.all_reduce_ms > 0.5 * self.step_ms:

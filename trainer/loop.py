@@ -25,7 +25,7 @@ from trainer.config import TrainConfig, resize_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import peak_memory_gib, share_devices
 from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
-from trainer.events import EpochFinished, StageProgressed, WeightsTransferred
+from trainer.events import EpochFinished, StageProgressed, StepProfiled, WeightsTransferred
 from trainer.export import write_exports
 from trainer.job import WorkerJob, WorkerResult
 from trainer.layers import format_layers
@@ -160,8 +160,7 @@ class _Training:
             except DivergedError as error:
                 return str(error)
             finally:
-                if (profiled := self._profiler.close()) and self._rank == 0:
-                    self._job.send_event(profiled)
+                self._tell(self._profiler.close())
         return ""
 
     def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
@@ -192,8 +191,7 @@ class _Training:
         for images, labels in feed.batches(batch_of_step, range(num_steps)):
             stats.append(self._train_step(images, labels))
             taken = len(stats)
-            if (profiled := self._profiler.after_step(feed.wait_seconds)) and self._rank == 0:
-                self._job.send_event(profiled)
+            self._tell(self._profiler.after_step(feed.wait_seconds))
             self._epoch_rows += config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
                 _check_finite(stats, first_step, config.precision)
@@ -209,6 +207,8 @@ class _Training:
         _check_finite(stats, first_step, config.precision)
         self._keep_steps(stats, first_step)
         seconds = time.perf_counter() - started
+        # Validation is no part of a step.
+        self._tell(self._profiler.close())
         of_epoch = self._steps.slice(epoch_start)
         means = {name: _finite_mean(of_epoch[name]) for name in ("loss", "accuracy", "grad_norm", "clipped")}
         return {
@@ -225,6 +225,10 @@ class _Training:
             "num_workers": config.num_workers,
             "global_batch_size": config.global_batch_size,
         }
+
+    def _tell(self, profiled: StepProfiled | None) -> None:
+        if profiled is not None and self._rank == 0:
+            self._job.send_event(profiled)
 
     def _keep_steps(self, stats: list[Any], first_step: int) -> None:
         """Adds the answers of the steps that are not in the table yet."""

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
@@ -21,11 +22,11 @@ _ALL_REDUCE = ("Collective", "Nccl")
 
 
 class StepProfiler:
-    """Watches the steps of one worker; traces the wanted ones, once an attempt."""
+    """Watches the steps of one worker; traces the wanted ones, once an attempt and within one epoch."""
 
     def __init__(self, run: RunFolder, rank: int, steps: int) -> None:
         self._run, self._rank, self._steps = run, rank, steps
-        self._taken = 0
+        self._taken = self._traced = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._started = self._ended = 0.0
         self._waited_before = self._waited = 0.0
@@ -36,41 +37,37 @@ class StepProfiler:
         Args:
             wait_seconds: for batches, since the epoch began.
         """
-        if not self._steps:
+        if not self._steps or (self._traced and self._folder is None):
             return None
         self._taken += 1
-        if self._taken == _SKIPPED_STEPS:
+        if self._folder is not None:
+            self._ended, self._waited = time.perf_counter(), wait_seconds
+            self._traced += 1
+            if self._traced == self._steps:
+                return self.close()
+        elif self._taken >= _SKIPPED_STEPS:
             self._folder = tempfile.TemporaryDirectory()
             tf.profiler.experimental.start(self._folder.name)
             self._started, self._waited_before = time.perf_counter(), wait_seconds
-        elif self._folder is not None:
-            self._ended, self._waited = time.perf_counter(), wait_seconds
-            if self._taken == _SKIPPED_STEPS + self._steps:
-                return self.close()
         return None
 
     def close(self) -> StepProfiled | None:
-        """Ends the trace, also before all wanted steps were taken; returns what was measured of those that were."""
+        """Ends the trace, as an epoch does, and returns what was measured of the steps that were taken, if any."""
         if self._folder is None:
             return None
         tf.profiler.experimental.stop()
-        traces = list(Path(self._folder.name).rglob("*.xplane.pb"))
-        contents = [trace.read_bytes() for trace in traces]
+        contents = [trace.read_bytes() for trace in Path(self._folder.name).rglob("*.xplane.pb")]
+        self._folder.cleanup()
+        self._folder = None
+        if not self._traced:
+            return None
+        of_types: Counter[str] = Counter()
         for content in contents:
             # The layout that TensorBoard's profile plugin reads, one host a worker.
             place = ("profile", "plugins", "profile", "steps", f"worker-{self._rank}.xplane.pb")
             storage.write_bytes(self._run.path(*place), content)
-        self._folder.cleanup()
-        self._folder = None
-        steps = self._taken - _SKIPPED_STEPS
-        if not steps:
-            return None
-        of_types: Counter[str] = Counter()
-        for content in contents:
             of_types.update(sum_op_seconds(content))
-        # An epoch that began meanwhile began its waiting anew.
-        waited = max(0.0, self._waited - self._waited_before)
-        return summarise(steps, self._ended - self._started, waited, of_types)
+        return summarise(self._traced, self._ended - self._started, self._waited - self._waited_before, of_types)
 
 
 def sum_op_seconds(trace: bytes) -> Counter[str]:
@@ -85,14 +82,24 @@ def sum_op_seconds(trace: bytes) -> Counter[str]:
     seconds: Counter[str] = Counter()
     for plane in devices or host:
         for line in plane.lines:
-            if devices and line.name != "TensorFlow Ops":
+            # A GPU has a line for each stream, of kernels; a viewer derives others from them.
+            if devices and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
+                name = _name_of_kernel(plane, event) if devices else plane.event_metadata[event.metadata_id].name
                 # An operation is called "name:Type".
-                name, separator, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
-                if separator and kind.isidentifier() and not name.endswith(":"):
+                path, separator, kind = name.rpartition(":")
+                if separator and kind.isidentifier() and not path.endswith(":"):
                     seconds[kind] += event.duration_ps * _PICOSECONDS
     return seconds
+
+
+def _name_of_kernel(plane: Any, event: Any) -> str:
+    """Returns the operation that a kernel is part of, by its XStat ``tf_op``; empty where it has none."""
+    for stat in event.stats:
+        if plane.stat_metadata[stat.metadata_id].name == "tf_op":
+            return str(stat.str_value or plane.stat_metadata[stat.ref_value].name)
+    return ""
 
 
 def summarise(steps: int, seconds: float, waited: float, op_seconds: Mapping[str, float]) -> StepProfiled:

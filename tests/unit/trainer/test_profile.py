@@ -42,10 +42,18 @@ def test_operations_of_the_host_are_summed_by_type():
 
 
 def test_operations_of_a_gpu_count_where_there_is_one():
-    gpu = {"TensorFlow Ops": [("dense/MatMul:MatMul", 2)], "Stream #1": [("kernel:MatMul", 7)]}
-    assert dict(sum_op_seconds(make_trace({"/host:CPU": HOST, "/device:GPU:0": gpu}))) == pytest.approx(
-        {"MatMul": 0.002}
-    )
+    # As a profiler on a GPU was documented to write it; none was at hand.
+    space = xplane_pb2.XSpace.FromString(make_trace({"/host:CPU": HOST}))
+    gpu = xplane_pb2.XSpace.FromString(make_trace({"/device:GPU:0": {"Stream #1": [("volta_sgemm", 7), ("copy", 9)]}}))
+    (plane,) = gpu.planes
+    plane.stat_metadata[1].name = "tf_op"
+    plane.lines[0].events[0].stats.add(metadata_id=1, str_value="dense/MatMul:MatMul")
+    space.planes.append(plane)
+    assert dict(sum_op_seconds(space.SerializeToString())) == pytest.approx({"MatMul": 0.007})
+
+
+def test_a_trace_that_names_no_operation_says_so():
+    assert "names no operation" in str(summarise(10, 0.1, 0.0, {}))
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,15 @@ def test_a_run_that_ends_before_all_steps_are_traced_has_its_measurement(tmp_pat
     assert 0 < profiled.step_ms * profiled.steps < stepping_ms
     assert "MatMul" in dict(profiled.slowest_ms)
     assert profiler.close() is None
+    assert profiler.after_step(wait_seconds=0.1) is None  # once an attempt
+
+
+def test_short_epochs_are_traced_within_one(tmp_path):
+    profiler, profiled = StepProfiler(RunFolder(str(tmp_path)), 0, 10), []
+    for _ in range(3):
+        for taken in range(1, 4):
+            profiled.append(profiler.after_step(wait_seconds=0.01 * taken))
+        profiled.append(profiler.close())
+    (only,) = [one for one in profiled if one is not None]
+    # The fifth step starts it, in the second epoch.
+    assert (only.steps, only.input_ms) == (1, pytest.approx(10))
