@@ -225,7 +225,7 @@ def _read_table(uri: str) -> list[dict[str, Any]]:
         if suffix_of(uri) == ".csv":
             return _check_widths(uri, list(csv.DictReader(io.StringIO(text), strict=True)))
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (ValueError, csv.Error) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"{uri} cannot be read as a table: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{uri} cannot be read as a table: each line must be a JSON object")

@@ -168,7 +168,9 @@ def predict_images(
     checkpoints.find_named(run.checkpoints, result.best_checkpoint)
     output = storage.resolve_uri(output)
     found = storage.find_files(output)
-    if found and not overwrite:
+    # Without its summary, which is written last, a prediction was interrupted.
+    interrupted = SUMMARY_NAME not in found and all(name.startswith(_FILE_PREFIX) for name in found)
+    if found and not overwrite and not interrupted:
         raise InputError(
             f"OUTPUT {output} is not empty; choose another, or replace the predictions in it with --overwrite"
         )

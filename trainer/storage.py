@@ -362,11 +362,14 @@ def _open_filesystem_for(scheme: str) -> fsspec.AbstractFileSystem:
 
 def _is_transient(error: BaseException) -> bool:
     """Returns whether s3fs, which knows some of these itself, shall try a failed request again."""
-    from botocore.exceptions import ClientError, ConnectionError
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import ConnectionError as BotoConnectionError
 
     if isinstance(error, ClientError):
         return bool(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500)
-    return isinstance(error, ConnectionError)
+    if isinstance(error, BotoCoreError):
+        return isinstance(error, BotoConnectionError | HTTPClientError)
+    return isinstance(error, TimeoutError | ConnectionError)
 
 
 def ask_briefly() -> None:

@@ -15,6 +15,10 @@ from trainer.errors import InputError
 Role = Literal["scientific", "nuisance"]
 Scalar = bool | int | float | str
 
+_NOT_IN_BASE = {
+    "epochs": "the budget stands beside goal: epochs or steps",
+    "evaluate_test": "trials are chosen by validation; evaluate.py --split test reads the chosen one once",
+}
 _KNOWN = {*TrainConfig.model_fields, *BatchRequest.model_fields} - {"dataset_fingerprint"}
 _ARGUMENTS = "arch_arguments"
 # Why the playbook does not let a study vary these.
@@ -170,9 +174,10 @@ def load_study(path: Path) -> Study:
         InputError: there is no such file, or `parse_study` refuses it.
     """
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise InputError(f"STUDY.toml {path}: {error.strerror}; give a study file") from error
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"STUDY.toml {path}: {reason}; give a study file") from error
     return parse_study(text, str(path))
 
 
@@ -282,8 +287,8 @@ def _find_problem(study: Study, parameters: list[Parameter]) -> str:
     for name in study.base:
         if name not in _KNOWN:
             return f"base.{name} is unknown; allowed are {', '.join(sorted(_KNOWN))}"
-        if name == "epochs":
-            return "base.epochs: the budget stands beside goal: epochs or steps"
+        if name in _NOT_IN_BASE:
+            return f"base.{name}: {_NOT_IN_BASE[name]}"
     seen: dict[str, Parameter] = {}
     for one in parameters:
         problem = _find_problem_of(one, study, seen)

@@ -99,6 +99,7 @@ def test_the_example_is_a_study():
         ('optimizer=sgd"]', 'schedule=cosine"]', "there is no parameter schedule above it"),
         ("[nuisance]", "[nuisance]\nbase_learning_rate = [0.1, 0.2]", "both with and without a condition"),
         ("dense_units = {", "dense_units = 3 #", r"nuisance.arch_arguments.dense_units: 3: .*give a list of values"),
+        ("[base]", "[base]\nevaluate_test = true", "base.evaluate_test: trials are chosen by validation"),
         ("goal =", "goal ==", "study.toml is not TOML"),
     ],
 )
@@ -106,6 +107,12 @@ def test_a_wrong_file_is_refused_by_its_key(old, new, message):
     assert old in STUDY
     with pytest.raises(InputError, match=message):
         parse(STUDY.replace(old, new, 1))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "study.toml").write_bytes(b"goal = '\xff'")
+    with pytest.raises(InputError, match=r"study.toml: 'utf-8' codec can't decode.*; give a study file"):
+        load_study(tmp_path / "study.toml")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
