@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks.table import print_table
+from benchmarks.table import report
 from trainer.comparison import compare_predictions
 from trainer.evaluation import describe_accuracy
 from trainer.recipes import RECIPES
@@ -46,7 +46,7 @@ def print_outcomes(runs: list[StartedRun]) -> None:
             describe_accuracy(result.val.correct, result.val.total) if result.status == "completed" else result.status,
             *(f"{result.val.loss:.3f}", str(result.epochs), str(result.steps), f"{result.train_seconds / 60:.1f}"),
         )
-    print_table(table)
+    report(table)
     for same_arch in by_arch.values():
         for first, second in itertools.combinations(same_arch, 2):
             predictions = first.read_predictions(), second.read_predictions()

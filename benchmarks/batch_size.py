@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks.table import print_table
+from benchmarks.table import report
 from trainer import launch
 from trainer.batch_finder import choose_batch, measure_size
 from trainer.cluster import connect
@@ -57,7 +57,7 @@ def main(
                 *(name, f"{memory_limit:g}", str(found), str(choice.table.trials), f"{seconds:.0f}"),
                 *(str(largest), str(sizes), f"{exhaustive_seconds:.0f}", f"{found / largest:.3f}"),
             )
-    print_table(table)
+    report(table)
 
 
 def say(name: str, what: object) -> None:

@@ -8,7 +8,6 @@ Run: python -m benchmarks checkpoints DATASET [--arch cnn_tapered] [--epochs 6] 
 """
 
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import fsspec
 import typer
 from rich.table import Table
 
-from benchmarks.table import format_ratio, format_spread, print_table
+from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 
 LATENCY_SECONDS = 0.05
 WITHOUT, LOCAL, STORE = "no checkpoints", "to the disk", "to an object store, 50 ms"
@@ -135,15 +134,15 @@ def main(
                 rows = train(name, options, "s3://runs" if name == STORE else folder)
                 seconds[name].append(statistics.median(row["epoch_seconds"] for row in rows))
                 saving[name].append(statistics.median(row["checkpoint_seconds"] for row in rows))
-    if as_json:
-        print(json.dumps(seconds))
-        return
     table = Table(f"{arch}, batch {batch}", "s an epoch", "ratio", "of it in the loop, s")
     for name, values in seconds.items():
         table.add_row(
             name, format_spread(values, 2), format_ratio(values, seconds[WITHOUT]), format_spread(saving[name], 3)
         )
-    print_table(table)
+    mark = Mark(
+        "an epoch with checkpoints to the store", ratio_of(seconds[STORE], seconds[WITHOUT]), 1.03, at_least=False
+    )
+    report(table, {"epoch_seconds": seconds, "in_loop_seconds": saving}, [mark], as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from benchmarks.table import format_ratio, format_spread, print_table
+from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 
 EPOCHS = 3
 
@@ -109,13 +109,11 @@ def main(
                 command = [sys.executable, "-m", "benchmarks.feeding", "--one", name, folder, str(batch)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 rates[name] += json.loads(output.splitlines()[-1])
-    if as_json:
-        print(json.dumps(rates))
-        return
     table = Table(f"{rows} images of {image_size}x{image_size}", "images/s", "ratio")
     for name, values in rates.items():
         table.add_row(name, format_spread(values), format_ratio(values, rates[CONTESTANTS[0]]))
-    print_table(table)
+    project = ratio_of(rates[CONTESTANTS[1]], rates[CONTESTANTS[0]])
+    report(table, rates, [Mark(f"{CONTESTANTS[1]}, to {CONTESTANTS[0]}", project, 1.0)], as_json=as_json)
 
 
 if __name__ == "__main__":

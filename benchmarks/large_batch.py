@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks.table import print_table
+from benchmarks.table import report
 from trainer.dataset import load_manifest
 from trainer.evaluation import describe_accuracy
 from trainer.recipes import recipe_epochs
@@ -54,7 +54,7 @@ def main(
                     describe_accuracy(result.val.correct, result.val.total),
                     *(f"{result.val.loss:.3f}", f"{result.train_seconds / 60:.1f}"),
                 )
-    print_table(table)
+    report(table)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import typer
 from PIL import Image
 from rich.table import Table
 
-from benchmarks.table import format_ratio, format_spread, print_table
+from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 from data_prep.decode import ImageOptions, decode_image
 from data_prep.prepare import PrepareConfig, prepare
 from trainer.cluster import connect
@@ -130,6 +130,7 @@ def main(
     photos: Path,
     images: Annotated[int, typer.Option(help="Images a measurement.")] = 2000,
     rounds: Annotated[int, typer.Option(help="Measurements of each contestant.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Print one table for each kind of image."""
     cores = len(os.sched_getaffinity(0))
@@ -163,9 +164,10 @@ def main(
             table.add_column(column)
         for name, values in rates.items():
             mean, p99 = (f"{value:.2f}" for value in quality[name]) if name in quality else ("", "")
-            ratio = format_ratio(values, rates[fastest]) + (" (mark 0.80)" if name == "prepare" else "")
+            ratio = format_ratio(values, rates[fastest])
             table.add_row(name, format_spread(values), mean, p99, ratio)
-        print_table(table)
+        mark = Mark(f"prepare, to {fastest}", ratio_of(rates["prepare"], rates[fastest]), 0.80)
+        report(table, rates, [mark], as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks.table import format_ratio, format_spread, print_table
+from benchmarks.table import format_ratio, format_spread, report
 
 TRAINERS = ("TensorflowTrainer", "DataParallelTrainer + TF_CONFIG")
 
@@ -72,7 +72,7 @@ def main(runs: Annotated[int, typer.Option(min=1)] = 5) -> None:
     for name in TRAINERS:
         ratio = format_ratio(first[name], first[TRAINERS[0]])
         table.add_row(name, format_spread(first[name], 1), f"{statistics.median(whole[name]):.1f}", ratio)
-    print_table(table)
+    report(table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ reach 0.90 of the rate of one.
 Run: python -m benchmarks workers DATASET [--arch cnn_tapered] [--workers 1 --workers 2] [--rounds 3] [--json]
 """
 
-import json
 import sys
 from dataclasses import asdict
 from typing import Annotated
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks.table import format_ratio, format_spread, print_table
+from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 from benchmarks.training import Outcome, measure_project
 
 
@@ -31,9 +30,6 @@ def main(
         for count, found in outcomes.items():
             found.append(measure_project(dataset, arch, precision, num_workers=count))
             print(f"{count} workers: {found[-1]}", file=sys.stderr, flush=True)
-    if as_json:
-        print(json.dumps({count: [asdict(one) for one in found] for count, found in outcomes.items()}))
-        return
     table = Table(f"{arch}, workers", "images/s", "ratio", "first step, s", "last epoch to prompt, s", "GiB a worker")
     first = [one.images_per_second for one in outcomes[workers[0]]]
     for count, found in outcomes.items():
@@ -46,7 +42,10 @@ def main(
             format_spread([one.end_seconds for one in found], 1),
             format_spread([one.peak_gib for one in found], 2),
         )
-    print_table(table)
+    rates = {count: [one.images_per_second for one in found] for count, found in outcomes.items()}
+    marks = [Mark("images/s of 2 workers, to 1", ratio_of(rates[2], rates[1]), 0.90)] if {1, 2} <= rates.keys() else []
+    records = {count: [asdict(one) for one in found] for count, found in outcomes.items()}
+    report(table, records, marks, as_json=as_json)
 
 
 if __name__ == "__main__":
