@@ -94,10 +94,12 @@ class Evaluator:
         by_worker = gathered.reshape(self.num_workers, batches_per_worker, self.batch_size, -1)
         return by_worker.swapaxes(0, 1).reshape(-1, by_worker.shape[-1])[: len(self.split)]
 
-    def _batch(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    def _batch(self, index: int) -> tuple[Any, Any]:
+        # Not at the top: the numbers of a table are drawn without TensorFlow.
+        from trainer.batches import make_batch
+
         rows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        rows = np.minimum(rows, len(self.split) - 1)
-        return self.split.images[rows], self.split.labels[rows]
+        return make_batch(self.split, np.minimum(rows, len(self.split) - 1))
 
 
 def mean_loss_and_accuracy(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]) -> tuple[float, float]:
