@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 import tensorflow as tf
+from ray._private.utils import get_num_cpus
 
 from trainer.cluster import read_machine
 
@@ -20,11 +21,12 @@ def share_devices(workers_on_node: int) -> None:
     """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+    # Ray counts what a container may use, of which the kernel's affinity knows nothing.
+    cores = min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True)))
+    threads = max(1, cores // workers_on_node)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     if workers_on_node > 1:
-        # As many operations at once too, or the all-reduce takes turns with the backward pass on the same cores
-        # (docs/performance.md).
+        # As many operations at once too: with two on one core the workers were slower (docs/performance.md).
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 

@@ -21,6 +21,9 @@ from trainer.errors import InputError
 from trainer.schedule import build_schedule
 from trainer.transfer import LayerWeights, freeze_trunk, transfer_weights
 
+# Without a size all gradients are one pack, which is exchanged when the backward pass has ended; the last layers' go
+# while it computes those of the first (docs/performance.md).
+_COMMUNICATION = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
 # Columns of what a training step returns, over the global batch.
 STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED = range(4)
 
@@ -172,7 +175,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
         correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
         means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size
         *gradients, means = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.SUM, [*gradients, means]
+            tf.distribute.ReduceOp.SUM, [*gradients, means], options=_COMMUNICATION
         )
         norm = tf.linalg.global_norm(gradients)
         clipped = tf.constant(0.0)

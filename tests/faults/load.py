@@ -25,7 +25,8 @@ OPTIONS = {
     "arch": "cnn_softmax",
     "arch_arguments": {"first_filters": 8, "later_filters": [8], "dense_units": 32},
     "recipe": "modern",
-    "num_workers": "1",
+    # On the cluster: one worker would be a process beside it.
+    "num_workers": "2",
     "global_batch_size": "20",
     "precision": "float32",
     "epochs": 2,
@@ -33,7 +34,9 @@ OPTIONS = {
 
 
 def main(runs: Annotated[int, typer.Option()] = 50) -> None:
-    print("runs  driver MiB  cluster MiB  processes  open files  objects MiB  temporary files  seconds", flush=True)
+    print(
+        "runs  driver MiB  cluster MiB  processes  open files  objects MiB  temporary files  logs  seconds", flush=True
+    )
     with tempfile.TemporaryDirectory() as folder, connect() as resources:
         source = write_stripes(Path(folder, "source"), images_per_class=40)
         prepare(str(source), f"{folder}/dataset", PrepareConfig(image_size=32))
@@ -44,10 +47,13 @@ def main(runs: Annotated[int, typer.Option()] = 50) -> None:
                 launch.launch(launch.plan_run(options, run, resources), run, resources)
             if number % max(1, runs // 10) == 0 or number == 1:
                 time.sleep(3)
-                print(f"{number:4}  {measure(folder)}  {time.monotonic() - started - 3:7.1f}", flush=True)
+                print(
+                    f"{number:4}  {measure(folder, resources.folder)}  {time.monotonic() - started - 3:7.1f}",
+                    flush=True,
+                )
         four_at_once(folder)
         time.sleep(3)
-        print(f"four at once: {measure(folder)}")
+        print(f"four at once: {measure(folder, resources.folder)}")
 
 
 def four_at_once(folder: str) -> None:
@@ -63,7 +69,7 @@ def four_at_once(folder: str) -> None:
     print(f"exit codes of four at once: {codes}", flush=True)
 
 
-def measure(folder: str) -> str:
+def measure(folder: str, job_folder: str) -> str:
     """Returns what is used now, in the order of the heading; the runs' own folder is meant to grow and left out."""
     driver = psutil.Process()
     processes = [driver, *driver.children(recursive=True)]
@@ -75,10 +81,17 @@ def measure(folder: str) -> str:
         except psutil.NoSuchProcess:
             continue
     objects = ray.cluster_resources()["object_store_memory"] - ray.available_resources()["object_store_memory"]
-    temporary = sum(len(names) for place, _, names in os.walk(tempfile.gettempdir()) if not place.startswith(folder))
+    files_of = {
+        place: len(names)
+        for root in (tempfile.gettempdir(), job_folder)
+        for place, _, names in os.walk(root)
+        if not place.startswith(folder)
+    }
+    # Ray keeps one or two of each process that has ever been, until the cluster ends.
+    logs = sum(count for place, count in files_of.items() if "/logs" in place)
     columns = (
         f"{driver.memory_info().rss / 2**20:10.0f}  {resident / 2**20:11.0f}  {len(processes):9}  {files:10}  "
-        f"{objects / 2**20:11.1f}  {temporary:15}"
+        f"{objects / 2**20:11.1f}  {sum(files_of.values()) - logs:15}  {logs:4}"
     )
     return columns
 

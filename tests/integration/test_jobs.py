@@ -142,12 +142,11 @@ def read_fingerprint(dataset: str) -> str:
     return json.loads(fsspec.open(f"{dataset}/manifest.json").open().read())["fingerprint"]
 
 
-def test_a_source_in_the_bucket_gives_the_same_dataset_anywhere(bucket, source, dataset, tmp_path):
+def test_a_source_in_the_bucket_gives_the_same_dataset(bucket, source, dataset):
     fsspec.filesystem("s3", skip_instance_cache=True).put(f"{source}/", f"{bucket}/images/", recursive=True)
-    local = run_job("prepare.py", f"{bucket}/images", str(tmp_path / "local"), "--image-size", "32")
     remote = run_job("prepare.py", f"{bucket}/images", f"{bucket}/again", "--image-size", "32")
-    assert (local.returncode, remote.returncode) == (0, 0), local.stderr + remote.stderr
-    assert read_fingerprint(str(tmp_path / "local")) == read_fingerprint(f"{bucket}/again") == read_fingerprint(dataset)
+    assert remote.returncode == 0, remote.stderr
+    assert read_fingerprint(f"{bucket}/again") == read_fingerprint(dataset)
 
 
 @pytest.mark.slow

@@ -335,7 +335,7 @@ DIVERGING = {**PLAIN, "optimizer": "sgd", "base_learning_rate": 1e30, "clip_norm
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train):
-    run = train("diverges", DIVERGING, 2, global_batch_size="84", epochs=20)
+    run = train("diverges", DIVERGING, 1, global_batch_size="84", epochs=20)
     result = run.read_result()
     assert (result.status, result.val.total) == ("diverged", 18)
     assert result.reason == "the validation loss became nan or inf in epoch 2"
