@@ -3,7 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -15,7 +16,7 @@ from tests.conftest import run_job, write_stripes
 from trainer import launch, storage
 from trainer.cluster import Resources, connect
 from trainer.errors import InputError
-from trainer.events import EpochFinished, Event, StageProgressed
+from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, WorkersAwaited, ignore_event
 from trainer.run_folder import RunFolder, RunResult
 from trainer.workers import wait_for_workers
 
@@ -66,14 +67,14 @@ def test_preparing_survives_a_node(nodes, resources, bucket, tmp_path):
 
 
 @pytest.fixture
-def train(resources, bucket, tmp_path):
-    """Returns a function that trains 60 epochs on the nodes and calls another one after the first."""
+def train(nodes, resources, bucket, tmp_path):
+    """Returns a function that trains 60 epochs on the nodes, one of which is killed after the first."""
     folder = f"{bucket}/{tmp_path.name}"
     prepare(
         str(write_stripes(tmp_path / "source", images_per_class=40)), f"{folder}/images", PrepareConfig(image_size=32)
     )
 
-    def train(num_workers: str, after_first_epoch: Callable[[], None]) -> tuple[RunFolder, RunResult]:
+    def train(num_workers: str, on_event: OnEvent = ignore_event) -> tuple[RunFolder, RunResult]:
         options = {
             "arch": "cnn_softmax",
             "arch_arguments": NETWORK,
@@ -87,7 +88,8 @@ def train(resources, bucket, tmp_path):
 
         def watch(event):
             if isinstance(event, EpochFinished) and (event.row["epoch"], event.row["attempt"]) == (1, 1):
-                after_first_epoch()
+                kill_worker_node(nodes)
+            on_event(event)
 
         with launch.open_run(f"{folder}/runs", "run", "cnn_softmax", resources) as run:
             plan = launch.plan_run(options, run, resources)
@@ -96,18 +98,23 @@ def train(resources, bucket, tmp_path):
     return train
 
 
-def test_training_waits_for_a_node_that_takes_the_place_of_a_lost_one(nodes, train):
-    def replace_node() -> None:
-        kill_worker_node(nodes)
-        threading.Timer(10.0, nodes.add_node, kwargs={"num_cpus": 1}).start()
+def test_training_says_that_it_waits_for_a_node_in_place_of_a_lost_one(nodes, train):
+    waited = []
+
+    def replace_node(event: Event) -> None:
+        if isinstance(event, WorkersAwaited):
+            if not waited:
+                nodes.add_node(num_cpus=1)
+            waited.append(event.least)
 
     run, result = train("3", replace_node)
+    assert set(waited) == {3}
     assert (result.status, result.attempts, len(result.weights_crc32)) == ("completed", 2, 3)
     assert {row["num_workers"] for row in run.read_metrics()} == {3}
 
 
 def test_training_goes_on_with_the_nodes_that_are_left(nodes, train):
-    run, result = train("1:3", lambda: kill_worker_node(nodes))
+    run, result = train("1:3")
     assert (result.status, result.attempts, len(result.weights_crc32)) == ("completed", 2, 2)
     rows = run.read_metrics()
     assert [row["epoch"] for row in rows] == list(range(1, 61))
@@ -121,12 +128,13 @@ def test_a_job_waits_for_the_first_node_of_a_cluster_that_grows(bucket, tmp_path
     command = ["prepare.py", str(source), f"{bucket}/{tmp_path.name}", "--image-size", "32"]
     refused = run_job(*command, RAY_ADDRESS=cluster.address)
     assert (refused.returncode, "--wait SECONDS where the cluster grows" in refused.stderr) == (2, True)
-    later = threading.Timer(15.0, cluster.add_node, kwargs={"num_cpus": 1})
-    later.start()
-    prepared = run_job(*command, "--wait", "90", RAY_ADDRESS=cluster.address)
-    later.join()
+    with ThreadPoolExecutor(1) as jobs:
+        prepared = jobs.submit(run_job, *command, "--wait", "90", RAY_ADDRESS=cluster.address)
+        time.sleep(15)
+        assert not prepared.done()
+        cluster.add_node(num_cpus=1)
+        assert prepared.result().returncode == 0, prepared.result().stderr
     cluster.shutdown()
-    assert prepared.returncode == 0, prepared.stderr
 
 
 def test_a_cluster_in_use_is_waited_for(nodes, resources):
