@@ -116,7 +116,7 @@ def _holds(uri: str, token: str) -> bool:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder["namespace"] == _process_namespace() and not os.path.exists(f"/proc/{holder['pid']}"):
+    if holder.get("namespace") == _process_namespace() and not os.path.exists(f"/proc/{holder['pid']}"):
         return False
     # Of this machine too: a container that was started again has the host name and the process numbers of the old one.
     return bool(time.time() - holder["renewed"] < _EXPIRE_SECONDS)

@@ -173,6 +173,11 @@ def _create_object(uri: str, content: bytes) -> bool:
         return False
     except FileNotFoundError as error:
         raise InputError(_s3_message(uri, "no such bucket")) from error
+    except OSError as error:
+        # Of Ceph, whose answer has no message, s3fs makes a plain OSError.
+        if _error_code(error) == "PreconditionFailed":
+            return False
+        raise
     return True
 
 
@@ -459,7 +464,16 @@ def _explain_s3(uri: str, error: Exception) -> InputError | JobError:
 
 
 def _first_line(error: Exception) -> str:
+    # Ceph sends no message with its codes.
+    if (code := _error_code(error)) and str(error).endswith("None"):
+        return code
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _error_code(error: BaseException) -> str:
+    """Returns the S3 code of an error of s3fs, such as AccessDenied; empty where it has none."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _s3_message(uri: str, reason: str) -> str:

@@ -104,7 +104,7 @@ def test_the_options_of_train_are_the_fields_of_its_config():
 
 
 def test_the_options_of_prepare_are_the_fields_of_its_config():
-    options = set(parameters_of("prepare.py")) - {"source", "dataset", "source_format", "overwrite"}
+    options = set(parameters_of("prepare.py")) - {"source", "dataset", "source_format", "overwrite", "wait"}
     assert options == set(PrepareConfig.model_fields)
 
 

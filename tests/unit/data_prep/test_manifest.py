@@ -61,6 +61,13 @@ def test_a_dataset_of_a_newer_format_is_refused_with_what_to_do(values, tmp_path
         read_manifest(str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["../else.parquet", "/etc/passwd", "train/../../else.parquet", "else.parquet"])
+def test_a_data_file_outside_the_dataset_is_refused(values, path):
+    values["splits"]["train"]["files"][0]["path"] = path
+    with pytest.raises(ValueError, match="path"):
+        parse_manifest(json.dumps(values))
+
+
 def test_a_manifest_cannot_be_changed(write_dataset):
     manifest: Manifest = write_dataset().manifest
     with pytest.raises(ValueError, match="frozen"):

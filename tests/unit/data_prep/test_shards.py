@@ -63,13 +63,15 @@ def test_a_data_file_holds_what_was_written_and_is_described(tmp_path, channels)
 
 def test_pixels_take_about_a_byte_each(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 1), np.uint8)
-    file = write_data_file(str(tmp_path), "0.parquet", images, row_table([0] * 200, [str(row) for row in range(200)]))
+    file = write_data_file(
+        str(tmp_path), "val/0.parquet", images, row_table([0] * 200, [str(row) for row in range(200)])
+    )
     assert file.bytes < 1.1 * images.nbytes
 
 
 def test_the_content_digest_depends_on_labels_paths_and_pixels(tmp_path):
     def digest(seed=0, **columns) -> str:
-        file = write_data_file(str(tmp_path), "0.parquet", random_images(3, seed=seed), row_table(**columns))
+        file = write_data_file(str(tmp_path), "val/0.parquet", random_images(3, seed=seed), row_table(**columns))
         return file.content_sha256
 
     assert digest() == digest()

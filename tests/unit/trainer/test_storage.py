@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from botocore.exceptions import ClientError
 
 from tests.conftest import REPOSITORY
 from trainer import storage
@@ -284,6 +285,14 @@ def test_a_bucket_that_is_not_there_is_an_input_error(bucket):
         )
         assert "InputError: s3://missing/lease: bucket 'missing' at" in process.stderr
         assert "answered 'no such bucket'" in process.stderr
+
+
+def test_an_answer_without_a_message_is_told_by_its_code():
+    # As s3fs makes them of Ceph's.
+    error = OSError(22, "None")
+    error.__cause__ = ClientError({"Error": {"Code": "SignatureDoesNotMatch"}}, "PutObject")
+    assert storage._first_line(error) == "SignatureDoesNotMatch"
+    assert storage._first_line(OSError(5, "Input/output error")) == "[Errno 5] Input/output error"
 
 
 def test_an_unreachable_bucket_is_an_input_error_without_the_secret(monkeypatch):
