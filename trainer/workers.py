@@ -31,6 +31,7 @@ _POLL_SECONDS = 0.2
 # What a job that has just ended held is free this much later at the latest.
 _RELEASE_SECONDS = 5.0
 # Ray looks for room for the workers for a minute at a time. A node that was lost may need some until it is replaced.
+# Ray counts over the whole run, so there are as many again for each loss that is allowed.
 _ROOM_TRIES = 15
 # Without a word from any worker, before the user is told what they wait for.
 _SILENCE_SECONDS = 10.0
@@ -172,7 +173,8 @@ def run_workers(
 
     Raises:
         InputError, JobError: that of the function on one of the workers.
-        JobError: the cluster had no room for them for a quarter of an hour, at the start or after a loss.
+        JobError: the cluster had no room for them, at the start or after losses: for a quarter of an hour in all, and
+            as much again for each of ``max_failures``.
         WorkersFailedError: the workers failed otherwise, more often than allowed.
     """
     if workers.most == 1 and resources.is_one_machine:
