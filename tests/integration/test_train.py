@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -338,7 +339,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train):
     run = train("diverges", DIVERGING, 1, global_batch_size="84", epochs=20)
     result = run.read_result()
     assert (result.status, result.val.total) == ("diverged", 18)
-    assert result.reason == "the validation loss became nan or inf in epoch 2"
+    assert re.fullmatch(r"the loss or its gradient became nan or inf .* steps \[\d, \d\]", result.reason)
     assert result.findings[0].startswith("diverged: ")
     for array in last_weights(run).values():
         assert np.isfinite(array).all()
