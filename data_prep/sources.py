@@ -322,10 +322,16 @@ def _parse_split(name: str, row: int, split: Any) -> SplitName | None:
 
 def _drop_unnamable(found: list[_Found], ignored: dict[str, str]) -> list[_Found]:
     """Returns the images whose path is text; of others, such as those of an old zip, no Parquet file can speak."""
-    for name, reason in list(ignored.items()):
-        ignored[_in_text(name)] = ignored.pop(name, reason)
-    ignored |= {_in_text(image.path): "name_is_not_utf8" for image in found if _in_text(image.path) != image.path}
-    return [image for image in found if _in_text(image.path) == image.path]
+    for name in list(ignored):
+        ignored[_in_text(name)] = ignored.pop(name)
+    named = []
+    for image in found:
+        text = _in_text(image.path)
+        if text == image.path:
+            named.append(image)
+        else:
+            ignored[text] = "name_is_not_utf8"
+    return named
 
 
 def _in_text(name: str) -> str:

@@ -335,8 +335,10 @@ def plan_run(
     record = run.read_record()
     if record is not None:
         # Before anything is measured; what is measured is compared when it is.
-        is_open = [name for name in ("global_batch_size", "precision", "epochs") if options.get(name) is None]
-        _check_same_config(run, record.config, draft, ["num_workers", "global_batch_size", "precision", *is_open])
+        open_fields = ["num_workers", "global_batch_size", "precision"]
+        if options.get("epochs") is None:
+            open_fields.append("epochs")
+        _check_same_config(run, record.config, draft, open_fields)
     if record is not None and record.batch is not None and record.batch.request == request:
         batch = record.batch
     else:

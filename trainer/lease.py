@@ -62,7 +62,8 @@ def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[None]:
         # Where the storage is away, the lease expires.
         if not storage.is_local(uri):
             storage.ask_briefly()
-        renewer.join(_SETTLE_SECONDS)
+        # A renewal on its way to a slow one would otherwise come after the deletion.
+        renewer.join(_RENEW_SECONDS)
         with contextlib.suppress(InputError, JobError):
             if _holds(uri, token):
                 storage.delete_file(uri)

@@ -237,7 +237,7 @@ def run_workers(
                 now = time.monotonic()
                 if min(now - heard, now - told) > _SILENCE_SECONDS:
                     told = now
-                    if _wait_for_room(workers, resources):
+                    if _waits_for_room(workers, resources):
                         on_event(WorkersAwaited(workers.least, now - heard))
     except TrainingFailedError as error:
         if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
@@ -255,7 +255,7 @@ def run_workers(
         bookkeeping.cleanup()
 
 
-def _wait_for_room(workers: WorkerCount, resources: Resources) -> bool:
+def _waits_for_room(workers: WorkerCount, resources: Resources) -> bool:
     """Returns whether workers such as these wait for a place; another job's that are alike count, too."""
     bundle = _worker_resources(workers.most, resources)
     return any(
