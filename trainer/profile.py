@@ -1,5 +1,6 @@
 """Profiles a few training steps on every worker: a trace for TensorBoard, and a table of where a step's time goes."""
 
+import re
 import tempfile
 import time
 from collections import Counter
@@ -19,6 +20,9 @@ _SKIPPED_STEPS = 5
 _PICOSECONDS = 1e-12
 # What adds up the gradients, by the beginning of its type.
 _ALL_REDUCE = ("Collective", "Nccl")
+# What TensorFlow puts before the type of an operation that it has rewritten, for oneDNN on some CPUs: a MatMul is a
+# _MklMatMul there, a _FusedConv2D a _MklNativeFusedConv2D.
+_REWRITTEN = re.compile(r"_(Mkl(Native)?)?")
 
 
 class StepProfiler:
@@ -71,7 +75,9 @@ class StepProfiler:
 
 
 def sum_op_seconds(trace: bytes) -> Counter[str]:
-    """Returns the seconds of each type of TensorFlow operation in a trace, on GPUs where there are some.
+    """Sum the seconds of each type of TensorFlow operation in a trace, on GPUs where there are some.
+
+    A type has the same name on every CPU.
 
     Args:
         trace: an XSpace.
@@ -90,6 +96,8 @@ def sum_op_seconds(trace: bytes) -> Counter[str]:
                 # An operation is called "name:Type".
                 path, separator, kind = name.rpartition(":")
                 if separator and kind.isidentifier() and not path.endswith(":"):
+                    if prefix := _REWRITTEN.match(kind):
+                        kind = kind[prefix.end() :]
                     seconds[kind] += event.duration_ps * _PICOSECONDS
     return seconds
 

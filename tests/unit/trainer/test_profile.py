@@ -41,6 +41,22 @@ def test_operations_of_the_host_are_summed_by_type():
     assert dict(seconds) == pytest.approx({"MatMul": 0.008, "CollectiveReduceV2": 0.004})
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("_MklMatMul", "MatMul"),
+        ("_MklNativeConv2DBackpropFilter", "Conv2DBackpropFilter"),
+        ("_MklNativeFusedConv2D", "FusedConv2D"),
+        ("_FusedConv2D", "FusedConv2D"),
+        ("_NcclReduceSend", "NcclReduceSend"),
+        ("MklMatMul", "MklMatMul"),
+    ],
+)
+def test_an_operation_has_its_plain_name_on_every_cpu(kind, name):
+    seconds = sum_op_seconds(make_trace({"/host:CPU": {"a": [(f"x/{kind}:{kind}", 2), (f"y:{name}", 1)]}}))
+    assert dict(seconds) == pytest.approx({name: 0.003})
+
+
 def test_operations_of_a_gpu_count_where_there_is_one():
     # As a profiler on a GPU was documented to write it; none was at hand.
     space = xplane_pb2.XSpace.FromString(make_trace({"/host:CPU": HOST}))
