@@ -40,6 +40,45 @@ def test_each_class_gives_its_rounded_share_to_each_split():
     }
 
 
+@pytest.mark.parametrize(
+    ("images", "fraction", "drawn"),
+    # On both sides of each half: below it nothing more is drawn, above it one more.
+    [
+        (3, 0.15, 0),
+        (4, 0.15, 1),
+        (9, 0.15, 1),
+        (11, 0.15, 2),
+        (16, 0.15, 2),
+        (17, 0.15, 3),
+        (49, 0.01, 0),
+        (51, 0.01, 1),
+    ],
+)
+def test_a_share_is_rounded_to_the_nearest_whole_image(images, fraction, drawn):
+    assert Counter(assign(table([0] * images), val=fraction, test=0.0))["val"] == drawn
+    assert Counter(assign(table([0] * images), val=0.01, test=fraction))["test"] == drawn
+
+
+def test_the_draw_is_the_one_that_datasets_were_prepared_with():
+    # Whoever prepares a source again must get the same split: a change here makes old results incomparable.
+    labels, groups = [0] * 50 + [1] * 23 + [2] * 7, [*np.repeat(range(5), 2), *range(5, 73), 40, 41]
+    paths = [f"{label}/{row:03d}.png" for row, label in enumerate(labels)]
+    splits = assign(table(labels), groups, val=0.15, test=0.2, seed=7)
+    of_split = {
+        split: [path for path, one in zip(paths, splits, strict=True) if one == split]
+        for split in ("train", "val", "test")
+    }
+    digests = {
+        split: (len(of_one), hashlib.sha256("\n".join(of_one).encode()).hexdigest()[:16])
+        for split, of_one in of_split.items()
+    }
+    assert digests == {
+        "train": (52, "37b713fa2d3611bc"),
+        "val": (12, "8b2b214066b0cac3"),
+        "test": (16, "5c53984dacc722e1"),
+    }
+
+
 def test_without_a_test_fraction_nothing_tests():
     labels = [0] * 20 + [1] * 20
     assert counts_of(assign(table(labels), test=0.0), labels)[0] == {"train": 17, "val": 3}
