@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+import typer
 
 from data_prep.prepare import PrepareConfig
 from data_prep.sources import SOURCE_FORMATS
@@ -13,7 +14,7 @@ from trainer.architectures import ARCHITECTURES
 from trainer.config import BatchRequest, TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
-JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py"))
+JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("[!_]*.py"))
 
 
 def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -129,3 +130,12 @@ def test_the_defaults_of_prepare_are_those_of_its_config():
     parameters = parameters_of("prepare.py")
     for name, field in PrepareConfig.model_fields.items():
         assert parameters[name].default == field.default, name
+
+
+def test_every_job_is_a_subcommand_of_the_installed_command():
+    commands = typer.main.get_command(runpy.run_module("jobs.__main__")["app"]).commands
+    assert set(commands) == {job.removesuffix(".py").replace("_", "-") for job in JOBS}
+    for job in JOBS:
+        script = typer.main.get_command(runpy.run_path(str(REPOSITORY / "jobs" / job))["app"])
+        of_script = {option.name for option in script.params}
+        assert of_script == {option.name for option in commands[job.removesuffix(".py").replace("_", "-")].params}

@@ -1,0 +1,19 @@
+"""The command of an installed package: every job as a subcommand, with shell completion."""
+
+import typer
+
+from jobs import batch_size, doctor, evaluate, explain, notes, plan, predict, prepare, sweep, train
+
+app = typer.Typer(name="training-notes", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+for job in (prepare, train, batch_size, evaluate, predict, explain, notes, sweep, plan, doctor):
+    app.command(job.__name__.rpartition(".")[2].replace("_", "-"))(job.main)
+
+
+@app.callback()
+def describe() -> None:
+    """Train image classifiers as batch jobs on Ray, and write the notes."""
+
+
+if __name__ == "__main__":
+    app()
