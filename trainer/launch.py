@@ -332,7 +332,7 @@ def plan_run(
         JobError: a trial failed.
     """
     draft, manifest, request = build_draft(options, resources)
-    record = run.read_record()
+    record = run.read_begun_record()
     if record is not None:
         # Before anything is measured; what is measured is compared when it is.
         open_fields = ["num_workers", "global_batch_size", "precision"]
@@ -388,7 +388,7 @@ def launch(
     """
     config, manifest = plan.config, plan.manifest
     num_workers = config.num_workers
-    record = run.read_record()
+    record = run.read_begun_record()
     if record is not None:
         # Another number of workers continues a run: each attempt works out its batch anew.
         config = record.config
@@ -413,6 +413,16 @@ def launch(
         if not failure_reason():
             run.write_interruption("interrupted", received_signal().name)
         raise
+    except (InputError, JobError) as error:
+        _record_failure(run, error)
+        raise
+
+
+def _record_failure(run: RunFolder, error: InputError | JobError) -> None:
+    """Write why a run has no result, unless that is written already or the storage is what failed."""
+    with contextlib.suppress(InputError, JobError):
+        if run.read_ending() is None:
+            run.write_interruption("refused" if isinstance(error, InputError) else "failed", str(error))
 
 
 def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, passed_over: list[str]) -> None:
@@ -420,8 +430,8 @@ def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, 
     same = {name: getattr(begun, name) for name in passed_over}
     if differences := find_differences(begun, config.model_copy(update=same)):
         raise InputError(
-            f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); "
-            "choose another --run-name, or the same options to continue it"
+            f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); choose another "
+            f"--run-name, with --init-from {run.uri} to start from its weights, or the same options to continue it"
         )
 
 

@@ -10,6 +10,7 @@ from trainer.markdown import format_table
 from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 
 NOTEBOOK_NAME = "NOTES.md"
+_CONTINUES = "the same command continues"
 
 
 def write_note(run: RunFolder, result: RunResult) -> None:
@@ -62,9 +63,15 @@ def describe_unfinished(run: RunFolder) -> str:
     match run.read_ending():
         case RunInterruption(status="diverged", reason=reason):
             return f"diverged in its first epoch: {reason}; try half the --base-learning-rate, or --clip-norm 1"
+        case RunInterruption(status="refused", reason=reason):
+            return f"refused: {reason}"
+        case RunInterruption(status="failed", reason=reason) if _CONTINUES in reason:
+            return f"failed: {reason}"
+        case RunInterruption(status="failed", reason=reason):
+            return f"failed: {reason}; {_CONTINUES} it"
         case RunInterruption(reason=reason):
-            return f"interrupted by {reason}: the same command continues it"
-    return "not finished: the same command continues it"
+            return f"interrupted by {reason}: {_CONTINUES} it"
+    return f"not finished: {_CONTINUES} it"
 
 
 def describe_training(config: TrainConfig, steps: int) -> str:

@@ -45,6 +45,9 @@ from trainer.evaluation import EvaluationResult
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
 
 
+InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
+
+
 class RunRecord(BaseModel):
     """What ``config.json`` holds: the config and the circumstances."""
 
@@ -100,14 +103,14 @@ class RunResult(BaseModel):
 
 
 class RunInterruption(BaseModel):
-    """What ``result.json`` holds of a run that has no result: the same command continues it."""
+    """What ``result.json`` holds of a run that has no result."""
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["interrupted", "diverged"]
-    """Stopped by a signal, or diverged in its first epoch."""
+    status: InterruptionStatus
+    """Stopped by a signal, diverged in its first epoch, refused by a worker, or failed in another way."""
     reason: str
-    """The name of the signal, or the steps."""
+    """The name of the signal, the steps, or the message of the error."""
     ended: datetime
 
 
@@ -142,6 +145,17 @@ class RunFolder:
                 "choose another --run-name"
             ) from error
 
+    def read_begun_record(self) -> RunRecord | None:
+        """Return the record that a continued run must agree with.
+
+        None where there is none, or where the run was refused before its first checkpoint: another option may fix that,
+        under the same name.
+        """
+        ending = self.read_ending()
+        if isinstance(ending, RunInterruption) and ending.status == "refused":
+            return self.read_record() if checkpoints.find_last(self.checkpoints) else None
+        return self.read_record()
+
     def write_record(self, record: RunRecord) -> None:
         """Writes ``config.json``."""
         storage.write_bytes(self.path("config.json"), record.model_dump_json(indent=2).encode())
@@ -175,7 +189,7 @@ class RunFolder:
         """Writes ``result.json``."""
         storage.write_bytes(self.path("result.json"), ending.model_dump_json(indent=2).encode())
 
-    def write_interruption(self, status: Literal["interrupted", "diverged"], reason: str) -> None:
+    def write_interruption(self, status: InterruptionStatus, reason: str) -> None:
         """Writes ``result.json`` of a run that ends without a result."""
         self.write_ending(RunInterruption(status=status, reason=reason, ended=datetime.now(UTC)))
 

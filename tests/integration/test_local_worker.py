@@ -15,6 +15,7 @@ from trainer.cluster import read_machine
 from trainer.errors import InputError, WorkerDiedError
 from trainer.events import StageProgressed
 from trainer.local_worker import run_process
+from trainer.notes import describe_unfinished
 from trainer.run_folder import RunFolder
 from trainer.workers import WorkerCount, run_workers
 
@@ -82,6 +83,18 @@ def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options
     assert again.returncode == 0, again.stderr
     assert run.read_result().attempts == 2
     assert last_state(run) == last_state(undisturbed)
+
+
+def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free(options, undisturbed):
+    run = RunFolder(f"{options[-1]}/refused")
+    options = [*options, "--run-name", run.name, "--epochs", "1"]
+    # Its last layer alone would fit.
+    other = ["--arch-argument", "first_filters=4", "--arch-argument", "dense_units=32"]
+    refused = run_job("train.py", *options, *other, "--init-from", undisturbed.uri)
+    assert refused.returncode == 2
+    assert describe_unfinished(run) == f"refused: {refused.stderr.splitlines()[-1].removeprefix('error: ')}"
+    mended = run_job("train.py", *options, *other)
+    assert mended.returncode == 0, mended.stderr
 
 
 def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):

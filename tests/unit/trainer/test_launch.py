@@ -6,7 +6,7 @@ from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.batch_table import BatchChoice
 from trainer.cluster import Resources
-from trainer.errors import InputError
+from trainer.errors import InputError, JobError
 from trainer.launch import (
     RunPlan,
     build_draft,
@@ -303,3 +303,29 @@ def test_a_used_name_with_another_config_is_refused_with_the_differences(finishe
     run, _ = finished
     with pytest.raises(InputError, match=r"run first .* another config \(epochs: 20 -> 3\); choose another --run-name"):
         launch(plan(run, epochs=3), run, ONE_MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(InputError("no layer fits"), "refused"), (JobError("2 workers found no room"), "failed")]
+)
+def test_a_run_whose_workers_end_early_says_why(plan, tmp_path, monkeypatch, error, status):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("trainer.launch.run_workers", fail)
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    with pytest.raises(type(error)):
+        launch(plan(run), run, ONE_MACHINE)
+    ending = run.read_ending()
+    assert (ending.status, ending.reason) == (status, str(error))
+
+
+def test_a_refused_run_begins_anew_with_another_option(plan, tmp_path, monkeypatch):
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_record(describe_run(plan(run).config, "1 node"))
+    run.write_interruption("refused", "no layer fits")
+    monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        launch(plan(run, epochs=3), run, ONE_MACHINE)
+    assert run.read_record().config.epochs == 3
+    assert run.read_ending() is None

@@ -81,6 +81,25 @@ def test_a_run_that_is_not_finished_says_so(start):
     assert "not finished: the same command continues it" in note_of(start("first"))
 
 
+@pytest.mark.parametrize(
+    ("status", "reason", "line"),
+    [
+        ("interrupted", "SIGTERM", "interrupted by SIGTERM: the same command continues it"),
+        ("refused", "--init-from: no layer fits; give others", "refused: --init-from: no layer fits; give others"),
+        ("failed", "no room; start nodes", "failed: no room; start nodes; the same command continues it"),
+        (
+            "failed",
+            "a worker died; the same command continues it",
+            "failed: a worker died; the same command continues it",
+        ),
+    ],
+)
+def test_a_run_that_ended_without_a_result_says_why_and_what_to_do(start, status, reason, line):
+    run = start("first")
+    run.write_interruption(status, reason)
+    assert note_of(run).splitlines()[-1] == line
+
+
 def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     start("first", 12)
     start("other", 13, arch="vgg19")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pyarrow.parquet as pq
 import pytest
 
+from trainer import checkpoint as checkpoints
 from trainer import run_folder, storage
 from trainer.errors import InputError
 from trainer.run_folder import RunFolder, describe_run
@@ -93,6 +94,25 @@ def test_an_interrupted_run_is_not_finished(run):
     assert json.loads(storage.read_bytes(run.path("result.json")))["status"] == "interrupted"
     run.delete_interruption()
     assert not storage.exists(run.path("result.json"))
+
+
+def test_a_run_that_was_refused_before_its_first_checkpoint_leaves_its_name_free(run, make_config):
+    record = describe_run(make_config(), "1 node")
+    run.write_record(record)
+    assert run.read_begun_record() == record
+    run.write_interruption("refused", "layer conv has other weights")
+    assert run.read_begun_record() is None
+    run.write_interruption("failed", "2 workers found no room")
+    assert run.read_begun_record() == record
+
+
+def test_a_run_that_was_refused_after_a_checkpoint_keeps_its_name(run, make_config):
+    record = describe_run(make_config(), "1 node")
+    run.write_record(record)
+    position = checkpoints.Position(epoch=0, epoch_rows=8, step=2, global_batch_size=4, history=[])
+    checkpoints.save_checkpoint(run.checkpoints, position, {})
+    run.write_interruption("refused", "a file of the dataset is missing")
+    assert run.read_begun_record() == record
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}"])
