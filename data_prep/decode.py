@@ -5,36 +5,19 @@ and any JPEG out of the ordinary, goes through Pillow, which knows more kinds. B
 class whose files are of another format does not look different.
 """
 
-import io
+import functools
 from typing import Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
-Pixels = npt.NDArray[np.uint8]
-RejectReason = Literal[
-    "empty",  # zero bytes
-    "not_an_image",  # no format that is read here, such as an HTML page named .jpg
-    "damaged",  # cut off, or bytes that its format does not allow
-    "too_many_pixels",  # more than MAX_PIXELS by its header
-    "unsupported",  # pixels without a fixed range (32-bit, floating point)
-    "too_much_memory",  # the decoder asked for more than there is
-    "decoder_crashed",  # the decoder's process died
-    "decoder_hung",  # no result within a minute
-    "unreadable",  # there is no such file, or it is a local one that cannot be opened
-]
+from data_prep.formats import RejectedImageError, open_image, rejections
 
-# A TIFF or WebP that was cut off cannot be identified, but it is not something else.
-_FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
-# 100 megapixels: above all but a few cameras. The header is enough to refuse, before pixels are allocated; what is
-# allowed takes at most about 1.2 GB in the decoder.
-MAX_PIXELS = 100_000_000
-# Pillow's own limit would only warn, and its error would hide the reason.
-Image.MAX_IMAGE_PIXELS = None
+Pixels = npt.NDArray[np.uint8]
+
 # Ray runs one task a core.
 cv2.setNumThreads(1)
 
@@ -68,14 +51,6 @@ class ImageOptions(BaseModel):
         return cls(**record.model_dump(include=set(cls.model_fields)))
 
 
-class RejectedImageError(Exception):
-    """The file cannot be used; ``reason`` says why."""
-
-    def __init__(self, reason: RejectReason) -> None:
-        super().__init__(reason)
-        self.reason: RejectReason = reason
-
-
 def decode_image(content: bytes, options: ImageOptions) -> Pixels:
     """Returns the first frame of an image, upright and resized.
 
@@ -89,22 +64,10 @@ def decode_image(content: bytes, options: ImageOptions) -> Pixels:
     Raises:
         RejectedImageError: the image cannot be used.
     """
-    if not content:
-        raise RejectedImageError("empty")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as header:
-            if header.width * header.height > MAX_PIXELS:
-                raise RejectedImageError("too_many_pixels")
-            pixels = _decode_plain_jpeg(content, header, options)
-            if pixels is None:
-                pixels = _decode_with_pillow(header, options)
-    except UnidentifiedImageError as error:
-        raise RejectedImageError("damaged" if content.startswith(_FIRST_BYTES) else "not_an_image") from error
-    except MemoryError as error:
-        raise RejectedImageError("too_much_memory") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
-        # What Pillow's readers raise on bytes that their format does not allow.
-        raise RejectedImageError("damaged") from error
+    with open_image(content) as header, rejections():
+        pixels = _decode_plain_jpeg(content, header, options)
+        if pixels is None:
+            pixels = _decode_with_pillow(header, content, options)
     return _fit_square(pixels, options)
 
 
@@ -131,8 +94,8 @@ def _decode_plain_jpeg(content: bytes, header: Image.Image, options: ImageOption
     return np.asarray(pixels, np.uint8)[..., np.newaxis]
 
 
-def _decode_with_pillow(image: Image.Image, options: ImageOptions) -> Pixels:
-    """Returns uint8 ``[height, width, channels]``."""
+def _decode_with_pillow(image: Image.Image, content: bytes, options: ImageOptions) -> Pixels:
+    """Return uint8 ``[height, width, channels]``."""
     mode = "L" if options.channels == 1 else "RGB"
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):
@@ -140,11 +103,25 @@ def _decode_with_pillow(image: Image.Image, options: ImageOptions) -> Pixels:
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     elif upright.mode in ("I", "F"):
         raise RejectedImageError("unsupported")
-    elif upright.has_transparency_data:
+    elif upright.mode == "LAB":
+        upright = ImageCms.applyTransform(upright, _lab_to_rgb()) or upright
+    elif upright.mode == "La":
+        upright = upright.convert("LA")
+    if upright.has_transparency_data and not _is_opaque_tga(image, content):
         with_alpha = upright.convert("RGBA")
         background = Image.new("RGBA", with_alpha.size, (options.background,) * 3 + (255,))
         upright = Image.alpha_composite(background, with_alpha)
     return np.asarray(upright.convert(mode), np.uint8).reshape(upright.height, upright.width, options.channels)
+
+
+def _is_opaque_tga(image: Image.Image, content: bytes) -> bool:
+    """Return whether this is a TGA of 32 bits a pixel whose header says that none of them are alpha."""
+    return image.format == "TGA" and not content[17] & 0x0F
+
+
+@functools.cache
+def _lab_to_rgb() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
 def _fit_square(pixels: Pixels, options: ImageOptions) -> Pixels:

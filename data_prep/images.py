@@ -10,7 +10,8 @@ import pyarrow as pa
 import ray
 
 from data_prep.contents import read_contents
-from data_prep.decode import ImageOptions, Pixels, RejectedImageError, RejectReason, decode_image
+from data_prep.decode import ImageOptions, Pixels, decode_image
+from data_prep.formats import RejectedImageError, RejectReason
 from data_prep.isolation import decode_guarded
 from data_prep.sources import Source, SourceFormat, find_images
 from trainer import storage

@@ -14,7 +14,8 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from data_prep.decode import ImageOptions, Pixels, RejectedImageError, RejectReason, decode_image
+from data_prep.decode import ImageOptions, Pixels, decode_image
+from data_prep.formats import RejectedImageError, RejectReason
 
 # Images that share a call and its time; one bad image costs these a second try.
 _IMAGES_PER_CALL = 16

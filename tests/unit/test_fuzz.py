@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.decode import ImageOptions, RejectedImageError, decode_image
+from data_prep.decode import ImageOptions, decode_image
+from data_prep.formats import RejectedImageError
 from data_prep.manifest import parse_manifest
 from data_prep.sources import find_images
 from tests.conftest import REPOSITORY
@@ -133,7 +134,9 @@ def encode(kind: str) -> bytes:
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "TGA"]
+)
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_damaged_image_is_decoded_or_rejected(kind, data):

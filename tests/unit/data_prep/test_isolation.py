@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from data_prep import isolation
-from data_prep.decode import ImageOptions, RejectedImageError
+from data_prep.decode import ImageOptions
+from data_prep.formats import RejectedImageError
 
 OPTIONS = ImageOptions(image_size=4)
 
