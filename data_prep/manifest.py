@@ -11,14 +11,15 @@ DATASET/README.md           the same in words, with contact_sheet.png
 DATASET/manifest.json       this model; written last, so that its presence is the commit
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from trainer import storage
-from trainer.errors import InputError
+from trainer.errors import RecordError
+from trainer.record_format import Record
 
-FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.parquet"
 DUPLICATES_NAME = "duplicates.parquet"
@@ -29,7 +30,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 class DataFile(BaseModel):
     """One Parquet file of a split."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
     path: str = Field(pattern=r"^(train|val|test)/[\w-]+\.parquet$")
     """Relative to the dataset and below it, for example ``train/part-00000.parquet``."""
@@ -44,7 +45,7 @@ class DataFile(BaseModel):
 class Split(BaseModel):
     """The files of one split, in row order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
     rows_per_class: list[int]
     """One count for each of the manifest's class_names."""
@@ -56,12 +57,20 @@ class Split(BaseModel):
         return sum(self.rows_per_class)
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """What a prepared dataset holds and how it was made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    RENAMED: ClassVar[Mapping[str, str]] = {"format_version": "format"}
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        # Every image was stretched to a square, on white.
+        "resize": "fit",
+        "background": 255,
+        "rejected": lambda old: {"unknown": old["rejected_rows"]} if old.get("rejected_rows") else {},
+        # Duplicates were not looked for.
+        "duplicate_images": 0,
+        "leaked_images": 0,
+    }
 
-    format_version: Literal[1] = FORMAT_VERSION
     image_size: int
     """Height and width in pixels."""
     channels: Literal[1, 3]
@@ -92,30 +101,17 @@ class Manifest(BaseModel):
         return len(self.class_names)
 
 
-def parse_manifest(text: str | bytes) -> Manifest:
-    """Returns the manifest that ``manifest.json`` holds.
-
-    Raises:
-        ValueError: the text is not a manifest of this format version; says the first field that is wrong.
-    """
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ValueError(f"{field}: {first['msg']} (this program reads format version {FORMAT_VERSION})") from error
-
-
 def read_manifest(dataset: str) -> Manifest | None:
     """Returns the manifest of the dataset at a URI, or None where none has been committed.
 
     Raises:
-        InputError: there is one that this program cannot read, or the storage cannot be read.
+        RecordError: there is one that this program cannot read.
+        InputError: the storage cannot be read.
     """
     uri = storage.join(dataset, MANIFEST_NAME)
     try:
-        return parse_manifest(storage.read_bytes(uri))
+        return Manifest.parse(storage.read_bytes(uri), uri)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(f"{uri}: {error}; prepare the dataset again with --overwrite") from error
+    except RecordError as error:
+        raise RecordError(f"{error}; or prepare the dataset again with --overwrite") from error

@@ -154,7 +154,7 @@ def prepare(
         storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
         manifest = _build_manifest(source, found, config, images, splits, files, histogram, rejected, duplicates)
         write_card(dataset, manifest)
-        storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.model_dump_json(indent=2).encode())
+        storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.to_json())
         storage.delete_folder(storage.join(dataset, _STAGING))
     return manifest
 

@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import ValidationError
-
 from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.batch_table import (
@@ -23,7 +21,7 @@ from trainer.batch_table import (
 )
 from trainer.cluster import Resources
 from trainer.config import BatchRequest, TrainConfig
-from trainer.errors import BatchError, JobError, WorkerDiedError, WorkersFailedError
+from trainer.errors import BatchError, JobError, RecordError, WorkerDiedError, WorkersFailedError
 from trainer.events import (
     BatchChosen,
     Event,
@@ -92,7 +90,7 @@ def choose_batch(
     if cached is not None and table.trials == cached.trials:
         table = cached
     else:
-        storage.write_bytes(uri, table.model_dump_json(indent=2).encode())
+        storage.write_bytes(uri, table.to_json())
     if not table.fitting:
         raise BatchError(_explain_misfit(request, table))
     if given is None:
@@ -152,9 +150,9 @@ def _table_uri(
 
 def _read_table(uri: str, resources: Resources) -> BatchTable | None:
     try:
-        table = BatchTable.model_validate_json(storage.read_bytes(uri))
-    except (FileNotFoundError, ValidationError):
-        return None  # of an older version: measured anew
+        table = BatchTable.parse(storage.read_bytes(uri), uri)
+    except (FileNotFoundError, RecordError):
+        return None  # of another version: measured anew
     change = abs(resources.node_memory_gib / table.node_memory_gib - 1)
     return table if change <= _MEMORY_TOLERANCE else None
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.config import BatchRequest
 from trainer.events import SizeMeasured
+from trainer.record_format import Record
 
 # Of a worker's memory: evaluation, export and fragmentation are not in a trial.
 SAFETY_MARGIN = 0.1
@@ -30,10 +31,8 @@ _FAR_SLOWER = 1.5
 _LOSS_TOLERANCE = 0.1
 
 
-class BatchTable(BaseModel):
+class BatchTable(Record):
     """The measurements behind ``--global-batch-size max``."""
-
-    model_config = ConfigDict(frozen=True)
 
     num_replicas: int
     memory_limit_gib: float

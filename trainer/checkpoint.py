@@ -12,15 +12,16 @@ ones are found by listing.
 """
 
 import hashlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer import storage
 from trainer.errors import InputError
+from trainer.record_format import Record
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -31,11 +32,15 @@ STEPS_NAME = "steps.parquet"
 PREDICTIONS_NAME = "predictions.parquet"
 
 
-class Position(BaseModel):
+class Position(Record):
     """How far a run has come."""
 
-    # A loss may be infinite; JSON has no such number, so it is written as most JSON readers take it.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        # There were checkpoints at the end of an epoch only.
+        "epoch_rows": 0,
+        # Not known: the schedule goes on where as many epochs of the batch of now would have led.
+        "global_batch_size": 0,
+    }
 
     epoch: int
     """Epochs that were finished."""
@@ -88,7 +93,7 @@ def save_checkpoint(folder: str, position: Position, files: dict[str, bytes]) ->
     uri = storage.join(folder, checkpoint.name)
     for name, content in files.items():
         storage.write_bytes(storage.join(uri, name), content)
-    storage.write_bytes(storage.join(uri, _COMMIT_NAME), checkpoint.model_dump_json(indent=2).encode())
+    storage.write_bytes(storage.join(uri, _COMMIT_NAME), checkpoint.to_json())
     return checkpoint
 
 
@@ -96,17 +101,15 @@ def find_checkpoints(folder: str) -> list[Checkpoint]:
     """Returns the complete checkpoints below ``folder``, by step.
 
     Raises:
-        InputError: a commit cannot be read.
+        RecordError: a commit cannot be read.
     """
     checkpoints = []
     for name in storage.find_folders(folder):
         uri = storage.join(folder, name, _COMMIT_NAME)
         try:
-            checkpoints.append(Checkpoint.model_validate_json(storage.read_bytes(uri)))
+            checkpoints.append(Checkpoint.parse(storage.read_bytes(uri), uri))
         except FileNotFoundError:
             continue
-        except ValidationError as error:
-            raise InputError(f"{uri} is no checkpoint of this program: {error.errors()[0]['msg']}") from error
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
@@ -138,9 +141,14 @@ def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
     """Returns one file of a checkpoint.
 
     Raises:
-        InputError: it is not the file that was written.
+        InputError: it is not the file that was written, or the checkpoint has none of that name.
     """
     uri = storage.join(folder, checkpoint.name, name)
+    if name not in checkpoint.sha256:
+        raise InputError(
+            f"{folder}: checkpoint {checkpoint.name} has no {name}: an earlier version of this program wrote it; train "
+            "under another --run-name"
+        )
     content = storage.read_bytes(uri)
     digest = hashlib.sha256(content).hexdigest()
     if digest != checkpoint.sha256[name]:

@@ -8,6 +8,10 @@ class InputError(Exception):
     """
 
 
+class RecordError(InputError):
+    """A record of the storage cannot be read: it is damaged, of another program, or of a newer version of this one."""
+
+
 class BatchError(InputError):
     """No batch, or not the one that was given, fits into a worker's memory."""
 

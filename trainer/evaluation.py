@@ -1,8 +1,9 @@
 """Exact evaluation: every row of a split once, whatever the number of workers, and the numbers drawn from it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from trainer.dataset import BatchFeed, ImageSplit
+from trainer.record_format import Record
 
 # Columns of what `trainer.step.compile_eval_step` returns for each row.
 COLUMNS = ("loss", "predicted", "confidence", "likelier")
@@ -27,10 +29,15 @@ class ClassResult(BaseModel):
     total: int
 
 
-class EvaluationResult(BaseModel):
+class EvaluationResult(Record):
     """What a split says of a model."""
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "top_k": 1,
+        "top_k_correct": lambda old: old.get("correct"),
+        # Not measured.
+        "calibration_error": math.nan,
+    }
 
     split: str
     loss: float

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from pydantic import BaseModel, ConfigDict
 
 from data_prep.manifest import Manifest, SplitName
 from trainer import checkpoint as checkpoints
@@ -19,6 +18,7 @@ from trainer.dataset import load_manifest, open_split
 from trainer.errors import InputError, JobError
 from trainer.evaluation import EvaluationResult, Evaluator, predictions_table, summarise
 from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.record_format import Record
 from trainer.run_folder import RunFolder, RunResult
 from trainer.workers import call_in_worker
 
@@ -29,10 +29,8 @@ _FILE_PREFIX = "predictions-"
 _ROWS_PER_FILE = 10_000
 
 
-class PredictionSummary(BaseModel):
+class PredictionSummary(Record):
     """What ``_summary.json`` holds."""
-
-    model_config = ConfigDict(frozen=True)
 
     run: str
     checkpoint: str
@@ -97,7 +95,7 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
     evaluation = summarise(split, predictions, manifest.class_names)
     name = f"{split}-{manifest.fingerprint[:12]}"
     storage.write_bytes(run.path("evaluations", f"{name}.parquet"), storage.parquet_bytes(predictions))
-    storage.write_bytes(run.path("evaluations", f"{name}.json"), evaluation.model_dump_json(indent=2).encode())
+    storage.write_bytes(run.path("evaluations", f"{name}.json"), evaluation.to_json())
     return evaluation
 
 
@@ -209,7 +207,7 @@ def predict_images(
         labelled=labelled,
         correct=correct,
     )
-    storage.write_bytes(storage.join(output, SUMMARY_NAME), summary.model_dump_json(indent=2).encode())
+    storage.write_bytes(storage.join(output, SUMMARY_NAME), summary.to_json())
     return summary
 
 

@@ -25,22 +25,23 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.batch_table import BatchChoice
 from trainer.config import TrainConfig
-from trainer.errors import InputError
+from trainer.errors import RecordError
 from trainer.evaluation import EvaluationResult
+from trainer.record_format import Record
 
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
 
@@ -48,10 +49,26 @@ _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs
 InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 
 
-class RunRecord(BaseModel):
+class RunRecord(Record):
     """What ``config.json`` holds: the config and the circumstances."""
 
-    model_config = ConfigDict(frozen=True)
+    # What a run did before there was such an option. A run goes on as it began, so it is not always the default of now.
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "batch": None,
+        "config.arch_arguments": {},
+        "config.init_from": "",
+        "config.freeze_trunk": False,
+        "config.tuned_batch_size": 64,
+        "config.class_weights": "none",
+        "config.ema_momentum": 0.0,
+        "config.augment_flip": False,
+        "config.augment_rotation": 0.0,
+        "config.augment_translation": 0.0,
+        "config.augment_zoom": 0.0,
+        "config.augment_contrast": 0.0,
+        "config.checkpoint_every": 0,
+        "config.export": "keras",
+    }
 
     config: TrainConfig
     batch: BatchChoice | None = None
@@ -65,10 +82,10 @@ class RunRecord(BaseModel):
     started: datetime
 
 
-class RunResult(BaseModel):
+class RunResult(Record):
     """What ``result.json`` holds."""
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    ADDED: ClassVar[Mapping[str, Any]] = {"layers": "", "findings": (), "weights_crc32": ()}
 
     status: Literal["completed", "diverged"]
     reason: str = ""
@@ -102,19 +119,16 @@ class RunResult(BaseModel):
         ]
 
 
-class RunInterruption(BaseModel):
+class RunInterruption(Record):
     """What ``result.json`` holds of a run that has no result."""
 
-    model_config = ConfigDict(frozen=True)
+    RENAMED: ClassVar[Mapping[str, str]] = {"interrupted": "ended"}
 
     status: InterruptionStatus
     """Stopped by a signal, diverged in its first epoch, refused by a worker, or failed in another way."""
     reason: str
     """The name of the signal, the steps, or the message of the error."""
     ended: datetime
-
-
-_ENDINGS: TypeAdapter[RunResult | RunInterruption] = TypeAdapter(RunResult | RunInterruption)
 
 
 class RunFolder:
@@ -134,16 +148,16 @@ class RunFolder:
         return storage.join(self.uri, *parts)
 
     def read_record(self) -> RunRecord | None:
-        """Returns the record of the run, or None where none was started."""
+        """Returns the record of the run, or None where none was started.
+
+        Raises:
+            RecordError: it cannot be read.
+        """
+        uri = self.path("config.json")
         try:
-            return RunRecord.model_validate_json(storage.read_bytes(self.path("config.json")))
+            return RunRecord.parse(storage.read_bytes(uri), uri)
         except FileNotFoundError:
             return None
-        except ValidationError as error:
-            raise InputError(
-                f"{self.path('config.json')} is not a config of this program ({error.errors()[0]['msg']}); "
-                "choose another --run-name"
-            ) from error
 
     def read_begun_record(self) -> RunRecord | None:
         """Return the record that a continued run must agree with.
@@ -158,27 +172,36 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Writes ``config.json``."""
-        storage.write_bytes(self.path("config.json"), record.model_dump_json(indent=2).encode())
+        storage.write_bytes(self.path("config.json"), record.to_json())
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes ``dataset.json``."""
-        storage.write_bytes(self.path("dataset.json"), manifest.model_dump_json(indent=2).encode())
+        storage.write_bytes(self.path("dataset.json"), manifest.to_json())
 
     def read_manifest(self) -> Manifest:
-        """Returns the manifest of the run's dataset as it was trained on."""
-        return Manifest.model_validate_json(storage.read_bytes(self.path("dataset.json")))
+        """Returns the manifest of the run's dataset as it was trained on.
+
+        Raises:
+            RecordError: there is none, or it cannot be read.
+        """
+        uri = self.path("dataset.json")
+        try:
+            return Manifest.parse(storage.read_bytes(uri), uri)
+        except FileNotFoundError as error:
+            raise RecordError(f"{uri} is missing: this run cannot be used without its dataset's manifest") from error
 
     def read_ending(self) -> RunResult | RunInterruption | None:
-        """Returns how the run ended, or None where it has not."""
+        """Returns how the run ended, or None where it has not.
+
+        Raises:
+            RecordError: it cannot be read.
+        """
+        uri = self.path("result.json")
         try:
-            return _ENDINGS.validate_json(storage.read_bytes(self.path("result.json")))
+            content = storage.read_bytes(uri)
         except FileNotFoundError:
             return None
-        except ValidationError as error:
-            raise InputError(
-                f"{self.path('result.json')} is not a result of this program ({error.errors()[0]['msg']}); "
-                "choose another --run-name"
-            ) from error
+        return RunResult.parse(content, uri) if b'"val"' in content else RunInterruption.parse(content, uri)
 
     def read_result(self) -> RunResult | None:
         """Returns the result of a finished run, or None where it is not finished."""
@@ -187,7 +210,7 @@ class RunFolder:
 
     def write_ending(self, ending: RunResult | RunInterruption) -> None:
         """Writes ``result.json``."""
-        storage.write_bytes(self.path("result.json"), ending.model_dump_json(indent=2).encode())
+        storage.write_bytes(self.path("result.json"), ending.to_json())
 
     def write_interruption(self, status: InterruptionStatus, reason: str) -> None:
         """Writes ``result.json`` of a run that ends without a result."""
@@ -263,8 +286,8 @@ def find_runs(storage_uri: str) -> list[StartedRun]:
         folder = RunFolder(storage.join(storage_uri, name))
         try:
             content = storage.read_bytes(folder.path("config.json"))
-            runs.append(StartedRun(folder, RunRecord.model_validate_json(content)))
-        except (FileNotFoundError, ValidationError):
+            runs.append(StartedRun(folder, RunRecord.parse(content, folder.name)))
+        except (FileNotFoundError, RecordError):
             continue
     return sorted(runs, key=lambda run: (run.record.started, run.folder.name))
 

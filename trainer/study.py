@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from trainer.config import BatchRequest, TrainConfig
 from trainer.errors import InputError
+from trainer.record_format import Record
 
 Role = Literal["scientific", "nuisance"]
 Scalar = bool | int | float | str
@@ -114,16 +115,18 @@ class Parameter:
         return self.parent is None or values.get(self.parent[0]) == self.parent[1]
 
 
-class Study(_Strict):
-    """What a study file holds."""
+class Study(Record):
+    """What a study file holds, and ``study.json`` after it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     goal: str = Field(min_length=1)
     """One sentence: the question that the study answers."""
     base: dict[str, Any]
     """Options of train.py that every trial shares."""
-    scientific: dict[str, Any] = {}
+    scientific: dict[str, Any] = Field(default_factory=dict)
     """What the question is about: every value gets as many trials."""
-    nuisance: dict[str, Any] = {}
+    nuisance: dict[str, Any] = Field(default_factory=dict)
     """What must be tuned anew for each scientific value for a fair comparison."""
     trials: int = Field(ge=1)
     algorithm: Literal["sobol", "halton", "random", "grid", "tpe"] = "sobol"

@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from trainer import storage
 from trainer.config import find_differences
-from trainer.errors import InputError
+from trainer.errors import InputError, RecordError
+from trainer.record_format import Record
 from trainer.run_folder import RunFolder
 from trainer.study import Study
 
@@ -25,10 +24,8 @@ TrialStatus = Literal["running", "completed", "infeasible", "stopped", "failed"]
 _CHANGEABLE = {"trials", "concurrency"}
 
 
-class Trial(BaseModel):
+class Trial(Record):
     """What is known of one trial."""
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     run_name: str
     kind: Literal["search", "best", "incumbent"]
@@ -83,15 +80,13 @@ class StudyFolder:
 
     def read_study(self) -> Study | None:
         """Returns the study of the round, or None where none has begun."""
+        uri = self.path("study.json")
         try:
-            return Study.model_validate_json(storage.read_bytes(self.path("study.json")))
+            return Study.parse(storage.read_bytes(uri), uri)
         except FileNotFoundError:
             return None
-        except ValidationError as error:
-            raise InputError(
-                f"{self.path('study.json')} is not a study of this program ({error.errors()[0]['msg']}); begin another "
-                "one with --new-round"
-            ) from error
+        except RecordError as error:
+            raise RecordError(f"{error}; begin another round with --new-round") from error
 
     def write_study(self, study: Study) -> None:
         """Writes ``study.json``, anew where the number of trials has grown.
@@ -107,11 +102,11 @@ class StudyFolder:
                     f"the round in {self.uri} has begun with another study ({'; '.join(differences)}); begin the next "
                     "one with --new-round, or undo the change"
                 )
-        storage.write_bytes(self.path("study.json"), study.model_dump_json(indent=2).encode())
+        storage.write_bytes(self.path("study.json"), study.to_json())
 
     def write_trial(self, trial: Trial) -> None:
         """Writes what is known of a trial."""
-        storage.write_bytes(self.path("trials", f"{trial.run_name}.json"), trial.model_dump_json(indent=2).encode())
+        storage.write_bytes(self.path("trials", f"{trial.run_name}.json"), trial.to_json())
 
     def read_trials(self) -> list[Trial]:
         """Returns the trials that have started."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.decode import ImageOptions, decode_image
 from data_prep.formats import RejectedImageError
-from data_prep.manifest import parse_manifest
+from data_prep.manifest import Manifest
 from data_prep.sources import find_images
 from tests.conftest import REPOSITORY
 from trainer.config import TrainConfig, parse_config
@@ -81,14 +81,14 @@ def attempt(expected: type[Exception], function, *arguments) -> tuple[object, st
 
 @given(st.sampled_from(sorted(MANIFEST)), anything)
 def test_a_manifest_is_read_or_refused(name, value):
-    _, message = attempt(ValueError, parse_manifest, json.dumps({**MANIFEST, name: value}))
-    assert message is None or "this program reads format version 1" in message
+    _, message = attempt(InputError, Manifest.parse, json.dumps({**MANIFEST, name: value}), "manifest.json")
+    assert message is None or message.startswith("manifest.json cannot be read: ")
 
 
 @given(edits(len(json.dumps(MANIFEST))))
 def test_a_damaged_manifest_is_read_or_refused(changes):
-    _, message = attempt(ValueError, parse_manifest, edit(json.dumps(MANIFEST).encode(), changes))
-    assert message is None or "this program reads format version 1" in message
+    _, message = attempt(InputError, Manifest.parse, edit(json.dumps(MANIFEST).encode(), changes), "manifest.json")
+    assert message is None or message.startswith("manifest.json cannot be read: ")
 
 
 @given(st.sampled_from(sorted(TrainConfig.model_fields)), anything)

@@ -192,9 +192,9 @@ def test_a_cache_that_could_not_be_finished_is_filled_again(write_dataset, monke
 
 def test_a_manifest_of_a_newer_format_is_refused(write_dataset):
     written = write_dataset()
-    newer = {**json.loads(written.manifest.model_dump_json()), "format_version": 2}
+    newer = {**json.loads(written.manifest.model_dump_json()), "format": 2}
     storage.write_bytes(storage.join(written.uri, "manifest.json"), json.dumps(newer).encode())
-    with pytest.raises(InputError, match="format version 1"):
+    with pytest.raises(InputError, match="it is of format 2"):
         load_manifest(written.uri)
 
 

@@ -4,14 +4,17 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from trainer import checkpoint as checkpoints
 from trainer import run_folder, storage
-from trainer.errors import InputError
+from trainer.errors import RecordError
 from trainer.run_folder import RunFolder, describe_run
+
+PAST = Path(__file__).parents[1] / "past_records"
 
 
 @pytest.fixture
@@ -71,10 +74,15 @@ def test_without_a_repository_the_code_version_is_the_installed_one(make_config,
 
 
 @pytest.mark.parametrize("content", [b"{", b'{"config": {"arch": "alexnet"}}'])
-def test_a_config_of_another_program_is_refused_with_what_to_do(run, content):
+def test_a_config_of_another_program_is_refused(run, content):
     storage.write_bytes(run.path("config.json"), content)
-    with pytest.raises(InputError, match=r"config.json is not a config of this program .*; choose another --run-name"):
+    with pytest.raises(RecordError, match=r"config.json cannot be read: "):
         run.read_record()
+
+
+def test_a_run_without_the_manifest_of_its_dataset_says_so(run):
+    with pytest.raises(RecordError, match=r"dataset.json is missing"):
+        run.read_manifest()
 
 
 def test_the_result_survives(run, make_result, evaluation):
@@ -118,8 +126,15 @@ def test_a_run_that_was_refused_after_a_checkpoint_keeps_its_name(run, make_conf
 @pytest.mark.parametrize("content", [b"{", b"{}"])
 def test_a_result_of_another_program_is_refused(run, content):
     storage.write_bytes(run.path("result.json"), content)
-    with pytest.raises(InputError, match=r"result\.json"):
+    with pytest.raises(RecordError, match=r"result\.json"):
         run.read_result()
+
+
+@pytest.mark.parametrize("name", ["a9db2b2/result.json", "e7b8c87/result.json", "e9cf8f1/interruption.json"])
+def test_the_endings_of_earlier_versions_are_told_apart(run, name):
+    storage.write_bytes(run.path("result.json"), (PAST / name).read_bytes())
+    assert (run.read_result() is None) == ("interruption" in name)
+    assert run.read_ending() is not None
 
 
 def test_attempts_are_counted_from_one_and_described(run):

@@ -1,0 +1,86 @@
+"""The core of every record: a JSON file with a format number, which other versions of this program can read."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, computed_field, model_validator
+from pydantic_core import PydanticCustomError
+
+from trainer.errors import RecordError
+
+
+class Record(BaseModel):
+    """A frozen model that is kept as JSON.
+
+    Read from JSON, fields that it does not know are passed over, at any depth; a field that it has gained since the
+    record was written gets the value that its absence meant; and a format number larger than its own is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+    FORMAT: ClassVar[int] = 1
+    """Raised by a change that a program which passes over unknown fields would misread; not by a new field."""
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """The present name of a field by an earlier one."""
+    ADDED: ClassVar[Mapping[str, Any]] = {}
+    """What a record without a field means: a value, or a function of the record that returns it.
+
+    By name; ``config.seed`` is the field of a model within.
+    """
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def format(self) -> int:
+        """The format number that the record is written with."""
+        return self.FORMAT
+
+    @classmethod
+    def parse(cls, content: str | bytes, source: str) -> Self:
+        """Parse JSON into the record that it holds.
+
+        Args:
+            content: JSON.
+            source: what it was read from, for the message.
+
+        Raises:
+            RecordError: it is not such a record, or one of a newer format; says the first field that is wrong.
+        """
+        try:
+            # At any depth: models that refuse unknown fields do so for what a user types.
+            return cls.model_validate_json(content, extra="ignore")
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+            raise RecordError(
+                f"{source} cannot be read: {field}{first['msg']} (this program reads format {cls.FORMAT} and older "
+                "ones)"
+            ) from error
+
+    def to_json(self) -> bytes:
+        """Write the record as JSON text."""
+        return self.model_dump_json(indent=2).encode()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _migrate(cls, values: Any, info: ValidationInfo) -> Any:
+        """Bring what was read from JSON to the present format; what the program itself makes is left as it is."""
+        if info.mode != "json" or not isinstance(values, dict):
+            return values
+        values = {cls.RENAMED.get(name, name): value for name, value in values.items()}
+        number = values.get("format", 1)
+        if not isinstance(number, int) or number > cls.FORMAT:
+            raise PydanticCustomError(
+                "format", "it is of format {number}: update this program to read it", {"number": str(number)}
+            )
+        for path, value in cls.ADDED.items():
+            _set_missing(values, path.split("."), value(values) if callable(value) else value)
+        return values
+
+
+def _set_missing(values: Any, path: list[str], value: Any) -> None:
+    """Set the field of a path where the model that it belongs to is there without it."""
+    *models, name = path
+    for model in models:
+        values = values.get(model) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.setdefault(name, value)
