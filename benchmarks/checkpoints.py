@@ -93,10 +93,12 @@ def train(name: str, options: dict[str, Any], storage: str) -> list[dict[str, fl
     from trainer.job import WorkerJob
     from trainer.local_worker import run_process
 
-    with connect(one_process=True) as resources:
-        with launch.open_run(storage, f"run-{time.time_ns()}", options["arch"], resources) as run:
-            plan = launch.plan_run(options, run, resources)
-            job = WorkerJob(plan.config, plan.manifest, run.uri, (), 0, None, ignore_event)
+    with (
+        connect(one_process=True) as resources,
+        launch.open_run(storage, f"run-{time.time_ns()}", options["arch"], resources) as run,
+    ):
+        plan = launch.plan_run(options, run, resources)
+        job = WorkerJob(plan.config, plan.manifest, run.uri, run.lease, (), 0, None, ignore_event)
         rows: list[dict[str, float]] = []
 
         def work(send_event: OnEvent) -> Any:
@@ -104,8 +106,8 @@ def train(name: str, options: dict[str, Any], storage: str) -> list[dict[str, fl
 
             if name == WITHOUT:
                 save = loop._Training._save
-                epochs = plan.config.epochs
-                loop._Training._save = lambda self, *rest: save(self, *rest) if len(self._history) == epochs else None
+                last = plan.config.epochs
+                loop._Training._save = lambda self, *rest: save(self, *rest) if len(self._history) == last else None
             return loop.train_worker(replace(job, send_event=send_event))
 
         def keep(event: Any) -> None:

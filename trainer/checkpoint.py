@@ -1,18 +1,33 @@
 """The checkpoint format: resumable, complete or invisible, and loaded without running code from a file.
 
-    RUN/checkpoints/step-00000327/model.safetensors      weights by variable name
-                                  optimizer.safetensors  optimizer state by variable name
-                                  steps.parquet          loss, gradient norm, ... of each optimizer step so far
-                                  predictions.parquet    validation: label, predicted, confidence, ... of each row;
-                                                         at the end of an epoch only
-                                  checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
+    RUN/checkpoints/step-00000327-attempt-0002/
+        model.safetensors      weights by variable name
+        optimizer.safetensors  optimizer state by variable name
+        steps.parquet          loss, gradient norm, ... of each optimizer step so far
+        predictions.parquet    validation: label, predicted, confidence, ... of each row; at the end of an epoch only
+        checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
 
 A folder without ``checkpoint.json`` is not a checkpoint. Nothing else is consulted: the last checkpoint and the best
 ones are found by listing.
+
+A killed driver may leave workers that write on beside those of the next one, and an object store has neither a lock nor
+a conditional delete. Nothing that such a stale writer does, at whatever time, reaches what a later attempt has or will
+read:
+
+* Its files have names of their own, for its attempt is in them.
+* What it commits does not count. Each checkpoint says from which checkpoint of each earlier attempt it goes on
+  (`Position.lineage`); as soon as the latest attempt has one, those of earlier attempts that came after are left out.
+* It deletes nothing that is needed. An attempt announces itself before it looks for the last checkpoint. A writer
+  deletes what it listed after a commit and before it saw that no later attempt was announced: such an attempt has seen
+  that commit, and takes none of the older checkpoints that the writer does not keep.
+
+What is left: until the later attempt has committed its first checkpoint, what the stale one commits is taken for the
+last of the run. It is whole and it is of this run, so an attempt that goes on from it is right, too.
 """
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +55,9 @@ class Position(Record):
         "epoch_rows": 0,
         # Not known: the schedule goes on where as many epochs of the batch of now would have led.
         "global_batch_size": 0,
+        # Attempts were not told apart.
+        "attempt": 0,
+        "lineage": (),
     }
 
     epoch: int
@@ -52,10 +70,17 @@ class Position(Record):
     """Of the last step."""
     history: list[dict[str, float]]
     """One row of metrics a finished epoch: so no epoch is counted twice after a restart."""
+    attempt: int = 0
+    """Which start of the workers wrote it, from 1; 0 where that is not known."""
+    lineage: tuple[tuple[int, int], ...] = ()
+    """Attempt and step of the checkpoint that each earlier attempt had come to when the next one went on from it."""
 
 
 class Checkpoint(Position):
     """What ``checkpoint.json`` holds."""
+
+    # 2: its attempt is in the name of its folder.
+    FORMAT: ClassVar[int] = 2
 
     sha256: dict[str, str]
     """Of each other file of the checkpoint."""
@@ -63,7 +88,7 @@ class Checkpoint(Position):
     @property
     def name(self) -> str:
         """The name of the checkpoint's folder."""
-        return checkpoint_name(self.step)
+        return checkpoint_name(self.step, self.attempt)
 
     @property
     def is_evaluated(self) -> bool:
@@ -81,36 +106,67 @@ def rank_epoch(row: dict[str, float]) -> tuple[float, float, int]:
     return (row["val_accuracy"], -row["val_loss"], -int(row["epoch"]))
 
 
-def checkpoint_name(step: int) -> str:
-    """Returns the folder name of the checkpoint after a number of optimizer steps."""
-    return f"step-{step:08d}"
+def checkpoint_name(step: int, attempt: int = 0) -> str:
+    """Return the folder name of the checkpoint of an attempt after a number of optimizer steps."""
+    return f"step-{step:08d}" + (f"-attempt-{attempt:04d}" if attempt else "")
 
 
-def save_checkpoint(folder: str, position: Position, files: dict[str, bytes]) -> Checkpoint:
-    """Writes one checkpoint below ``folder``; it appears when all its files are there."""
+def _parse_name(name: str) -> tuple[int, int] | None:
+    """Return step and attempt of a folder name, or None where it is not a checkpoint's."""
+    match = re.fullmatch(r"step-(\d{8,})(?:-attempt-(\d{4,}))?", name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def save_checkpoint(
+    folder: str, position: Position, files: dict[str, bytes], check_owner: Callable[[], None] = lambda: None
+) -> Checkpoint:
+    """Write one checkpoint below ``folder``; it appears when all its files are there.
+
+    Args:
+        folder: of the checkpoints.
+        position: of the run.
+        files: content by name.
+        check_owner: raises where a later attempt writes the run; asked directly before the commit.
+    """
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     checkpoint = Checkpoint(**position.model_dump(), sha256=sha256)
     uri = storage.join(folder, checkpoint.name)
     for name, content in files.items():
         storage.write_bytes(storage.join(uri, name), content)
+    check_owner()
     storage.write_bytes(storage.join(uri, _COMMIT_NAME), checkpoint.to_json())
     return checkpoint
 
 
 def find_checkpoints(folder: str) -> list[Checkpoint]:
-    """Returns the complete checkpoints below ``folder``, by step.
+    """Return the complete checkpoints that the latest attempt has written or goes on from, by step.
 
     Raises:
         RecordError: a commit cannot be read.
     """
     checkpoints = []
-    for name in storage.find_folders(folder):
+    for name in filter(_parse_name, storage.find_folders(folder)):
         uri = storage.join(folder, name, _COMMIT_NAME)
         try:
             checkpoints.append(Checkpoint.parse(storage.read_bytes(uri), uri))
         except FileNotFoundError:
             continue
-    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    return sorted(_keep_lineage(checkpoints), key=lambda checkpoint: checkpoint.step)
+
+
+def _keep_lineage(found: list[Checkpoint]) -> list[Checkpoint]:
+    """Leave out what earlier attempts wrote after the latest one had gone on from before it."""
+    latest = max(found, key=lambda one: one.attempt, default=None)
+    if latest is None:
+        return []
+    last_steps = dict(latest.lineage)
+    return [one for one in found if one.attempt == latest.attempt or one.step <= last_steps.get(one.attempt, -1)]
+
+
+def find_latest_attempt(folder: str) -> int:
+    """Return the highest number of an attempt that has begun to write a checkpoint, or 0."""
+    parsed = map(_parse_name, storage.find_folders(folder))
+    return max((attempt for _, attempt in filter(None, parsed)), default=0)
 
 
 def find_last(folder: str) -> Checkpoint | None:
@@ -159,18 +215,26 @@ def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
     return content
 
 
-def delete_old_checkpoints(folder: str, keep_best: int) -> None:
-    """Deletes all but the last checkpoint and the best ones, and what a killed writer has left of older ones."""
+def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[], None] = lambda: None) -> None:
+    """Delete all but the last checkpoint and the best ones, and what a killed writer has left of older ones.
+
+    Args:
+        folder: of the checkpoints.
+        keep_best: how many of the best ones are kept.
+        check_owner: raises where a later attempt writes the run; asked when it is known what is to be deleted.
+    """
+    names = [(parsed, name) for name in storage.find_folders(folder) if (parsed := _parse_name(name))]
     checkpoints = find_checkpoints(folder)
     evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.is_evaluated]
     best = sorted(evaluated, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
-    kept = {checkpoint.name for checkpoint in [*best, *checkpoints[-1:]]}
-    for name in storage.find_folders(folder):
-        if name not in kept and name < max(kept, default=""):
-            uri = storage.join(folder, name)
-            # The commit goes first, so that a half-deleted folder is not a checkpoint.
-            storage.delete_file(storage.join(uri, _COMMIT_NAME))
-            storage.delete_folder(uri)
+    kept = {(checkpoint.step, checkpoint.attempt) for checkpoint in [*best, *checkpoints[-1:]]}
+    old = [name for parsed, name in names if parsed not in kept and parsed < max(kept, default=(0, 0))]
+    check_owner()
+    for name in old:
+        uri = storage.join(folder, name)
+        # The commit goes first, so that a half-deleted folder is not a checkpoint.
+        storage.delete_file(storage.join(uri, _COMMIT_NAME))
+        storage.delete_folder(uri)
 
 
 def to_safetensors(arrays: Arrays) -> bytes:

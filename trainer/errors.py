@@ -20,6 +20,10 @@ class JobError(Exception):
     """The job started and failed: exit 1."""
 
 
+class LeaseLostError(JobError):
+    """Another job, or a later start of the workers, has taken over what this one worked on: it must write no more."""
+
+
 class WorkerDiedError(Exception):
     """The process of a worker is gone without an answer."""
 

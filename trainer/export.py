@@ -9,7 +9,6 @@ import tf_keras as keras
 
 from data_prep.manifest import Manifest
 from trainer import checkpoint as checkpoints
-from trainer import storage
 from trainer.architectures import ARCHITECTURES, build_model
 from trainer.config import TrainConfig
 from trainer.errors import InputError
@@ -57,12 +56,12 @@ def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.keras")
         model.save(path)
-        storage.write_bytes(run.path("model.keras"), path.read_bytes())
+        run.write(path.read_bytes(), "model.keras")
         if config.export == "saved_model":
             _save_saved_model(model, manifest, Path(folder, "saved_model"))
             for file in Path(folder, "saved_model").rglob("*"):
                 if file.is_file():
-                    storage.write_bytes(run.path(*file.relative_to(folder).parts), file.read_bytes())
+                    run.write(file.read_bytes(), *file.relative_to(folder).parts)
 
 
 def _save_saved_model(model: Any, manifest: Manifest, folder: Path) -> None:

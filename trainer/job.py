@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from data_prep.manifest import Manifest
 from trainer.config import TrainConfig
 from trainer.events import OnEvent, SizeMeasured
+from trainer.lease import Lease
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class WorkerJob:
     manifest: Manifest
     run: str
     """URI of the run folder."""
+    lease: Lease | None
+    """Of the driver: its workers write no more when it has lost the run."""
     trackers: tuple[str, ...]
     """Names of `trainer.tracking`: where metrics go besides the run folder."""
     profile_steps: int

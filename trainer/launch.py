@@ -156,10 +156,10 @@ def open_run(
     """
     name = run_name or f"{arch}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     _check_run_name(name)
-    run = RunFolder(storage.join(storage.resolve_uri(storage_uri), name))
-    check_shared("--storage", run.uri, resources)
-    with hold_lease(run.path("lease.json"), f"run {name}", wait=wait):
-        yield run
+    uri = storage.join(storage.resolve_uri(storage_uri), name)
+    check_shared("--storage", uri, resources)
+    with hold_lease(storage.join(uri, "lease.json"), f"run {name}", wait=wait) as lease:
+        yield RunFolder(uri, lease)
 
 
 def _check_run_name(name: str) -> None:
@@ -403,7 +403,7 @@ def launch(
     largest_per_replica = plan.batch.largest_per_replica
     on_event(_describe_start(run, resize_batch(config, num_workers, largest_per_replica), manifest))
     on_event(StageProgressed("starting workers", 0, num_workers))
-    job = WorkerJob(config, manifest, run.uri, trackers, profile_steps, largest_per_replica, ignore_event)
+    job = WorkerJob(config, manifest, run.uri, run.lease, trackers, profile_steps, largest_per_replica, ignore_event)
     run.delete_interruption()
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:
@@ -478,7 +478,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     # Loaded by now, in `_load_ending`.
     from trainer.plots import write_batch_sizes, write_plots
 
-    run, config, manifest = RunFolder(job.run), job.config, job.manifest
+    run, config, manifest = RunFolder(job.run, job.lease), job.config, job.manifest
+    run.check_owner()
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
     if best is None or last is None:
@@ -517,8 +518,9 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
         write_batch_sizes(run, record.batch.table)
     if job.profile_steps and ray.is_initialized():
         # Chrome's trace viewer and ui.perfetto.dev show it.
-        storage.write_bytes(run.path("profile", "ray_timeline.json"), json.dumps(ray.timeline()).encode())
+        run.write(json.dumps(ray.timeline()).encode(), "profile", "ray_timeline.json")
     if "mlflow" in job.trackers:
+        run.check_owner()
         log_to_mlflow(run, config, last.history, result)
     write_note(run, result)
     run.write_ending(result)

@@ -1,18 +1,22 @@
-"""Keeps two jobs out of one folder: a small file that says who works there, and is renewed as long as they do."""
+"""Keeps two jobs out of one folder: a small file that says who works there, and is renewed as long as they do.
+
+Its token is what a job and its workers look at before they write (`Lease.check`): a job that was killed may have
+workers that live on for seconds, and one that stood still does not know yet that another one has taken over.
+"""
 
 import contextlib
 import json
-import os
 import platform
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from trainer import storage
-from trainer.errors import InputError, JobError
+from trainer.errors import InputError, JobError, LeaseLostError
+from trainer.processes import ProcessId, is_gone, this_process
 from trainer.signals import interrupt_main
 
 _RENEW_SECONDS = 15.0
@@ -22,9 +26,33 @@ _EXPIRE_SECONDS = 150.0
 _SETTLE_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class Lease:
+    """A lease as its holder has it, and as the holder's workers are told of it."""
+
+    uri: str
+    what: str
+    """What is worked on, for the message."""
+    token: str
+    """Of this holder alone."""
+
+    def check(self) -> None:
+        """Raise unless the lease is still this holder's.
+
+        A check is no lock: a write that was begun before another job took over may end afterwards. Whoever needs more
+        gives what it writes a name that no other holder uses.
+
+        Raises:
+            LeaseLostError: another job has it, or nobody.
+        """
+        holder = _read_holder(self.uri)
+        if holder is None or holder["token"] != self.token:
+            raise LeaseLostError(_describe_loss(self.what, holder))
+
+
 @contextlib.contextmanager
-def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds the file at ``uri`` for the time of the context.
+def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[Lease]:
+    """Hold the file at ``uri`` for the time of the context.
 
     A lease whose holder died is taken over: at once if it was a process of this machine, else when it has not been
     renewed for two and a half minutes. Two jobs that start at the same moment are told apart by a conditional write
@@ -42,9 +70,9 @@ def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         InputError: another job holds it.
     """
-    token = uuid.uuid4().hex
+    lease = Lease(uri, what, uuid.uuid4().hex)
     deadline = time.monotonic() + (_EXPIRE_SECONDS if wait else 0)
-    while holder := _acquire(uri, what, token):
+    while holder := _acquire(lease):
         if time.monotonic() > deadline:
             raise InputError(
                 f"{what} is in use by process {holder['pid']} on {holder['host']}, last heard of "
@@ -53,10 +81,10 @@ def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[None]:
         time.sleep(_SETTLE_SECONDS)
     storage.delete_partial_files(storage.parent(uri))
     released = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(uri, what, token, released), daemon=True)
+    renewer = threading.Thread(target=_renew, args=(lease, released), daemon=True)
     renewer.start()
     try:
-        yield
+        yield lease
     finally:
         released.set()
         # Where the storage is away, the lease expires.
@@ -65,42 +93,41 @@ def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[None]:
         # A renewal on its way to a slow one would otherwise come after the deletion.
         renewer.join(_RENEW_SECONDS)
         with contextlib.suppress(InputError, JobError):
-            if _holds(uri, token):
-                storage.delete_file(uri)
+            lease.check()
+            storage.delete_file(uri)
 
 
-def _acquire(uri: str, what: str, token: str) -> dict[str, Any] | None:
-    """Takes the lease, or returns who holds it."""
-    content = _describe_holder(token)
+def _acquire(lease: Lease) -> dict[str, Any] | None:
+    """Take the lease, or return who holds it."""
+    uri, content = lease.uri, _describe_holder(lease.token)
     if not storage.create_file(uri, content):
         holder = _read_holder(uri)
         # It is this job itself where the answer to its write was lost, and the write was tried again.
-        if holder is not None and holder["token"] != token and _is_alive(holder):
+        if holder is not None and holder["token"] != lease.token and _is_alive(holder):
             return holder
         storage.write_bytes(uri, content)
         time.sleep(_SETTLE_SECONDS)
     elif not storage.refuses_to_create(uri, content):
         time.sleep(_SETTLE_SECONDS)
-    if not _holds(uri, token):
-        raise InputError(f"{what} was taken by another job that started at the same moment; wait for it to end")
+    try:
+        lease.check()
+    except LeaseLostError as error:
+        raise InputError(
+            f"{lease.what} was taken by another job that started at the same moment; wait for it to end"
+        ) from error
     return None
 
 
 def _describe_holder(token: str) -> bytes:
+    process = this_process()
     holder = {
         "token": token,
         "host": platform.node(),
-        "pid": os.getpid(),
-        "namespace": _process_namespace(),
+        "pid": process.pid,
+        "namespace": process.namespace,
         "renewed": time.time(),
     }
     return json.dumps(holder).encode()
-
-
-def _process_namespace() -> str:
-    """Returns what two processes have in common of which one can tell whether the other is alive."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _read_holder(uri: str) -> dict[str, Any] | None:
@@ -111,25 +138,26 @@ def _read_holder(uri: str) -> dict[str, Any] | None:
     return holder
 
 
-def _holds(uri: str, token: str) -> bool:
-    holder = _read_holder(uri)
-    return holder is not None and holder["token"] == token
+def _describe_loss(what: str, holder: dict[str, Any] | None) -> str:
+    by = f"process {holder['pid']} on {holder['host']}" if holder else "nobody: its lease was deleted"
+    return f"{what} was taken over while nothing was heard of this job, by {by}"
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    if holder.get("namespace") == _process_namespace() and not os.path.exists(f"/proc/{holder['pid']}"):
+    if is_gone(ProcessId(holder["pid"], holder.get("namespace", ""))):
         return False
     # Of this machine too: a container that was started again has the host name and the process numbers of the old one.
     return bool(time.time() - holder["renewed"] < _EXPIRE_SECONDS)
 
 
-def _renew(uri: str, what: str, token: str, released: threading.Event) -> None:
+def _renew(lease: Lease, released: threading.Event) -> None:
     while not released.wait(_RENEW_SECONDS):
-        # A storage that does not answer now may do so before the lease expires.
-        with contextlib.suppress(InputError, JobError):
-            holder = _read_holder(uri)
-            if holder is None or holder["token"] != token:
-                by = f"process {holder['pid']} on {holder['host']}" if holder else "nobody: its lease was deleted"
-                interrupt_main(f"{what} was taken over while nothing was heard of this job, by {by}")
-                return
-            storage.write_bytes(uri, _describe_holder(token))
+        try:
+            lease.check()
+            storage.write_bytes(lease.uri, _describe_holder(lease.token))
+        except LeaseLostError as error:
+            interrupt_main(str(error))
+            return
+        except (InputError, JobError):
+            # A storage that does not answer now may do so before the lease expires.
+            continue

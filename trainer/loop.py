@@ -71,11 +71,11 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     share_devices(context.get_local_world_size())
-    run = RunFolder(job.run)
+    run = RunFolder(job.run, job.lease)
     config = resize_batch(job.config, num_workers, job.largest_per_replica)
     attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
     last = broadcast_from_rank_zero(checkpoints.find_last(run.checkpoints) if rank == 0 else None)
-    training = _Training(job, config, rank, attempt, last)
+    training = _Training(job, run, config, rank, attempt, last)
     reason = training.run()
 
     network = training.network
@@ -88,7 +88,7 @@ def train_worker(job: WorkerJob) -> WorkerResult:
             run.record_test_read("train.py")
         table = predictions_table(training.evaluate(test), test.labels)
         if rank == 0:
-            storage.write_bytes(run.path("test_predictions.parquet"), storage.parquet_bytes(table))
+            run.write(storage.parquet_bytes(table), "test_predictions.parquet")
     if best is not None and rank == 0:
         # Not at the top: the first step comes a third of a second sooner.
         from trainer.plots import write_mistakes
@@ -103,9 +103,11 @@ def train_worker(job: WorkerJob) -> WorkerResult:
 class _Training:
     """A network on its way through the epochs, and what is known of the way so far."""
 
-    def __init__(self, job: WorkerJob, config: TrainConfig, rank: int, attempt: int, last: Checkpoint | None) -> None:
-        self._job, self._config, self._rank, self._attempt = job, config, rank, attempt
-        self._run = RunFolder(job.run)
+    def __init__(
+        self, job: WorkerJob, run: RunFolder, config: TrainConfig, rank: int, attempt: int, last: Checkpoint | None
+    ) -> None:
+        self._job, self._run, self._config, self._rank, self._attempt = job, run, config, rank, attempt
+        self._lineage = (*last.lineage, (last.attempt, last.step)) if last else ()
         self._train, self.val = (open_split(config.dataset, job.manifest, name) for name in ("train", "val"))
         initial_weights = read_weights(config.init_from) if config.init_from and last is None else None
         steps_per_epoch = len(self._train) // config.global_batch_size
@@ -252,8 +254,11 @@ class _Training:
                 step=self._steps.num_rows,
                 global_batch_size=self._config.global_batch_size,
                 history=self._history,
+                attempt=self._attempt,
+                lineage=self._lineage,
             )
-            write(_write_checkpoint, self._job, position, arrays, {checkpoints.STEPS_NAME: self._steps, **tables})
+            tables = {checkpoints.STEPS_NAME: self._steps, **tables}
+            write(_write_checkpoint, self._job, self._run, position, arrays, tables)
         self._checkpoint_seconds += time.perf_counter() - started
 
 
@@ -331,16 +336,19 @@ def _background_writer() -> Iterator[Writer]:
 
 
 def _write_checkpoint(
-    job: WorkerJob, position: Position, arrays: dict[str, checkpoints.Arrays], tables: dict[str, pa.Table]
+    job: WorkerJob,
+    run: RunFolder,
+    position: Position,
+    arrays: dict[str, checkpoints.Arrays],
+    tables: dict[str, pa.Table],
 ) -> None:
-    run, history = RunFolder(job.run), position.history
     files = {name: checkpoints.to_safetensors(one) for name, one in arrays.items()}
     files |= {name: storage.parquet_bytes(one) for name, one in tables.items()}
-    checkpoints.save_checkpoint(run.checkpoints, position, files)
-    checkpoints.delete_old_checkpoints(run.checkpoints, job.config.keep_best)
+    checkpoints.save_checkpoint(run.checkpoints, position, files, run.check_owner)
+    checkpoints.delete_old_checkpoints(run.checkpoints, job.config.keep_best, run.check_owner)
     if position.epoch_rows:
         return
-    run.write_metrics(history)
+    run.write_metrics(position.history)
     run.write_steps(tables[checkpoints.STEPS_NAME])
     if "tensorboard" in job.trackers:
-        write_tensorboard(run, history)
+        write_tensorboard(run, position.history)

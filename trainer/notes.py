@@ -17,7 +17,7 @@ def write_note(run: RunFolder, result: RunResult) -> None:
     """Writes ``note.md``."""
     runs = find_runs(storage.parent(run.uri))
     own = next(one for one in runs if one.folder.uri == run.uri)
-    storage.write_bytes(run.path("note.md"), format_note(own, runs, result).encode())
+    run.write(format_note(own, runs, result).encode(), "note.md")
 
 
 def format_notebook(runs: Sequence[StartedRun]) -> str:

@@ -39,8 +39,9 @@ from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.batch_table import BatchChoice
 from trainer.config import TrainConfig
-from trainer.errors import RecordError
+from trainer.errors import LeaseLostError, RecordError
 from trainer.evaluation import EvaluationResult
+from trainer.lease import Lease
 from trainer.record_format import Record
 
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
@@ -134,9 +135,12 @@ class RunInterruption(Record):
 class RunFolder:
     """The files of one run."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, lease: Lease | None = None) -> None:
         self.uri = uri
         self.checkpoints = storage.join(uri, "checkpoints")
+        self.lease = lease
+        """Of the job that trains the run; None for all others."""
+        self._attempt = 0
 
     @property
     def name(self) -> str:
@@ -146,6 +150,31 @@ class RunFolder:
     def path(self, *parts: str) -> str:
         """Returns the URI of a file in the folder."""
         return storage.join(self.uri, *parts)
+
+    def check_owner(self) -> None:
+        """Raise unless this job still has the run and, after `start_attempt`, its workers were not started again.
+
+        Every write of the job and of its workers asks it directly before: what is left is a write that was on its way
+        when the run was taken over. Checkpoints have no such rest (`trainer.checkpoint`).
+
+        Raises:
+            LeaseLostError: it must write no more.
+        """
+        if self.lease is not None:
+            self.lease.check()
+        if self._attempt and (latest := self._find_latest_attempt()) > self._attempt:
+            raise LeaseLostError(
+                f"attempt {self._attempt} at run {self.name} writes no more: attempt {latest} has started"
+            )
+
+    def write(self, content: bytes, *parts: str) -> None:
+        """Write a file in the folder, unless this job or attempt has lost the run.
+
+        Raises:
+            LeaseLostError: it has.
+        """
+        self.check_owner()
+        storage.write_bytes(self.path(*parts), content)
 
     def read_record(self) -> RunRecord | None:
         """Returns the record of the run, or None where none was started.
@@ -172,11 +201,11 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Writes ``config.json``."""
-        storage.write_bytes(self.path("config.json"), record.to_json())
+        self.write(record.to_json(), "config.json")
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes ``dataset.json``."""
-        storage.write_bytes(self.path("dataset.json"), manifest.to_json())
+        self.write(manifest.to_json(), "dataset.json")
 
     def read_manifest(self) -> Manifest:
         """Returns the manifest of the run's dataset as it was trained on.
@@ -210,7 +239,7 @@ class RunFolder:
 
     def write_ending(self, ending: RunResult | RunInterruption) -> None:
         """Writes ``result.json``."""
-        storage.write_bytes(self.path("result.json"), ending.to_json())
+        self.write(ending.to_json(), "result.json")
 
     def write_interruption(self, status: InterruptionStatus, reason: str) -> None:
         """Writes ``result.json`` of a run that ends without a result."""
@@ -218,19 +247,34 @@ class RunFolder:
 
     def delete_interruption(self) -> None:
         """Deletes the ``result.json`` of a run that is not finished: it goes on."""
+        self.check_owner()
         storage.delete_file(self.path("result.json"))
 
     def start_attempt(self) -> int:
-        """Records that the workers have started and returns how often they have, this time included."""
-        attempt = len(storage.find_files(self.path("attempts"))) + 1
+        """Record that the workers have started and return how often they have, this time included.
+
+        From now on `check_owner` refuses what earlier attempts write.
+
+        Raises:
+            LeaseLostError: the job that started them has lost the run.
+        """
+        self.check_owner()
         content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node(), "pid": os.getpid()})
-        storage.write_bytes(self.path("attempts", f"{attempt:04d}.json"), content.encode())
+        attempt = 1 + max(self._find_latest_attempt(), checkpoints.find_latest_attempt(self.checkpoints))
+        # Workers of a job that has lost the run may start at the same moment.
+        while not storage.create_file(self.path("attempts", f"{attempt:04d}.json"), content.encode()):
+            attempt += 1
+        self._attempt = attempt
         return attempt
+
+    def _find_latest_attempt(self) -> int:
+        names = storage.find_files(self.path("attempts"))
+        return max((int(name.partition(".")[0]) for name in names), default=0)
 
     def record_test_read(self, reader: str) -> None:
         """Records that the test split is about to be evaluated, and by what."""
         content = json.dumps({"started": datetime.now(UTC).isoformat(), "reader": reader}).encode()
-        storage.write_bytes(self.path("test_reads", f"{self.count_test_reads() + 1:04d}.json"), content)
+        self.write(content, "test_reads", f"{self.count_test_reads() + 1:04d}.json")
 
     def count_test_reads(self) -> int:
         """Returns how often the test split has been evaluated: each time makes its number less honest."""
@@ -238,7 +282,7 @@ class RunFolder:
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """Writes ``metrics.parquet`` anew."""
-        storage.write_bytes(self.path("metrics.parquet"), storage.parquet_bytes(pa.Table.from_pylist(history)))
+        self.write(storage.parquet_bytes(pa.Table.from_pylist(history)), "metrics.parquet")
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Returns one row of metrics an epoch; none before the first."""
@@ -251,7 +295,7 @@ class RunFolder:
 
     def write_steps(self, steps: pa.Table) -> None:
         """Writes ``steps.parquet`` anew."""
-        storage.write_bytes(self.path("steps.parquet"), storage.parquet_bytes(steps))
+        self.write(storage.parquet_bytes(steps), "steps.parquet")
 
     def read_steps(self) -> pa.Table | None:
         """Returns step, loss, accuracy, grad_norm and clipped of each optimizer step; None before a checkpoint."""

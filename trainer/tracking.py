@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import storage
 from trainer.config import TrainConfig
 from trainer.errors import InputError, JobError
 from trainer.run_folder import RunFolder, RunResult
@@ -49,7 +48,7 @@ def write_tensorboard(run: RunFolder, history: History) -> None:
                     writer.add_scalar(name, value, int(row["step"]))
         (written,) = Path(folder).iterdir()
         content = written.read_bytes()
-    storage.write_bytes(run.path("tensorboard", "events.out.tfevents.0.training-notes"), content)
+    run.write(content, "tensorboard", "events.out.tfevents.0.training-notes")
 
 
 def log_to_mlflow(run: RunFolder, config: TrainConfig, history: History, result: RunResult) -> None:

@@ -23,6 +23,7 @@ from trainer.cluster import Resources, read_resources, request_nodes
 from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.events import OnEvent, StageProgressed, WorkersAwaited, ignore_event
 from trainer.local_worker import run_process
+from trainer.processes import end_with, this_process
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig, TrainingFailedError
@@ -195,10 +196,17 @@ def run_workers(
     def send_event(event: Any) -> None:
         queue.actor.put_nowait.remote(event)
 
+    driver = this_process()
+
+    def work() -> Any:
+        # Ray ends it 2 to 3 seconds after the driver was killed.
+        end_with(driver)
+        return function(send_event)
+
     # Ray's own bookkeeping: the state of a run is in the run folder (docs/decisions/0003).
     bookkeeping = tempfile.TemporaryDirectory(prefix="ray-train-")
     trainer = DataParallelTrainer(
-        lambda: function(send_event),
+        work,
         backend_config=TensorFlowConfig(),
         scaling_config=_scaling(workers, resources),
         run_config=RunConfig(

@@ -18,8 +18,10 @@ def row(epoch: int, val_accuracy: float, val_loss: float = 1.0) -> dict[str, flo
     return {"epoch": epoch, "val_accuracy": val_accuracy, "val_loss": val_loss}
 
 
-def position(epoch: int, step: int, history, epoch_rows: int = 0) -> checkpoints.Position:
-    return checkpoints.Position(epoch=epoch, epoch_rows=epoch_rows, step=step, global_batch_size=4, history=history)
+def position(epoch: int, step: int, history, epoch_rows: int = 0, **values) -> checkpoints.Position:
+    return checkpoints.Position(
+        epoch=epoch, epoch_rows=epoch_rows, step=step, global_batch_size=4, history=history, **values
+    )
 
 
 def save(folder: str, accuracies, **files: bytes) -> list[checkpoints.Checkpoint]:
@@ -90,6 +92,47 @@ def test_a_save_that_fails_half_way_is_invisible(folder):
         checkpoints.save_checkpoint(folder, position(1, 10, [row(1, 0.5)]), files)
     assert storage.find_files(folder) == {"step-00000010/model": 1}
     assert checkpoints.find_checkpoints(folder) == []
+
+
+def save_attempt(folder: str, step: int, attempt: int, lineage=()) -> checkpoints.Checkpoint:
+    within = position(0, step, [], epoch_rows=4, attempt=attempt, lineage=lineage)
+    return checkpoints.save_checkpoint(folder, within, {})
+
+
+def test_a_checkpoint_has_its_attempt_in_its_name(folder):
+    assert save_attempt(folder, 20, 3).name == "step-00000020-attempt-0003"
+    assert storage.find_folders(folder) == ["step-00000020-attempt-0003"]
+
+
+def test_what_an_attempt_commits_after_a_later_one_went_on_from_before_it_does_not_count(folder):
+    first = [save_attempt(folder, step, 1) for step in (10, 20, 30)]
+    assert checkpoints.find_last(folder) == first[2]
+    second = save_attempt(folder, 25, 2, [(1, 20)])
+    assert checkpoints.find_checkpoints(folder) == [*first[:2], second]
+    third = save_attempt(folder, 15, 3, [(1, 10)])
+    assert checkpoints.find_checkpoints(folder) == [first[0], third]
+
+
+def test_a_run_from_before_attempts_were_in_names_goes_on(folder):
+    (old,) = save(folder, [0.5])
+    new = checkpoints.save_checkpoint(
+        folder, position(2, 20, [row(1, 0.5), row(2, 0.6)], attempt=2, lineage=[(0, 10)]), {}
+    )
+    assert checkpoints.find_checkpoints(folder) == [old, new]
+
+
+def test_folders_that_are_no_checkpoints_are_left_alone(folder):
+    storage.write_bytes(storage.join(folder, "my-favourite", "checkpoint.json"), b"{}")
+    save(folder, [0.5, 0.6])
+    checkpoints.delete_old_checkpoints(folder, keep_best=1)
+    assert storage.find_folders(folder) == ["my-favourite", "step-00000020"]
+
+
+def test_the_tenth_attempt_is_later_than_the_ninth(folder):
+    for attempt in (9, 10_000, 10):
+        save_attempt(folder, 10, attempt, [(earlier, 10) for earlier in (9, 10) if earlier < attempt])
+    checkpoints.delete_old_checkpoints(folder, keep_best=1)
+    assert storage.find_folders(folder) == ["step-00000010-attempt-10000"]
 
 
 def test_stray_files_are_no_checkpoints(folder):
@@ -211,8 +254,8 @@ def test_a_commit_of_a_newer_program_is_read_where_that_is_safe(folder):
     newer = {**json.loads(saved.to_json()), "shards": 2}
     storage.write_bytes(storage.join(folder, saved.name, "checkpoint.json"), json.dumps(newer).encode())
     assert checkpoints.find_checkpoints(folder) == [saved]
-    storage.write_bytes(storage.join(folder, saved.name, "checkpoint.json"), json.dumps(newer | {"format": 2}).encode())
-    with pytest.raises(RecordError, match="it is of format 2"):
+    storage.write_bytes(storage.join(folder, saved.name, "checkpoint.json"), json.dumps(newer | {"format": 3}).encode())
+    with pytest.raises(RecordError, match="it is of format 3"):
         checkpoints.find_checkpoints(folder)
 
 

@@ -11,7 +11,7 @@ from threading import Barrier
 import pytest
 
 from trainer import lease, signals, storage
-from trainer.errors import InputError
+from trainer.errors import InputError, LeaseLostError
 from trainer.lease import hold_lease
 
 
@@ -91,6 +91,17 @@ def test_a_lease_that_another_job_took_over_is_left_to_it(uri):
     with hold_lease(uri, "DATASET d"):
         write_holder(uri, host="elsewhere")
     assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"
+
+
+def test_a_holder_may_write_until_another_job_or_nobody_has_its_lease(uri):
+    with hold_lease(uri, "DATASET d") as held:
+        held.check()
+        write_holder(uri, host="elsewhere", pid=7)
+        with pytest.raises(LeaseLostError, match=r"DATASET d was taken over .*, by process 7 on elsewhere"):
+            held.check()
+        storage.delete_file(uri)
+        with pytest.raises(LeaseLostError, match="by nobody: its lease was deleted"):
+            held.check()
 
 
 def test_a_job_that_lost_its_lease_is_interrupted_and_knows_why(uri, monkeypatch, handlers):

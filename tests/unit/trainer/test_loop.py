@@ -1,6 +1,131 @@
-from trainer.loop import _check_finite
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from trainer import checkpoint as checkpoints
+from trainer import storage
+from trainer.checkpoint import Position
+from trainer.config import TrainConfig
+from trainer.errors import LeaseLostError
+from trainer.events import ignore_event
+from trainer.job import WorkerJob
+from trainer.loop import STEPS_SCHEMA, _check_finite, _write_checkpoint
+from trainer.run_folder import RunFolder
 
 
 def test_an_epoch_of_which_less_than_a_batch_is_left_has_no_steps_to_check():
     # Continued by fewer workers, whose batch is larger than the rows that are left.
     _check_finite([], first_step=4, precision="float32")
+
+
+# The first epoch is the best.
+ACCURACIES = [0.9, 0.5, 0.6, 0.7]
+
+
+def write(run: RunFolder, config: TrainConfig, epoch: int, step: int, attempt: int, lineage=()) -> None:
+    """Writes the checkpoint of an epoch, and all that goes with it, as rank 0 does."""
+    job = WorkerJob(config, None, run.uri, run.lease, (), 0, None, ignore_event)
+    rows = enumerate(ACCURACIES[:epoch], start=1)
+    history = [{"epoch": n, "val_accuracy": one, "val_loss": 1.0, "attempt": attempt} for n, one in rows]
+    position = Position(
+        epoch=epoch,
+        epoch_rows=0,
+        step=step,
+        global_batch_size=4,
+        history=history,
+        attempt=attempt,
+        lineage=lineage,
+    )
+    arrays = {checkpoints.MODEL_NAME: {"kernel": np.full(3, epoch, np.float32)}}
+    _write_checkpoint(job, run, position, arrays, {checkpoints.STEPS_NAME: STEPS_SCHEMA.empty_table()})
+
+
+def read_all(run: RunFolder, checkpoint: checkpoints.Checkpoint) -> None:
+    for name in checkpoint.sha256:
+        checkpoints.read_file(run.checkpoints, checkpoint, name)
+
+
+STORAGE_CALLS = (
+    "read_bytes",
+    "write_bytes",
+    "create_file",
+    "find_files",
+    "find_folders",
+    "delete_file",
+    "delete_folder",
+)
+
+
+@contextlib.contextmanager
+def interruption(call_number: int, interrupt: Callable[[], None]) -> Iterator[None]:
+    """Calls a function once, before the call to the storage of this number."""
+    numbers = itertools.count()
+
+    def count(function):
+        def call(*arguments, **options):
+            if next(numbers) == call_number:
+                interrupt()
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STORAGE_CALLS:
+            patch.setattr(storage, name, count(getattr(storage, name)))
+        yield
+
+
+def test_a_stale_writer_reaches_nothing_of_the_next_attempt_wherever_it_stood_still(tmp_path, make_config):
+    config = make_config(keep_best=1)
+    for call_number in itertools.count():
+        stale, next_one = (RunFolder(f"{tmp_path}/run-{call_number}") for _ in range(2))
+        assert stale.start_attempt() == 1
+        for epoch in (1, 2):
+            write(stale, config, epoch, 10 * epoch, attempt=1)
+        bases = []
+
+        def start_next(next_one=next_one, bases=bases) -> None:
+            assert next_one.start_attempt() == 2
+            bases.append(checkpoints.find_last(next_one.checkpoints))
+
+        with contextlib.suppress(LeaseLostError):
+            with interruption(call_number, start_next):
+                write(stale, config, 3, 30, attempt=1)
+            write(stale, config, 4, 40, attempt=1)
+        if not bases:
+            break
+        (base,) = bases
+        # All that the next attempt goes on from is there after all that the stale writer did.
+        read_all(next_one, base)
+        # With a larger batch, and so after fewer steps than what the stale one may have committed.
+        lineage = [(base.attempt, base.step)]
+        write(next_one, config, base.epoch + 1, base.step + 5, attempt=2, lineage=lineage)
+        last, best = (find(next_one.checkpoints) for find in (checkpoints.find_last, checkpoints.find_best))
+        assert [(one.attempt, one.epoch) for one in (last, best)] == [(2, base.epoch + 1), (1, 1)]
+        for checkpoint in (last, best):
+            read_all(next_one, checkpoint)
+        assert [row["epoch"] for row in next_one.read_metrics()] == list(range(1, base.epoch + 2))
+    # Not one write that was left out.
+    assert call_number > 15
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_stale_writer_changes_nothing(place, tmp_path, make_config, request):
+    root, config = str(tmp_path) if place == "disk" else request.getfixturevalue("bucket"), make_config(keep_best=1)
+    stale, next_one = (RunFolder(f"{root}/run") for _ in range(2))
+    stale.start_attempt()
+    for epoch in (1, 2):
+        write(stale, config, epoch, 10 * epoch, attempt=1)
+    assert next_one.start_attempt() == 2
+    write(next_one, config, 3, 30, attempt=2, lineage=[(1, 20)])
+    found, files = checkpoints.find_checkpoints(next_one.checkpoints), storage.find_files(next_one.uri)
+    with pytest.raises(LeaseLostError, match="attempt 1 at run run writes no more: attempt 2 has started"):
+        write(stale, config, 3, 30, attempt=1)
+    with pytest.raises(LeaseLostError):
+        checkpoints.delete_old_checkpoints(stale.checkpoints, 0, stale.check_owner)
+    assert checkpoints.find_checkpoints(next_one.checkpoints) == found
+    left = f"checkpoints/{checkpoints.checkpoint_name(30, attempt=1)}/"
+    assert {name: size for name, size in storage.find_files(next_one.uri).items() if not name.startswith(left)} == files

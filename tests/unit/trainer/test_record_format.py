@@ -79,10 +79,10 @@ def test_a_field_that_is_not_known_is_passed_over_at_any_depth(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_newer_format_is_refused_in_one_line_with_both_numbers(path):
     newer = json.dumps({**json.loads(path.read_bytes()), "format": 9})
-    with pytest.raises(
-        RecordError, match=r"^s3://b/x\.json .* is of format 9: update .* reads format 1 and older"
-    ) as e:
-        RECORDS[path.stem].parse(newer, "s3://b/x.json")
+    kind = RECORDS[path.stem]
+    message = rf"^s3://b/x\.json .* is of format 9: update .* reads format {kind.FORMAT} and older"
+    with pytest.raises(RecordError, match=message) as e:
+        kind.parse(newer, "s3://b/x.json")
     assert "\n" not in str(e.value)
 
 
@@ -95,6 +95,7 @@ def test_what_a_field_that_was_not_there_meant():
     assert math.isnan(result.val.calibration_error)
     checkpoint = parse_past("a9db2b2/checkpoint.json")
     assert (checkpoint.epoch_rows, checkpoint.is_evaluated, checkpoint.global_batch_size) == (0, True, 0)
+    assert (checkpoint.attempt, checkpoint.lineage, checkpoint.name) == (0, (), "step-00000009")
     assert parse_past("a9db2b2/manifest.json").rejected == {"unknown": 3}
     assert parse_past("e9cf8f1/interruption.json").ended.day == 25
 

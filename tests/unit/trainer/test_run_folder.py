@@ -6,12 +6,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from trainer import checkpoint as checkpoints
 from trainer import run_folder, storage
-from trainer.errors import RecordError
+from trainer.errors import LeaseLostError, RecordError
+from trainer.lease import hold_lease
 from trainer.run_folder import RunFolder, describe_run
 
 PAST = Path(__file__).parents[1] / "past_records"
@@ -141,6 +143,49 @@ def test_attempts_are_counted_from_one_and_described(run):
     assert [run.start_attempt() for _ in range(3)] == [1, 2, 3]
     assert list(storage.find_files(run.path("attempts"))) == ["0001.json", "0002.json", "0003.json"]
     assert json.loads(storage.read_bytes(run.path("attempts", "0002.json")))["node"] == platform.node()
+
+
+def test_an_attempt_has_a_number_that_no_checkpoint_has(run):
+    position = checkpoints.Position(epoch=0, epoch_rows=8, step=2, global_batch_size=4, history=[], attempt=7)
+    checkpoints.save_checkpoint(run.checkpoints, position, {})
+    assert run.start_attempt() == 8
+
+
+WRITES = {
+    "config.json": lambda run, make_config, make_result: run.write_record(describe_run(make_config(), "")),
+    "result.json": lambda run, make_config, make_result: run.write_ending(make_result()),
+    "no result.json": lambda run, *_: run.delete_interruption(),
+    "metrics.parquet": lambda run, *_: run.write_metrics([{"epoch": 1}]),
+    "steps.parquet": lambda run, *_: run.write_steps(pa.table({"step": [1]})),
+    "test_reads": lambda run, *_: run.record_test_read("train.py"),
+    "any file": lambda run, *_: run.write(b"", "model.keras"),
+    "an attempt": lambda run, *_: run.start_attempt(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_job_that_lost_the_run_writes_no_more(tmp_path, make_config, make_result, write):
+    lease_uri = str(tmp_path / "runs" / "first" / "lease.json")
+    with hold_lease(lease_uri, "run first") as lease:
+        run = RunFolder(str(tmp_path / "runs" / "first"), lease)
+        write(run, make_config, make_result)
+        storage.delete_file(lease_uri)
+        with hold_lease(lease_uri, "run first"):
+            before = storage.find_files(run.uri)
+            with pytest.raises(LeaseLostError, match="run first was taken over"):
+                write(run, make_config, make_result)
+            assert storage.find_files(run.uri) == before
+
+
+def test_an_attempt_writes_no_more_when_the_next_one_has_started(run):
+    stale, next_one = RunFolder(run.uri), RunFolder(run.uri)
+    stale.start_attempt()
+    stale.write_metrics([{"epoch": 1}])
+    next_one.start_attempt()
+    with pytest.raises(LeaseLostError, match="attempt 1 at run first writes no more: attempt 2 has started"):
+        stale.write_metrics([{"epoch": 2}])
+    next_one.write_metrics([{"epoch": 3}])
+    assert run.read_metrics() == [{"epoch": 3}]
 
 
 def test_metrics_have_a_row_an_epoch_and_are_written_anew(run):
