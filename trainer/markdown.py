@@ -1,13 +1,29 @@
-"""Markdown tables."""
+"""Text that notes, cards and messages are made of: Markdown tables, counts and fingerprints."""
 
 from collections.abc import Iterable, Sequence
 
+# A table or a picture with something for each class shows all of at most so many, and the extremes of more.
+MOST_CLASSES = 50
+
+_DIGEST_DIGITS = 12
+
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Returns the lines of a table; a bar or a line break in a cell cannot break it."""
+    """Return the lines of a table; a bar or a line break in a cell cannot break it."""
     lines = [_format_row(header), "|" + "---|" * len(header)]
     return lines + [_format_row(row) for row in rows]
 
 
 def _format_row(cells: Sequence[object]) -> str:
     return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number and what it counts, such as ``1 run``, ``2 runs`` or ``2 classes``."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number} {noun}{ending}"
+
+
+def shorten_digest(digest: str) -> str:
+    """Return as much of a checksum or fingerprint as tells it from others; records keep it whole."""
+    return digest[:_DIGEST_DIGITS]
