@@ -8,20 +8,23 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.manifest import DUPLICATES_NAME, REJECTED_NAME, SPLITS, Manifest
+from data_prep.manifest import DUPLICATES_NAME, MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest
 from trainer import storage
-from trainer.markdown import format_table
+from trainer.markdown import MOST_CLASSES, format_count, format_table, shorten_digest
 
 CARD_NAME = "README.md"
 CONTACT_SHEET_NAME = "contact_sheet.png"
 
-_IMAGES_PER_CLASS = 8
-_MOST_CLASSES = 50
-_TILE_PIXELS = 96
+# Of a contact sheet, which stays below 2,000 pixels: more classes have fewer images each.
+_ROWS, _COLUMNS = 20, 20
+_IMAGES_PER_CLASS = (8, 4, 2, 1)
+_TILE_PIXELS, _GAP_PIXELS = 96, 4
+# With the fewest and with the most images, where not all classes are shown.
+_EXTREME_CLASSES = 10
 
 
 def write_card(dataset: str, manifest: Manifest) -> None:
-    """Writes ``README.md`` and ``contact_sheet.png`` of a dataset whose Parquet files are there."""
+    """Write ``README.md`` and ``contact_sheet.png`` of a dataset whose Parquet files are there."""
     sink = io.BytesIO()
     _draw_contact_sheet(dataset, manifest).save(sink, format="png")
     storage.write_bytes(storage.join(dataset, CONTACT_SHEET_NAME), sink.getvalue())
@@ -30,47 +33,67 @@ def write_card(dataset: str, manifest: Manifest) -> None:
 
 def _format_card(manifest: Manifest) -> str:
     size = manifest.image_size
-    counts = [manifest.splits[split].rows_per_class for split in SPLITS]
-    totals = [sum(column) for column in counts]
-    of_classes = [(name, *row, sum(row)) for name, *row in zip(manifest.class_names, *counts, strict=True)]
+    *of_classes, of_all = list_classes(manifest)
+    shown = min(manifest.num_classes, _ROWS * _COLUMNS)
     lines = [
-        f"# {sum(totals)} images of {manifest.num_classes} classes",
+        f"# {format_count(int(of_all[-1]), 'image')} of {format_count(manifest.num_classes, 'class')}",
         "",
         f"{size}x{size}x{manifest.channels} uint8, from {manifest.source}",
         "",
-        *format_table(("class", *SPLITS, "total"), [*of_classes, ("all", *totals, sum(totals))]),
+        *format_table(("class", *SPLITS, "total"), [*of_classes, of_all]),
         "",
-        f"Not used: {sum(manifest.rejected.values())} files ({REJECTED_NAME})",
+        f"Not used: {format_count(sum(manifest.rejected.values()), 'file')} ({REJECTED_NAME})",
         *(f"- {reason}: {count}" for reason, count in manifest.rejected.items()),
         "",
-        f"With a duplicate: {manifest.duplicate_images} images ({DUPLICATES_NAME}); with one in another split: "
+        f"Images with a duplicate: {manifest.duplicate_images} ({DUPLICATES_NAME}); with one in another split: "
         f"{manifest.leaked_images}",
         "",
         f"resize {manifest.resize}, background {manifest.background}, seed {manifest.seed}, fingerprint "
-        f"{manifest.fingerprint}",
+        f"{shorten_digest(manifest.fingerprint)}",
         "",
-        f"![the first images of every class]({CONTACT_SHEET_NAME})",
+        f"![the first images of {format_count(shown, 'class')}]({CONTACT_SHEET_NAME})",
         "",
     ]
     return "\n".join(lines)
 
 
+def list_classes(manifest: Manifest) -> list[tuple[str, ...]]:
+    """Return name and number of images of each split and of all for each class, and for all of them.
+
+    Of many classes those with the fewest and with the most images: ``manifest.json`` has all.
+    """
+    counts = [manifest.splits[split].rows_per_class for split in SPLITS]
+    rows = [(name, *row, sum(row)) for name, *row in zip(manifest.class_names, *counts, strict=True)]
+    totals = [sum(column) for column in counts]
+    if len(rows) > MOST_CLASSES:
+        rows.sort(key=lambda row: row[-1])
+        between = format_count(len(rows) - 2 * _EXTREME_CLASSES, "class")
+        empty = ("",) * (len(SPLITS) + 1)
+        rows[_EXTREME_CLASSES:-_EXTREME_CLASSES] = [(f"... {between} between, see {MANIFEST_NAME}", *empty)]
+    return [tuple(map(str, row)) for row in (*rows, ("all", *totals, sum(totals)))]
+
+
 def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
-    """Returns one row of tiles a class: the first training images of each."""
-    num_classes = min(manifest.num_classes, _MOST_CLASSES)
-    mode = "L" if manifest.channels == 1 else "RGB"
-    sheet = Image.new(mode, (_IMAGES_PER_CLASS * _TILE_PIXELS, num_classes * _TILE_PIXELS), "white")
-    for label, column, pixels in _first_images(dataset, manifest, num_classes):
+    """Draw the first training images of each class side by side: the classes below each other, then further right."""
+    fits = (count for count in _IMAGES_PER_CLASS if _COLUMNS // count * _ROWS >= manifest.num_classes)
+    per_class = next(fits, _IMAGES_PER_CLASS[-1])
+    num_classes = min(manifest.num_classes, _COLUMNS // per_class * _ROWS)
+    # Classes further right stand behind a gap.
+    width = per_class * _TILE_PIXELS + _GAP_PIXELS
+    size = (-(-num_classes // _ROWS) * width - _GAP_PIXELS, min(num_classes, _ROWS) * _TILE_PIXELS)
+    sheet = Image.new("L" if manifest.channels == 1 else "RGB", size, "white")
+    for label, number, pixels in _first_images(dataset, manifest, num_classes, per_class):
         picture = Image.fromarray(pixels[..., 0] if manifest.channels == 1 else pixels)
         tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (column * _TILE_PIXELS, label * _TILE_PIXELS))
+        left, row = label // _ROWS * width, label % _ROWS
+        sheet.paste(tile, (left + number * _TILE_PIXELS, row * _TILE_PIXELS))
     return sheet
 
 
 def _first_images(
-    dataset: str, manifest: Manifest, num_classes: int
+    dataset: str, manifest: Manifest, num_classes: int, per_class: int
 ) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
-    """Yields label, number within the class and pixels of the first training images of each class.
+    """Yield label, number within the class and pixels of the first training images of each class.
 
     Labels are read first, and pixels of those row groups only that have an image to show.
     """
@@ -79,14 +102,14 @@ def _first_images(
         with storage.open_file(storage.join(dataset, file.path)) as content:
             parquet = pq.ParquetFile(content)
             for group in range(parquet.num_row_groups):
-                if min(found) == _IMAGES_PER_CLASS:
+                if min(found) == per_class:
                     return
                 labels = parquet.read_row_group(group, columns=["label"])["label"].to_numpy()
-                wanted = [label for label in range(num_classes) if found[label] < _IMAGES_PER_CLASS and label in labels]
+                wanted = [label for label in range(num_classes) if found[label] < per_class and label in labels]
                 if not wanted:
                     continue
                 images = parquet.read_row_group(group, columns=["image"])["image"].combine_chunks().to_numpy_ndarray()
                 for label in wanted:
-                    for row in np.flatnonzero(labels == label)[: _IMAGES_PER_CLASS - found[label]]:
+                    for row in np.flatnonzero(labels == label)[: per_class - found[label]]:
                         yield label, found[label], images[row]
                         found[label] += 1

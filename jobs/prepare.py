@@ -8,6 +8,7 @@ from rich.text import Text
 
 from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from trainer import console
+from trainer.markdown import format_count
 from trainer.options import Wait
 
 # Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
@@ -56,24 +57,25 @@ def main(
 
 def print_manifest(dataset: str, manifest: Manifest) -> None:
     """Print how many images of each class each split of a prepared dataset has."""
+    from data_prep.card import list_classes
+
+    *of_classes, of_all = list_classes(manifest)
     table = Table("class", *SPLITS, "total")
-    counts = [manifest.splits[split].rows_per_class for split in SPLITS]
-    for name, *row in zip(manifest.class_names, *counts, strict=True):
-        table.add_row(Text(name), *map(str, row), str(sum(row)))
-    totals = [sum(column) for column in counts]
+    for name, *counts in of_classes:
+        table.add_row(Text(name), *counts)
     table.add_section()
-    table.add_row("all", *map(str, totals), str(sum(totals)))
+    table.add_row(*of_all)
     console.stdout.print(table)
     size, rejected = manifest.image_size, manifest.rejected
     reasons = f" ({', '.join(f'{reason}: {count}' for reason, count in rejected.items())})" if rejected else ""
-    summary = (
-        f"{sum(totals)} images {size}x{size}x{manifest.channels}, {sum(rejected.values())} files not used{reasons}"
-    )
+    images, files = format_count(int(of_all[-1]), "image"), format_count(sum(rejected.values()), "file")
+    summary = f"{images} {size}x{size}x{manifest.channels}, {files} not used{reasons}"
     console.stdout.print(f"{dataset}: {summary}", markup=False)
     if manifest.duplicate_images:
-        console.stdout.print(f"{manifest.duplicate_images} images have a duplicate, see {DUPLICATES_NAME}")
+        console.stdout.print(f"images with a duplicate: {manifest.duplicate_images}, see {DUPLICATES_NAME}")
     if manifest.leaked_images:
-        console.stderr.print(f"warning: {manifest.leaked_images} images have a duplicate in another split of SOURCE")
+        leaked = manifest.leaked_images
+        console.stderr.print(f"warning: images with a duplicate in another split of SOURCE: {leaked}")
 
 
 if __name__ == "__main__":

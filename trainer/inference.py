@@ -1,5 +1,6 @@
 """Uses the best checkpoint of a finished run: evaluates it on a split, or predicts images."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,8 @@ SUMMARY_NAME = "_summary.json"
 # A name that no source has: replacing predictions never deletes images.
 _FILE_PREFIX = "predictions-"
 _ROWS_PER_FILE = 10_000
+# Of the probabilities of a file, so fewer rows of many classes.
+_BYTES_PER_FILE = 128 * 2**20
 
 
 class PredictionSummary(Record):
@@ -100,11 +103,18 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
 
 
 def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
-    for name in ("class_names", "image_size", "channels"):
+    for name in ("image_size", "channels"):
         there, needed = getattr(manifest, name), getattr(trained_on, name)
         if there != needed:
             raise InputError(
                 f"--dataset {dataset} has {name} {there}, the run was trained with {needed}; they must agree"
+            )
+    names = itertools.zip_longest(manifest.class_names, trained_on.class_names)
+    for label, (there, needed) in enumerate(names):
+        if there != needed:
+            raise InputError(
+                f"--dataset {dataset} has class_names that the run was not trained with: {manifest.num_classes} for "
+                f"{trained_on.num_classes}, and class {label} is {there!r}, not {needed!r}; they must agree"
             )
 
 
@@ -188,14 +198,16 @@ def predict_images(
         num_gpus=min(1, resources.num_gpus),
     )
     rejected: Counter[str] = Counter()
+    known = set(class_names)
     done = labelled = correct = 0
     on_event(StageProgressed("predict", done, num_images))
-    for part, table in enumerate(_iterate(predicted)):
+    rows = min(_ROWS_PER_FILE, max(1, _BYTES_PER_FILE // (4 * len(class_names))))
+    for part, table in enumerate(_iterate(predicted, rows)):
         file = storage.join(output, f"{_FILE_PREFIX}{part:05d}.parquet")
         storage.write_bytes(file, storage.parquet_bytes(table))
         rejected.update(reason for reason in table["error"].to_pylist() if reason is not None)
         pairs = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
-        judged = [label == name for label, name in pairs if name is not None and label in class_names]
+        judged = [label == name for label, name in pairs if name is not None and label in known]
         done, labelled, correct = done + len(table), labelled + len(judged), correct + sum(judged)
         on_event(StageProgressed("predict", done, num_images))
     summary = PredictionSummary(
@@ -211,10 +223,10 @@ def predict_images(
     return summary
 
 
-def _iterate(predicted: Any) -> Iterator[pa.Table]:
-    """Yields the rows of a `ray.data.Dataset`, a file's worth at a time."""
+def _iterate(predicted: Any, rows: int) -> Iterator[pa.Table]:
+    """Yield the rows of a `ray.data.Dataset`, a file's worth at a time."""
     try:
-        yield from predicted.iter_batches(batch_size=_ROWS_PER_FILE, batch_format="pyarrow")
+        yield from predicted.iter_batches(batch_size=rows, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         # Ray keeps the task's own error as text only, above its own.
         own = str(error).partition("\n\n")[0].splitlines()[-1]

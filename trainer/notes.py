@@ -6,7 +6,8 @@ from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, describe_rescaling, find_differences
-from trainer.markdown import format_table
+from trainer.evaluation import EvaluationResult
+from trainer.markdown import MOST_CLASSES, format_table
 from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 
 NOTEBOOK_NAME = "NOTES.md"
@@ -129,9 +130,17 @@ def _format_finished(run: RunFolder, record: RunRecord, manifest: Manifest, resu
         f"calibration error {result.val.calibration_error:.3f}",
         *(f"\n{finding}" for finding in result.findings),
     ]
-    counts = [(one.name, one.correct, one.total) for one in result.val.per_class]
-    lines += ["", *format_table(("class", "right", "of"), counts)]
-    return [*lines, *_format_batch(record)]
+    return [*lines, *_format_classes(result.val), *_format_batch(record)]
+
+
+def _format_classes(val: EvaluationResult) -> list[str]:
+    """Return how many images of each class are right, or the worst of many classes."""
+    lines = []
+    if len(val.per_class) > MOST_CLASSES:
+        confused = format_table(("class", "taken for", "images"), val.most_confused)
+        lines = ["", *confused, "", f"lowest shares of {len(val.per_class)} classes; result.json has all:"]
+    counts = [(one.name, one.correct, one.total) for one in val.listed]
+    return [*lines, "", *format_table(("class", "right", "of"), counts)]
 
 
 def _format_batch(record: RunRecord) -> list[str]:

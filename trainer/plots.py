@@ -5,28 +5,36 @@ import io
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer import storage
 from trainer.batch_table import BatchTable
 from trainer.evaluation import EvaluationResult
+from trainer.markdown import MOST_CLASSES, format_count
 from trainer.run_folder import RunFolder, RunResult
 
 # Okabe-Ito: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _TRAIN_COLOUR, _VAL_COLOUR, _ = COLOURS
 _MISTAKES_IN_A_ROW, _MOST_MISTAKES = 4, 16
+_DPI = 110
+# 2,000 pixels.
+_LARGEST_SIDE = 18.0
+# Of the overview of a large matrix, each side.
+_MOST_BLOCKS = 400
+_LONGEST_NAME = 24
 
 
 def write_plots(
     run: RunFolder, history: list[dict[str, float]], steps: pa.Table, result: RunResult, clip_norm: float
 ) -> None:
-    """Writes ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``."""
+    """Write ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``."""
     figures = {
-        "curves": _draw_curves(history, result.best_epoch),
-        "confusion": _draw_confusion(result.val),
-        "gradients": _draw_gradients(steps, clip_norm),
+        "curves": draw_curves(history, result.best_epoch),
+        "confusion": draw_confusion(result.val),
+        "gradients": draw_gradients(steps, clip_norm),
     }
     for name, figure in figures.items():
         storage.write_bytes(run.path("plots", f"{name}.png"), to_png(figure))
@@ -35,10 +43,15 @@ def write_plots(
 def write_mistakes(
     run: RunFolder, images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]
 ) -> None:
-    """Writes ``plots/mistakes.png``: the wrong predictions with the highest loss, as pictures.
+    """Write ``plots/mistakes.png``, as `draw_mistakes` makes it."""
+    figure = draw_mistakes(images, predictions, class_names)
+    storage.write_bytes(run.path("plots", "mistakes.png"), to_png(figure))
+
+
+def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]) -> Figure:
+    """Draw the wrong predictions with the highest loss, as pictures.
 
     Args:
-        run: the run.
         images: uint8 ``[rows, height, width, channels]`` of the validation split.
         predictions: one row an image, as from `trainer.evaluation.predictions_table`.
         class_names: by label.
@@ -52,15 +65,20 @@ def write_mistakes(
     figure.suptitle(f"{len(wrong)} of {len(labels)} wrong" + (", worst first" if len(worst) else ""))
     for axes, row in zip(figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).flat, worst, strict=False):
         axes.imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=255)
-        title = f"{class_names[labels[row]]}, not {class_names[predicted[row]]}\n({confidence[row]:.2f} sure)"
-        axes.set_title(title, fontsize=8, parse_math=False)
+        label, other = (shorten_name(class_names[one]) for one in (labels[row], predicted[row]))
+        axes.set_title(f"{label},\nnot {other}\n({confidence[row]:.2f} sure)", fontsize=8, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
-    storage.write_bytes(run.path("plots", "mistakes.png"), to_png(figure))
+    return figure
 
 
 def write_batch_sizes(run: RunFolder, table: BatchTable) -> None:
-    """Writes ``plots/batch_sizes.png``: throughput and memory by batch size, one line a precision."""
+    """Write ``plots/batch_sizes.png``, as `draw_batch_sizes` makes it."""
+    storage.write_bytes(run.path("plots", "batch_sizes.png"), to_png(draw_batch_sizes(table)))
+
+
+def draw_batch_sizes(table: BatchTable) -> Figure:
+    """Draw throughput and memory by batch size, one line a precision."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     of_speed, of_memory = figure.subplots(1, 2)
     for (name, rows), colour in zip(table.measurements.items(), COLOURS, strict=False):
@@ -74,10 +92,11 @@ def write_batch_sizes(run: RunFolder, table: BatchTable) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xlabel="global batch")
         axes.legend()
-    storage.write_bytes(run.path("plots", "batch_sizes.png"), to_png(figure))
+    return figure
 
 
-def _draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
+def draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
+    """Draw loss and accuracy of both splits and the learning rate by epoch, and mark the best epoch."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
     *of_both, of_rate = figure.subplots(1, 3)
@@ -95,8 +114,11 @@ def _draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
     return figure
 
 
-def _draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
-    """Tuning playbook: the norm of the full unclipped gradient by step and as a histogram, and where it is clipped."""
+def draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
+    """Draw the norm of the full unclipped gradient by step and as a histogram, and where it is clipped.
+
+    Tuning playbook: to choose a threshold, look at the 90th percentile.
+    """
     norms = steps["grad_norm"].to_numpy()
     norms = np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -117,26 +139,71 @@ def _draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
     return figure
 
 
-def _draw_confusion(evaluation: EvaluationResult) -> Figure:
-    names = [result.name for result in evaluation.per_class]
-    side = max(4.0, 0.45 * len(names) + 2)
+def draw_confusion(evaluation: EvaluationResult) -> Figure:
+    """Draw how many images of each class were taken for which: all counts, or an overview of many classes."""
+    few = len(evaluation.per_class) <= MOST_CLASSES
+    return _draw_confusion_counts(evaluation) if few else _draw_confusion_overview(evaluation)
+
+
+def _draw_confusion_counts(evaluation: EvaluationResult) -> Figure:
+    names = [shorten_name(result.name) for result in evaluation.per_class]
+    side = min(max(4.0, 0.45 * len(names) + 2), _LARGEST_SIDE)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(evaluation.confusion, cmap="Blues")
-    axes.set(xlabel="predicted", ylabel="true", title=str(evaluation).partition(" - ")[2])
+    matrix = np.zeros((len(names), len(names)), np.int64)
+    labels, predicted, counts = evaluation.confusion
+    matrix[labels, predicted] = counts
+    axes.imshow(matrix, cmap="Blues")
+    axes.set(xlabel="predicted", ylabel="true", title=_title(evaluation))
     axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
     axes.set_yticks(range(len(names)), names, parse_math=False)
-    highest = max(map(max, evaluation.confusion))
-    for true, row in enumerate(evaluation.confusion):
-        for predicted, count in enumerate(row):
-            if count:
-                colour = "white" if count > highest / 2 else "black"
-                axes.text(predicted, true, str(count), ha="center", va="center", color=colour, fontsize=8)
+    for row, column, count in zip(labels, predicted, counts, strict=True):
+        colour = "white" if count > counts.max() / 2 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     return figure
 
 
+def _draw_confusion_overview(evaluation: EvaluationResult) -> Figure:
+    """Draw the matrix with neighbouring classes added up where there are many, and list what is confused most."""
+    num_classes = len(evaluation.per_class)
+    block = -(-num_classes // _MOST_BLOCKS)
+    blocks = -(-num_classes // block)
+    labels, predicted, counts = evaluation.confusion
+    matrix = np.zeros((blocks, blocks))
+    np.add.at(matrix, (labels // block, predicted // block), counts)
+    matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(_LARGEST_SIDE, 10), layout="constrained")
+    axes, listed = figure.subplots(1, 2, width_ratios=(3, 2))
+    # Few images are a share that can be seen.
+    shares = axes.imshow(matrix, cmap="Blues", norm=PowerNorm(0.4, 0, 1), extent=(0, blocks * block, blocks * block, 0))
+    figure.colorbar(shares, ax=axes, label="share of the images of the true class")
+    axes.set(xlabel="predicted, by number of the class", ylabel="true, by number of the class")
+    axes.set_title(_title(evaluation))
+    listed.set_axis_off()
+    lines = [
+        f"{shorten_name(name)}, taken for {shorten_name(other)}: {count}"
+        for name, other, count in evaluation.most_confused
+    ]
+    title = f"{format_count(num_classes, 'class')}; images most often confused:"
+    listed.text(0, 1, "\n".join([title, "", *(lines or ["none"])]), va="top", linespacing=1.6, parse_math=False)
+    return figure
+
+
+def _title(evaluation: EvaluationResult) -> str:
+    return str(evaluation).partition(" - ")[2]
+
+
+def shorten_name(name: str) -> str:
+    """Return a name without line breaks and, where it is long, with its middle left out: names differ at their ends."""
+    name = " ".join(name.split())
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{name[:half]}…{name[1 - half :]}"
+
+
 def to_png(figure: Figure) -> bytes:
-    """Returns a figure as the content of a PNG file."""
+    """Return a figure as the content of a PNG file."""
     sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=110)
+    figure.savefig(sink, format="png", dpi=_DPI)
     return sink.getvalue()

@@ -1,5 +1,6 @@
 """The core of every record: a JSON file with a format number, which other versions of this program can read."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -7,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, com
 from pydantic_core import PydanticCustomError
 
 from trainer.errors import RecordError
+
+_JSON_WIDTH = 120
 
 
 class Record(BaseModel):
@@ -57,8 +60,8 @@ class Record(BaseModel):
             ) from error
 
     def to_json(self) -> bytes:
-        """Write the record as JSON text."""
-        return self.model_dump_json(indent=2).encode()
+        """Write the record as JSON text for people too: what fits into a line is on one, however many rows it has."""
+        return f"{_format_json(self.model_dump(mode='json'), 0)}\n".encode()
 
     @model_validator(mode="before")
     @classmethod
@@ -84,3 +87,27 @@ def _set_missing(values: Any, path: list[str], value: Any) -> None:
         values = values.get(model) if isinstance(values, dict) else None
     if isinstance(values, dict):
         values.setdefault(name, value)
+
+
+def _format_json(value: Any, indent: int) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if indent + len(text) <= _JSON_WIDTH or not isinstance(value, (dict, list)):
+        return text
+    indent += 2
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key, ensure_ascii=False)}: {_format_json(one, indent)}" for key, one in value.items()]
+        return _enclose("{}", lines, indent)
+    if any(isinstance(one, (dict, list)) for one in value):
+        return _enclose("[]", [_format_json(one, indent) for one in value], indent)
+    lines = [""]
+    for one in value:
+        item = json.dumps(one, ensure_ascii=False)
+        if lines[-1] and indent + len(f"{lines[-1]}, {item},") > _JSON_WIDTH:
+            lines.append("")
+        lines[-1] += f", {item}" if lines[-1] else item
+    return _enclose("[]", lines, indent)
+
+
+def _enclose(brackets: str, lines: list[str], indent: int) -> str:
+    margin = "\n" + " " * indent
+    return brackets[0] + margin + ("," + margin).join(lines) + margin[:-2] + brackets[1]

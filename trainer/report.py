@@ -13,7 +13,9 @@ import pyarrow as pa
 from trainer import storage
 from trainer.comparison import compare_predictions
 from trainer.errors import InputError
+from trainer.evaluation import EvaluationResult
 from trainer.html import render_page, to_data_uri
+from trainer.markdown import MOST_CLASSES
 from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, describe_unfinished, format_notebook
 from trainer.run_folder import RunRecord, RunResult, StartedRun, find_runs
 
@@ -56,6 +58,8 @@ class RunView:
     training: str
     images_per_second: float
     charts: list[Chart]
+    confusion: list[list[int]]
+    """Rows are true labels, columns predicted ones; empty where there are too many."""
     mistakes: str
     """Data URI, or empty."""
 
@@ -126,8 +130,17 @@ def _view(run: StartedRun, runs: Sequence[StartedRun]) -> RunView:
         training=describe_training(record.config, result.steps if result else len(steps or ())),
         images_per_second=float(np.median(rates)) if rates else 0.0,
         charts=charts,
+        confusion=_fill_matrix(result.val) if result and len(result.val.per_class) <= MOST_CLASSES else [],
         mistakes=_read_picture(folder.path("plots", "mistakes.png")),
     )
+
+
+def _fill_matrix(evaluation: EvaluationResult) -> list[list[int]]:
+    matrix = np.zeros((len(evaluation.per_class),) * 2, np.int64)
+    labels, predicted, counts = evaluation.confusion
+    matrix[labels, predicted] = counts
+    rows: list[list[int]] = matrix.tolist()
+    return rows
 
 
 def _draw_gradient_norms(steps: pa.Table, clip_norm: float) -> Chart:

@@ -1,10 +1,13 @@
 import io
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep.card import write_card
+from data_prep.card import list_classes, write_card
+from data_prep.manifest import Split
+from data_prep.shards import write_data_file
 from trainer import storage
 
 
@@ -42,3 +45,73 @@ def test_a_class_with_few_images_leaves_its_row_white(write_dataset):
     written = write_dataset(rows=(3, 1, 1))
     write_card(written.uri, written.manifest)
     assert (np.asarray(read_sheet(written.uri))[:, 3 * 96 :] == 255).all()
+
+
+@pytest.fixture
+def write_classes(write_dataset):
+    """Returns a function that writes a dataset of many classes: two train images each, with a gray of their own."""
+
+    def write(num_classes: int):
+        written = write_dataset(rows=(1, 1, 1))
+        labels = np.arange(num_classes).repeat(2)
+        images = np.full((len(labels), 5, 5, 1), (labels % 250)[:, None, None, None], np.uint8)
+        paths = pa.table(
+            {"label": pa.array(labels, pa.int32()), "path": labels.astype(str), "sha256": [""] * len(labels)}
+        )
+        file = write_data_file(written.uri, "train/part-00000.parquet", images, paths)
+        # The last three classes have the fewest and the most images in val.
+        counts = [2] * num_classes
+        splits = {
+            "train": Split(rows_per_class=counts, files=[file]),
+            "val": Split(rows_per_class=[*counts[3:], 1, 0, 9], files=[]),
+            "test": Split(rows_per_class=[0] * num_classes, files=[]),
+        }
+        names = [f"kind {label:05d}" for label in range(num_classes)]
+        return written.uri, written.manifest.model_copy(update={"class_names": names, "splits": splits})
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size"),
+    [
+        # Eight images a class in one column of classes, four in three columns, one in twenty.
+        (10, (8 * 96, 10 * 96)),
+        (51, (3 * (4 * 96 + 4) - 4, 20 * 96)),
+        (1000, (20 * (96 + 4) - 4, 20 * 96)),
+    ],
+)
+def test_a_contact_sheet_of_any_number_of_classes_is_small(write_classes, num_classes, size):
+    uri, manifest = write_classes(num_classes)
+    write_card(uri, manifest)
+    sheet = read_sheet(uri)
+    assert sheet.size == size
+    assert max(size) <= 2000
+    # The tenth class, and the twenty-first on top of the next column.
+    assert sheet.getpixel((48, 9 * 96 + 48)) == 9
+    if num_classes > 20:
+        width = (size[0] + 4) // (3 if num_classes == 51 else 20)
+        assert sheet.getpixel((width + 48, 48)) == 20
+        assert sheet.getpixel((width - 2, 48)) == 255
+
+
+def test_the_card_of_many_classes_has_those_with_the_fewest_and_the_most_images(write_classes):
+    uri, manifest = write_classes(1000)
+    rows = list_classes(manifest)
+    assert rows[0] == ("kind 00998", "2", "0", "0", "2")
+    assert rows[1] == ("kind 00997", "2", "1", "0", "3")
+    assert rows[-2] == ("kind 00999", "2", "9", "0", "11")
+    assert rows[-1] == ("all", "2000", "2004", "0", "4004")
+    assert len(rows) == 10 + 1 + 10 + 1
+    assert rows[10] == ("... 980 classes between, see manifest.json", "", "", "", "")
+    write_card(uri, manifest)
+    card = storage.read_bytes(storage.join(uri, "README.md")).decode()
+    assert card.startswith("# 4004 images of 1000 classes\n")
+    assert "![the first images of 400 classes](contact_sheet.png)" in card
+    assert f"fingerprint {manifest.fingerprint[:12]}\n" in card
+    assert len(card) < 3000
+
+
+def test_fifty_classes_are_all_in_the_card_in_their_order(write_classes):
+    _, manifest = write_classes(50)
+    assert [row[0] for row in list_classes(manifest)] == [*manifest.class_names, "all"]

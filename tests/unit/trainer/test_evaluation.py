@@ -1,4 +1,6 @@
+import json
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -7,7 +9,14 @@ import pyarrow as pa
 import pytest
 
 from trainer.dataset import ImageSplit
-from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy, predictions_table, summarise
+from trainer.evaluation import (
+    COLUMNS,
+    EvaluationResult,
+    Evaluator,
+    mean_loss_and_accuracy,
+    predictions_table,
+    summarise,
+)
 
 
 def split_of(rows: int) -> ImageSplit:
@@ -111,9 +120,45 @@ def test_the_summary_counts_right_and_wrong_by_class():
     result = summary([0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 1, 0])
     assert (result.correct, result.total) == (4, 6)
     assert result.accuracy == pytest.approx(4 / 6)
-    assert result.confusion == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
+    cells = sorted(zip(*(column.tolist() for column in result.confusion), strict=True))
+    assert cells == [(0, 0, 2), (0, 1, 1), (1, 1, 2), (2, 0, 1)]
+    assert [one.taken_for for one in result.per_class] == [{"b": 1}, {}, {"a": 1}]
     assert [(one.name, one.correct, one.total) for one in result.per_class] == [("a", 2, 3), ("b", 2, 2), ("c", 0, 1)]
     assert (result.split, result.loss) == ("test", 0.5)
+
+
+def test_a_record_with_the_whole_matrix_is_read_as_the_same_result():
+    result = summary([0, 0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 1, 0, 1])
+    record = result.model_dump(mode="json")
+    for one in record["per_class"]:
+        del one["taken_for"]
+    record["confusion"] = [[2, 1, 0], [0, 2, 0], [1, 1, 0]]
+    assert EvaluationResult.model_validate_json(json.dumps(record)) == result
+
+
+def test_of_many_classes_the_weakest_and_the_most_confused_are_listed():
+    # Ten images of each of 60 classes: 5 of the last are taken for the first, 2 of the one before for the last.
+    labels = np.repeat(np.arange(60), 10)
+    predicted = labels.copy()
+    predicted[-5:], predicted[-12:-10] = 0, 59
+    names = [f"class {label}" for label in range(60)]
+    result = summary(labels, predicted, names)
+    assert len(result.listed) == 20
+    assert [(one.name, one.correct) for one in result.listed[:3]] == [("class 59", 5), ("class 58", 8), ("class 0", 10)]
+    assert result.most_confused == [("class 59", "class 0", 5), ("class 58", "class 59", 2)]
+    few = summary([0, 0, 1], [0, 1, 1])
+    assert few.listed == few.per_class
+
+
+def test_ten_thousand_classes_are_summarised_without_a_matrix():
+    labels = np.arange(10_000)
+    tracemalloc.start()
+    result = summary(labels, np.roll(labels, 1), [str(label) for label in labels])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (result.correct, len(result.most_confused)) == (0, 20)
+    # The matrix would be 800 MB.
+    assert peak < 50e6
 
 
 def test_a_class_that_is_not_in_the_split_has_none_of_none():

@@ -1,9 +1,12 @@
 import sys
 from datetime import UTC, datetime
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from trainer import storage
+from trainer.evaluation import summarise
 from trainer.notes import describe_change, format_note, format_notebook, write_note
 from trainer.run_folder import RunFolder, describe_run, find_runs
 
@@ -66,6 +69,20 @@ overfitting: try less
 | eel | 9 | 22 |
 """
     )
+
+
+def test_the_note_of_many_classes_has_the_worst_of_them(start, make_result):
+    labels = np.arange(1000).repeat(3)
+    predicted = labels.copy()
+    predicted[-3:] = 7
+    columns = {"label": labels, "predicted": predicted, "likelier": np.int32(labels != predicted)}
+    columns |= {"loss": np.ones(3000), "confidence": np.ones(3000)}
+    val = summarise("val", pa.table(columns), [f"class {label}" for label in range(1000)])
+    note = note_of(start("first"), make_result(val=val))
+    assert "| class 999 | class 7 | 3 |" in note
+    assert "lowest shares of 1000 classes; result.json has all:" in note
+    assert "| class 999 | 0 | 3 |\n| class 0 | 3 | 3 |" in note
+    assert len(note) < 5000
 
 
 def test_the_test_split_has_a_line_that_says_how_often_it_was_read(start, make_result, evaluation):

@@ -63,7 +63,7 @@ def test_a_field_that_is_not_known_is_passed_over_at_any_depth(path):
             case dict():
                 # The keys of these are names of the user, not fields.
                 free = {"values", "base", "scientific", "nuisance", "packages", "measurements", "failed", "sha256"}
-                free |= {"splits", "rejected", "arch_arguments"}
+                free |= {"splits", "rejected", "arch_arguments", "taken_for"}
                 of_model = {key: one if key in free else add(one) for key, one in value.items()}
                 return of_model if "epoch_seconds" in value else {**of_model, "surprise": {"deep": 1}}
             case list():
@@ -156,3 +156,22 @@ def test_what_cannot_be_read_is_one_line_with_the_field(content, problem):
         Example.parse(content, "the file")
     assert str(error.value).startswith(f"the file cannot be read: {problem}")
     assert "\n" not in str(error.value)
+
+
+class Long(Record):
+    name: str
+    loss: float
+    rows: list[dict[str, Any]]
+    counts: list[int]
+
+
+def test_a_record_has_a_line_for_each_row_and_full_lines_of_numbers():
+    rows = [{"class": f"the class of number {label}", "right": [label, 9]} for label in range(50)]
+    record = Long(name="Ж", loss=math.inf, rows=rows, counts=range(1000))
+    assert Long.parse(record.to_json(), "") == record
+    lines = record.to_json().decode().splitlines()
+    assert lines[:4] == ["{", '  "name": "Ж",', '  "loss": Infinity,', '  "rows": [']
+    assert '    {"class": "the class of number 7", "right": [7, 9]},' in lines
+    assert max(map(len, lines)) <= 120
+    # 1,000 numbers of five characters each.
+    assert len(lines) < 110

@@ -10,6 +10,7 @@ from PIL import Image
 from trainer import storage
 from trainer.checkpoint import PREDICTIONS_NAME, Position, save_checkpoint
 from trainer.errors import InputError
+from trainer.evaluation import summarise
 from trainer.report import write_notes_and_report
 from trainer.run_folder import RunFolder, describe_run
 
@@ -19,12 +20,27 @@ class _Page(html.parser.HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.loaded, self.text, self.data, self.lines, self._element = [], "", "", 0, ""
+        self.loaded, self.text, self.data, self._element = [], "", "", ("", None)
+        # Of each chart, by its name: the names of its lines, and their points in the order in which they are drawn.
+        self.names, self.charts, self.tables = {}, {}, []
+        self._keys: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self._element = (tag, dict(attributes).get("id"))
-        self.lines += tag == "polyline"
+        values = dict(attributes)
+        self._element = (tag, values.get("id") or values.get("class"))
+        if tag == "svg":
+            self._chart = values["aria-label"]
+            self.names[self._chart], self._keys, self.charts[self._chart] = self._keys, [], []
+        if tag == "polyline":
+            points = [tuple(map(float, point.split(","))) for point in values["points"].split()]
+            self.charts[self._chart].append((values.get("class"), points))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr" and self.tables:
+            self.tables[-1].append([])
+        if tag in ("td", "th") and self.tables:
+            self.tables[-1][-1].append("")
         for name, value in attributes:
             if name in ("src", "href", "srcset", "data", "action"):
                 self.loaded.append(value)
@@ -32,8 +48,12 @@ class _Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if self._element == ("script", "data"):
             self.data += data
-        else:
-            self.text += data
+            return
+        self.text += data
+        if self._element[0] == "span" and (self._element[1] or "").startswith("key") and data.strip():
+            self._keys.append(data)
+        if self._element[0] in ("td", "th") and data.strip():
+            self.tables[-1][-1][-1] += data
 
 
 @pytest.fixture
@@ -46,8 +66,9 @@ def write_run(tmp_path, make_config, make_result, write_dataset):
         run.write_manifest(manifest)
         run.write_record(describe_run(make_config(clip_norm=1.0, **values), "1 node"))
         if finished:
-            row = {"epoch": 1.0, "loss": 1.0, "accuracy": 0.5, "val_loss": 1.1, "val_accuracy": right / 66}
-            history = [row | {"epoch": float(epoch), "images_per_second": 90.0} for epoch in (1, 2, 3)]
+            columns = {"epoch": (1.0, 2.0, 3.0), "loss": (3.0, 2.0, 1.0), "val_loss": (5.0, 2.5, 2.0)}
+            columns |= {"accuracy": (0.2, 0.4, 0.8), "val_accuracy": (0.1, 0.3, 0.6), "images_per_second": (90.0,) * 3}
+            history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             predicted = [0] * right + [1] * (66 - right)
             predictions = storage.parquet_bytes(pa.table({"label": [0] * 66, "predicted": predicted}))
             position = Position(epoch=3, epoch_rows=0, step=12, global_batch_size=4, history=history)
@@ -85,9 +106,59 @@ def test_every_run_is_there_with_k_of_n_and_its_curves(write_run, tmp_path):
     page = write_report(tmp_path)
     assert "loss: 0.9315 - accuracy: 0.7727 (51 of 66, 95% interval 0.658-0.857)" in page.text
     assert "not finished" in page.text
-    # Train and validation in two charts, the gradient norm and where it is clipped in a third.
-    assert page.lines == 6
+    # One curve each of loss and accuracy of train and validation, and the gradient norm with where it is clipped.
+    assert [len(lines) for lines in page.charts.values()] == [2, 2, 2]
     assert (tmp_path / "out" / "NOTES.md").read_text().count("#### cnn_softmax: ") == 2
+
+
+def test_the_curves_stand_where_their_values_are(write_run, tmp_path):
+    write_run("first")
+    page = write_report(tmp_path)
+    loss, accuracy, norm = page.charts
+    # 300 wide and 120 high; 0 is on top, where the largest value is.
+    assert page.charts[loss] == [
+        (None, [(0, 60), (150, 90), (300, 120)]),
+        ("second", [(0, 0), (150, 75), (300, 90)]),
+    ]
+    assert page.charts[accuracy] == [
+        (None, [(0, 102.9), (150, 68.6), (300, 0)]),
+        ("second", [(0, 120), (150, 85.7), (300, 34.3)]),
+    ]
+    assert (loss, accuracy) == ("loss of first, from 1 to 5", "accuracy of first, from 0.1 to 0.8")
+    assert page.names[loss] == page.names[accuracy] == ["train", "val"]
+    assert norm == "gradient norm, unclipped of first, from 0.1 to 9"
+    (_, norms), (_, clipped) = page.charts[norm]
+    assert [y for _, y in norms] == sorted((y for _, y in norms), reverse=True)
+    assert (norms[0], norms[-1]) == ((0, 120), (300, 0))
+    # A norm of 1 of 0.1 to 9, in powers of ten.
+    assert {y for _, y in clipped} == {58.6}
+    assert page.names[norm] == ["norm", "clipped to"]
+
+
+def test_the_rows_of_the_confusion_matrix_are_true_classes(write_run, tmp_path):
+    write_run("first")
+    *_, matrix = write_report(tmp_path).tables
+    assert matrix == [
+        ["", "cat", "dog", "eel", "right"],
+        ["cat", "22", "", "", "22 of 22"],
+        ["dog", "2", "20", "", "20 of 22"],
+        ["eel", "", "13", "9", "9 of 22"],
+    ]
+
+
+def test_a_run_of_many_classes_has_the_most_confused_and_the_weakest(write_run, tmp_path, make_result):
+    run = write_run("first")
+    labels = np.arange(1000).repeat(3)
+    predicted = labels.copy()
+    predicted[-3:] = 7
+    columns = {"label": labels, "predicted": predicted, "likelier": np.int32(labels != predicted)}
+    columns |= {"loss": np.ones(3000), "confidence": np.ones(3000)}
+    run.write_ending(make_result(val=summarise("val", pa.table(columns), [f"class {label}" for label in range(1000)])))
+    *_, confused, weakest = write_report(tmp_path).tables
+    assert confused == [["class", "taken for", "images"], ["class 999", "class 7", "3"]]
+    assert weakest[:3] == [["class", "right"], ["class 999", "0 of 3"], ["class 0", "3 of 3"]]
+    assert len(weakest) == 21
+    assert (tmp_path / "out" / "report.html").stat().st_size < 50_000
 
 
 def test_names_cannot_become_markup(write_run, tmp_path):

@@ -30,9 +30,53 @@ def test_a_trial_without_result_is_a_red_cross():
     assert list(cross.get_xdata()) == [0.9]
 
 
-def test_the_best_of_k_and_of_each_value_and_the_curves_are_drawn():
-    assert draw_best_of_k(STUDY, TRIALS).axes[0].get_xlabel() == "trials"
-    groups = {"optimizer": isolate(STUDY, STUDY.parameters[0], TRIALS)}
-    assert draw_isolation(STUDY, groups).axes[0].get_ylabel() == "best val_accuracy"
-    row = {"epoch": 1, "loss": 1.0, "accuracy": 0.5, "val_loss": 1.1, "val_accuracy": 0.4}
-    assert len(draw_curves({"trial-0000": [row, {**row, "epoch": 2}]}).axes) == 2
+def points_of(line) -> list[tuple[float, float]]:
+    return list(zip(*map(list, line.get_data()), strict=True))
+
+
+def test_each_trial_is_a_point_and_the_best_a_star():
+    optimizer, rate, _ = draw_axes(STUDY, TRIALS).axes
+    points, star = (
+        next(points_of(line) for line in rate.lines if line.get_marker() == marker) for marker in ("o", "*")
+    )
+    assert points == [(0.03, 0.7), (0.5, 0.8)]
+    assert star == [(0.5, 0.8)]
+    assert points_of(optimizer.lines[0]) == [(0, 0.7), (1, 0.8)]
+
+
+def test_the_best_of_each_value_stands_over_its_name_and_number_of_trials():
+    trials = [*TRIALS, trial(4, 75)]
+    (axes,) = draw_isolation(STUDY, {"optimizer": isolate(STUDY, STUDY.parameters[0], trials)}).axes
+    assert points_of(axes.lines[0]) == [(0, 0.75), (1, 0.8)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["sgd\n(3)", "adamw\n(1)"]
+    assert axes.get_ylabel() == "best val_accuracy"
+
+
+def test_the_best_of_k_never_falls_and_ends_at_the_best():
+    (axes,) = draw_best_of_k(STUDY, [trial(0, 70), trial(1, 80), trial(2, 90)]).axes
+    (means,) = (points_of(line) for line in axes.lines if line.get_label() == "mean")
+    assert [k for k, _ in means] == [1, 2, 3]
+    # Drawn with replacement.
+    assert [value for _, value in means] == pytest.approx([0.8, 7.6 / 9, 23.4 / 27], abs=0.01)
+    assert axes.get_xlabel() == "trials"
+
+
+def test_both_splits_of_each_trial_are_drawn_in_its_colour():
+    histories = {
+        name: [
+            {"epoch": epoch, "loss": 9 * scale / epoch, "val_loss": 10 * scale / epoch}
+            | {"accuracy": 0.1 * scale * epoch, "val_accuracy": 0.09 * scale * epoch}
+            for epoch in (1, 2)
+        ]
+        for name, scale in (("trial-0000", 1), ("trial-0001", 2))
+    }
+    for axes, name in zip(draw_curves(histories).axes, ("loss", "accuracy"), strict=True):
+        assert axes.get_ylabel() == f"{name} (dashed: train)"
+        assert len(axes.lines) == 4
+        for (train, val), (run, history) in zip(
+            zip(axes.lines[::2], axes.lines[1::2], strict=True), histories.items(), strict=True
+        ):
+            assert points_of(train) == [(row["epoch"], row[name]) for row in history]
+            assert points_of(val) == [(row["epoch"], row[f"val_{name}"]) for row in history]
+            assert (train.get_linestyle(), val.get_linestyle(), val.get_label()) == ("--", "-", run)
+            assert train.get_color() == val.get_color()
