@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_MOST_CHARACTERS = 8
+
 
 @dataclass(frozen=True)
 class StageProgressed:
@@ -77,6 +79,21 @@ class EpochFinished:
             f"val_loss: {row['val_loss']:.4f} - val_accuracy: {row['val_accuracy']:.4f} - "
             f"learning_rate: {row['learning_rate']:.2e} - {row['images_per_second']:.0f} images/s - "
             f"{row['epoch_seconds']:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class GlyphsMissing:
+    """No font of this machine has some characters of the names in pictures."""
+
+    characters: str
+
+    def __str__(self) -> str:
+        named = " ".join(self.characters[:_MOST_CHARACTERS])
+        more = " ..." if len(self.characters) > _MOST_CHARACTERS else ""
+        return (
+            f"no font of this machine has {named}{more}: the pictures have boxes there; install a font with these "
+            "characters on every node, such as the package fonts-noto-cjk for Chinese, Japanese and Korean"
         )
 
 
@@ -191,6 +208,7 @@ Event = (
     | RunStarted
     | WeightsTransferred
     | EpochFinished
+    | GlyphsMissing
     | BatchChosen
     | StepProfiled
     | StudyTrialEnded

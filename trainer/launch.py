@@ -38,7 +38,7 @@ from trainer.dataset import cache_folder, load_manifest
 from trainer.diagnostics import find_symptoms
 from trainer.errors import InputError, JobError, WorkersFailedError
 from trainer.evaluation import summarise
-from trainer.events import BatchChosen, OnEvent, RunStarted, StageProgressed, ignore_event
+from trainer.events import BatchChosen, GlyphsMissing, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.job import WorkerJob, WorkerResult
 from trainer.lease import hold_lease
 from trainer.notes import write_note
@@ -407,7 +407,7 @@ def launch(
     run.delete_interruption()
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:
-        return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event))
+        return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event), on_event)
     except KeyboardInterrupt:
         # Before anything is ended: `ray job stop` kills after three seconds.
         if not failure_reason():
@@ -473,7 +473,7 @@ def _load_ending() -> None:
         importlib.import_module(name)
 
 
-def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
+def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -> RunResult:
     """Writes what is drawn from a run when its workers have ended: plots, note, result."""
     # Loaded by now, in `_load_ending`.
     from trainer.plots import write_batch_sizes, write_plots
@@ -513,7 +513,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult) -> RunResult:
     run.write_metrics(last.history)
     steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
     run.write_steps(steps)
-    write_plots(run, last.history, steps, result, config.clip_norm)
+    if missing := write_plots(run, last.history, steps, result, config.clip_norm):
+        on_event(GlyphsMissing(missing))
     if (record := run.read_record()) and record.batch and record.batch.table:
         write_batch_sizes(run, record.batch.table)
     if job.profile_steps and ray.is_initialized():

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from trainer import storage
 from trainer.batch_table import BatchTable
 from trainer.evaluation import EvaluationResult
+from trainer.fonts import fonts_for
 from trainer.markdown import MOST_CLASSES, format_count
 from trainer.run_folder import RunFolder, RunResult
 
@@ -29,23 +30,29 @@ _LONGEST_NAME = 24
 
 def write_plots(
     run: RunFolder, history: list[dict[str, float]], steps: pa.Table, result: RunResult, clip_norm: float
-) -> None:
-    """Write ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``."""
-    figures = {
-        "curves": draw_curves(history, result.best_epoch),
-        "confusion": draw_confusion(result.val),
-        "gradients": draw_gradients(steps, clip_norm),
-    }
-    for name, figure in figures.items():
-        storage.write_bytes(run.path("plots", f"{name}.png"), to_png(figure))
+) -> str:
+    """Write ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``.
+
+    Returns the characters of class names that no font of this machine has.
+    """
+    with fonts_for("".join(one.name for one in result.val.per_class)) as missing:
+        figures = {
+            "curves": draw_curves(history, result.best_epoch),
+            "confusion": draw_confusion(result.val),
+            "gradients": draw_gradients(steps, clip_norm),
+        }
+        for name, figure in figures.items():
+            storage.write_bytes(run.path("plots", f"{name}.png"), to_png(figure))
+    return missing
 
 
 def write_mistakes(
     run: RunFolder, images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]
 ) -> None:
     """Write ``plots/mistakes.png``, as `draw_mistakes` makes it."""
-    figure = draw_mistakes(images, predictions, class_names)
-    storage.write_bytes(run.path("plots", "mistakes.png"), to_png(figure))
+    with fonts_for("".join(class_names)):
+        figure = draw_mistakes(images, predictions, class_names)
+        storage.write_bytes(run.path("plots", "mistakes.png"), to_png(figure))
 
 
 def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]) -> Figure:

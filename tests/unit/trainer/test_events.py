@@ -1,6 +1,6 @@
 import pytest
 
-from trainer.events import EpochFinished, RunStarted
+from trainer.events import EpochFinished, GlyphsMissing, RunStarted
 
 STARTED = {
     "global_batch_size": 20,
@@ -48,3 +48,9 @@ def test_an_epoch_is_one_line_in_the_words_of_the_notes():
         "epoch 3/10 - loss: 0.9315 - accuracy: 0.7727 - val_loss: 1.5000 - val_accuracy: 0.5000 - "
         "learning_rate: 1.25e-03 - 1235 images/s - 12.3 s"
     )
+
+
+def test_a_few_of_many_missing_characters_are_named():
+    assert "has 猫: the pictures have boxes there; install a font" in str(GlyphsMissing("猫"))
+    line = str(GlyphsMissing("".join(map(chr, range(0x4E00, 0x4F00)))))
+    assert "has 一 丁 丂 七 丄 丅 丆 万 ...: the" in line

@@ -1,5 +1,6 @@
 import io
 import struct
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +57,7 @@ def lines_of(axes) -> dict[str, list[tuple[float, float]]]:
 @pytest.mark.parametrize(("epochs", "clip_norm"), [(1, 0.0), (9, 1.0)])
 def test_a_run_has_pictures_that_are_not_blank(run, make_result, epochs, clip_norm):
     steps = pa.table({"step": range(1, epochs + 1), "grad_norm": np.geomspace(0.1, 10, epochs)})
-    write_plots(run, make_history(epochs), steps, make_result(best_epoch=1), clip_norm)
+    assert write_plots(run, make_history(epochs), steps, make_result(best_epoch=1), clip_norm) == ""
     for name in ("curves.png", "confusion.png", "gradients.png"):
         picture = read_picture(run, name)
         assert min(picture.size) >= 400
@@ -148,6 +149,18 @@ def test_the_picture_of_the_matrix_is_small_whatever_the_number_of_classes(num_c
     header = to_png(draw_confusion(evaluate_many(num_classes)))[:24]
     assert header.startswith(b"\x89PNG")
     assert max(struct.unpack(">II", header[16:24])) <= 2000
+
+
+def test_characters_that_no_font_has_are_told(run, evaluation, make_result):
+    # Cuneiform.
+    name = "\U00012001"
+    table = pa.table({"label": [0, 1], "predicted": [1, 1], "loss": [1.0, 1.0], "confidence": [0.5, 0.5]})
+    val = summarise("val", table.append_column("likelier", pa.array([1, 0])), ["cat", name])
+    steps = pa.table({"step": [1], "grad_norm": [1.0]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert write_plots(run, make_history(1), steps, make_result(val=val), 0.0) == name
+        write_mistakes(run, np.zeros((2, 8, 8, 1), np.uint8), table, ["cat", name])
 
 
 def predictions(predicted: list[int], losses: list[float]) -> pa.Table:
