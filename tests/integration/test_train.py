@@ -167,7 +167,7 @@ def test_both_workers_hold_the_same_weights(plain_run_of_two):
 def test_result_and_note_say_k_of_n(plain_run_of_two):
     result = RunResult.model_validate_json(Path(plain_run_of_two.path("result.json")).read_text())
     assert (result.status, result.val.total, result.test.total, result.attempts) == ("completed", 18, 18, 1)
-    assert sum(map(sum, result.val.confusion)) == 18
+    assert result.val.confusion[2].sum() == 18
     low, high = result.val.accuracy_interval
     assert low < result.val.accuracy < high or result.val.accuracy == 1
     note = Path(plain_run_of_two.path("note.md")).read_text()
