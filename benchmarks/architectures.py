@@ -65,7 +65,7 @@ def main(
     for a_seed, a_recipe in itertools.product(seed, recipe):
         for name in arch or RECIPES[a_recipe]:
             train(dataset, storage, name, a_recipe, a_seed, options or [])
-    print_outcomes(find_runs(storage))
+    print_outcomes(find_runs(storage)[0])
 
 
 if __name__ == "__main__":

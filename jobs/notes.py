@@ -19,7 +19,10 @@ def main(
     with console.exit_codes():
         from trainer.report import write_notes_and_report
 
-        for uri in write_notes_and_report(storage, output or storage):
+        written, left_out = write_notes_and_report(storage, output or storage)
+        for line in left_out:
+            console.stderr.print(f"left out: {line}", markup=False)
+        for uri in written:
             console.stdout.print(uri, markup=False)
 
 

@@ -1,11 +1,12 @@
 """The notes, in the form of the user's own: one of each run, and the notebook of all."""
 
+import math
 from collections.abc import Sequence
 
-from data_prep.manifest import Manifest
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, describe_rescaling, find_differences
+from trainer.errors import InputError, RecordError
 from trainer.evaluation import EvaluationResult
 from trainer.markdown import MOST_CLASSES, format_table
 from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
@@ -16,32 +17,51 @@ _CONTINUES = "the same command continues"
 
 def write_note(run: RunFolder, result: RunResult) -> None:
     """Writes ``note.md``."""
-    runs = find_runs(storage.parent(run.uri))
+    runs, _ = find_runs(storage.parent(run.uri))
     own = next(one for one in runs if one.folder.uri == run.uri)
     run.write(format_note(own, runs, result).encode(), "note.md")
 
 
-def format_notebook(runs: Sequence[StartedRun]) -> str:
-    """Returns the notes of all runs as Markdown, in the order in which they were started."""
-    return "\n".join(["# Training notes", "", *(format_note(run, runs, run.folder.read_result()) for run in runs)])
+def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> str:
+    """Format the notes of all runs as Markdown.
+
+    Args:
+        runs: of one storage, in the order in which they were started.
+        left_out: a line for each run that cannot be read.
+    """
+    notes = ["# Training notes", "", *(_format_readable_note(run, runs) for run in runs)]
+    if left_out:
+        notes += ["### Left out", "", *(f"- {line}" for line in left_out), ""]
+    return "\n".join(notes)
 
 
-def format_note(run: StartedRun, runs: Sequence[StartedRun], result: RunResult | None) -> str:
-    """Returns the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers.
+def _format_readable_note(run: StartedRun, runs: Sequence[StartedRun]) -> str:
+    """Format the note of a run, or the reason why how it ended cannot be read."""
+    try:
+        return format_note(run, runs, run.folder.read_ending())
+    except InputError as error:
+        return "\n".join([*_format_head(run, runs), "```sh", run.record.command, "```", str(error), ""])
+
+
+def format_note(run: StartedRun, runs: Sequence[StartedRun], ending: RunResult | RunInterruption | None) -> str:
+    """Format the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers.
 
     Args:
         run: the run.
         runs: of the same storage, in the order in which they were started.
-        result: of the run; None where it is not finished.
+        ending: how it ended; None where it has not.
     """
-    folder, record = run.folder, run.record
-    title = f"#### {record.config.arch}: {folder.name}"
-    lines = [f"### {record.started:%Y-%m-%d}", title, describe_change(run, runs), ""]
-    if result is None:
-        lines += ["```sh", record.command, "```", describe_unfinished(folder)]
+    lines = _format_head(run, runs)
+    if isinstance(ending, RunResult):
+        lines += _format_finished(run.folder, run.record, ending)
     else:
-        lines += _format_finished(folder, record, folder.read_manifest(), result)
+        lines += ["```sh", run.record.command, "```", describe_unfinished(ending)]
     return "\n".join(lines) + "\n"
+
+
+def _format_head(run: StartedRun, runs: Sequence[StartedRun]) -> list[str]:
+    title = f"#### {run.record.config.arch}: {run.folder.name}"
+    return [f"### {run.record.started:%Y-%m-%d}", title, describe_change(run, runs), ""]
 
 
 def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
@@ -59,9 +79,9 @@ def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
     return f"after {previous[-1].folder.name}: {'; '.join(changes) or 'the same again'}"
 
 
-def describe_unfinished(run: RunFolder) -> str:
-    """Returns why a run has no result, and how it gets one."""
-    match run.read_ending():
+def describe_unfinished(ending: RunInterruption | None) -> str:
+    """Say why a run has no result, and how it gets one."""
+    match ending:
         case RunInterruption(status="diverged", reason=reason):
             return f"diverged in its first epoch: {reason}; try half the --base-learning-rate, or --clip-norm 1"
         case RunInterruption(status="refused", reason=reason):
@@ -101,18 +121,28 @@ def describe_training(config: TrainConfig, steps: int) -> str:
     )
 
 
-def _format_finished(run: RunFolder, record: RunRecord, manifest: Manifest, result: RunResult) -> list[str]:
-    config = record.config
-    rows = {split: described.rows for split, described in manifest.splits.items()}
-    size = manifest.image_size
-    lines = [
-        "```python",
-        result.layers,
-        "```",
-        f"{ARCHITECTURES[config.arch].source}; {result.parameters:,} parameters",
-        "",
+def _describe_dataset(run: RunFolder) -> str:
+    try:
+        manifest = run.read_manifest()
+    except RecordError as error:
+        return str(error)
+    rows, size = {split: described.rows for split, described in manifest.splits.items()}, manifest.image_size
+    return (
         f"{rows['train']} training, {rows['val']} validation and {rows['test']} test images, "
-        f"{size}x{size}x{manifest.channels}, {manifest.num_classes} classes, from {manifest.source}",
+        f"{size}x{size}x{manifest.channels}, {manifest.num_classes} classes, from {manifest.source}"
+    )
+
+
+def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> list[str]:
+    config = record.config
+    # The architecture, the layers and the calibration are not known of every version's runs.
+    source = f"{ARCHITECTURES[config.arch].source}; " if config.arch in ARCHITECTURES else ""
+    calibration = result.val.calibration_error
+    lines = [
+        *(["```python", result.layers, "```"] if result.layers else []),
+        f"{source}{result.parameters:,} parameters",
+        "",
+        _describe_dataset(run),
         "",
         describe_training(config, result.steps),
         "",
@@ -126,8 +156,8 @@ def _format_finished(run: RunFolder, record: RunRecord, manifest: Manifest, resu
     lines += [
         "",
         f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
-        f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}; "
-        f"calibration error {result.val.calibration_error:.3f}",
+        f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
+        + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]

@@ -17,9 +17,12 @@ from trainer.evaluation import EvaluationResult
 from trainer.html import render_page, to_data_uri
 from trainer.markdown import MOST_CLASSES
 from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, describe_unfinished, format_notebook
-from trainer.run_folder import RunRecord, RunResult, StartedRun, find_runs
+from trainer.pages import check_place
+from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 
 REPORT_NAME = "report.html"
+# The second is of pages from before there was the first.
+_MARKS = ('<meta name="generator" content="training-notes notes">', "<caption>All runs. A heading sorts by its column.")
 _MOST_POINTS = 300
 # Of the drawing area of a chart; the template scales it.
 _CHART_WIDTH, _CHART_HEIGHT = 300, 120
@@ -52,6 +55,7 @@ class RunView:
     name: str
     record: RunRecord
     result: RunResult | None
+    status: str
     unfinished: str
     """Why it has no result; empty where it has one."""
     change: str
@@ -64,33 +68,40 @@ class RunView:
     """Data URI, or empty."""
 
 
-def write_notes_and_report(storage_uri: str, output: str) -> list[str]:
-    """Writes ``NOTES.md`` and ``report.html`` of all runs below a storage, and returns their URIs.
+def write_notes_and_report(storage_uri: str, output: str) -> tuple[list[str], list[str]]:
+    """Write ``NOTES.md`` and ``report.html`` of all runs below a storage.
+
+    Returns:
+        Their URIs; one line for each run that cannot be read.
 
     Raises:
-        InputError: there are no runs.
+        InputError: there are no runs, or the output holds files of these names that this program has not written.
     """
-    root = storage.resolve_uri(storage_uri)
-    runs = find_runs(root)
+    root, folder = storage.resolve_uri(storage_uri), storage.resolve_uri(output)
+    check_place(folder, REPORT_NAME, [NOTEBOOK_NAME], _MARKS, "--output")
+    runs, left_out = find_runs(root)
     if not runs:
-        raise InputError(f"STORAGE {storage_uri} holds no runs; give what jobs/train.py was given as --storage")
-    written = {NOTEBOOK_NAME: format_notebook(runs), REPORT_NAME: format_report(runs)}
-    folder = storage.resolve_uri(output)
+        cause = f"no run that can be read: {left_out[0]}" if left_out else "no runs"
+        raise InputError(f"STORAGE {storage_uri} holds {cause}; give what jobs/train.py was given as --storage")
+    # The page first: it vouches for the other file.
+    written = {REPORT_NAME: format_report(runs, left_out), NOTEBOOK_NAME: format_notebook(runs, left_out)}
     for name, text in written.items():
         storage.write_bytes(storage.join(folder, name), text.encode())
-    return [storage.join(folder, name) for name in written]
+    return sorted(storage.join(folder, name) for name in written), left_out
 
 
-def format_report(runs: Sequence[StartedRun]) -> str:
-    """Returns the page as HTML text.
+def format_report(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> str:
+    """Format the page as HTML text.
 
     Args:
         runs: of one storage, in the order in which they were started.
+        left_out: a line for each run that cannot be read.
     """
     views = [_view(run, runs) for run in runs]
     return render_page(
         "report.html.jinja",
         runs=views,
+        left_out=left_out,
         width=_CHART_WIDTH,
         height=_CHART_HEIGHT,
         data=_to_script_json({"runs": [_describe(view) for view in views], "verdicts": _compare(runs, views)}),
@@ -108,24 +119,26 @@ def _describe(view: RunView) -> dict[str, Any]:
 
 def _view(run: StartedRun, runs: Sequence[StartedRun]) -> RunView:
     folder, record = run.folder, run.record
-    result, history, steps = folder.read_result(), folder.read_metrics(), folder.read_steps()
+    ending, history, steps, unreadable = _read(folder)
+    result = ending if isinstance(ending, RunResult) else None
     charts = []
     if history:
         epochs = np.array([row["epoch"] for row in history])
         for name in ("loss", "accuracy"):
             lines = {
-                "train": np.array([row[name] for row in history]),
-                "val": np.array([row[f"val_{name}"] for row in history]),
+                "train": np.array([row.get(name, np.nan) for row in history]),
+                "val": np.array([row.get(f"val_{name}", np.nan) for row in history]),
             }
             charts.append(_draw(name, epochs, lines, "epoch"))
-    if steps is not None and len(steps):
+    if steps is not None and len(steps) and {"step", "grad_norm"} <= set(steps.column_names):
         charts.append(_draw_gradient_norms(steps, record.config.clip_norm))
-    rates = [row["images_per_second"] for row in history]
+    rates = [row["images_per_second"] for row in history if "images_per_second" in row]
     return RunView(
         name=folder.name,
         record=record,
         result=result,
-        unfinished="" if result else describe_unfinished(folder),
+        status="cannot be read" if unreadable else ending.status if ending else "not finished",
+        unfinished="" if isinstance(ending, RunResult) else unreadable or describe_unfinished(ending),
         change=describe_change(run, runs),
         training=describe_training(record.config, result.steps if result else len(steps or ())),
         images_per_second=float(np.median(rates)) if rates else 0.0,
@@ -141,6 +154,14 @@ def _fill_matrix(evaluation: EvaluationResult) -> list[list[int]]:
     matrix[labels, predicted] = counts
     rows: list[list[int]] = matrix.tolist()
     return rows
+
+
+def _read(run: RunFolder) -> tuple[RunResult | RunInterruption | None, list[dict[str, float]], pa.Table | None, str]:
+    """Read what the page shows of a run; or nothing, and the reason why it cannot be read."""
+    try:
+        return run.read_ending(), run.read_metrics(), run.read_steps(), ""
+    except InputError as error:
+        return None, [], None, str(error)
 
 
 def _draw_gradient_norms(steps: pa.Table, clip_norm: float) -> Chart:
@@ -184,12 +205,19 @@ def _read_picture(uri: str) -> str:
     return to_data_uri(content)
 
 
+def _read_predictions(run: RunFolder) -> pa.Table | None:
+    try:
+        return run.read_predictions()
+    except InputError:
+        return None
+
+
 def _compare(runs: Sequence[StartedRun], views: list[RunView]) -> dict[str, str]:
     """Returns the verdict on each pair of finished runs, by ``first,second``."""
     predictions = {
         index: table
         for index, (run, view) in enumerate(zip(runs, views, strict=True))
-        if view.result and (table := run.folder.read_predictions())
+        if view.result and (table := _read_predictions(run.folder))
     }
     verdicts = {}
     for first, second in itertools.combinations(predictions, 2):

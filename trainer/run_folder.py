@@ -39,7 +39,7 @@ from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.batch_table import BatchChoice
 from trainer.config import TrainConfig
-from trainer.errors import LeaseLostError, RecordError
+from trainer.errors import InputError, LeaseLostError, RecordError
 from trainer.evaluation import EvaluationResult
 from trainer.lease import Lease
 from trainer.record_format import Record
@@ -285,12 +285,13 @@ class RunFolder:
         self.write(storage.parquet_bytes(pa.Table.from_pylist(history)), "metrics.parquet")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Returns one row of metrics an epoch; none before the first."""
-        try:
-            content = storage.read_bytes(self.path("metrics.parquet"))
-        except FileNotFoundError:
-            return []
-        rows: list[dict[str, float]] = storage.parquet_table(content).to_pylist()
+        """Returns one row of metrics an epoch; none before the first.
+
+        Raises:
+            RecordError: the file is damaged.
+        """
+        table = _read_table(self.path("metrics.parquet"))
+        rows: list[dict[str, float]] = [] if table is None else table.to_pylist()
         return rows
 
     def write_steps(self, steps: pa.Table) -> None:
@@ -298,11 +299,12 @@ class RunFolder:
         self.write(storage.parquet_bytes(steps), "steps.parquet")
 
     def read_steps(self) -> pa.Table | None:
-        """Returns step, loss, accuracy, grad_norm and clipped of each optimizer step; None before a checkpoint."""
-        try:
-            return storage.parquet_table(storage.read_bytes(self.path("steps.parquet")))
-        except FileNotFoundError:
-            return None
+        """Returns step, loss, accuracy, grad_norm and clipped of each optimizer step; None before a checkpoint.
+
+        Raises:
+            RecordError: the file is damaged.
+        """
+        return _read_table(self.path("steps.parquet"))
 
     def read_predictions(self) -> pa.Table | None:
         """Returns the validation predictions of the best checkpoint in row order, or None where there is none."""
@@ -310,6 +312,16 @@ class RunFolder:
         if best is None:
             return None
         return storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+
+
+def _read_table(uri: str) -> pa.Table | None:
+    """Read a Parquet file; None where there is none."""
+    try:
+        return storage.parquet_table(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except pa.ArrowException as error:
+        raise RecordError(f"{uri} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -320,20 +332,23 @@ class StartedRun:
     record: RunRecord
 
 
-def find_runs(storage_uri: str) -> list[StartedRun]:
-    """Returns the runs below a storage, in the order in which they were started.
+def find_runs(storage_uri: str) -> tuple[list[StartedRun], list[str]]:
+    """Find the runs below a storage.
 
-    A folder whose ``config.json`` is of another program, or of another version of this one, is left out.
+    Returns:
+        The runs in the order in which they were started; one line for each ``config.json`` that cannot be read.
     """
-    runs = []
+    runs, left_out = [], []
     for name in storage.find_folders(storage_uri):
         folder = RunFolder(storage.join(storage_uri, name))
         try:
-            content = storage.read_bytes(folder.path("config.json"))
-            runs.append(StartedRun(folder, RunRecord.parse(content, folder.name)))
-        except (FileNotFoundError, RecordError):
+            record = folder.read_record()
+        except InputError as error:
+            left_out.append(str(error))
             continue
-    return sorted(runs, key=lambda run: (run.record.started, run.folder.name))
+        if record is not None:
+            runs.append(StartedRun(folder, record))
+    return sorted(runs, key=lambda run: (run.record.started, run.folder.name)), left_out
 
 
 def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None, command: str = "") -> RunRecord:

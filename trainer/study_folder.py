@@ -4,7 +4,7 @@ STORAGE/STUDY/ROUND/study.json    the Study; a changed file starts another round
 STORAGE/STUDY/ROUND/lease.json    which job works here; gone when none does
 STORAGE/STUDY/ROUND/trials/       one Trial a file, named like its run, written when it starts and when it ends
 STORAGE/STUDY/ROUND/RUN/          the run folder of a trial (`trainer.run_folder`)
-STORAGE/STUDY/ROUND/report.md     the answer and its evidence; report.html and plots/ likewise
+STORAGE/STUDY/ROUND/study.md       the answer and its evidence; study.html and plots/ likewise
 """
 
 import re
@@ -67,7 +67,7 @@ class StudyFolder:
     @property
     def report(self) -> str:
         """The URI of the page about the round; empty where there is none yet."""
-        uri = self.path("report.html")
+        uri = self.path("study.html")
         return uri if storage.exists(uri) else ""
 
     def check_access(self) -> None:

@@ -27,7 +27,7 @@ _CURVES_OF = 3
 
 
 def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> None:
-    """Writes ``report.md``, ``report.html`` and their plots of a round, finished or not.
+    """Writes ``study.md``, ``study.html`` and their plots of a round, finished or not.
 
     Args:
         folder: of the round.
@@ -42,7 +42,7 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
     subtitle = f"{ended} of {study.trials} trials, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
     page = render_sections(study.goal, subtitle, sections, plots)
     markdown = _format_markdown(study.goal, subtitle, sections)
-    for name, text in (("report.md", markdown), ("report.html", page)):
+    for name, text in (("study.md", markdown), ("study.html", page)):
         storage.write_bytes(folder.path(name), text.encode())
 
 

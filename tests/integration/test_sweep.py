@@ -71,10 +71,10 @@ def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tm
         "best-0000-seed-1",
         "incumbent-seed-1",
     }
-    report = Path(folder.path("report.md")).read_text()
+    report = Path(folder.path("study.md")).read_text()
     assert "1 of 2 trials were infeasible" in report
     assert "not decided: --characterize 5" in report
-    page = Path(folder.path("report.html")).read_text()
+    page = Path(folder.path("study.html")).read_text()
     assert "Which learning rate?" in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
@@ -90,9 +90,9 @@ def test_an_interrupted_study_is_continued_and_answers(resources, study_text, tm
     assert not any(isinstance(event, StudyTrialEnded) for event in events)
 
     # Nor is the report lost of a job that was stopped before it wrote it.
-    Path(folder.path("report.md")).unlink()
+    Path(folder.path("study.md")).unlink()
     assert conclude_study(study, folder) == trials
-    assert Path(folder.path("report.md")).read_text() == report
+    assert Path(folder.path("study.md")).read_text() == report
 
 
 @pytest.mark.slow
@@ -154,14 +154,14 @@ def test_a_study_without_result_fails_each_time_and_one_with_a_result_is_shown(s
     again = run_job(*command)
     assert again.returncode == 1
     assert f"no trial of {folder.uri} has completed; the last one: disk" in again.stderr
-    assert Path(folder.path("report.html")).exists()
+    assert Path(folder.path("study.html")).exists()
 
     found = {"status": "completed", "objective": 0.5, "correct": 9, "total": 18, "best_step": 4, "steps": 8}
     folder.write_trial(bad[0].model_copy(update=found))
     complete = run_job(*command)
     assert complete.returncode == 0, complete.stderr
-    assert complete.stdout.splitlines()[-1] == f"report  {folder.path('report.html')}"
-    assert "trial-0001 failed: disk" in Path(folder.path("report.md")).read_text()
+    assert complete.stdout.splitlines()[-1] == f"report  {folder.path('study.html')}"
+    assert "trial-0001 failed: disk" in Path(folder.path("study.md")).read_text()
     assert not Path(folder.path("trial-0000")).exists()
 
 

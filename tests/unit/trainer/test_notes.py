@@ -1,5 +1,6 @@
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,8 @@ from trainer import storage
 from trainer.evaluation import summarise
 from trainer.notes import describe_change, format_note, format_notebook, write_note
 from trainer.run_folder import RunFolder, describe_run, find_runs
+
+PAST = Path(__file__).parents[1] / "past_records"
 
 
 @pytest.fixture
@@ -29,8 +32,8 @@ def start(tmp_path, make_config, write_dataset, monkeypatch):
 
 
 def note_of(run: RunFolder, result=None) -> str:
-    runs = find_runs(storage.parent(run.uri))
-    return format_note(next(one for one in runs if one.folder.uri == run.uri), runs, result)
+    runs, _ = find_runs(storage.parent(run.uri))
+    return format_note(next(one for one in runs if one.folder.uri == run.uri), runs, result or run.read_ending())
 
 
 def test_the_note_has_the_form_of_the_users_own(start, make_result):
@@ -122,7 +125,7 @@ def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     start("other", 13, arch="vgg19")
     start("second", 14, epochs=20, seed=4)
     third = start("third", 15, epochs=20, seed=4)
-    runs = find_runs(storage.parent(third.uri))
+    runs, _ = find_runs(storage.parent(third.uri))
     assert [run.folder.name for run in runs] == ["first", "other", "second", "third"]
     assert describe_change(runs[2], runs) == "after first: epochs: 50 -> 20; seed: 3 -> 4"
     assert describe_change(runs[3], runs) == "after second: the same again"
@@ -156,6 +159,48 @@ def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_resu
 def test_the_notebook_has_all_runs_by_date(start, make_result):
     second, first = start("second", 20), start("first", 10)
     first.write_ending(make_result())
-    notebook = format_notebook(find_runs(storage.parent(second.uri)))
+    notebook = format_notebook(*find_runs(storage.parent(second.uri)))
     assert notebook.startswith("# Training notes\n")
     assert notebook.index("alexnet: first") < notebook.index("loss: 0.9315") < notebook.index("alexnet: second")
+
+
+def test_a_run_that_cannot_be_read_is_one_line_and_the_others_are_there(start, make_result):
+    """Whatever is wrong: a config or a result of a newer format or damaged, tables that are none, a lost manifest."""
+    whole = start("whole", 10)
+    whole.write_ending(make_result())
+    broken = {name: start(name, 11) for name in ("config", "newer", "result", "manifest")}
+    for run in broken.values():
+        run.write_ending(make_result())
+    storage.write_bytes(broken["config"].path("config.json"), b'{"config": ')
+    storage.write_bytes(broken["newer"].path("config.json"), b'{"format": 9}')
+    storage.write_bytes(broken["result"].path("result.json"), b'{"format": 9}')
+    storage.delete_file(broken["manifest"].path("dataset.json"))
+    lines = format_notebook(*find_runs(storage.parent(whole.uri))).splitlines()
+    for name, file, reason in (
+        ("config", "config.json", "cannot be read: Invalid JSON"),
+        ("newer", "config.json", "it is of format 9: update this program"),
+        ("result", "result.json", "it is of format 9: update this program"),
+        ("manifest", "dataset.json", "is missing"),
+    ):
+        (line,) = [line for line in lines if f"{name}/{file}" in line]
+        assert reason in line
+    assert sum("loss: 0.9315" in line for line in lines) == 2
+    assert [line for line in lines if line.startswith("#### ")] == [
+        f"#### alexnet: {name}" for name in ("whole", "manifest", "result")
+    ]
+
+
+def test_a_run_of_the_first_version_has_its_note(start, make_result):
+    run = start("first")
+    for name in ("config", "result"):
+        storage.write_bytes(run.path(f"{name}.json"), (PAST / "a9db2b2" / f"{name}.json").read_bytes())
+    note = format_notebook(*find_runs(storage.parent(run.uri)))
+    assert "loss: 0.9315 - accuracy: 0.7727 (51 of 66" in note
+    assert "top 1: 51 of 66\n" in note
+    assert "calibration" not in note
+    assert "```python" not in note
+
+
+def test_a_run_of_an_architecture_that_is_not_known_has_its_note(start, make_result):
+    run = start("first", arch="vit_tiny")
+    assert "\n27,734,190 parameters\n" in note_of(run, make_result())

@@ -181,3 +181,47 @@ def test_each_pair_on_the_same_dataset_has_a_verdict(write_run, tmp_path):
 def test_a_storage_without_runs_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no runs"):
         write_notes_and_report(str(tmp_path), str(tmp_path))
+
+
+def test_a_run_that_cannot_be_read_does_not_fail_the_page(write_run, tmp_path):
+    write_run("whole")
+    for name, file in (("a", "config.json"), ("b", "result.json"), ("c", "metrics.parquet"), ("d", "steps.parquet")):
+        storage.write_bytes(write_run(name, seed=1).path(file), b"PAR1 and no more")
+    checkpoint = write_run("e").path("checkpoints", "step-00000012", "checkpoint.json")
+    storage.write_bytes(checkpoint, b'{"format": 9}')
+    _, (left_out,) = write_notes_and_report(str(tmp_path / "runs"), str(tmp_path / "out"))
+    assert "runs/a/config.json cannot be read" in left_out
+    page = read_report(tmp_path)
+    assert left_out in page.text
+    for name in ("b/result.json", "c/metrics.parquet", "d/steps.parquet"):
+        assert page.text.count(f"{name} cannot be read: ") == 1
+    # That of the whole run, and of the one whose checkpoint alone cannot be read.
+    assert page.text.count("(51 of 66") == 2
+    assert json.loads(page.data)["verdicts"] == {}
+
+
+def test_a_storage_of_which_no_run_can_be_read_is_refused_with_the_reason(write_run, tmp_path):
+    storage.write_bytes(write_run("a").path("config.json"), b"{}")
+    with pytest.raises(InputError, match=r"no run that can be read: .*a/config\.json cannot be read: config: Field"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["NOTES.md", "report.html"])
+def test_a_file_that_is_not_its_own_is_not_replaced(write_run, tmp_path, name):
+    write_run("first")
+    storage.write_bytes(str(tmp_path / "out" / name), b"# Training notes\n\nmy own")
+    with pytest.raises(InputError, match=rf"{name} was not written by this job .* with --output"):
+        write_report(tmp_path)
+    assert (tmp_path / "out" / name).read_bytes() == b"# Training notes\n\nmy own"
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_its_own_files_are_written_anew(write_run, tmp_path):
+    write_run("first")
+    write_report(tmp_path)
+    # As it was before the page had a mark.
+    page = tmp_path / "out" / "report.html"
+    page.write_text(page.read_text().replace('<meta name="generator"', "<meta"))
+    write_run("second")
+    assert "second" in write_report(tmp_path).text
+    assert "generator" in page.read_text()
