@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from trainer import checkpoint as checkpoints
+from trainer import storage
 from trainer.run_folder import RunFolder
 
 # A case that is slow on a busy machine is no failure; the same cases each time, so that a failure is one of the code.
@@ -96,9 +97,11 @@ def bucket():
             wait_for_port(port)
             # An instance keeps the endpoint that it was made with.
             fsspec.get_filesystem_class("s3").clear_instance_cache()
+            storage._s3.cache_clear()
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("training")
             yield "s3://training"
         finally:
+            storage._s3.cache_clear()
             server.terminate()
             server.wait()
 

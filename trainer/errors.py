@@ -16,6 +16,10 @@ class BatchError(InputError):
     """No batch, or not the one that was given, fits into a worker's memory."""
 
 
+class UnreachableError(InputError):
+    """No storage has answered: what it holds and allows is not known."""
+
+
 class JobError(Exception):
     """The job started and failed: exit 1."""
 

@@ -1,8 +1,9 @@
 """The one door to files: local paths and ``s3://bucket/prefix`` URIs behave alike.
 
 Nothing here relies on rename, append or listing order of an object store. A write is one object that appears whole or
-not at all, so a small object written last can serve as a commit. Credentials and endpoint are never arguments: s3fs
-reads the standard AWS variables and files on every node, so no secret enters a config, a pickle or a log.
+not at all, so a small object written last can serve as a commit. A name is taken as it is: none of its characters is a
+pattern. Credentials and endpoint are never arguments: s3fs reads the standard AWS variables and files on every node, so
+no secret enters a config, a pickle or a log.
 """
 
 import contextlib
@@ -10,35 +11,32 @@ import errno
 import functools
 import os
 import re
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
-from trainer.errors import InputError, JobError
+from trainer.errors import InputError, JobError, UnreachableError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# s3fs tries each request again, waiting 0.1 x 1.7**n seconds, at most 15; botocore's one retry below it adds jitter. A
-# storage that has never answered is likely misnamed: 3 s of waiting. One that has is worth two minutes.
-_TRIES_BEFORE_FIRST_ANSWER = 6
-_TRIES = 16
-# Set in the processes that a job starts: the job itself has had an answer by then.
+if TYPE_CHECKING:
+    from trainer.s3 import S3
+
+# Set in the processes that a job starts: the job itself has had an answer of the storage by then.
 ANSWERED_VARIABLE = "TRAINING_STORAGE_ANSWERED"
-_has_answered = False
-# One that takes a connection and never answers would hold up the tries above for minutes.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A storage that takes a connection and never answers would hold up all tries for minutes.
 _FIRST_ANSWER_SECONDS = 25.0
 # How what is not written to its end is called on a local disk; hidden, and no file to anybody.
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial")
-_S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,
-    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 2}, "connect_timeout": 5, "read_timeout": 60},
-}
+# Requests at a time. One of its own deletes each object: the request for many at once wants a checksum that differs
+# from store to store, and answers that it worked where it did not.
+_DELETIONS = 16
 
 
 def resolve_uri(location: str) -> str:
@@ -86,18 +84,19 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
         JobError: it had answered before, and did not for two minutes.
     """
     with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        content: bytes = filesystem.cat_file(path, start, None if length is None else start + length)
+        if is_local(uri):
+            with open(uri, "rb") as file:
+                file.seek(start)
+                return file.read() if length is None else file.read(length)
+        content: bytes = _s3().cat_file(_path(uri), start=start, end=None if length is None else start + length)
         return content
 
 
 @contextlib.contextmanager
 def open_file(uri: str) -> Iterator[Any]:
     """Opens one file to read parts of it."""
-    with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        with filesystem.open(path, "rb") as file:
-            yield file
+    with clear_errors(uri), open(uri, "rb") if is_local(uri) else _s3().open(_path(uri), "rb") as file:
+        yield file
 
 
 def read_parquet_schema(uri: str) -> pa.Schema:
@@ -120,14 +119,10 @@ def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
         JobError: a disk is full, or the storage had answered before, and did not for two minutes.
     """
     with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        if isinstance(filesystem, LocalFileSystem):
-            _write_local(Path(path), content, sync)
-            return
-        try:
-            filesystem.pipe_file(path, content)
-        except FileNotFoundError as error:
-            raise InputError(_s3_message(uri, "no such bucket")) from error
+        if is_local(uri):
+            _write_local(Path(uri), content, sync)
+        else:
+            _s3().write(_path(uri), content)
 
 
 def create_file(uri: str, content: bytes) -> bool:
@@ -139,16 +134,15 @@ def create_file(uri: str, content: bytes) -> bool:
         InputError: the storage refused or could not be reached.
     """
     with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        if isinstance(filesystem, LocalFileSystem):
-            # Linked, not opened exclusively: a file that exists is whole.
-            with _partial_file(Path(path), content, sync=False) as whole:
-                try:
-                    os.link(whole, path)
-                except FileExistsError:
-                    return False
-            return True
-        return not filesystem.exists(path) and _create_object(uri, content)
+        if not is_local(uri):
+            return not _s3().has(_path(uri)) and _s3().write(_path(uri), content, create=True)
+        # Linked, not opened exclusively: a file that exists is whole.
+        with _partial_file(Path(uri), content, sync=False) as whole:
+            try:
+                os.link(whole, uri)
+            except FileExistsError:
+                return False
+        return True
 
 
 def refuses_to_create(uri: str, content: bytes) -> bool:
@@ -162,23 +156,7 @@ def refuses_to_create(uri: str, content: bytes) -> bool:
         InputError: the storage refuses conditional writes altogether, or could not be reached.
     """
     with clear_errors(uri):
-        return is_local(uri) or not _create_object(uri, content)
-
-
-def _create_object(uri: str, content: bytes) -> bool:
-    filesystem, path = _open_filesystem(uri)
-    try:
-        filesystem.pipe_file(path, content, mode="create")
-    except FileExistsError:
-        return False
-    except FileNotFoundError as error:
-        raise InputError(_s3_message(uri, "no such bucket")) from error
-    except OSError as error:
-        # Of Ceph, whose answer has no message, s3fs makes a plain OSError.
-        if _error_code(error) == "PreconditionFailed":
-            return False
-        raise
-    return True
+        return is_local(uri) or not _s3().write(_path(uri), content, create=True)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -197,8 +175,7 @@ def parquet_table(content: bytes) -> pa.Table:
 def exists(uri: str) -> bool:
     """Returns whether one file, or at least one file below a folder, exists."""
     with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        return bool(filesystem.exists(path))
+        return os.path.exists(uri) if is_local(uri) else _s3().has(_path(uri))
 
 
 def find_files(uri: str) -> dict[str, int]:
@@ -211,49 +188,41 @@ def find_files(uri: str) -> dict[str, int]:
         InputError: the storage or one of the folders cannot be read.
     """
     with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        if isinstance(filesystem, LocalFileSystem):
-            sizes = _local_sizes(Path(path))
-        else:
-            root = path.rstrip("/") + "/"
-            try:
-                entries = filesystem.find(path, detail=True)
-            except FileNotFoundError as error:
-                raise InputError(_s3_message(uri, "no such bucket")) from error
-            # Some tools leave empty "folder/" marker objects.
-            sizes = {
-                name.removeprefix(root): entry["size"]
-                for name, entry in entries.items()
-                if name.startswith(root) and not name.endswith("/")
-            }
+        sizes = _local_sizes(Path(uri)) if is_local(uri) else _object_sizes(uri)
     return dict(sorted(sizes.items()))
 
 
 def find_folders(uri: str) -> list[str]:
     """Returns the names of the folders directly below a folder, sorted. A folder that is not there has none."""
-    with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        try:
-            entries = filesystem.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-    return sorted(basename(entry["name"]) for entry in entries if entry["type"] == "directory")
+    with contextlib.suppress(FileNotFoundError), clear_errors(uri), contextlib.suppress(NotADirectoryError):
+        if is_local(uri):
+            with os.scandir(uri) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        root = join(_path(uri), "")
+        folders = [entry["name"] for entry in _s3().ls(_path(uri), detail=True) if entry["type"] == "directory"]
+        # Of a name that begins with a slash there is only an empty part.
+        return sorted(name.removeprefix(root) for name in folders if len(name) > len(root))
+    return []
 
 
 def delete_file(uri: str) -> None:
     """Deletes one file; one that is not there is no error."""
-    with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.rm_file(path)
+    with contextlib.suppress(FileNotFoundError), clear_errors(uri):
+        if is_local(uri):
+            os.remove(uri)
+        else:
+            _s3().rm_file(_path(uri))
 
 
 def delete_folder(uri: str) -> None:
     """Deletes a folder and all below it; one that is not there is no error."""
-    with clear_errors(uri):
-        filesystem, path = _open_filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.rm(path, recursive=True)
+    with contextlib.suppress(FileNotFoundError), clear_errors(uri):
+        if is_local(uri):
+            os.remove(uri) if os.path.islink(uri) else shutil.rmtree(uri)
+            return
+        root, s3 = _path(uri), _s3()
+        with ThreadPoolExecutor(_DELETIONS) as threads:
+            list(threads.map(s3.rm_file, [join(root, name) for name in _object_sizes(uri)]))
 
 
 def delete_partial_files(uri: str) -> None:
@@ -261,9 +230,9 @@ def delete_partial_files(uri: str) -> None:
     if not is_local(uri):
         return
     with clear_errors(uri):
-        for path in Path(uri).rglob(".*.partial"):
-            if _PARTIAL.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        for folder, _, names in os.walk(uri):
+            for name in filter(_PARTIAL.fullmatch, names):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def check_access(uri: str) -> None:
@@ -285,12 +254,12 @@ def check_access(uri: str) -> None:
         return not create_file(file, b"no")
 
     def delete() -> bool:
-        delete_file(file)
+        delete_folder(folder)
         return not exists(file)
 
     for what, permission, works in (
         ("write a file", "s3:PutObject", write),
-        ("read a file", "s3:GetObject", lambda: read_bytes(file) == b"ok"),
+        ("read a file", "s3:GetObject", lambda: (read_bytes(file), read_bytes(file, 1, 1)) == (b"ok", b"k")),
         ("list files", "s3:ListBucket", lambda: find_files(folder) == {"file": 2}),
         ("write a file unless it exists", "s3:PutObject, If-None-Match", create),
         ("delete a file", "s3:DeleteObject", delete),
@@ -303,10 +272,13 @@ def check_access(uri: str) -> None:
             if what != "write a file":
                 with contextlib.suppress(InputError, JobError):
                     delete_file(file)
+            # Not the name of a file that nobody asked for.
+            message = str(error).replace(file, uri).replace(folder, uri)
+            if isinstance(error, UnreachableError):
+                raise UnreachableError(message) from error
             needed = "" if is_local(uri) else f" ({permission})"
-            raise InputError(f"{error}; a job must be able to {what} there{needed}") from error
+            raise InputError(f"{message}; a job must be able to {what} there{needed}") from error
         raise InputError(f"{uri}: tried to {what} and found something else than was written; use another storage")
-    delete_folder(folder)
 
 
 def _answer_soon(uri: str, call: Callable[[], None]) -> None:
@@ -323,8 +295,8 @@ def _answer_soon(uri: str, call: Callable[[], None]) -> None:
     thread = threading.Thread(target=catch, daemon=True)
     thread.start()
     thread.join(_FIRST_ANSWER_SECONDS)
-    if thread.is_alive() and not _has_answered:
-        raise InputError(_s3_message(uri, f"nothing for {_FIRST_ANSWER_SECONDS:.0f} s"))
+    if thread.is_alive() and not _s3().has_answered:
+        raise UnreachableError(_s3().describe_silence(uri, f"nothing for {_FIRST_ANSWER_SECONDS:.0f} s"))
     thread.join()
     if raised:
         raise raised[0]
@@ -333,65 +305,47 @@ def _answer_soon(uri: str, call: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def clear_errors(uri: str) -> Iterator[None]:
     """Turns what a storage or a disk can answer into one line with the place and what to set, never with a secret."""
+    if not is_local(uri):
+        with _s3().clear_errors(uri):
+            yield
+        return
     try:
         yield
-        _note_answer(uri)
     except FileNotFoundError as error:
-        _note_answer(uri)
         raise FileNotFoundError(f"{uri}: not found") from error
     except OSError as error:
         if error.errno in _FULL:
             raise JobError(f"{uri}: {error.strerror}; make room, and the same command continues") from error
-        if is_local(uri):
-            raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
-        raise _explain_s3(uri, error) from error
-    except Exception as error:
-        if is_local(uri) or not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise
-        raise _explain_s3(uri, error) from error
+        raise InputError(f"{uri}: {error.strerror or error}; give a path that can be read and written") from error
 
 
 @functools.cache
-def _open_filesystem_for(scheme: str) -> fsspec.AbstractFileSystem:
-    if scheme != "s3":
-        return fsspec.filesystem(scheme)
-    from s3fs.core import set_custom_error_handler
+def _s3() -> "S3":
+    # Not at the top: most of a second, and most work is on local files.
+    from trainer.s3 import S3
 
-    set_custom_error_handler(_is_transient)
-    filesystem = fsspec.filesystem("s3", **_S3_OPTIONS)
-    global _has_answered
-    _has_answered = bool(os.environ.get(ANSWERED_VARIABLE))
-    filesystem.retries = _TRIES if _has_answered else _TRIES_BEFORE_FIRST_ANSWER
-    return filesystem
+    return S3(has_answered=bool(os.environ.get(ANSWERED_VARIABLE)))
 
 
-def _is_transient(error: BaseException) -> bool:
-    """Returns whether s3fs, which knows some of these itself, shall try a failed request again."""
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-    from botocore.exceptions import ConnectionError as BotoConnectionError
-
-    if isinstance(error, ClientError):
-        return bool(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500)
-    if isinstance(error, BotoCoreError):
-        return isinstance(error, BotoConnectionError | HTTPClientError)
-    return isinstance(error, TimeoutError | ConnectionError)
+def _path(uri: str) -> str:
+    """Returns bucket and key."""
+    return uri.removeprefix("s3://")
 
 
 def ask_briefly() -> None:
     """Lets this process try for seconds where it would for minutes, until it has an answer: for what ends a job."""
-    _open_filesystem_for("s3").retries = _TRIES_BEFORE_FIRST_ANSWER
+    _s3().try_briefly()
 
 
-def _note_answer(uri: str) -> None:
-    global _has_answered
-    if not is_local(uri):
-        _has_answered = True
-        _open_filesystem_for("s3").retries = _TRIES
-
-
-def _open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    scheme, separator, path = uri.partition("://")
-    return (_open_filesystem_for(scheme), path) if separator else (_open_filesystem_for("file"), uri)
+def _object_sizes(uri: str) -> dict[str, int]:
+    root = join(_path(uri), "")
+    found = _s3().find(_path(uri), detail=True)
+    # Some tools leave empty "folder/" marker objects.
+    return {
+        name.removeprefix(root): entry["size"]
+        for name, entry in found.items()
+        if name.startswith(root) and not name.endswith("/")
+    }
 
 
 def _write_local(path: Path, content: bytes, sync: bool) -> None:
@@ -451,35 +405,3 @@ def _raise_unless_missing(error: OSError) -> None:
 
 def _leads_back(folder: Path) -> bool:
     return folder.is_symlink() and folder.resolve() in [above.resolve() for above in folder.parents]
-
-
-def _explain_s3(uri: str, error: Exception) -> InputError | JobError:
-    """Returns what a refusal is, or a storage that does not answer any more, for which nobody gave a wrong argument."""
-    # s3fs raises errors of its own from those of botocore.
-    if _has_answered and (_is_transient(error) or (error.__cause__ and _is_transient(error.__cause__))):
-        # Waited for long enough.
-        ask_briefly()
-        return JobError(f"{_s3_message(uri, _first_line(error))}; when it is back, the same command continues")
-    return InputError(_s3_message(uri, _first_line(error)))
-
-
-def _first_line(error: Exception) -> str:
-    # Ceph sends no message with its codes.
-    if (code := _error_code(error)) and str(error).endswith("None"):
-        return code
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _error_code(error: BaseException) -> str:
-    """Returns the S3 code of an error of s3fs, such as AccessDenied; empty where it has none."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
-
-
-def _s3_message(uri: str, reason: str) -> str:
-    bucket = uri.removeprefix("s3://").partition("/")[0]
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
-    return (
-        f"{uri}: bucket {bucket!r} at {endpoint} answered {reason!r}; check AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, "
-        "AWS_SECRET_ACCESS_KEY and AWS_PROFILE on every node"
-    )

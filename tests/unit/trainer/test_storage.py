@@ -1,17 +1,18 @@
+import contextlib
 import os
-import subprocess
-import sys
+import socket
 import tempfile
 import threading
+import uuid
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.conftest import REPOSITORY
-from trainer import storage
-from trainer.errors import InputError
+from trainer import s3, storage
+from trainer.errors import InputError, UnreachableError
 
 
 @pytest.fixture
@@ -263,6 +264,70 @@ def test_a_deleted_file_is_gone(root):
     assert storage.find_files(root) == {"b": 1}
 
 
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, root) -> str:
+    """An empty folder on a disk, then an empty prefix of a bucket."""
+    return root if request.param == "disk" else f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
+
+
+@pytest.mark.parametrize(
+    ("name", "neighbor"),
+    [
+        # As a pattern it is its neighbor.
+        ("exp[1]*?", "exp1ab"),
+        # As s3fs reads it, too.
+        ("run?versionId=2", "run"),
+        # As a URL or in another Unicode form.
+        ("e\u0301%20+", "\u00e9  "),
+    ],
+)
+def test_a_name_is_never_a_pattern(place, name, neighbor):
+    own, other = storage.join(place, name), storage.join(place, neighbor)
+    partial = f".file.{'0' * 32}.partial"
+    for path in (("a", "file"), ("file",), (partial,)):
+        storage.write_bytes(storage.join(other, *path), b"neighbor")
+    before = find_all(place)
+
+    # Nothing of the name itself is there.
+    assert (storage.exists(own), storage.find_files(own), storage.find_folders(own)) == (False, {}, [])
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(own, "file"))
+    with pytest.raises(FileNotFoundError), storage.open_file(storage.join(own, "file")):
+        pass
+    storage.delete_file(storage.join(own, "file"))
+    storage.delete_folder(own)
+    storage.delete_partial_files(own)
+    storage.check_access(own)
+    assert find_all(place) == before
+
+    assert storage.create_file(storage.join(own, "file"), b"own")
+    assert storage.refuses_to_create(storage.join(own, "file"), b"own")
+    storage.write_bytes(storage.join(own, "a", "file"), storage.parquet_bytes(pa.table({"own": [1]})))
+    assert storage.read_bytes(storage.join(own, "file")) == b"own"
+    assert storage.read_parquet_schema(storage.join(own, "a", "file")).names == ["own"]
+    assert (list(storage.find_files(own)), storage.find_folders(own)) == (["a/file", "file"], ["a"])
+    assert storage.find_folders(place) == sorted([name, neighbor])
+    storage.delete_file(storage.join(own, "file"))
+    assert list(storage.find_files(own)) == ["a/file"]
+    storage.delete_folder(own)
+    assert not storage.exists(own)
+    assert find_all(place) == before
+
+
+def find_all(place: str) -> list[str]:
+    """All that is there, also what is no file to `storage.find_files`."""
+    if storage.is_local(place):
+        return sorted(str(path) for path in Path(place).rglob("*") if path.is_file())
+    return sorted(fsspec.filesystem("s3", skip_instance_cache=True).find(place))
+
+
+def test_a_folder_of_many_objects_is_deleted(bucket):
+    for index in range(40):
+        storage.write_bytes(f"{bucket}/many/{index}", b"")
+    storage.delete_folder(f"{bucket}/many")
+    assert storage.find_files(f"{bucket}/many") == {}
+
+
 def test_checking_that_a_folder_can_be_written_leaves_nothing(root):
     storage.check_access(storage.join(root, "runs"))
     assert storage.find_files(root) == {}
@@ -276,30 +341,126 @@ def test_a_table_survives_as_parquet(root):
     assert storage.read_parquet_schema(storage.join(root, "t.parquet")) == table.schema
 
 
+def test_what_is_in_a_file_is_no_error_of_the_storage(place):
+    storage.write_bytes(storage.join(place, "file"), b"no Parquet file")
+    with pytest.raises(pa.ArrowInvalid):
+        storage.read_parquet_schema(storage.join(place, "file"))
+
+
 def test_a_bucket_that_is_not_there_is_an_input_error(bucket):
-    for call in ("write_bytes({!r}, b'')", "create_file({!r}, b'')", "find_files({!r})"):
-        # In a process of its own: the endpoint of a process is read once.
-        script = "from trainer import storage; storage." + call.format("s3://missing/lease")
-        process = subprocess.run(
-            [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-        )
-        assert "InputError: s3://missing/lease: bucket 'missing' at" in process.stderr
-        assert "answered 'no such bucket'" in process.stderr
+    uri = "s3://missing/runs/lease"
+    for call in (
+        storage.read_bytes,
+        storage.exists,
+        storage.find_files,
+        storage.find_folders,
+        storage.delete_folder,
+        lambda uri: storage.write_bytes(uri, b""),
+        lambda uri: storage.create_file(uri, b""),
+    ):
+        with pytest.raises(
+            InputError, match=r"s3://missing/runs/lease: bucket 'missing' at .* answered 'no such bucket'"
+        ):
+            call(uri)
 
 
-def test_an_answer_without_a_message_is_told_by_its_code():
+def test_an_answer_without_a_message_is_described_by_its_code():
     # As s3fs makes them of Ceph's.
     error = OSError(22, "None")
     error.__cause__ = ClientError({"Error": {"Code": "SignatureDoesNotMatch"}}, "PutObject")
-    assert storage._first_line(error) == "SignatureDoesNotMatch"
-    assert storage._first_line(OSError(5, "Input/output error")) == "[Errno 5] Input/output error"
+    assert s3._first_line(error) == "SignatureDoesNotMatch"
+    assert s3._first_line(OSError(5, "Input/output error")) == "[Errno 5] Input/output error"
 
 
-def test_an_unreachable_bucket_is_an_input_error_without_the_secret(monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-for-any-log")
-    message = storage._s3_message("s3://photos/cats", "Could not connect")
-    assert message.startswith("s3://photos/cats: bucket 'photos' at http://127.0.0.1:9 answered 'Could not connect'")
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        assert name in message
+@pytest.fixture
+def profile(monkeypatch, tmp_path):
+    """Returns a function that makes the AWS files say what is given, and no variable anything."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_PROFILE", "corp")
+
+    def write(text: str) -> None:
+        (tmp_path / "config").write_text(f"[profile corp]\nregion = us-east-1\n{text}")
+        storage._s3.cache_clear()
+
+    yield write
+    storage._s3.cache_clear()
+
+
+_KEY = "aws_access_key_id = key\naws_secret_access_key = not-for-any-log\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{_KEY}endpoint_url = http://127.0.0.1:9",
+        f"{_KEY}services = own\n[services own]\ns3 =\n  endpoint_url = http://127.0.0.1:9",
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_named_as_the_aws_files_name_it(profile, text, capfd, monkeypatch):
+    profile(text)
+    monkeypatch.setattr(s3, "_TRIES_BEFORE_FIRST_ANSWER", 1)
+    with pytest.raises(InputError) as raised:
+        storage.read_bytes("s3://photos/cats", 0, 1)
+    message = str(raised.value)
+    assert message.startswith("s3://photos/cats: no answer from http://127.0.0.1:9: Cannot connect to host 127.0.0.1:9")
+    assert "check AWS_ENDPOINT_URL_S3 and AWS_PROFILE on every node" in message
+    assert "answered" not in message
     assert "not-for-any-log" not in message
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Unable to locate credentials"),
+        ("aws_access_key_id = key", "Partial credentials found"),
+        (
+            "sso_session = one\nsso_account_id = 1\nsso_role_name = a\n[sso-session one]\nsso_region = us-east-1\n"
+            "sso_start_url = https://127.0.0.1",
+            "Error loading SSO Token: Token for one does not exist",
+        ),
+        ("credential_process = /missing/program", "No such file or directory: '/missing/program'"),
+        ("role_arn = arn:aws:iam::1:role/a\nweb_identity_token_file = /missing/token", "directory: '/missing/token'"),
+        (f"{_KEY}endpoint_url = localhost:9000", "Invalid endpoint: localhost:9000"),
+    ],
+)
+def test_a_request_that_was_not_made_is_no_answer(profile, text, reason, capfd):
+    profile(text)
+    for call in (storage.read_bytes, storage.exists, storage.find_files, storage.check_access):
+        with pytest.raises(InputError, match=f"^s3://photos/cats: no request was made: .*{reason}") as raised:
+            call("s3://photos/cats")
+        assert "; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE, and the files in ~/.aws" in str(
+            raised.value
+        )
+        assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_read_is_tried_as_often_as_is_said(monkeypatch):
+    server, connections = socket.create_server(("127.0.0.1", 0)), []
+
+    def reset_all() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(server.accept()[0])
+                connections[-1].close()
+
+    thread = threading.Thread(target=reset_all)
+    thread.start()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+    store = s3.S3(endpoint_url=endpoint, config_kwargs={"retries": {"max_attempts": 0}})
+    counts = []
+    for store.retries in (1, 3):
+        connections.clear()
+        with pytest.raises(UnreachableError), store.clear_errors("s3://photos/cat"):
+            store.cat_file("photos/cat", start=1, end=2)
+        counts.append(len(connections))
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
+    assert counts[1] == 3 * counts[0] > 0
