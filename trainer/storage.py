@@ -34,6 +34,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_ANSWER_SECONDS = 25.0
 # How what is not written to its end is called on a local disk; hidden, and no file to anybody.
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial")
+# What is no local path unless it begins as one: a scheme, a drive or a share of Windows; "://" anywhere.
+_LIKE_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|\\\\|[^/.~].*://|:")
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Requests at a time. One of its own deletes each object: the request for many at once wants a checksum that differs
 # from store to store, and answers that it worked where it did not.
 _DELETIONS = 16
@@ -42,22 +46,34 @@ _DELETIONS = 16
 def resolve_uri(location: str) -> str:
     """Returns an absolute form of a local path, or an ``s3://`` URI without a trailing slash.
 
+    A relative path with a colon in its first part is written ``./PATH``, so that no misspelt URI is taken for a path.
+
     Raises:
-        InputError: the location has another scheme, or names no bucket.
+        InputError: the location is a URI of another kind, or names no bucket, or has an odd part.
     """
-    scheme, separator, rest = location.partition("://")
-    if not separator:
+    if not location.startswith("s3://"):
+        if _LIKE_URI.match(location):
+            raise InputError(
+                f"{location!r} is no URI that is known; give s3://bucket/prefix or a local path, and ./PATH for one "
+                "with a colon in its first part"
+            )
         return os.path.abspath(os.path.expanduser(location))
-    if scheme != "s3":
-        raise InputError(f"{location!r}: unknown scheme {scheme!r}; give a local path or s3://bucket/prefix")
-    if not rest.strip("/"):
-        raise InputError(f"{location!r} names no bucket; give s3://bucket/prefix")
+    bucket, *parts = location.removeprefix("s3://").rstrip("/").split("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise InputError(
+            f"{location!r} names no bucket: the name of one has letters, digits, '.', '_' and '-'; give s3://bucket/prefix"
+        )
+    if any(part in ("", ".", "..") or _CONTROL.search(part) for part in parts):
+        raise InputError(
+            f"{location!r} has a part that is empty, '.' or '..', or a control character, for which stores and "
+            "programs differ; give s3://bucket/prefix without"
+        )
     return location.rstrip("/")
 
 
 def is_local(uri: str) -> bool:
     """Returns whether the URI is a path on this machine's file system."""
-    return "://" not in uri
+    return not uri.startswith("s3://")
 
 
 def join(uri: str, *parts: str) -> str:

@@ -39,16 +39,48 @@ def test_a_bucket_keeps_its_prefix_without_a_trailing_slash():
     assert storage.resolve_uri("s3://bucket") == "s3://bucket"
 
 
-@pytest.mark.parametrize("location", ["gs://bucket/a", "file:///tmp", "http://host/a", "S3://bucket", "://bucket"])
-def test_another_scheme_is_refused_with_what_to_give(location):
-    with pytest.raises(InputError, match=r"unknown scheme .*; give a local path or s3://bucket/prefix"):
+@pytest.mark.parametrize(
+    "location",
+    [
+        "gs://bucket/a",
+        "file:///tmp",
+        "http://host/a",
+        "S3://bucket",
+        "s3a://bucket",
+        "://bucket",
+        " s3://bucket",
+        "s3:/bucket/a",
+        "s3:bucket",
+        "s3:",
+        "https:/host",
+        "C:\\runs",
+        "c:/runs",
+        r"\\server\runs",
+        "'s3://bucket'",
+    ],
+)
+def test_what_looks_like_a_uri_and_is_none_that_is_known_is_refused(location):
+    with pytest.raises(InputError, match=r"no URI that is known; give s3://bucket/prefix or a local path, and \./PATH"):
         storage.resolve_uri(location)
 
 
-@pytest.mark.parametrize("location", ["s3://", "s3:///", "s3:////"])
+@pytest.mark.parametrize(
+    "location", ["./s3:runs", "/data/a:b", "../a:b", "runs/12:30", "~/a:b", "12:30", ".a:b", "a b:c"]
+)
+def test_a_local_path_may_have_a_colon(location):
+    assert storage.resolve_uri(location) == os.path.abspath(os.path.expanduser(location))
+
+
+@pytest.mark.parametrize("location", ["s3://", "s3:///", "s3:////", "s3:///a", "s3://key:secret@bucket/a", "s3://b*/a"])
 def test_a_uri_without_a_bucket_is_refused(location):
     with pytest.raises(InputError, match="names no bucket"):
         storage.resolve_uri(location)
+
+
+@pytest.mark.parametrize("prefix", ["a//b", "/a", "../a", "a/./b", "a/..", "runs\r", "a\nb/c"])
+def test_a_prefix_that_programs_would_read_differently_is_refused(prefix):
+    with pytest.raises(InputError, match=r"empty, '\.' or '\.\.', or a control character"):
+        storage.resolve_uri(f"s3://bucket/{prefix}")
 
 
 @pytest.mark.parametrize("uri", ["/data/runs", "s3://bucket/runs"])
