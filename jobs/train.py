@@ -32,7 +32,7 @@ def main(
     recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
     probe_again: Annotated[bool, Option("--probe-again", help="Measure batch sizes even where it was done.")] = False,
-    profile: Annotated[bool, Option("--profile", help="Trace some steps on every worker: RUN/profile.")] = False,
+    profile: Annotated[bool, Option("--profile", help="Trace some steps of the first worker: RUN/profile.")] = False,
     profile_steps: Annotated[int, Option(min=1, help="How many; the first of a run are left out.")] = 10,
     track: Annotated[list[str], Option(help="Where metrics go too: tensorboard, mlflow.")] = [],  # noqa: B006
     **options: Any,

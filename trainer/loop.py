@@ -193,24 +193,27 @@ class _Training:
         for images, labels in feed.batches(batch_of_step, range(num_steps)):
             stats.append(self._train_step(images, labels))
             taken = len(stats)
-            self._tell(self._profiler.after_step(feed.wait_seconds))
+            is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
             self._epoch_rows += config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
                 _check_finite(stats, first_step, config.precision)
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
                 self._job.send_event(StageProgressed(f"epoch {epoch}", taken, num_steps))
-            if config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0 and taken < num_steps:
+            is_due = config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0
+            if (is_due and taken < num_steps) or is_traced:
                 _check_finite(stats, first_step, config.precision)
                 self._keep_steps(stats, first_step)
                 swap_averages(self.network)
                 self._save(write, {})
                 swap_averages(self.network)
+            if is_traced:
+                # Whatever TensorFlow does while it collects the trace, no step is lost by it.
+                write(_wait_for_checkpoint)
+                self._tell(self._profiler.close())
         _check_finite(stats, first_step, config.precision)
         self._keep_steps(stats, first_step)
         seconds = time.perf_counter() - started
-        # Validation is no part of a step.
-        self._tell(self._profiler.close())
         of_epoch = self._steps.slice(epoch_start)
         means = {name: _finite_mean(of_epoch[name]) for name in ("loss", "accuracy", "grad_norm", "clipped")}
         return {
@@ -333,6 +336,10 @@ def _background_writer() -> Iterator[Writer]:
         yield write
         if pending is not None:
             pending.result()
+
+
+def _wait_for_checkpoint() -> None:
+    """Do nothing; what was given to the background writer before has been written by the time that it takes this."""
 
 
 def _write_checkpoint(

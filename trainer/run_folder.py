@@ -9,7 +9,7 @@ STORAGE/RUN/metrics.parquet  one row an epoch
 STORAGE/RUN/steps.parquet    one row an optimizer step
 STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/saved_model/ where it is asked for
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
-STORAGE/RUN/profile/         traces of a few steps, one a worker, for TensorBoard; Ray's timeline of the whole run
+STORAGE/RUN/profile/         a trace of a few steps, for TensorBoard; Ray's timeline of the whole run
 STORAGE/RUN/note.md          the note of the run
 STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
 STORAGE/RUN/test_predictions.parquet  what the best checkpoint says of the test split, where it is asked for

@@ -206,9 +206,9 @@ def test_export_gives_the_scores_of_the_best_checkpoint(plain_run_of_one, datase
     np.testing.assert_array_equal(scores.argmax(axis=1), predictions[COLUMNS[1]].to_numpy())
 
 
-def test_a_profile_has_a_trace_of_each_worker_and_says_where_a_step_goes(plain_run_of_two, profiles):
-    traces = Path(plain_run_of_two.path("profile")).rglob("*.xplane.pb")
-    assert sorted(trace.name for trace in traces) == ["worker-0.xplane.pb", "worker-1.xplane.pb"]
+def test_a_profile_has_a_trace_and_says_where_a_step_goes(plain_run_of_two, profiles):
+    (trace,) = Path(plain_run_of_two.path("profile")).rglob("*.xplane.pb")
+    assert trace.name == "worker-0.xplane.pb"
     assert json.loads(Path(plain_run_of_two.path("profile", "ray_timeline.json")).read_text())
     (profiled,) = profiles
     assert profiled.steps == 3

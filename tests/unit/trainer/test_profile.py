@@ -88,8 +88,8 @@ def test_a_run_that_ends_before_all_steps_are_traced_has_its_measurement(tmp_pat
     step = tf.function(lambda matrix: matrix @ matrix)
     started = time.monotonic()
     for taken in range(1, 9):
-        step(tf.ones((64, 64)))
-        assert profiler.after_step(wait_seconds=0.01 * taken) is None
+        answer = step(tf.ones((64, 64)))
+        assert not profiler.after_step(answer, wait_seconds=0.01 * taken, is_last=False)
     stepping_ms = 1000 * (time.monotonic() - started)
     # As validation does: no part of a step.
     time.sleep(max(0.5, stepping_ms / 1000))
@@ -98,15 +98,41 @@ def test_a_run_that_ends_before_all_steps_are_traced_has_its_measurement(tmp_pat
     assert 0 < profiled.step_ms * profiled.steps < stepping_ms
     assert "MatMul" in dict(profiled.slowest_ms)
     assert profiler.close() is None
-    assert profiler.after_step(wait_seconds=0.1) is None  # once an attempt
+    # Once an attempt.
+    assert not any(profiler.after_step(answer, wait_seconds=0.1, is_last=False) for _ in range(12))
+    assert profiler.close() is None
 
 
 def test_short_epochs_are_traced_within_one(tmp_path):
     profiler, profiled = StepProfiler(RunFolder(str(tmp_path)), 0, 10), []
     for _ in range(3):
         for taken in range(1, 4):
-            profiled.append(profiler.after_step(wait_seconds=0.01 * taken))
-        profiled.append(profiler.close())
-    (only,) = [one for one in profiled if one is not None]
+            if profiler.after_step(tf.zeros(()), wait_seconds=0.01 * taken, is_last=taken == 3):
+                profiled.append(profiler.close())
+    (only,) = profiled
     # The fifth step starts it, in the second epoch.
     assert (only.steps, only.input_ms) == (1, pytest.approx(10))
+
+
+def test_all_workers_end_the_trace_after_the_same_step_and_only_the_first_has_one(tmp_path):
+    ended = {}
+    for rank in (0, 1):
+        profiler = StepProfiler(RunFolder(str(tmp_path)), rank, 2)
+        for taken in range(1, 10):
+            if profiler.after_step(tf.zeros(()), wait_seconds=0.0, is_last=False):
+                ended[rank] = (taken, profiler.close() is not None)
+    assert ended == {0: (7, True), 1: (7, False)}
+    assert [trace.name for trace in tmp_path.rglob("*.xplane.pb")] == ["worker-0.xplane.pb"]
+
+
+def test_what_runs_after_the_traced_steps_is_no_part_of_them(tmp_path):
+    profiler = StepProfiler(RunFolder(str(tmp_path)), 0, 2)
+    step, validate = tf.function(lambda matrix: matrix @ matrix), tf.function(tf.linalg.cholesky)
+    validate(tf.eye(8))
+    is_due = False
+    while not is_due:
+        is_due = profiler.after_step(step(tf.ones((64, 64))), wait_seconds=0.0, is_last=False)
+    validate(tf.eye(8))
+    kinds = dict(profiler.close().slowest_ms)
+    assert "MatMul" in kinds
+    assert "Cholesky" not in kinds
