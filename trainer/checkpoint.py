@@ -8,7 +8,8 @@
         checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
 
 A folder without ``checkpoint.json`` is not a checkpoint. Nothing else is consulted: the last checkpoint and the best
-ones are found by listing.
+ones are found by listing. A damaged one is set aside (`find_whole`): what ``checkpoint.json`` held is in
+``damaged.json`` then, with what is wrong, and the folder stays to be looked at.
 
 A killed driver may leave workers that write on beside those of the next one, and an object store has neither a lock nor
 a conditional delete. Nothing that such a stale writer does, at whatever time, reaches what a later attempt has or will
@@ -26,6 +27,7 @@ last of the run. It is whole and it is of this run, so an attempt that goes on f
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -35,12 +37,14 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from trainer import storage
-from trainer.errors import InputError
+from trainer.errors import DamagedError, InputError, NewerFormatError, RecordError
+from trainer.markdown import shorten_digest
 from trainer.record_format import Record
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 _COMMIT_NAME = "checkpoint.json"
+_DAMAGED_NAME = "damaged.json"
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 STEPS_NAME = "steps.parquet"
@@ -141,17 +145,28 @@ def save_checkpoint(
 def find_checkpoints(folder: str) -> list[Checkpoint]:
     """Return the complete checkpoints that the latest attempt has written or goes on from, by step.
 
+    One whose commit cannot be read is left out.
+
     Raises:
-        RecordError: a commit cannot be read.
+        NewerFormatError: one is of a newer version of this program.
     """
     checkpoints = []
     for name in filter(_parse_name, storage.find_folders(folder)):
-        uri = storage.join(folder, name, _COMMIT_NAME)
         try:
-            checkpoints.append(Checkpoint.parse(storage.read_bytes(uri), uri))
-        except FileNotFoundError:
+            checkpoints.append(_read_commit(folder, name))
+        except NewerFormatError:
+            raise
+        except (FileNotFoundError, RecordError):
             continue
     return sorted(_keep_lineage(checkpoints), key=lambda checkpoint: checkpoint.step)
+
+
+def _read_commit(folder: str, name: str) -> Checkpoint:
+    uri = storage.join(folder, name, _COMMIT_NAME)
+    checkpoint = Checkpoint.parse(storage.read_bytes(uri), uri)
+    if checkpoint.name != name:
+        raise RecordError(f"{uri} is that of {checkpoint.name}")
+    return checkpoint
 
 
 def _keep_lineage(found: list[Checkpoint]) -> list[Checkpoint]:
@@ -182,41 +197,125 @@ def find_best(folder: str) -> Checkpoint | None:
 
 
 def find_named(folder: str, name: str) -> Checkpoint:
-    """Returns the checkpoint of a name.
+    """Return the checkpoint of a name.
 
     Raises:
-        InputError: there is none, or it is not complete.
+        DamagedError: its commit cannot be read; says what to do.
+        InputError: there is none, or it is not complete; says what to do.
     """
-    for checkpoint in find_checkpoints(folder):
-        if checkpoint.name == name:
-            return checkpoint
-    raise InputError(f"{folder} has no complete checkpoint {name}, the run's best; train it again")
+    try:
+        return _read_commit(folder, name)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no complete checkpoint {name}; {_describe_remedy(folder)}") from error
+    except NewerFormatError:
+        raise
+    except RecordError as error:
+        raise DamagedError(f"{error}; {_describe_remedy(folder)}") from error
+
+
+def _describe_remedy(folder: str) -> str:
+    run = storage.parent(folder)
+    return (
+        f"to go on with those of its checkpoints that are whole, delete {run}/result.json, if there is one, and give "
+        "the run's training command again"
+    )
 
 
 def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
-    """Returns one file of a checkpoint.
+    """Return one file of a checkpoint.
 
     Raises:
-        InputError: it is not the file that was written, or the checkpoint has none of that name.
+        DamagedError: it is not the file that was written; says what to do.
+        InputError: the checkpoint has none of that name.
     """
-    uri = storage.join(folder, checkpoint.name, name)
     if name not in checkpoint.sha256:
         raise InputError(
             f"{folder}: checkpoint {checkpoint.name} has no {name}: an earlier version of this program wrote it; train "
             "under another --run-name"
         )
-    content = storage.read_bytes(uri)
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != checkpoint.sha256[name]:
-        raise InputError(
-            f"{uri} has sha256 {digest}, its checkpoint.json says {checkpoint.sha256[name]}; it is damaged: delete the "
-            f"folder {checkpoint.name} to go on from the checkpoint before it"
+    try:
+        return _read_whole(folder, checkpoint, name)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; {_describe_remedy(folder)}") from error
+
+
+def _read_whole(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
+    uri = storage.join(folder, checkpoint.name, name)
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{uri} is missing") from error
+    digest, written = hashlib.sha256(content).hexdigest(), checkpoint.sha256[name]
+    if digest != written:
+        raise DamagedError(
+            f"{uri} is damaged: its {len(content)} bytes have sha256 {shorten_digest(digest)}, {_COMMIT_NAME} says "
+            f"{shorten_digest(written)}"
         )
     return content
 
 
+def find_whole(
+    folder: str, find: Callable[[str], Checkpoint | None], check_owner: Callable[[], None] = lambda: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return a checkpoint all of whose files are as they were written, and what was wrong with better ones.
+
+    Those are set aside: they are no checkpoints any more, and stay to be looked at. Only for the writer of a run.
+
+    Args:
+        folder: of the checkpoints.
+        find: `find_last` or `find_best`.
+        check_owner: raises where a later attempt writes the run.
+
+    Returns:
+        The checkpoint, or None where no whole one is left; and a line for each one that was set aside.
+    """
+    damaged, lines = _find_unreadable(folder), list[str]()
+    while True:
+        for name, reason in damaged.items():
+            check_owner()
+            _set_aside(folder, name, reason)
+        lines = [*lines, *damaged.values()]
+        checkpoint = find(folder)
+        if checkpoint is None or not (reason := _find_damage(folder, checkpoint)):
+            return checkpoint, lines
+        damaged = {checkpoint.name: reason}
+
+
+def _find_unreadable(folder: str) -> dict[str, str]:
+    """Return what is wrong with each commit that cannot be read, by the name of its folder."""
+    damaged = {}
+    for name in filter(_parse_name, storage.find_folders(folder)):
+        try:
+            _read_commit(folder, name)
+        except (FileNotFoundError, NewerFormatError):
+            continue
+        except RecordError as error:
+            damaged[name] = str(error)
+    return damaged
+
+
+def _find_damage(folder: str, checkpoint: Checkpoint) -> str:
+    """Return what is wrong with a file of a checkpoint; empty where all are whole."""
+    for name in checkpoint.sha256:
+        try:
+            _read_whole(folder, checkpoint, name)
+        except DamagedError as error:
+            return str(error)
+    return ""
+
+
+def _set_aside(folder: str, name: str, reason: str) -> None:
+    commit, damaged = (storage.join(folder, name, one) for one in (_COMMIT_NAME, _DAMAGED_NAME))
+    content = {"reason": reason, _COMMIT_NAME: storage.read_bytes(commit).decode(errors="replace")}
+    storage.write_bytes(damaged, json.dumps(content, indent=2).encode())
+    # Not renamed or copied: an object store cannot rename, and weights may be large.
+    storage.delete_file(commit)
+
+
 def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[], None] = lambda: None) -> None:
     """Delete all but the last checkpoint and the best ones, and what a killed writer has left of older ones.
+
+    Damaged ones that were set aside stay.
 
     Args:
         folder: of the checkpoints.
@@ -229,6 +328,7 @@ def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[]
     best = sorted(evaluated, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
     kept = {(checkpoint.step, checkpoint.attempt) for checkpoint in [*best, *checkpoints[-1:]]}
     old = [name for parsed, name in names if parsed not in kept and parsed < max(kept, default=(0, 0))]
+    old = [name for name in old if not storage.exists(storage.join(folder, name, _DAMAGED_NAME))]
     check_owner()
     for name in old:
         uri = storage.join(folder, name)

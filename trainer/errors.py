@@ -12,6 +12,14 @@ class RecordError(InputError):
     """A record of the storage cannot be read: it is damaged, of another program, or of a newer version of this one."""
 
 
+class NewerFormatError(RecordError):
+    """A record is of a newer version of this program: it is whole, and must be left as it is."""
+
+
+class DamagedError(InputError):
+    """A file is not as this program wrote it."""
+
+
 class BatchError(InputError):
     """No batch, or not the one that was given, fits into a worker's memory."""
 

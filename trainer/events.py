@@ -98,6 +98,19 @@ class GlyphsMissing:
 
 
 @dataclass(frozen=True)
+class CheckpointsSetAside:
+    """Checkpoints are damaged; the run goes on with what is whole."""
+
+    damaged: tuple[str, ...]
+    """What is wrong with each."""
+    instead: str
+    """What is used in their place."""
+
+    def __str__(self) -> str:
+        return f"{'; '.join(self.damaged)}; set aside: delete it when you have looked at it; {self.instead}"
+
+
+@dataclass(frozen=True)
 class StepProfiled:
     """Where the time of a training step goes, on the first worker; operations run beside each other."""
 
@@ -210,6 +223,7 @@ Event = (
     | EpochFinished
     | GlyphsMissing
     | BatchChosen
+    | CheckpointsSetAside
     | StepProfiled
     | StudyTrialEnded
     | TrialEvent

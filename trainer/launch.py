@@ -482,6 +482,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
     run.check_owner()
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
+    if not worker_result.reason and (best is None or last is None):
+        raise JobError(f"run {run.name}: none of its checkpoints is whole any more; the same command trains it again")
     if best is None or last is None:
         run.write_interruption("diverged", worker_result.reason)
         raise JobError(
@@ -505,6 +507,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         epochs=last.epoch,
         steps=last.step,
         attempts=worker_result.attempts,
+        recoveries=tuple(run.read_recoveries()),
         layers=worker_result.layers,
         findings=find_symptoms(last.history, val, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,

@@ -25,7 +25,7 @@ from trainer.config import TrainConfig, resize_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import peak_memory_gib, share_devices
 from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
-from trainer.events import EpochFinished, StageProgressed, StepProfiled, WeightsTransferred
+from trainer.events import CheckpointsSetAside, EpochFinished, StageProgressed, StepProfiled, WeightsTransferred
 from trainer.export import write_exports
 from trainer.job import WorkerJob, WorkerResult
 from trainer.layers import format_layers
@@ -74,13 +74,13 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     run = RunFolder(job.run, job.lease)
     config = resize_batch(job.config, num_workers, job.largest_per_replica)
     attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
-    last = broadcast_from_rank_zero(checkpoints.find_last(run.checkpoints) if rank == 0 else None)
+    last = broadcast_from_rank_zero(_find_last(job, run) if rank == 0 else None)
     training = _Training(job, run, config, rank, attempt, last)
     reason = training.run()
 
     network = training.network
     weights_crc32 = _gather_weights_crc32(network, training.gather)
-    best = broadcast_from_rank_zero(checkpoints.find_best(run.checkpoints) if rank == 0 else None)
+    best = broadcast_from_rank_zero(_find_best(job, run) if rank == 0 else None)
     if best is not None and config.evaluate_test and not reason:
         _restore(network, run, best)
         test = open_split(config.dataset, job.manifest, "test")
@@ -98,6 +98,29 @@ def train_worker(job: WorkerJob) -> WorkerResult:
         predictions = checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME)
         write_mistakes(run, training.val.images, storage.parquet_table(predictions), job.manifest.class_names)
     return WorkerResult(reason, attempt, network.model.count_params(), format_layers(network.model), weights_crc32)
+
+
+def _find_last(job: WorkerJob, run: RunFolder) -> Checkpoint | None:
+    """Return the last checkpoint that is whole, and tell of those that are not."""
+    last, damaged = checkpoints.find_whole(run.checkpoints, checkpoints.find_last, run.check_owner)
+    goes_on = f"training goes on from step {last.step}" if last else "no other is whole: training begins anew"
+    _tell_of_damage(job, run, damaged, goes_on)
+    return last
+
+
+def _find_best(job: WorkerJob, run: RunFolder) -> Checkpoint | None:
+    """Return the best checkpoint that is whole, and tell of those that are not."""
+    best, damaged = checkpoints.find_whole(run.checkpoints, checkpoints.find_best, run.check_owner)
+    used = f"the best of the others, that of epoch {best.epoch}, takes its place" if best else "no other is whole"
+    _tell_of_damage(job, run, damaged, used)
+    return best
+
+
+def _tell_of_damage(job: WorkerJob, run: RunFolder, damaged: list[str], instead: str) -> None:
+    if damaged:
+        event = CheckpointsSetAside(tuple(damaged), instead)
+        run.record_recovery(str(event))
+        job.send_event(event)
 
 
 class _Training:

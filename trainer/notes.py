@@ -158,6 +158,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
         f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
+        *(f"\nrecovered at {recovery}" for recovery in result.recoveries),
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]

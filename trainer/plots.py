@@ -9,7 +9,6 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from trainer import storage
 from trainer.batch_table import BatchTable
 from trainer.evaluation import EvaluationResult
 from trainer.fonts import fonts_for
@@ -42,7 +41,7 @@ def write_plots(
             "gradients": draw_gradients(steps, clip_norm),
         }
         for name, figure in figures.items():
-            storage.write_bytes(run.path("plots", f"{name}.png"), to_png(figure))
+            run.write(to_png(figure), "plots", f"{name}.png")
     return missing
 
 
@@ -52,7 +51,7 @@ def write_mistakes(
     """Write ``plots/mistakes.png``, as `draw_mistakes` makes it."""
     with fonts_for("".join(class_names)):
         figure = draw_mistakes(images, predictions, class_names)
-        storage.write_bytes(run.path("plots", "mistakes.png"), to_png(figure))
+        run.write(to_png(figure), "plots", "mistakes.png")
 
 
 def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]) -> Figure:
@@ -81,7 +80,7 @@ def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_na
 
 def write_batch_sizes(run: RunFolder, table: BatchTable) -> None:
     """Write ``plots/batch_sizes.png``, as `draw_batch_sizes` makes it."""
-    storage.write_bytes(run.path("plots", "batch_sizes.png"), to_png(draw_batch_sizes(table)))
+    run.write(to_png(draw_batch_sizes(table)), "plots", "batch_sizes.png")
 
 
 def draw_batch_sizes(table: BatchTable) -> Figure:

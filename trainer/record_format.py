@@ -7,7 +7,10 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, computed_field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trainer.errors import RecordError
+from trainer.errors import NewerFormatError, RecordError
+
+# The type of the error of pydantic.
+_NEWER = "newer_format"
 
 _JSON_WIDTH = 120
 
@@ -46,7 +49,8 @@ class Record(BaseModel):
             source: what it was read from, for the message.
 
         Raises:
-            RecordError: it is not such a record, or one of a newer format; says the first field that is wrong.
+            NewerFormatError: it is of a newer format.
+            RecordError: it is not such a record; says the first field that is wrong.
         """
         try:
             # At any depth: models that refuse unknown fields do so for what a user types.
@@ -54,7 +58,8 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-            raise RecordError(
+            kind = NewerFormatError if first["type"] == _NEWER else RecordError
+            raise kind(
                 f"{source} cannot be read: {field}{first['msg']} (this program reads format {cls.FORMAT} and older "
                 "ones)"
             ) from error
@@ -73,7 +78,7 @@ class Record(BaseModel):
         number = values.get("format", 1)
         if not isinstance(number, int) or number > cls.FORMAT:
             raise PydanticCustomError(
-                "format", "it is of format {number}: update this program to read it", {"number": str(number)}
+                _NEWER, "it is of format {number}: update this program to read it", {"number": str(number)}
             )
         for path, value in cls.ADDED.items():
             _set_missing(values, path.split("."), value(values) if callable(value) else value)

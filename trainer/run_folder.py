@@ -4,6 +4,7 @@ STORAGE/RUN/config.json      RunRecord; before step 1
 STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used where the dataset is gone
 STORAGE/RUN/lease.json       which job works here; gone when none does
 STORAGE/RUN/attempts/        one small file each time the workers start
+STORAGE/RUN/recoveries/      one small file each time the run went on though something was lost or damaged
 STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
 STORAGE/RUN/metrics.parquet  one row an epoch
 STORAGE/RUN/steps.parquet    one row an optimizer step
@@ -86,7 +87,7 @@ class RunRecord(Record):
 class RunResult(Record):
     """What ``result.json`` holds."""
 
-    ADDED: ClassVar[Mapping[str, Any]] = {"layers": "", "findings": (), "weights_crc32": ()}
+    ADDED: ClassVar[Mapping[str, Any]] = {"recoveries": (), "layers": "", "findings": (), "weights_crc32": ()}
 
     status: Literal["completed", "diverged"]
     reason: str = ""
@@ -100,6 +101,8 @@ class RunResult(Record):
     epochs: int
     steps: int
     attempts: int
+    recoveries: tuple[str, ...]
+    """What the run has gone on from though something was lost or damaged, one line each."""
     layers: str
     """The network, as code."""
     findings: list[str]
@@ -116,6 +119,7 @@ class RunResult(Record):
             f"best epoch  {self.best_epoch} of {self.epochs}",
             f"val         {self.val}",
             *([f"test        {self.test}"] if self.test else []),
+            *(f"recovered   {recovery}" for recovery in self.recoveries),
             *(f"finding     {finding}" for finding in self.findings),
         ]
 
@@ -270,6 +274,18 @@ class RunFolder:
     def _find_latest_attempt(self) -> int:
         names = storage.find_files(self.path("attempts"))
         return max((int(name.partition(".")[0]) for name in names), default=0)
+
+    def record_recovery(self, what: str) -> None:
+        """Record that the run goes on though something was lost or damaged: what, and from where it goes on."""
+        content = json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "what": what}).encode()
+        number = len(storage.find_files(self.path("recoveries"))) + 1
+        self.write(content, "recoveries", f"{number:04d}.json")
+
+    def read_recoveries(self) -> list[str]:
+        """Return what the run has recovered from, one line each, with its time."""
+        folder = self.path("recoveries")
+        records = [json.loads(storage.read_bytes(storage.join(folder, name))) for name in storage.find_files(folder)]
+        return [f"{record['at']}: {record['what']}" for record in records]
 
     def record_test_read(self, reader: str) -> None:
         """Records that the test split is about to be evaluated, and by what."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from trainer import storage
 from trainer.comparison import compare_predictions
+from trainer.errors import DamagedError
 from trainer.evaluation import describe_accuracy
 from trainer.html import Section, Table, render_sections
 from trainer.markdown import format_table
@@ -113,7 +114,10 @@ def _describe_isolation(
 
 
 def _compare(folder: StudyFolder, one: Trial, other: Trial) -> str:
-    tables = [folder.run(trial).read_predictions() for trial in (one, other)]
+    try:
+        tables = [folder.run(trial).read_predictions() for trial in (one, other)]
+    except DamagedError as error:
+        return str(error)
     if tables[0] is None or tables[1] is None:
         return "its predictions are gone"
     return compare_predictions(tables[0], tables[1]).describe(one.run_name, other.run_name)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, last_state, run_job
+from trainer import checkpoint as checkpoints
 from trainer.cluster import read_machine
 from trainer.errors import InputError, WorkerDiedError
 from trainer.events import StageProgressed
@@ -79,10 +80,31 @@ def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options
     job.kill()
     job.communicate()
     assert not psutil.wait_procs([worker], timeout=10)[1]
+    # The loss of power that killed it may have damaged what it wrote last.
+    last = cut_off_weights(run, checkpoints.find_last(run.checkpoints))
     again = run_job("train.py", *options, "--run-name", run.name)
     assert again.returncode == 0, again.stderr
-    assert run.read_result().attempts == 2
+    assert f"{last.name}/model.safetensors is damaged" in again.stderr
+    result = run.read_result()
+    assert result.attempts == 2
     assert last_state(run) == last_state(undisturbed)
+    (recovery,) = result.recoveries
+    assert f"{last.name}/model.safetensors is damaged" in recovery
+    assert recovery in Path(run.path("note.md")).read_text()
+
+    # As the refusal of evaluate.py says.
+    best = cut_off_weights(run, checkpoints.find_named(run.checkpoints, result.best_checkpoint))
+    Path(run.path("result.json")).unlink()
+    repaired = run_job("train.py", *options, "--run-name", run.name)
+    assert repaired.returncode == 0, repaired.stderr
+    assert f"{best.name}/model.safetensors is damaged" in repaired.stderr
+    assert run.read_result().best_checkpoint != best.name
+
+
+def cut_off_weights(run: RunFolder, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    weights = Path(run.checkpoints, checkpoint.name, checkpoints.MODEL_NAME)
+    weights.write_bytes(weights.read_bytes()[:100])
+    return checkpoint
 
 
 def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free(options, undisturbed):
@@ -92,9 +114,10 @@ def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free(options, und
     other = ["--arch-argument", "first_filters=4", "--arch-argument", "dense_units=32"]
     refused = run_job("train.py", *options, *other, "--init-from", undisturbed.uri)
     assert refused.returncode == 2
-    assert describe_unfinished(run) == f"refused: {refused.stderr.splitlines()[-1].removeprefix('error: ')}"
-    mended = run_job("train.py", *options, *other)
-    assert mended.returncode == 0, mended.stderr
+    reason = refused.stderr.splitlines()[-1].removeprefix("error: ")
+    assert describe_unfinished(run.read_ending()) == f"refused: {reason}"
+    without = run_job("train.py", *options, *other)
+    assert without.returncode == 0, without.stderr
 
 
 def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):

@@ -1,12 +1,14 @@
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer import checkpoint as checkpoints
 from trainer import storage
-from trainer.errors import InputError, RecordError
+from trainer.errors import DamagedError, InputError, NewerFormatError, RecordError
 
 
 @pytest.fixture
@@ -141,19 +143,134 @@ def test_stray_files_are_no_checkpoints(folder):
     assert steps(folder) == [10]
 
 
-@pytest.mark.parametrize("content", [b"{", b"{}", b'{"epoch": "one"}'])
-def test_a_commit_that_cannot_be_read_is_refused(folder, content):
-    save(folder, [0.5])
-    storage.write_bytes(storage.join(folder, "step-00000010", "checkpoint.json"), content)
-    with pytest.raises(InputError, match=r"step-00000010/checkpoint.json cannot be read: "):
-        checkpoints.find_checkpoints(folder)
+def damage(folder: str, name: str, kind: str) -> None:
+    model, commit = (storage.join(folder, name, file) for file in ("model.safetensors", "checkpoint.json"))
+    match kind:
+        case "truncated":
+            storage.write_bytes(model, storage.read_bytes(model)[:-1])
+        case "other bytes":
+            storage.write_bytes(model, storage.read_bytes(model)[:-1] + b"?")
+        case "missing":
+            storage.delete_file(model)
+        case "commit truncated":
+            storage.write_bytes(commit, storage.read_bytes(commit)[:-9])
+        case "commit empty":
+            storage.write_bytes(commit, b"")
+        case "commit without a field":
+            storage.write_bytes(commit, json.dumps({**json.loads(storage.read_bytes(commit)), "step": None}).encode())
+        case "commit of no encoding":
+            storage.write_bytes(commit, b"\xff\xfe" + storage.read_bytes(commit))
+        case "commit of another":
+            storage.write_bytes(commit, storage.read_bytes(commit).replace(b'"step": ', b'"step": 9'))
 
 
-def test_a_damaged_file_is_refused_with_what_to_do(folder):
-    (saved,) = save(folder, [0.5])
-    storage.write_bytes(storage.join(folder, saved.name, "model.safetensors"), b"n")
-    with pytest.raises(InputError, match=r"model.safetensors has sha256 .* damaged: delete the folder step-00000010"):
-        checkpoints.read_file(folder, saved, "model.safetensors")
+OF_COMMIT = {
+    "commit truncated": "checkpoint.json cannot be read",
+    "commit empty": "checkpoint.json cannot be read",
+    "commit without a field": "checkpoint.json cannot be read: step",
+    "commit of no encoding": "checkpoint.json cannot be read",
+    "commit of another": "checkpoint.json is that of step-00000920",
+}
+DAMAGES = {
+    "truncated": r"model.safetensors is damaged: its 7 bytes have sha256 \w{12}, checkpoint.json says \w{12}$",
+    "other bytes": r"model.safetensors is damaged: its 8 bytes have",
+    "missing": "model.safetensors is missing",
+    **OF_COMMIT,
+}
+FILES = {"model.safetensors": b"12345678", "optimizer.safetensors": b"9"}
+
+
+def test_where_all_is_whole_nothing_is_set_aside(folder):
+    assert checkpoints.find_whole(folder, checkpoints.find_last) == (None, [])
+    first, second = save(folder, [0.6, 0.5], **FILES)
+    before = storage.find_files(folder)
+    assert checkpoints.find_whole(folder, checkpoints.find_last) == (second, [])
+    assert checkpoints.find_whole(folder, checkpoints.find_best) == (first, [])
+    assert storage.find_files(folder) == before
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_last_checkpoint_is_set_aside_and_stays_to_be_looked_at(folder, kind):
+    first, second = save(folder, [0.5, 0.6], **FILES)
+    damage(folder, second.name, kind)
+    commit = storage.read_bytes(storage.join(folder, second.name, "checkpoint.json"))
+    found, (line,) = checkpoints.find_whole(folder, checkpoints.find_last)
+    assert found == first
+    assert re.search(f"{second.name}/{DAMAGES[kind]}", line)
+    assert checkpoints.find_checkpoints(folder) == [first]
+    kept = json.loads(storage.read_bytes(storage.join(folder, second.name, "damaged.json")))
+    assert kept == {"reason": line, "checkpoint.json": commit.decode(errors="replace")}
+    # It is told of once.
+    assert checkpoints.find_whole(folder, checkpoints.find_last) == (first, [])
+    save(folder, [0.5, 0.6, 0.7])
+    checkpoints.delete_old_checkpoints(folder, keep_best=1)
+    if kind != "missing":
+        assert storage.exists(storage.join(folder, second.name, "model.safetensors"))
+
+
+def test_the_last_of_several_that_is_whole_is_found(folder):
+    saved = save(folder, [0.5, 0.6, 0.7, 0.8], **FILES)
+    for one, kind in zip(saved[1:], ["truncated", "commit empty", "missing"], strict=True):
+        damage(folder, one.name, kind)
+    found, lines = checkpoints.find_whole(folder, checkpoints.find_last)
+    assert (found, len(lines)) == (saved[0], 3)
+
+
+def test_of_checkpoints_that_are_all_damaged_none_is_found(folder):
+    for one in save(folder, [0.5, 0.6], **FILES):
+        damage(folder, one.name, "other bytes")
+    found, lines = checkpoints.find_whole(folder, checkpoints.find_last)
+    assert (found, len(lines)) == (None, 2)
+    assert len(storage.find_folders(folder)) == 2
+
+
+def test_the_next_best_takes_the_place_of_a_damaged_best(folder):
+    saved = save(folder, [0.7, 0.9, 0.8, 0.6], **FILES)
+    damage(folder, saved[1].name, "truncated")
+    found, (line,) = checkpoints.find_whole(folder, checkpoints.find_best)
+    assert found == saved[2]
+    assert saved[1].name in line
+
+
+def test_a_checkpoint_of_a_newer_program_is_not_set_aside(folder):
+    _, second = save(folder, [0.5, 0.6], **FILES)
+    commit = storage.join(folder, second.name, "checkpoint.json")
+    newer = {**json.loads(storage.read_bytes(commit)), "format": 99}
+    storage.write_bytes(commit, json.dumps(newer).encode())
+    with pytest.raises(NewerFormatError, match="it is of format 99"):
+        checkpoints.find_whole(folder, checkpoints.find_last)
+    assert json.loads(storage.read_bytes(commit)) == newer
+
+
+def test_a_stale_attempt_sets_nothing_aside(folder):
+    (saved,) = save(folder, [0.5], **FILES)
+    damage(folder, saved.name, "truncated")
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.find_whole(folder, checkpoints.find_last, lambda: 1 / 0)
+    assert checkpoints.find_checkpoints(folder) == [saved]
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(folder):
+    (saved,) = save(folder, [0.5], **FILES)
+    model = Path(folder, saved.name, "model.safetensors")
+    model.unlink()
+    model.mkdir()
+    with pytest.raises(InputError, match="give a path that can be read and written"):
+        checkpoints.find_whole(folder, checkpoints.find_last)
+    assert checkpoints.find_checkpoints(folder) == [saved]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_with_what_to_do_by_whoever_only_reads(folder, kind):
+    _, saved = save(folder, [0.5, 0.6], **FILES)
+    damage(folder, saved.name, kind)
+    remedy = rf"; to go on with .* that are whole, delete {Path(folder).parent}/result\.json, if there is one, and give"
+    with pytest.raises(DamagedError, match=DAMAGES[kind].removesuffix("$") + ".*" + remedy):
+        checkpoints.read_file(folder, checkpoints.find_named(folder, saved.name), "model.safetensors")
+    assert not storage.exists(storage.join(folder, saved.name, "damaged.json"))
+    checkpoints.find_whole(folder, checkpoints.find_last)
+    with pytest.raises(InputError, match=f"no complete checkpoint {saved.name}{remedy}"):
+        checkpoints.find_named(folder, saved.name)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

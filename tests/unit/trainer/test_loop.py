@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 from trainer.errors import LeaseLostError
 from trainer.events import ignore_event
 from trainer.job import WorkerJob
-from trainer.loop import STEPS_SCHEMA, _check_finite, _write_checkpoint
+from trainer.loop import STEPS_SCHEMA, _check_finite, _find_best, _find_last, _write_checkpoint
 from trainer.run_folder import RunFolder
 
 
@@ -129,3 +129,47 @@ def test_a_stale_writer_changes_nothing(place, tmp_path, make_config, request):
     assert checkpoints.find_checkpoints(next_one.checkpoints) == found
     left = f"checkpoints/{checkpoints.checkpoint_name(30, attempt=1)}/"
     assert {name: size for name, size in storage.find_files(next_one.uri).items() if not name.startswith(left)} == files
+
+
+@pytest.fixture
+def damaged(tmp_path, make_config):
+    """Returns a run of three epochs, a function that cuts off the weights of one, and what it tells."""
+    run, events = RunFolder(str(tmp_path / "run")), []
+    run.start_attempt()
+    job = WorkerJob(make_config(keep_best=3), None, run.uri, None, (), 0, None, events.append)
+    for epoch in (1, 2, 3):
+        write(run, job.config, epoch, 10 * epoch, attempt=1)
+
+    def damage(epoch: int) -> None:
+        name = checkpoints.checkpoint_name(10 * epoch, 1)
+        storage.write_bytes(storage.join(run.checkpoints, name, checkpoints.MODEL_NAME), b"")
+
+    return run, job, damage, events
+
+
+def test_training_goes_on_from_the_last_checkpoint_that_is_whole_and_says_so(damaged):
+    run, job, damage, events = damaged
+    assert _find_last(job, run).epoch == 3
+    assert events == []
+    damage(3)
+    assert _find_last(job, run).epoch == 2
+    (event,) = events
+    assert "step-00000030-attempt-0001/model.safetensors is damaged" in str(event)
+    assert str(event).endswith("; training goes on from step 20")
+    assert [one.partition("+00:00: ")[2] for one in run.read_recoveries()] == [str(event)]
+
+
+def test_training_begins_anew_where_no_checkpoint_is_whole_and_says_so(damaged):
+    run, job, damage, events = damaged
+    for epoch in (1, 2, 3):
+        damage(epoch)
+    assert _find_last(job, run) is None
+    assert str(events[0]).endswith("no other is whole: training begins anew")
+    assert str(events[0]).count(" is damaged") == 3
+
+
+def test_the_next_best_checkpoint_takes_the_place_of_a_damaged_one_and_that_is_said(damaged):
+    run, job, damage, events = damaged
+    damage(1)
+    assert _find_best(job, run).epoch == 3
+    assert str(events[0]).endswith("the best of the others, that of epoch 3, takes its place")

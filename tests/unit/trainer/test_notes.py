@@ -97,6 +97,12 @@ def test_the_test_split_has_a_line_that_says_how_often_it_was_read(start, make_r
     assert line in note_of(run, make_result(test=evaluation)).splitlines()
 
 
+def test_what_a_run_recovered_from_is_said(start, make_result):
+    result = make_result(recoveries=["2023-04-12T08:00:00+00:00: a file is missing; training goes on from step 8"])
+    line = "recovered at 2023-04-12T08:00:00+00:00: a file is missing; training goes on from step 8"
+    assert line in note_of(start("first"), result).splitlines()
+
+
 def test_a_run_that_is_not_finished_says_so(start):
     assert "not finished: the same command continues it" in note_of(start("first"))
 

@@ -1,6 +1,7 @@
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -143,6 +144,17 @@ def test_attempts_are_counted_from_one_and_described(run):
     assert [run.start_attempt() for _ in range(3)] == [1, 2, 3]
     assert list(storage.find_files(run.path("attempts"))) == ["0001.json", "0002.json", "0003.json"]
     assert json.loads(storage.read_bytes(run.path("attempts", "0002.json")))["node"] == platform.node()
+
+
+def test_recoveries_are_told_in_their_order_with_their_time(run):
+    assert run.read_recoveries() == []
+    for what in ("model.safetensors is missing; training goes on from step 8", "a worker died"):
+        run.record_recovery(what)
+    first, second = run.read_recoveries()
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT[\d:]{8}\+00:00: model.safetensors is missing; training goes on from step 8", first
+    )
+    assert second.endswith(": a worker died")
 
 
 def test_an_attempt_has_a_number_that_no_checkpoint_has(run):
