@@ -131,7 +131,7 @@ def prepare(
     storage.check_access(dataset)
 
     # Beside the staged chunks, which are deleted while it is held.
-    with hold_lease(storage.join(dataset, "_lease"), f"DATASET {dataset}"):
+    with hold_lease(storage.join(dataset, "_lease"), f"DATASET {dataset}") as lease:
         # Another job may have finished since.
         if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
             return existing
@@ -154,6 +154,7 @@ def prepare(
         storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
         manifest = _build_manifest(source, found, config, images, splits, files, histogram, rejected, duplicates)
         write_card(dataset, manifest)
+        lease.check()
         storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.to_json())
         storage.delete_folder(storage.join(dataset, _STAGING))
     return manifest

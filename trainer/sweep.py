@@ -23,7 +23,7 @@ from trainer.cluster import Resources, read_resources
 from trainer.config import TrainConfig
 from trainer.errors import BatchError, InputError, JobError
 from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, StudyTrialEnded
-from trainer.lease import hold_lease
+from trainer.lease import Lease, hold_lease
 from trainer.options import format_command, format_value
 from trainer.run_folder import RunFolder, RunInterruption
 from trainer.search import OptunaSearch, Values, merge_options, suggest_values
@@ -151,9 +151,9 @@ def run_study(
         InputError: the round has begun with another study, or another job works on it, or a trial can never run.
         JobError: no trial has completed.
     """
-    with hold_lease(folder.path("lease.json"), f"study {folder.uri}"):
+    with hold_lease(folder.path("lease.json"), f"study {folder.uri}") as lease:
         folder.write_study(study)
-        sweep = _Sweep(study, folder, resources, retry_failed, max_failures, on_event)
+        sweep = _Sweep(study, folder, lease, resources, retry_failed, max_failures, on_event)
         sweep.run(sweep.search_trials())
         if characterize:
             sweep.run(sweep.repetitions(characterize))
@@ -195,12 +195,13 @@ class _Sweep:
         self,
         study: Study,
         folder: StudyFolder,
+        lease: Lease,
         resources: Resources,
         retry_failed: bool,
         max_failures: int,
         on_event: OnEvent,
     ) -> None:
-        self._study, self._folder = study, folder
+        self._study, self._folder, self._lease = study, folder, lease
         self._concurrency = find_concurrency(study, resources)
         self._job_folder = resources.folder
         self._max_failures, self._on_event = max_failures, on_event
@@ -339,6 +340,8 @@ class _Sweep:
         self._known[trial.run_name] = trial
         ended = sum(one.ended and one.kind == "search" for one in self._known.values())
         self._on_event(StageProgressed("trials", ended, self._study.trials))
+        # The trials of a study that was taken over are those of another job.
+        self._lease.check()
         self._folder.write_trial(trial)
 
     def _replay(self) -> OptunaSearch:
