@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.sources import suffix_of
+from data_prep.names import suffix_of
+from data_prep.parquet import image_column
 from trainer import storage
 from trainer.errors import InputError
 
@@ -60,7 +61,8 @@ def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None
             with storage.open_file(storage.join(source, row["container"])) as file:
                 parquet = pq.ParquetFile(file)
                 group, first_row = _find_row_group(parquet.metadata, row["offset"])
-                images = parquet.read_row_group(group, columns=["image"])["image"].to_pylist()
+                column = image_column(parquet.schema_arrow)
+                images = parquet.read_row_group(group, columns=[column])[column].to_pylist()
             group_of_file = (row["container"], group)
         image = images[row["offset"] - first_row]
         yield image["bytes"] if isinstance(image, dict) else image

@@ -13,7 +13,7 @@ from data_prep.contents import read_contents
 from data_prep.decode import ImageOptions, Pixels, decode_image
 from data_prep.formats import RejectedImageError, RejectReason
 from data_prep.isolation import decode_guarded
-from data_prep.sources import Source, SourceFormat, find_images
+from data_prep.sources import Source
 from trainer import storage
 from trainer.errors import InputError
 
@@ -58,21 +58,16 @@ def decode_file(location: str, options: ImageOptions) -> Pixels:
         raise InputError(f"{location} cannot be used: {error}; give image files") from error
 
 
-def read_images(source: str, source_format: SourceFormat | None, options: ImageOptions) -> tuple[Any, int]:
-    """Returns a `ray.data.Dataset` of the images of a source, labelled or not, as they are decoded, and their number.
+def read_images(found: Source, options: ImageOptions) -> tuple[Any, int]:
+    """Return a `ray.data.Dataset` of the images of a source, labelled or not, as they are decoded, and their number.
 
     The columns are path (string), label (string, the class, empty where there is none), image (uint8 ``[image_size,
     image_size, channels]``, zeros where it could not be decoded) and error (string, the reason, else empty).
 
     Args:
-        source: as for `data_prep.sources.find_images`.
-        source_format: None tells it from the source.
+        found: of `data_prep.sources.find_images`.
         options: of the decoder.
-
-    Raises:
-        InputError: there are no images.
     """
-    found = find_images(source, source_format, labelled=False)
     # One copy of the list a node, in Ray's shared memory.
     images = ray.put(found.images)
     items = [{"start": rows.start, "rows": len(rows)} for rows in slice_images(found, options)]

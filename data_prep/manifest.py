@@ -77,7 +77,7 @@ class Manifest(Record):
     resize: Literal["fit", "crop", "pad"]
     background: int
     class_names: list[str]
-    """Sorted; a label is an index into this list."""
+    """A label is an index into this list."""
     splits: dict[SplitName, Split]
     rejected: dict[str, int]
     """Files that were not used, by reason."""

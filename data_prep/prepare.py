@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME, write_card
 from data_prep.decode import ImageOptions, Pixels
 from data_prep.duplicates import HASH_BYTES, group_duplicates, list_duplicates, perceptual_hash
+from data_prep.formats import FORMATS
 from data_prep.images import decode_listed, slice_images
 from data_prep.manifest import (
     DUPLICATES_NAME,
@@ -37,6 +38,7 @@ from data_prep.manifest import (
     SplitName,
     read_manifest,
 )
+from data_prep.names import MOST_NAMED, count_suffixes
 from data_prep.shards import (
     ROWS_SUFFIX,
     STAGED_SCHEMA,
@@ -46,7 +48,7 @@ from data_prep.shards import (
     write_data_file,
 )
 from data_prep.sources import Source, SourceFormat, find_images
-from data_prep.splits import assign_splits
+from data_prep.splits import assign_splits, least_class_size
 from trainer import storage
 from trainer.errors import InputError, JobError
 from trainer.events import OnEvent, StageProgressed, ignore_event
@@ -57,6 +59,8 @@ _DATA_FILE_BYTES = 128 * 2**20
 # enough of them to keep every core busy, but not so many that cores wait long for the last one.
 _LEAST_TASKS_PER_CORE = 4
 _MAX_ITEMS_PER_TASK = 16
+# A class that loses more than this is not what it was, however many files others have.
+_MOST_BAD_OF_CLASS = 0.5
 _STAGING = "_staging"
 _CHUNK_PREFIX = "chunk-"
 _DATA_FILE_NAME = re.compile(r"part-\d{5,}\.parquet")
@@ -136,20 +140,23 @@ def prepare(
         if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
             return existing
         found = find_images(source, source_format)
+        if found.listed.is_notable:
+            on_event(found.listed)
         if overwrite:
             _delete_dataset(dataset)
         slices = slice_images(found, config)
         _open_staging(dataset, found, config)
         _stage_chunks(found, dataset, slices, config, on_event)
         images, rejected = _read_staged_rows(dataset, len(slices))
-        _check_rejected(dataset, rejected, len(found.images), config)
+        _check_rejected(dataset, images, rejected, found.class_names, config)
         groups = group_duplicates(np.asarray(images["pixels_sha256"]), _stack_hashes(images["perceptual_hash"]))
         splits = assign_splits(images, groups, config.val_fraction, config.test_fraction, config.seed)
+        _check_val(images, splits, config)
         files, histogram = _write_data_files(dataset, images, splits, config, on_event)
 
         duplicates = list_duplicates(images, groups, splits)
         storage.write_bytes(storage.join(dataset, DUPLICATES_NAME), storage.parquet_bytes(duplicates))
-        rejected = rejected.drop_columns("chunk")
+        rejected = rejected.select(["path", "reason"])
         rejected = pa.concat_tables([rejected, found.ignored.cast(rejected.schema)]).sort_by("path")
         storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
         manifest = _build_manifest(source, found, config, images, splits, files, histogram, rejected, duplicates)
@@ -320,21 +327,56 @@ def _read_staged_rows(dataset: str, num_chunks: int) -> tuple[pa.Table, pa.Table
         tables.append(rows.append_column("chunk", pa.array([chunk] * len(rows), pa.int32())))
     rows = pa.concat_tables(tables)
     return rows.filter(pc.field("reason").is_null()), rows.filter(pc.field("reason").is_valid()).select(
-        ["path", "reason", "chunk"]
+        ["path", "label", "reason", "chunk"]
     )
 
 
-def _check_rejected(dataset: str, rejected: pa.Table, num_images: int, config: PrepareConfig) -> None:
+def _check_rejected(
+    dataset: str, images: pa.Table, rejected: pa.Table, class_names: list[str], config: PrepareConfig
+) -> None:
+    """Raise InputError where too many files were rejected: of all, or of one class."""
+    num_images = len(images) + len(rejected)
+    kept, lost = (np.bincount(table["label"].to_numpy(), minlength=len(class_names)) for table in (images, rejected))
+    most_lost = np.maximum(config.max_bad_fraction, _MOST_BAD_OF_CLASS) * (kept + lost)
+    gone = np.flatnonzero((kept == 0) | (lost > most_lost))
     fraction = len(rejected) / num_images
-    if fraction > config.max_bad_fraction or len(rejected) == num_images:
-        # Or files that are mended would stay rejected: neither a table nor a permission changes the plan.
-        for chunk in rejected["chunk"].unique().to_pylist():
-            storage.delete_file(_chunk_uri(dataset, chunk) + ROWS_SUFFIX)
-        first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
-        raise InputError(
-            f"{len(rejected)} of {num_images} images were rejected ({fraction:.1%}, allowed are "
-            f"{config.max_bad_fraction:.1%}): {first}, ...; mend them or raise --max-bad-fraction"
-        )
+    if fraction <= config.max_bad_fraction and not len(gone):
+        return
+    # Or files that are fixed would stay rejected: neither a table nor a permission changes the plan.
+    for chunk in rejected["chunk"].unique().to_pylist():
+        storage.delete_file(_chunk_uri(dataset, chunk) + ROWS_SUFFIX)
+    first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
+    message = (
+        f"{len(rejected)} of {num_images} images were rejected ({fraction:.1%}, allowed are "
+        f"{config.max_bad_fraction:.1%}): {first}, ..."
+    )
+    if len(gone):
+        classes = [
+            f"{class_names[label]} {lost[label]} of {kept[label] + lost[label]} "
+            f"({count_suffixes(rejected.filter(pc.field('label') == label)['path'].to_pylist())})"
+            for label in gone[:MOST_NAMED]
+        ]
+        more = f" and {len(gone) - MOST_NAMED} more" if len(gone) > MOST_NAMED else ""
+        message += f"; classes that lost most of theirs: {', '.join(classes)}{more}"
+    raise InputError(
+        f"{message}; fix them, convert them to one of {', '.join(FORMATS)}, or "
+        + ("remove what has no image left" if (kept == 0).any() else "raise --max-bad-fraction")
+    )
+
+
+def _check_val(images: pa.Table, splits: list[SplitName], config: PrepareConfig) -> None:
+    """Raise InputError where no image is left to validate with."""
+    if "val" in splits:
+        return
+    drawn_from = images.filter(pc.field("split").is_null() | (pc.field("split") == "train"))
+    sizes = drawn_from["label"].value_counts().field("counts").to_pylist()
+    test_fraction = 0.0 if images["split"].null_count < len(images) else config.test_fraction
+    needed = least_class_size(config.val_fraction, test_fraction)
+    raise InputError(
+        f"no image is left for val: the smallest class has {min(sizes)} and the largest {max(sizes)}; with "
+        f"--val-fraction {config.val_fraction:g} and --test-fraction {test_fraction:g} one of {needed} is taken, "
+        f"duplicates counted once; add images{' or give a larger --val-fraction' if max(sizes) > 1 else ''}"
+    )
 
 
 def _write_data_files(

@@ -1,6 +1,7 @@
 """Decides which images train, validate and test: by content and seed alone, so on any number of nodes alike."""
 
 import hashlib
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -63,6 +64,15 @@ def assign_splits(
                         splits[row] = split
                     break
     return splits
+
+
+def least_class_size(val_fraction: float, test_fraction: float) -> int:
+    """Return how many images a class must have, none a duplicate, to give one to val: test takes its share first."""
+    return next(
+        size
+        for size in itertools.count(2)
+        if round(size * val_fraction) >= 1 and round(size * test_fraction) < size - 1
+    )
 
 
 def _draw(seed: int, digests: list[str]) -> bytes:

@@ -1,11 +1,13 @@
 """Predicts the classes of images with the best weights of a run."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
+from data_prep.sources import SourceFormat, find_images
 from trainer import console
+from trainer.errors import InputError
 from trainer.options import Wait
 
 if TYPE_CHECKING:
@@ -19,9 +21,7 @@ def main(
     run: Annotated[str, Argument(help="Run folder, local or s3://.")],
     source: Annotated[str, Argument(help="Images, in folders or not, or any other source that prepare takes.")],
     output: Annotated[str, Argument(help="Folder or s3:// prefix for the Parquet files.")],
-    source_format: Annotated[
-        Literal["folder", "table", "parquet", "webdataset"] | None, Option("--format", help="Default: detected.")
-    ] = None,
+    source_format: Annotated[SourceFormat | None, Option("--format", help="Default: detected.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images that go through the network together.")] = 64,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the predictions that OUTPUT holds.")] = False,
     wait: Wait = 0,
@@ -35,8 +35,12 @@ def main(
 
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions.of(manifest)
+        # Before a cluster is started, which takes longer than to find out that there is no such file.
+        found = find_images(source, source_format, labelled=False)
         with connect(wait_seconds=wait) as resources, console.show_events() as on_event:
-            images, num_images = read_images(source, source_format, options)
+            if found.listed.is_notable:
+                on_event(found.listed)
+            images, num_images = read_images(found, options)
             summary = predict_images(
                 images,
                 num_images,
@@ -48,6 +52,8 @@ def main(
                 on_event=on_event,
             )
         print_summary(output, summary)
+        if sum(summary.rejected.values()) == summary.images:
+            raise InputError(f"none of the images of {source} could be decoded; give images: {output} has the reasons")
 
 
 def print_summary(output: str, summary: "PredictionSummary") -> None:

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
+from data_prep.sources import SourceFormat
 from trainer import console
 from trainer.markdown import format_count
 from trainer.options import Wait
@@ -23,9 +24,7 @@ def main(
     channels: Annotated[int, typer.Option(min=1, max=3, help="1 for gray, 3 for RGB.")] = 1,
     resize: Annotated[Literal["fit", "crop", "pad"], typer.Option(help="Into the square.")] = "fit",
     background: Annotated[int, typer.Option(min=0, max=255, help="Behind transparency, and bars of pad.")] = 255,
-    source_format: Annotated[
-        Literal["folder", "table", "parquet", "webdataset"] | None, typer.Option("--format", help="Default: detected.")
-    ] = None,
+    source_format: Annotated[SourceFormat | None, typer.Option("--format", help="Default: detected.")] = None,
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no val.")] = 0.15,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no splits.")] = 0.15,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,

@@ -16,6 +16,39 @@ class StageProgressed:
 
 
 @dataclass(frozen=True)
+class SourceListed:
+    """What a source of images holds by the names of its files, before any of them is read."""
+
+    images: int
+    classes: int
+    not_tried: str = ""
+    """Files that are no images by their names, counted by suffix."""
+    left_behind: str = ""
+    """Files that systems have left there, counted by kind."""
+    unused_tables: str = ""
+    """Tables beside folders of images."""
+    empty_classes: str = ""
+    """Classes that the source declares and has no image of."""
+
+    @property
+    def is_notable(self) -> bool:
+        """Whether anything was left out."""
+        return bool(self.not_tried or self.left_behind or self.unused_tables or self.empty_classes)
+
+    def __str__(self) -> str:
+        parts = [f"{self.images} files to read, {self.classes} classes"]
+        if self.not_tried:
+            parts.append(f"no images by their names: {self.not_tried}")
+        if self.left_behind:
+            parts.append(f"passed over: {self.left_behind}")
+        if self.empty_classes:
+            parts.append(f"left out, without an image: {self.empty_classes}")
+        if self.unused_tables:
+            parts.append(f"classes are taken from the folders, not from {self.unused_tables}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
 class WorkersAwaited:
     """The cluster has no room for the workers of a run, at its start or since it lost some."""
 
@@ -217,6 +250,7 @@ class StudyTrialEnded:
 TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
 Event = (
     StageProgressed
+    | SourceListed
     | WorkersAwaited
     | RunStarted
     | WeightsTransferred

@@ -217,7 +217,10 @@ def test_a_given_split_is_kept_and_its_leaks_are_listed(tmp_path):
         write_stripes(source / split, images_per_class=6, seed=seed)
     copied = Image.open(source / "train" / "down" / "003.png").convert("RGB")
     copied.resize((60, 60), Image.Resampling.BICUBIC).save(source / "validation" / "down" / "copy.jpg", quality=80)
-    manifest = prepare(str(source), str(tmp_path / "dataset"), CONFIG)
+    (source / "train" / "down" / "Thumbs.db").touch()
+    events = []
+    manifest = prepare(str(source), str(tmp_path / "dataset"), CONFIG, on_event=events.append)
+    assert str(events[0]) == "37 files to read, 3 classes; passed over: 1 Thumbs.db"
     assert [manifest.splits[split].rows for split in SPLITS] == [18, 19, 0]
     duplicates = pq.read_table(tmp_path / "dataset" / "duplicates.parquet").to_pydict()
     leaked = [path for path, leaks in zip(duplicates["path"], duplicates["leaks"], strict=True) if leaks]

@@ -69,6 +69,31 @@ def write_dataset(tmp_path):
 
 
 @pytest.fixture
+def write_files(tmp_path):
+    """Returns a function that writes files, each holding its own path, and returns their folder."""
+
+    def write(*paths: str) -> str:
+        for path in paths:
+            target = tmp_path / "source" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(path)
+        return str(tmp_path / "source")
+
+    return write
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    """Returns a function that writes one text file and returns its path."""
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
 def make_config():
     """Returns a function that makes the config of a run from the fields that a test is about."""
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from data_prep.prepare import PrepareConfig
-from data_prep.sources import SOURCE_FORMATS
+from data_prep.sources import SourceFormat
 from trainer.architectures import ARCHITECTURES
 from trainer.config import BatchRequest, TrainConfig
 
@@ -122,8 +122,9 @@ def test_options_that_are_words_allow_what_the_config_allows(job, config):
     assert compared
 
 
-def test_the_formats_of_a_source_are_those_that_are_read():
-    assert choices_of(parameters_of("prepare.py")["source_format"].annotation) == set(SOURCE_FORMATS)
+@pytest.mark.parametrize("job", ["prepare.py", "predict.py"])
+def test_the_formats_of_a_source_are_those_that_are_read(job):
+    assert choices_of(parameters_of(job)["source_format"].annotation) == set(get_args(SourceFormat))
 
 
 def test_the_defaults_of_prepare_are_those_of_its_config():

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.prepare import PrepareConfig, _write_part, parse_config, prepare
+from data_prep.prepare import PrepareConfig, _check_rejected, _check_val, _write_part, parse_config, prepare
 from data_prep.shards import STAGED_SCHEMA, write_chunk
 from tests.conftest import REPOSITORY
 from trainer.errors import InputError
@@ -87,3 +87,62 @@ def test_the_same_preparation_is_not_done_again(write_dataset):
     written = write_dataset()
     config = PrepareConfig(image_size=5, max_bad_fraction=0.5)
     assert prepare("/photos", written.uri, config) == written.manifest
+
+
+def check_rejected(of_class: list[tuple[int, int]], max_bad_fraction: float, names: str = "{}.heic") -> None:
+    """Checks classes a, b, ... of which so many images were kept, and so many files rejected."""
+    kept = [label for label, (count, _) in enumerate(of_class) for _ in range(count)]
+    lost = [label for label, (_, count) in enumerate(of_class) for _ in range(count)]
+    rejected = pa.table(
+        {
+            "path": [names.format(row) for row in range(len(lost))],
+            "label": pa.array(lost, pa.int32()),
+            "reason": ["not_an_image"] * len(lost),
+            "chunk": pa.array([0] * len(lost), pa.int32()),
+        }
+    )
+    config = PrepareConfig(max_bad_fraction=max_bad_fraction)
+    _check_rejected("/nowhere", pa.table({"label": pa.array(kept, pa.int32())}), rejected, ["a", "b", "c"], config)
+
+
+def test_as_many_rejected_files_as_allowed_are_no_error():
+    check_rejected([(99, 1), (50, 0), (50, 0)], max_bad_fraction=0.005)
+    with pytest.raises(
+        InputError, match=r"2 of 200 images were rejected \(1.0%, allowed are 0.5%\): 0.heic \(not_an_i"
+    ):
+        check_rejected([(98, 2), (50, 0), (50, 0)], max_bad_fraction=0.005)
+
+
+def test_a_class_may_lose_half_of_its_files_but_no_more():
+    check_rejected([(990, 0), (5, 5), (5, 5)], max_bad_fraction=0.02)
+    with pytest.raises(InputError, match=r"lost most of theirs: b 6 of 10 \(6 \.heic\); .*raise --max-bad-fraction$"):
+        check_rejected([(990, 0), (4, 6), (5, 4)], max_bad_fraction=0.02)
+
+
+def test_a_class_may_lose_more_where_more_of_all_is_allowed():
+    check_rejected([(99, 0), (1, 9), (1, 9)], max_bad_fraction=0.9)
+
+
+def test_a_class_that_lost_all_its_files_is_an_error_in_any_case():
+    with pytest.raises(InputError, match=r"b 8 of 8 \(8 without suffix\), c 2 of 2 .* remove what has no image left$"):
+        check_rejected([(1, 1), (0, 8), (0, 2)], max_bad_fraction=1, names="{}")
+
+
+@pytest.mark.parametrize(
+    ("counts", "splits", "message"),
+    [
+        ([1, 1], [None, None], "the smallest class has 1 and the largest 1; .* one of 4 is taken.*; add images$"),
+        ([1, 3], [None] * 4, "smallest class has 1 and the largest 3; .* one of 4 .*or give a larger --val-fraction$"),
+        ([2, 2], ["train", "test"] * 2, r"class has 1 and the largest 1; .*--test-fraction 0 one of 4 is taken"),
+    ],
+)
+def test_where_no_image_is_left_for_val_is_said_how_many_are_needed(counts, splits, message):
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    images = pa.table({"label": labels, "split": pa.array(splits, pa.string())})
+    with pytest.raises(InputError, match=message):
+        _check_val(images, [split or "train" for split in splits], PrepareConfig())
+
+
+def test_one_image_for_val_is_enough():
+    images = pa.table({"label": pa.array([0, 1], pa.int32()), "split": pa.array([None, None], pa.string())})
+    _check_val(images, ["train", "val"], PrepareConfig())

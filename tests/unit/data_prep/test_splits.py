@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.splits import assign_splits
+from data_prep.splits import assign_splits, least_class_size
 
 
 def table(labels, digests=None, splits=None) -> pa.Table:
@@ -77,6 +77,13 @@ def test_the_draw_is_the_one_that_datasets_were_prepared_with():
         "val": (12, "8b2b214066b0cac3"),
         "test": (16, "5c53984dacc722e1"),
     }
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.15, 0.0), (0.3, 0.0), (0.6, 0.0), (0.49, 0.5), (0.1, 0.8)])
+def test_the_least_class_that_gives_an_image_to_val_is_known(val, test):
+    size = least_class_size(val, test)
+    assert "val" in assign(table([0] * size), val=val, test=test)
+    assert "val" not in assign(table([0] * (size - 1)), val=val, test=test)
 
 
 def test_without_a_test_fraction_nothing_tests():

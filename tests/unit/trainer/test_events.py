@@ -1,6 +1,6 @@
 import pytest
 
-from trainer.events import EpochFinished, GlyphsMissing, RunStarted
+from trainer.events import EpochFinished, GlyphsMissing, RunStarted, SourceListed
 
 STARTED = {
     "global_batch_size": 20,
@@ -54,3 +54,13 @@ def test_a_few_of_many_missing_characters_are_named():
     assert "has 猫: the pictures have boxes there; install a font" in str(GlyphsMissing("猫"))
     line = str(GlyphsMissing("".join(map(chr, range(0x4E00, 0x4F00)))))
     assert "has 一 丁 丂 七 丄 丅 丆 万 ...: the" in line
+
+
+def test_what_was_left_out_of_a_source_is_one_line():
+    assert not SourceListed(5, 2).is_notable
+    listed = SourceListed(5, 2, "3 .txt", "1 Thumbs.db", "labels.csv", "owl")
+    assert listed.is_notable
+    assert str(listed) == (
+        "5 files to read, 2 classes; no images by their names: 3 .txt; passed over: 1 Thumbs.db; "
+        "left out, without an image: owl; classes are taken from the folders, not from labels.csv"
+    )

@@ -1,0 +1,145 @@
+"""What the names in a source say before a file is read: what cannot be an image, which split, which class."""
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from data_prep.formats import FORMATS
+from data_prep.manifest import SplitName
+from trainer.errors import InputError
+
+_SPLIT_NAMES: dict[str, SplitName] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+# What operating systems, file servers and notebooks leave in folders; in lower case.
+_LEFT_BEHIND = {
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+}
+# Text, documents, programs, archives, sound and film. Any other file is tried: its bytes say what it is.
+_OTHER_SUFFIXES = {
+    *(".txt", ".md", ".rst", ".log", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml"),
+    *(".ini", ".cfg", ".htm", ".html", ".css", ".js", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx"),
+    *(".py", ".pyc", ".ipynb", ".sh", ".bat", ".cpp", ".exe", ".dll", ".so"),
+    *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".md5", ".sha256", ".parquet", ".sqlite", ".db"),
+    *(".mp3", ".wav", ".flac", ".ogg", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"),
+}
+_OTHER_NAMES = {"license", "licence", "copying", "notice", "readme", "authors", "changelog", "makefile", "_success"}
+# Of those that a message could name.
+MOST_NAMED = 5
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_WHOLE_FLOAT = re.compile(r"(-?[0-9]{1,18})(\.0+)?")
+
+
+def suffix_of(path: str | PurePosixPath) -> str:
+    """Return the suffix of a path or URI in lower case, with its dot; empty where there is none."""
+    return PurePosixPath(path).suffix.lower()
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are: ``a, b, c, d, e and 995 more``."""
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+
+
+def count_suffixes(paths: Iterable[str]) -> str:
+    """Return how often each suffix occurs, such as ``8 .heic, 2 without suffix``, the most frequent first."""
+    counts = Counter(suffix_of(path) or "without suffix" for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+@functools.cache
+def image_suffixes() -> set[str]:
+    """Return the suffixes of the formats that are read: a hint, for where a source may be of several formats."""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def left_behind_as(path: str) -> str:
+    """Return as what a system has left a file behind, such as ``Thumbs.db`` or ``hidden``; empty for any other."""
+    for part in PurePosixPath(path).parts:
+        if part.lower() in _LEFT_BEHIND or part == ".DS_Store":
+            return part
+        if part.startswith("."):
+            return "hidden"
+    return ""
+
+
+def is_plainly_other(path: str) -> bool:
+    """Return whether the name alone says that a file is no image: a text, an archive, a film, ..."""
+    return suffix_of(path) in _OTHER_SUFFIXES or PurePosixPath(path).name.lower() in _OTHER_NAMES
+
+
+def split_called(name: str) -> SplitName | None:
+    """Return the split of this very name, in any case of its letters."""
+    return _SPLIT_NAMES.get(name.lower())
+
+
+def split_alluded_to(name: str) -> SplitName | None:
+    """Return the split that is the first or last word of a name: ``seg_train``, ``TestSet``, ``val2017``."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return next((split for word in (*words[:1], *words[-1:]) if (split := split_called(word))), None)
+
+
+def split_of_file(path: str) -> SplitName | None:
+    """Return the split that the name of a file or of a folder above it begins with, as in ``train-00000.parquet``."""
+    words = (re.split(r"[-_.]", part, maxsplit=1)[0] for part in PurePosixPath(path).parts)
+    return next((split for word in words if (split := split_called(word))), None)
+
+
+def parse_split(name: str, row: int, split: Any) -> SplitName | None:
+    """Return the split that a row of a table gives, None where it gives none.
+
+    Raises:
+        InputError: it is none that is known.
+    """
+    if split is None or split == "":
+        return None
+    known = split_called(str(split))
+    if known is None:
+        raise InputError(f"{name}, row {row}: split {split!r} is unknown; use train, val or test")
+    return known
+
+
+def to_class_name(label: Any) -> str | None:
+    """Return a label as the name of a class, in composed form (NFC); None where it is empty, or not a number (NaN)."""
+    if label is None or label != label:
+        return None
+    return unicodedata.normalize("NFC", str(label)) or None
+
+
+def to_class_names(labels: Sequence[Any]) -> list[str | None]:
+    """Return a column of labels as names of classes.
+
+    One missing value makes floats of all numbers: where every label is a whole number, ``3.0`` is class ``3``.
+    """
+    names = [None if name is None else name.strip() or None for name in map(to_class_name, labels)]
+    matches = [_WHOLE_FLOAT.fullmatch(name) for name in names if name is not None]
+    if not all(matches):
+        return names
+    return [None if name is None else name.partition(".")[0] for name in names]
+
+
+def sort_class_names(names: Iterable[str]) -> list[str]:
+    """Return names of classes in the order of their labels: as numbers if all are whole numbers, else as text."""
+    distinct = sorted(set(names))
+    return sorted(distinct, key=int) if all(map(_WHOLE_NUMBER.fullmatch, distinct)) else distinct

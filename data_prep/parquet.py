@@ -1,0 +1,94 @@
+"""Finds images in the rows of Parquet files, such as those of the Hugging Face hub."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.listing import FoundImage, Listing
+from data_prep.names import parse_split, split_of_file, suffix_of, to_class_name, to_class_names
+from trainer import storage
+from trainer.errors import InputError
+
+
+def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> None:
+    """Add the images in the rows of a Parquet file to what was found.
+
+    Args:
+        root: path or URI of the source.
+        path: of the file in it; one of another kind is noted.
+        listing: to add to.
+        labelled: whether every image must have a label.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: labels are missing or cannot be read.
+    """
+    if suffix_of(path) != ".parquet":
+        listing.ignore(path, "not_a_parquet_file")
+        return
+    uri = storage.join(root, path)
+    schema = storage.read_parquet_schema(uri)
+    labels_in = label_column(schema)
+    if image_column(schema) is None or (labelled and labels_in is None):
+        raise InputError(
+            f"{uri} has the columns {', '.join(schema.names)}; needed are image, label and, if wanted, split"
+        )
+    columns = [name for name in (labels_in, "split") if name in schema.names]
+    with storage.open_file(uri) as file:
+        rows = pq.read_table(file, columns=columns)
+        num_rows = pq.ParquetFile(file).metadata.num_rows
+    labels = rows[labels_in].to_pylist() if labels_in else [None] * num_rows
+    declared = declared_classes(schema)
+    class_names = _declared_names(uri, declared, labels) if declared else to_class_names(labels)
+    listing.declared_classes += [name for name in declared if name not in listing.declared_classes]
+    splits = rows["split"].to_pylist() if "split" in columns else [split_of_file(path)] * num_rows
+    for row, (class_name, split) in enumerate(zip(class_names, splits, strict=True)):
+        name = f"{path}#{row:08d}"
+        if labelled and class_name is None and declared:
+            listing.ignore(name, "no_label")
+            continue
+        if labelled and class_name is None:
+            raise InputError(f"{path}, row {row} has no label; complete it")
+        listing.found.append(FoundImage(name, class_name, parse_split(path, row, split), path, row))
+
+
+def _declared_names(uri: str, declared: list[str], labels: list[int | None]) -> list[str | None]:
+    known = [label for label in labels if label is not None]
+    if known and max(known) >= len(declared):
+        raise InputError(
+            f"{uri} has the label {max(known)}, but declares {len(declared)} classes; declare the others too"
+        )
+    # The hub marks a label that is kept secret by -1.
+    return [None if label is None or label < 0 else declared[label] for label in labels]
+
+
+def image_column(schema: pa.Schema) -> str | None:
+    """Return the column that holds images, or None: ``image``, or the only one that is declared as images."""
+    declared = [name for name, feature in _declared_features(schema).items() if feature.get("_type") == "Image"]
+    return "image" if "image" in schema.names else declared[0] if len(declared) == 1 else None
+
+
+def label_column(schema: pa.Schema) -> str | None:
+    """Return the column that holds labels, or None: ``label``, or the only one that is declared as classes."""
+    declared = [name for name, feature in _declared_features(schema).items() if feature.get("_type") == "ClassLabel"]
+    return "label" if "label" in schema.names else declared[0] if len(declared) == 1 else None
+
+
+def declared_classes(schema: pa.Schema) -> list[str]:
+    """Return the names of the classes in the order of their numbers; empty where labels are no numbers with a name."""
+    column = label_column(schema)
+    if column is None or not pa.types.is_integer(schema.field(column).type):
+        return []
+    names = _declared_features(schema).get(column, {}).get("names") or []
+    return [to_class_name(name) or str(number) for number, name in enumerate(names)]
+
+
+def _declared_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Return what is declared of each column: nothing where another program wrote the file."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: features[name] for name in schema.names if isinstance(features.get(name), dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}

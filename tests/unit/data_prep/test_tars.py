@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.sources import find_images
+from tests.sources import ignored_in, rows_of, write_tar
+from trainer.errors import InputError
+
+
+def test_a_tar_has_images_beside_their_labels(tmp_path):
+    members = {
+        "0.jpg": b"first",
+        "0.cls": b"dog\n",
+        "x/1.seg.jpg": b"mask",
+        "x/1.png": b"second!",
+        "x/1.json": json.dumps({"label": "cat", "caption": "a cat"}).encode(),
+    }
+    source = write_tar(tmp_path / "shard.tar", members)
+    found = find_images(source)
+    assert found.class_names == ["cat", "dog"]
+    assert rows_of(source, "path", "label", "bytes") == [("shard.tar#0.jpg", 1, 5), ("shard.tar#x/1.png", 0, 7)]
+    assert ignored_in(source) == {"shard.tar#x/1.seg.jpg": "not_an_image_name"}
+    content = Path(source).read_bytes()
+    assert [content[offset : offset + size] for offset, size in rows_of(source, "offset", "bytes")] == [
+        b"first",
+        b"second!",
+    ]
+
+
+def test_an_image_of_a_tar_without_a_label_is_ignored(tmp_path):
+    members = {"0.jpg": b"", "0.cls": b"a", "1.jpg": b"", "1.cls": b"b", "2.jpg": b"", "3.jpg": b"", "3.json": b"{}"}
+    assert ignored_in(write_tar(tmp_path / "shard.tar", members)) == {
+        "shard.tar#2.jpg": "no_label",
+        "shard.tar#3.jpg": "no_label",
+    }
+
+
+def test_a_second_image_of_a_key_is_listed(tmp_path):
+    source = write_tar(tmp_path / "shard.tar", {"0.jpg": b"", "0.cls": b"a", "0.png": b"", "1.jpg": b"", "1.cls": b"b"})
+    assert ignored_in(source) == {"shard.tar#0.png": "second_image_of_its_key"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("0.json", b'{"label": '), ("0.json", b"[1]"), ("0.json", b"\xff"), ("0.cls", b"\xff")]
+)
+def test_a_label_of_a_tar_that_cannot_be_read_is_refused_and_named(tmp_path, name, content):
+    with pytest.raises(InputError, match=rf"shard\.tar#{name} cannot be read as a label: .*; mend it or remove it"):
+        find_images(write_tar(tmp_path / "shard.tar", {"0.jpg": b"", name: content}))
+
+
+def test_tars_take_their_split_from_their_name(tmp_path):
+    members = {"0.jpg": b"", "0.cls": b"a", "1.jpg": b"", "1.cls": b"b"}
+    for path in ("train/0.tar", "val-000.tar"):
+        write_tar(tmp_path / "shards" / path, members)
+    assert set(rows_of(str(tmp_path / "shards"), "container", "split")) == {
+        ("train/0.tar", "train"),
+        ("val-000.tar", "val"),
+    }
+
+
+def test_a_member_of_any_other_name_is_tried_where_none_has_that_of_an_image(tmp_path):
+    members = {"0.heic": b"", "0.txt": b"a caption", "0.cls": b"10", "1.emb": b"", "1.jpeg": b"", "1.cls": b"9"}
+    source = write_tar(tmp_path / "shard.tar", members)
+    assert rows_of(source, "path") == [("shard.tar#0.heic",), ("shard.tar#1.jpeg",)]
+    assert ignored_in(source) == {"shard.tar#0.txt": "not_an_image_name", "shard.tar#1.emb": "not_an_image_name"}
+    assert find_images(source).class_names == ["9", "10"]
+
+
+def test_a_class_of_which_no_sample_has_an_image_is_refused(tmp_path):
+    members = {"0.png": b"", "0.cls": b"a", "1.png": b"", "1.cls": b"b", "2.txt": b"", "2.cls": b"c", "3.cls": b"c"}
+    with pytest.raises(InputError, match=r"no image in 1 of 3 classes: c \(2 \.cls, 1 \.txt\)"):
+        find_images(write_tar(tmp_path / "shard.tar", members))
+
+
+def test_what_systems_leave_behind_is_passed_over_and_counted(tmp_path):
+    members = {"0.png": b"", "0.cls": b"a", "1.png": b"", "1.cls": b"b", "._1.png": b"", "__MACOSX/._0.png": b""}
+    source = write_tar(tmp_path / "shard.tar", members)
+    assert ignored_in(source) == {}
+    assert find_images(source).listed.left_behind == "1 hidden, 1 __MACOSX"
