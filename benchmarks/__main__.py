@@ -6,6 +6,7 @@ from benchmarks import (
     architectures,
     batch_size,
     checkpoints,
+    classes,
     feeding,
     large_batch,
     prepare,
@@ -27,6 +28,7 @@ for module in (
     large_batch,
     architectures,
     trainer_start,
+    classes,
 ):
     app.command(module.__name__.rpartition(".")[2], help=module.__doc__)(module.main)
 

@@ -37,7 +37,7 @@ def main(
             table.add_row(Text(one.name), str(one.correct), str(one.total))
         console.stdout.print(table)
         if len(evaluation.listed) < len(evaluation.per_class):
-            console.stdout.print(f"the lowest shares of {len(evaluation.per_class)} classes; --json prints all")
+            console.stdout.print(f"lowest shares right of {len(evaluation.per_class)} classes; --json prints all")
         console.stdout.print(f"{split}  {evaluation}", markup=False)
         console.stdout.print(
             f"top {evaluation.top_k}: {evaluation.top_k_correct} of {evaluation.total}; "

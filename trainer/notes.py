@@ -169,7 +169,7 @@ def _format_classes(val: EvaluationResult) -> list[str]:
     lines = []
     if len(val.per_class) > MOST_CLASSES:
         confused = format_table(("class", "taken for", "images"), val.most_confused)
-        lines = ["", *confused, "", f"lowest shares of {len(val.per_class)} classes; result.json has all:"]
+        lines = ["", *confused, "", f"lowest shares right of {len(val.per_class)} classes; result.json has all:"]
     counts = [(one.name, one.correct, one.total) for one in val.listed]
     return [*lines, "", *format_table(("class", "right", "of"), counts)]
 

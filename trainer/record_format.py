@@ -12,7 +12,8 @@ from trainer.errors import NewerFormatError, RecordError
 # The type of the error of pydantic.
 _NEWER = "newer_format"
 
-_JSON_WIDTH = 120
+# One line for the result of a class and the few that it was taken for.
+_JSON_WIDTH = 160
 
 
 class Record(BaseModel):

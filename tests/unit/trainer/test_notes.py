@@ -83,7 +83,7 @@ def test_the_note_of_many_classes_has_the_worst_of_them(start, make_result):
     val = summarise("val", pa.table(columns), [f"class {label}" for label in range(1000)])
     note = note_of(start("first"), make_result(val=val))
     assert "| class 999 | class 7 | 3 |" in note
-    assert "lowest shares of 1000 classes; result.json has all:" in note
+    assert "lowest shares right of 1000 classes; result.json has all:" in note
     assert "| class 999 | 0 | 3 |\n| class 0 | 3 | 3 |" in note
     assert len(note) < 5000
 

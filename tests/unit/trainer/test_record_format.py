@@ -172,6 +172,6 @@ def test_a_record_has_a_line_for_each_row_and_full_lines_of_numbers():
     lines = record.to_json().decode().splitlines()
     assert lines[:4] == ["{", '  "name": "Ж",', '  "loss": Infinity,', '  "rows": [']
     assert '    {"class": "the class of number 7", "right": [7, 9]},' in lines
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 160
     # 1,000 numbers of five characters each.
     assert len(lines) < 110
