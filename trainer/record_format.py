@@ -64,6 +64,9 @@ class Record(BaseModel):
                 f"{source} cannot be read: {field}{first['msg']} (this program reads format {cls.FORMAT} and older "
                 "ones)"
             ) from error
+        except (LookupError, TypeError, AttributeError) as error:
+            # A migration met something else than what it knows.
+            raise RecordError(f"{source} cannot be read: it is damaged ({error!r})") from error
 
     def to_json(self) -> bytes:
         """Write the record as JSON text for people too: what fits into a line is on one, however many rows it has."""
@@ -82,17 +85,19 @@ class Record(BaseModel):
                 _NEWER, "it is of format {number}: update this program to read it", {"number": str(number)}
             )
         for path, value in cls.ADDED.items():
-            _set_missing(values, path.split("."), value(values) if callable(value) else value)
+            *models, name = path.split(".")
+            within = _find_model(values, models)
+            if within is not None and name not in within:
+                within[name] = value(values) if callable(value) else value
         return values
 
 
-def _set_missing(values: Any, path: list[str], value: Any) -> None:
-    """Set the field of a path where the model that it belongs to is there without it."""
-    *models, name = path
-    for model in models:
-        values = values.get(model) if isinstance(values, dict) else None
-    if isinstance(values, dict):
-        values.setdefault(name, value)
+def _find_model(values: dict[str, Any], path: list[str]) -> dict[str, Any] | None:
+    """Find the model of a path within a record; None where there is none."""
+    found: Any = values
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _format_json(value: Any, indent: int) -> str:

@@ -117,7 +117,7 @@ class Inner(BaseModel):
 class Example(Record):
     FORMAT: ClassVar[int] = 3
     RENAMED: ClassVar[Mapping[str, str]] = {"old": "new"}
-    ADDED: ClassVar[Mapping[str, Any]] = {"double": lambda old: 2 * old.get("new", 0), "inner.shape": "round"}
+    ADDED: ClassVar[Mapping[str, Any]] = {"double": lambda old: 2 * old["new"], "inner.shape": "round"}
 
     new: int
     double: int
@@ -142,7 +142,8 @@ def test_what_the_program_itself_makes_is_not_completed():
     [
         ("{", "Invalid JSON"),
         ("[]", "Input should be an object"),
-        ("{}", "new: Field required"),
+        ("{}", "it is damaged (KeyError('new'))"),
+        ('{"double": 2}', "new: Field required"),
         ('{"new": "x"}', "new: Input should be a valid integer"),
         ('{"new": 1, "inner": {}}', "inner.size: Field required"),
         ('{"new": 1, "inner": 3}', "inner: Input should be"),
