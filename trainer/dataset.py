@@ -8,6 +8,7 @@ function of seed and epoch alone, the same for every number of workers, and a ru
 import hashlib
 import io
 import os
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from trainer.errors import InputError
 T = TypeVar("T")
 
 _BATCHES_IN_FLIGHT = 2
+# For a prepared dataset, where one was given that is none.
+_MOST_FOLDERS_LOOKED_INTO = 20
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,38 @@ class ImageSplit:
 
 
 def load_manifest(dataset: str) -> Manifest:
-    """Returns the manifest of a prepared dataset.
+    """Return the manifest of a prepared dataset.
 
     Raises:
-        InputError: there is none, or this program cannot read it.
+        InputError: there is none, or this program cannot read it; says what to do, by what is there.
     """
-    manifest = read_manifest(dataset)
+    is_file = storage.is_local(dataset) and os.path.isfile(dataset)
+    manifest = None if is_file else read_manifest(dataset)
     if manifest is None:
         raise InputError(
             f"{dataset} holds no prepared dataset: there is no {MANIFEST_NAME}, which is written last; "
-            f"run: python jobs/prepare.py SOURCE {dataset}"
+            f"{'it is a file: ' + _prepare_command(dataset) if is_file else _propose_dataset(dataset)}"
         )
     return manifest
+
+
+def _propose_dataset(dataset: str) -> str:
+    """Return what to do about a folder that is no prepared dataset."""
+    folders = storage.find_folders(dataset)
+    prepared = [storage.parent(dataset), *(storage.join(dataset, name) for name in folders[:_MOST_FOLDERS_LOOKED_INTO])]
+    for place in filter(storage.parent, prepared):
+        if storage.exists(storage.join(place, MANIFEST_NAME)):
+            return f"give --dataset {place}, which holds one"
+    if "_staging" in folders:
+        return "its preparation was interrupted: run the same command of jobs/prepare.py again, and it goes on"
+    if folders or storage.find_files(dataset):
+        return f"if there are images, {_prepare_command(dataset)}"
+    return f"nothing is there: run: python jobs/prepare.py SOURCE {shlex.quote(dataset)}"
+
+
+def _prepare_command(source: str) -> str:
+    target = f"{os.path.splitext(source)[0]}-prepared"
+    return f"run: python jobs/prepare.py {shlex.join([source, target])} and give --dataset {shlex.quote(target)}"
 
 
 def cache_folder() -> Path:

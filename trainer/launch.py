@@ -110,7 +110,12 @@ def check_dataset(arch: str, dataset: str) -> Manifest:
         )
     for split in ("train", "val"):
         if not manifest.splits[split].rows:
-            raise InputError(f"{dataset} has no {split} images; prepare it with a larger --{split}-fraction")
+            largest = max(map(sum, zip(*(one.rows_per_class for one in manifest.splits.values()), strict=True)))
+            raise InputError(
+                f"{dataset} has no {split} images: its largest class has {largest}, and --val-fraction was "
+                f"{manifest.val_fraction:g}; prepare it again with more images"
+                + (" or a larger --val-fraction" if largest > 1 else "")
+            )
     return manifest
 
 

@@ -100,6 +100,39 @@ def test_a_folder_without_a_committed_dataset_is_refused_with_what_to_do(tmp_pat
         load_manifest(str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("file", ["cat/1.png", "1.png"])
+def test_images_that_are_not_prepared_are_refused_with_the_command_that_prepares_them(tmp_path, file):
+    path = tmp_path / "my images" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    source, target = f"'{tmp_path}/my images'", f"'{tmp_path}/my images-prepared'"
+    with pytest.raises(InputError, match=f"run: python jobs/prepare.py {source} {target} and give --dataset {target}$"):
+        load_manifest(str(tmp_path / "my images"))
+
+
+def test_a_file_of_images_is_refused_with_the_command_that_prepares_it(tmp_path):
+    (tmp_path / "labels.csv").touch()
+    target = f"{tmp_path}/labels-prepared"
+    with pytest.raises(
+        InputError, match=f"it is a file: run: .*{tmp_path}/labels.csv {target} and give --dataset {target}"
+    ):
+        load_manifest(str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize("given", ["train", ".."])
+def test_a_dataset_above_or_below_is_proposed(write_dataset, given):
+    written = write_dataset()
+    place = str(Path(written.uri, given).resolve())
+    with pytest.raises(InputError, match=f"{place} holds no .*; give --dataset {written.uri}, which holds one$"):
+        load_manifest(place)
+
+
+def test_an_interrupted_preparation_is_to_be_continued(tmp_path):
+    (tmp_path / "dataset" / "_staging").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"run the same command of jobs/prepare\.py again"):
+        load_manifest(str(tmp_path / "dataset"))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_row_of_a_split_is_there_in_order(write_dataset, channels):
     written = write_dataset(rows=(7, 4, 3), channels=channels)

@@ -96,8 +96,14 @@ def test_images_too_small_for_the_architecture_are_refused_with_the_size_it_need
 
 
 def test_a_dataset_without_validation_images_is_refused(write_dataset):
-    with pytest.raises(InputError, match="has no val images; prepare it with a larger --val-fraction"):
+    message = r"no val images: its largest class has \d, and --val-fraction was 0.15; .* or a larger --val-fraction$"
+    with pytest.raises(InputError, match=message):
         check_dataset("inception_notes", write_dataset(rows=(7, 0, 0)).uri)
+
+
+def test_one_image_a_class_is_too_few_whatever_the_fraction(write_dataset):
+    with pytest.raises(InputError, match=r"its largest class has 1, .*; prepare it again with more images$"):
+        check_dataset("inception_notes", write_dataset(rows=(1, 0, 0)).uri)
 
 
 def test_the_embedded_dataset_is_as_small_as_the_architecture_allows(monkeypatch, tmp_path):
