@@ -92,6 +92,38 @@ def defer_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _end_at_last() -> Iterator[None]:
+    """Ends this process 20 s after a signal that came in this context, unless the context has ended.
+
+    A handler of Python runs when C++ code returns, and Ray's may wait for what never answers. What Ray had started ends
+    with this process. Only for the main thread.
+    """
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(receiver, 1):
+            if number[0] in _STOP_SIGNALS and not ended.wait(_ENDING_SECONDS):
+                name = signal.Signals(number[0]).name
+                with contextlib.suppress(OSError):
+                    os.write(2, f"stopped by {name} while Ray did not answer; the same command continues\n".encode())
+                os._exit(128 + number[0])
+        os.close(receiver)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        ended.set()
+        os.close(sender)
+        watcher.join()
+
+
+@contextlib.contextmanager
 def defer_signals_of_start() -> Iterator[None]:
     """As `defer_signals`, around ``ray.init``, which puts handlers of SIGTERM in place that exit with 15.
 
@@ -103,7 +135,7 @@ def defer_signals_of_start() -> Iterator[None]:
             for one, handler in handlers.items():
                 signal.signal(one, handler)
 
-    with defer_signals():
+    with defer_signals(), _end_at_last():
         handlers = {one: signal.getsignal(one) for one in _STOP_SIGNALS}
         before = sys.getprofile()
         sys.setprofile(set_again)
@@ -119,7 +151,7 @@ def call_deferring_signals(function: Callable[[], None]) -> None:
     It does so a tenth of a second and more before it returns, so it is called in a thread of its own, while this one
     sets the handlers again and again. Signals are deferred to its end. Only for the main thread.
     """
-    with defer_signals(), ThreadPoolExecutor(1) as pool:
+    with defer_signals(), _end_at_last(), ThreadPoolExecutor(1) as pool:
         future = pool.submit(function)
         while not future.done():
             for one in _STOP_SIGNALS:
