@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import ray
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 
+from trainer.address import find_cluster
 from trainer.errors import InputError, JobError
 from trainer.signals import call_deferring_signals, defer_signals_of_start
 from trainer.storage import ANSWERED_VARIABLE
@@ -40,8 +40,6 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
-
-_ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 
 
@@ -92,9 +90,10 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
         InputError: no cluster answers at RAY_ADDRESS, or it refuses the token, or no node of it works.
         JobError: that of the context; says where the logs are.
     """
-    if "RAY_ADDRESS" in os.environ:
-        _check_answer(os.environ["RAY_ADDRESS"])
-        with _connected_ray(WORKER_ENVIRONMENT, wait_seconds):
+    # Before its first line: what Ray would log is told by the job.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if address := find_cluster():
+        with _connected_ray(WORKER_ENVIRONMENT, wait_seconds, address=address):
             yield read_resources()
         return
     with _job_folder() as folder:
@@ -142,8 +141,9 @@ def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **op
                     runtime_env={"env_vars": environment},
                     **options,
                 )
-            except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-                raise InputError(_explain_refusal(str(error).splitlines()[0])) from error
+            # Ray has no class of its own for most of what can be wrong.
+            except Exception as error:
+                raise _explain_start(error, options["address"]) from error
         for name in ("ray.data", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         DataContext.get_current().enable_progress_bars = False
@@ -152,6 +152,13 @@ def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **op
         yield
     finally:
         call_deferring_signals(ray.shutdown)
+
+
+def _explain_start(error: Exception, address: str) -> InputError | JobError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if address == "local":
+        return JobError(f"Ray did not start on this machine: {reason}")
+    return InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {reason}")
 
 
 def _wait_for_node(seconds: float) -> None:
@@ -176,24 +183,6 @@ def request_nodes(bundles: list[dict[str, float]]) -> None:
         from ray.autoscaler.sdk import request_resources
 
         request_resources(bundles=bundles)
-
-
-def _check_answer(address: str) -> None:
-    """Raises InputError where nothing answers: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return  # "auto", or another form that Ray knows
-    try:
-        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=_ANSWER_SECONDS).close()
-    except OSError as error:
-        raise InputError(_explain_refusal(error.strerror or str(error))) from error
-
-
-def _explain_refusal(reason: str) -> str:
-    return (
-        f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS', '')}: {reason}; start Ray there, or unset RAY_ADDRESS to work on "
-        "this machine alone; with token authentication set RAY_AUTH_MODE=token and give ~/.ray/auth_token"
-    )
 
 
 def read_machine(folder: str = "") -> Resources:
