@@ -3,18 +3,22 @@
 import contextlib
 import logging
 import os
-import shutil
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+from ray._private.utils import get_num_cpus
 
 from trainer.address import find_cluster
 from trainer.errors import InputError, JobError
+from trainer.folders import hold_folder, keep_folder
 from trainer.signals import call_deferring_signals, defer_signals_of_start
 from trainer.storage import ANSWERED_VARIABLE
 
@@ -41,6 +45,9 @@ _RAY_ENVIRONMENT = {
 }
 
 _POLL_SECONDS = 0.5
+# What the name of a socket may have, of which Ray adds the second part.
+_SOCKET_CHARACTERS = 107
+_LONGEST_SOCKET = "/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,9 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
             `trainer.workers`. Without RAY_ADDRESS, and with at most one GPU, none is started then.
 
     Raises:
-        InputError: no cluster answers at RAY_ADDRESS, or it refuses the token, or no node of it works.
-        JobError: that of the context; says where the logs are.
+        InputError: no cluster can be used at RAY_ADDRESS (`trainer.address`), or no node of it works, or there is no
+            folder for temporary files.
+        JobError: Ray does not start here, or that of the context; says where the logs are.
     """
     # Before its first line: what Ray would log is told by the job.
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -101,27 +109,66 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
         if one_process and machine.is_one_machine:
             yield machine
             return
+        _check_socket_names(folder)
         # TensorFlow leaves files of traced functions in a worker that is killed.
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
         # Its nodes are not taken away by a cloud.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        with _connected_ray(environment, wait_seconds, address="local", include_dashboard=False, _temp_dir=folder):
+        options = {"address": "local", "num_cpus": int(machine.num_cpus), "include_dashboard": False}
+        with _own_token(folder), _connected_ray(environment, wait_seconds, _temp_dir=folder, **options):
             yield read_resources(folder)
 
 
 @contextlib.contextmanager
 def _job_folder() -> Iterator[str]:
     """Yields a folder for logs and temporary files that goes with the context, unless the job failed."""
+    parent = _temporary_folder()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(hold_folder("ray-", parent))
+        except OSError as error:
+            raise InputError(
+                f"{parent}: {error.strerror}; set RAY_TMPDIR to a folder that can be written, with a short name"
+            ) from error
+        try:
+            yield folder
+        except JobError as error:
+            keep_folder(folder)
+            raise JobError(f"{error}; logs are in {folder}") from error
+
+
+def _temporary_folder() -> str:
     # Not in TMPDIR, which may be long: Ray makes sockets there, and the name of a socket is short.
-    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    if folder := os.environ.get("RAY_TMPDIR"):
+        return os.path.abspath(folder)
+    return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+
+
+def _check_socket_names(folder: str) -> None:
+    too_long = len((folder + _LONGEST_SOCKET.format(pid=os.getpid())).encode()) - _SOCKET_CHARACTERS
+    if too_long > 0:
+        parent = os.path.dirname(folder)
+        raise InputError(
+            f"{parent} is {too_long} characters too long for the names of the sockets that Ray makes there; set "
+            f"RAY_TMPDIR to a folder with at most {len(parent.encode()) - too_long} characters, such as /tmp"
+        )
+
+
+@contextlib.contextmanager
+def _own_token(folder: str) -> Iterator[None]:
+    """Lets a cluster that is started in the context have a token of its own: Ray would write one into the home."""
+    path, before = Path(folder, "auth_token"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    AuthenticationTokenLoader.instance().reset_cache()
     try:
-        yield folder
-    except JobError as error:
-        raise JobError(f"{error}; logs are in {folder}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_AUTH_TOKEN_PATH"]
+        else:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = before
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
@@ -187,8 +234,8 @@ def request_nodes(bundles: list[dict[str, float]]) -> None:
 
 def read_machine(folder: str = "") -> Resources:
     """Returns what Ray would say that this machine has, without starting it."""
-    # What `ray.init` itself calls; there is no public form.
-    spec = ResourceAndLabelSpec()
+    # What `ray.init` itself calls; there is no public form. It would give a container with less than a core none.
+    spec = ResourceAndLabelSpec(num_cpus=max(1, int(get_num_cpus())))
     spec.resolve(is_head=True, node_ip_address="127.0.0.1")
     return Resources(
         num_nodes=1,

@@ -19,13 +19,13 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 import pyarrow.parquet as pq
 from filelock import FileLock
 
 from data_prep.manifest import MANIFEST_NAME, DataFile, Manifest, SplitName, read_manifest
 from trainer import storage
 from trainer.errors import InputError
+from trainer.folders import cache_folder
 
 T = TypeVar("T")
 
@@ -80,11 +80,6 @@ def _propose_dataset(dataset: str) -> str:
 def _prepare_command(source: str) -> str:
     target = f"{os.path.splitext(source)[0]}-prepared"
     return f"run: python jobs/prepare.py {shlex.join([source, target])} and give --dataset {shlex.quote(target)}"
-
-
-def cache_folder() -> Path:
-    """Returns where this machine keeps datasets: the user's cache folder (XDG_CACHE_HOME)."""
-    return Path(platformdirs.user_cache_dir("training-notes"))
 
 
 def open_split(dataset: str, manifest: Manifest, split: SplitName) -> ImageSplit:

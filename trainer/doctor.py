@@ -13,8 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainer import storage
 from trainer.cluster import Resources
-from trainer.dataset import cache_folder
 from trainer.errors import InputError
+from trainer.folders import cache_folder
 
 _PACKAGES = ("ray", "tensorflow", "tf_keras", "pyarrow", "s3fs")
 _PYTHON = ((3, 11), (3, 14))
@@ -53,6 +53,7 @@ class NodeReport:
     free_gib: dict[str, float]
     """Of the folders that a job fills."""
     storage_error: str
+    cache_error: str = ""
 
 
 def check_packages() -> list[Finding]:
@@ -141,21 +142,26 @@ def inspect_node(uri: str) -> NodeReport:
     """Returns what the node that this runs on says of itself."""
     import tensorflow as tf
 
-    folders = (Path(tempfile.gettempdir()), cache_folder())
+    folders = [Path(tempfile.gettempdir())]
     # This node may be the one that cannot reach it.
     os.environ.pop(storage.ANSWERED_VARIABLE, None)
-    error = ""
+    storage_error = cache_error = ""
     try:
         storage.check_access(uri)
     except InputError as refused:
-        error = str(refused)
+        storage_error = str(refused)
+    try:
+        folders.append(cache_folder())
+    except InputError as refused:
+        cache_error = str(refused)
     return NodeReport(
         python=platform.python_version(),
         packages=_find_versions(),
         keras=tf.keras.Model.__module__.partition(".")[0],
         gpus=len(tf.config.list_physical_devices("GPU")),
-        free_gib={str(folder): shutil.disk_usage(_find_existing(folder)).free / 2**30 for folder in folders},
-        storage_error=error,
+        free_gib={str(folder): shutil.disk_usage(folder).free / 2**30 for folder in folders},
+        storage_error=storage_error,
+        cache_error=cache_error,
     )
 
 
@@ -187,6 +193,7 @@ def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: in
         ),
         Finding("disk", disks, "make room" * bool(full)),
         Finding("storage", "cannot be used", report.storage_error),
+        Finding("cache", "cannot be used", report.cache_error),
     ]
     found = [Finding(f"node {name}, {one.what}", one.found, one.mend) for one in wrong if one.mend]
     room = min(report.free_gib.values())
@@ -202,8 +209,3 @@ def _find_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _find_existing(folder: Path) -> Path:
-    """Returns the folder, or the nearest one above it that exists."""
-    return next(one for one in (folder, *folder.parents) if one.exists())

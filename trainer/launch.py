@@ -34,11 +34,12 @@ from trainer.config import (
     parse_config,
     resize_batch,
 )
-from trainer.dataset import cache_folder, load_manifest
+from trainer.dataset import load_manifest
 from trainer.diagnostics import find_symptoms
 from trainer.errors import InputError, JobError, WorkersFailedError
 from trainer.evaluation import summarise
 from trainer.events import BatchChosen, GlyphsMissing, OnEvent, RunStarted, StageProgressed, ignore_event
+from trainer.folders import cache_folder
 from trainer.job import WorkerJob, WorkerResult
 from trainer.lease import hold_lease
 from trainer.notes import write_note
@@ -72,7 +73,7 @@ def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
     described = []
     for name, spec in ARCHITECTURES.items():
         if manifest is None:
-            image_size, channels, num_classes = embedded_dataset(name, "")[1], 1, 10
+            image_size, channels, num_classes = embedded_image_size(name), 1, 10
         else:
             image_size, channels, num_classes = manifest.image_size, manifest.channels, manifest.num_classes
         fits = image_size >= spec.min_image_size
@@ -119,12 +120,21 @@ def check_dataset(arch: str, dataset: str) -> Manifest:
     return manifest
 
 
-def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
-    """Returns where the embedded dataset of an architecture is kept, and its image size in pixels.
+def embedded_image_size(arch: str) -> int:
+    """Returns the image size of the embedded dataset for an architecture, in pixels.
 
     It is as small as the architecture allows: enlarged digits take time and tell a network nothing.
     """
-    image_size = max(28, ARCHITECTURES[arch].min_image_size)
+    return max(28, ARCHITECTURES[arch].min_image_size)
+
+
+def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
+    """Returns where the embedded dataset of an architecture is kept, and its image size in pixels.
+
+    Raises:
+        InputError: it is kept in the cache of this machine, which cannot be written.
+    """
+    image_size = embedded_image_size(arch)
     root = storage.resolve_uri(storage_uri)
     folder = str(cache_folder()) if storage.is_local(root) else root
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size

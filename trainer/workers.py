@@ -22,6 +22,7 @@ import ray
 from trainer.cluster import Resources, read_resources, request_nodes
 from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.events import OnEvent, StageProgressed, WorkersAwaited, ignore_event
+from trainer.folders import hold_folder
 from trainer.local_worker import run_process
 from trainer.processes import end_with, this_process
 
@@ -204,14 +205,15 @@ def run_workers(
         return function(send_event)
 
     # Ray's own bookkeeping: the state of a run is in the run folder (docs/decisions/0003).
-    bookkeeping = tempfile.TemporaryDirectory(prefix="ray-train-")
+    folders = contextlib.ExitStack()
+    bookkeeping = folders.enter_context(hold_folder("ray-train-", resources.folder or tempfile.gettempdir()))
     trainer = DataParallelTrainer(
         work,
         backend_config=TensorFlowConfig(),
         scaling_config=_scaling(workers, resources),
         run_config=RunConfig(
             name=name,
-            storage_path=bookkeeping.name,
+            storage_path=bookkeeping,
             # Ray's own limit of tries to find room is none: a run that lost a node would wait for ever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=_ROOM_TRIES * (max_failures + 1)
@@ -260,7 +262,7 @@ def run_workers(
         raise WorkersFailedError(causes) from error
     finally:
         queue.shutdown()
-        bookkeeping.cleanup()
+        folders.close()
 
 
 def _waits_for_room(workers: WorkerCount, resources: Resources) -> bool:

@@ -131,8 +131,11 @@ def test_a_wrong_endpoint_is_refused_with_its_name(dataset):
 def test_the_embedded_dataset_is_prepared_once(tmp_path):
     options = ["--arch", "cnn_tapered", "--epochs", "1", "--storage", str(tmp_path)]
     options += ["--global-batch-size", "500", "--precision", "float32"]
-    first = run_job("train.py", *options, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    home = tmp_path / "home"
+    home.mkdir()
+    first = run_job("train.py", *options, XDG_CACHE_HOME=str(tmp_path / "cache"), HOME=str(home))
     assert first.returncode == 0, first.stderr
+    assert list(home.iterdir()) == []
     assert "3500 images = 7 steps an epoch" in first.stderr
     (manifest,) = Path(tmp_path / "cache").rglob("manifest.json")
     assert json.loads(manifest.read_text())["splits"]["val"]["rows_per_class"] == [75] * 10

@@ -31,6 +31,7 @@ def test_a_node_that_is_well_is_one_line():
         ({"keras": "keras"}, "wrong  node a, tf.keras: keras; set TF_USE_LEGACY_KERAS=1"),
         ({"gpus": 0}, "wrong  node a, gpus: TensorFlow sees 0 of 2; pip install -e '.[gpu]'"),
         ({"free_gib": {"/tmp": 0.5, "/data": 9.0}}, "wrong  node a, disk: /tmp has 0.5 GiB; make room"),
+        ({"cache_error": "set XDG_CACHE_HOME"}, "wrong  node a, cache: cannot be used; set XDG_CACHE_HOME"),
         ({"storage_error": "no s3:PutObject"}, "wrong  node a, storage: cannot be used; no s3:PutObject"),
     ],
 )
