@@ -21,6 +21,7 @@ from benchmarks.table import report
 from trainer import launch
 from trainer.batch_finder import choose_batch, measure_size
 from trainer.cluster import connect
+from trainer.request import parse_request
 
 ARCHITECTURES = ["cnn_tapered", "alexnet", "inception_notes"]
 
@@ -34,20 +35,18 @@ def main(
     table = Table("architecture", "limit GiB", "found", "trials", "seconds", "exhaustive", "trials", "seconds", "ratio")
     with connect() as resources:
         for name in arch:
-            options = {"arch": name, "recipe": "modern", "dataset": dataset, "num_workers": "1"}
-            options |= {"memory_limit_gib": memory_limit, "precision": precision, "min_steps_per_epoch": 1}
-            draft, manifest, request = launch.build_draft(options, resources)
+            options = {"arch": name, "dataset": dataset, "memory_limit_gib": memory_limit, "precision": precision}
+            request = parse_request({**options, "min_steps_per_epoch": 1})
+            manifest = launch.load_checked_manifest(request, resources)
             started = time.perf_counter()
             with tempfile.TemporaryDirectory() as storage:
-                choice = choose_batch(
-                    draft, manifest, request, storage, resources, on_event=functools.partial(say, name)
-                )
+                choice = choose_batch(request, manifest, 1, storage, resources, on_event=functools.partial(say, name))
             seconds = time.perf_counter() - started
             found = choice.table.fitting[-1].size
             started, sizes, largest, misses = time.perf_counter(), 0, 0, 0
             size = max(1, math.floor(0.8 * found))
             while misses < 2:
-                row = measure_size(draft, manifest, request, size, precision, resources)
+                row = measure_size(request, manifest, 1, size, precision, resources)
                 fits = row is not None and row.peak_memory_gib <= choice.table.target_gib
                 say(name, f"{size}: {row} {'fits' if fits else 'does not fit'}")
                 largest, misses, sizes = (size, 0, sizes + 1) if fits else (largest, misses + 1, sizes + 1)

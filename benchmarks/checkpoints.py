@@ -92,12 +92,13 @@ def train(name: str, options: dict[str, Any], storage: str) -> list[dict[str, fl
     from trainer.events import OnEvent, ignore_event
     from trainer.job import WorkerJob
     from trainer.local_worker import run_process
+    from trainer.request import parse_request
 
     with (
         connect(one_process=True) as resources,
         launch.open_run(storage, f"run-{time.time_ns()}", options["arch"], resources) as run,
     ):
-        plan = launch.plan_run(options, run, resources)
+        plan = launch.plan_run(parse_request(options), run, resources)
         job = WorkerJob(plan.config, plan.manifest, run.uri, run.lease, (), 0, None, ignore_event)
         rows: list[dict[str, float]] = []
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from typer import Option
 
 from trainer import console
-from trainer.options import add_config_options, parse_assignment
+from trainer.options import GroupedCommand, add_run_options, parse_command
 
 if TYPE_CHECKING:
     from trainer.batch_table import BatchTable
@@ -18,39 +18,34 @@ _BAR_WIDTH = 30
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
-@add_config_options
+@app.command(cls=GroupedCommand)
+@add_run_options
 def main(
-    arch: Annotated[str, Option(help="Architecture, as in train.py.")],
-    dataset: Annotated[str, Option(help="Prepared dataset, local or s3://; default: 5,000 MNIST images.")] = "",
     storage: Annotated[str, Option(help="Where tables are kept, local or s3://.")] = "runs",
-    num_workers: Annotated[str, Option(help="A number, MIN:MAX, or auto: one a GPU, or one.")] = "auto",
     wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers, or for nodes that start.")] = 0,
-    arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
-    recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     probe_again: Annotated[bool, Option("--probe-again", help="Measure even where it was done.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the table as JSON.")] = False,
     **options: Any,
 ) -> None:
     """Measure throughput and memory by batch size and precision, and say which batch a run would use and why."""
-    options |= {"arch": arch, "recipe": recipe, "num_workers": num_workers, "dataset": dataset}
-    options["arch_arguments"] = dict(map(parse_assignment, arch_argument))
     with console.exit_codes():
+        request = parse_command(options)
         # Not at the top: --help and wrong options answer without loading Ray.
         from trainer import launch
         from trainer.cluster import connect
         from trainer.workers import wait_for_workers
 
-        launch.check_options(options, storage)
-        one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
+        launch.check_request(request, storage)
+        one_process = launch.needs_one_process(request, storage)
         with connect(wait_seconds=None, one_process=one_process) as cluster, console.show_events() as on_event:
-            resources = wait_for_workers(num_workers, cluster, wait, on_event)
-            if not dataset:
+            resources = wait_for_workers(request.num_workers, cluster, wait, on_event)
+            if not request.dataset:
                 from data_prep.embedded import prepare_embedded
 
-                options["dataset"] = prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
+                place = launch.embedded_dataset(request.arch, storage)
+                request = request.on_dataset(prepare_embedded(*place, on_event))
             choice, bottlenecks = launch.measure_batches(
-                options, storage, resources, probe_again=probe_again, on_event=on_event
+                request, storage, resources, probe_again=probe_again, on_event=on_event
             )
         if as_json:
             console.stdout.print(choice.model_dump_json(indent=2), markup=False)

@@ -8,7 +8,7 @@ from typer import Option
 
 from trainer import console
 from trainer.errors import JobError
-from trainer.options import add_config_options, parse_assignment
+from trainer.options import GroupedCommand, add_run_options, parse_command
 
 if TYPE_CHECKING:
     from trainer.launch import ArchitectureDescription
@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
-@add_config_options
+@app.command(cls=GroupedCommand)
+@add_run_options
 def main(
-    arch: Annotated[str, Option(help="Architecture; --list-archs shows them.")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the config and what would be measured, and end.")] = False,
     list_archs: Annotated[bool, Option("--list-archs", help="Show the architectures and end.")] = False,
-    dataset: Annotated[str, Option(help="Prepared dataset, local or s3://; default: 5,000 MNIST images.")] = "",
     storage: Annotated[str, Option(help="Where the run folder goes, local or s3://.")] = "runs",
     run_name: Annotated[str, Option(help="Default: arch and time. A used name continues its run.")] = "",
-    num_workers: Annotated[str, Option(help="A number, MIN:MAX, or auto: one a GPU, or one.")] = "auto",
     wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers, or for nodes that start.")] = 0,
-    arch_argument: Annotated[list[str], Option(help="NAME=VALUE of the family, such as dropout=0.3.")] = [],  # noqa: B006
-    recipe: Annotated[str, Option(help="Where values that are not given come from: modern or notes.")] = "modern",
     max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
     probe_again: Annotated[bool, Option("--probe-again", help="Measure batch sizes even where it was done.")] = False,
     profile: Annotated[bool, Option("--profile", help="Trace some steps of the first worker: RUN/profile.")] = False,
@@ -38,29 +34,35 @@ def main(
     **options: Any,
 ) -> None:
     """Train on every GPU of the cluster that RAY_ADDRESS names, or on this machine, and write a run folder."""
-    options |= {"arch": arch, "recipe": recipe, "num_workers": num_workers, "dataset": dataset}
-    options["arch_arguments"] = dict(map(parse_assignment, arch_argument))
     with console.exit_codes():
+        request = parse_command(options) if not list_archs else None
         # Not at the top: --help and wrong options answer without loading Ray.
         from trainer import launch
         from trainer.cluster import connect
         from trainer.tracking import check_trackers
         from trainer.workers import wait_for_workers
 
-        if list_archs:
-            print_architectures(launch.describe_architectures(dataset))
+        if request is None:
+            print_architectures(launch.describe_architectures(options["dataset"] or ""))
             return
-        launch.check_options(options, storage, run_name)
+        launch.check_request(request, storage, run_name)
         check_trackers(track)
-        one_process = launch.needs_one_process(num_workers, arch, dataset, storage)
+        one_process = launch.needs_one_process(request, storage)
+        if dry_run:
+            from trainer.dry_run import describe_run
+
+            with connect(wait_seconds=None, one_process=True) as resources:
+                console.stdout.print(describe_run(request, storage, resources), markup=False)
+            return
         with console.show_events() as on_event, connect(wait_seconds=None, one_process=one_process) as cluster:
-            resources = wait_for_workers(num_workers, cluster, wait, on_event)
-            with launch.open_run(storage, run_name, arch, resources) as run:
-                if not dataset:
+            resources = wait_for_workers(request.num_workers, cluster, wait, on_event)
+            with launch.open_run(storage, run_name, request.arch, resources) as run:
+                if not request.dataset:
                     from data_prep.embedded import prepare_embedded
 
-                    options["dataset"] = prepare_embedded(*launch.embedded_dataset(arch, storage), on_event)
-                plan = launch.plan_run(options, run, resources, probe_again=probe_again, on_event=on_event)
+                    place = launch.embedded_dataset(request.arch, storage)
+                    request = request.on_dataset(prepare_embedded(*place, on_event))
+                plan = launch.plan_run(request, run, resources, probe_again=probe_again, on_event=on_event)
                 result = launch.launch(
                     plan,
                     run,

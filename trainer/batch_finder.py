@@ -15,12 +15,13 @@ from trainer.batch_table import (
     BatchTable,
     choose_precision,
     decide,
+    given_batch,
     ladder,
     largest_for_rows,
     next_size,
 )
 from trainer.cluster import Resources
-from trainer.config import BatchRequest, TrainConfig
+from trainer.config import BatchRequest, check_shares
 from trainer.errors import BatchError, JobError, RecordError, WorkerDiedError, WorkersFailedError
 from trainer.events import (
     BatchChosen,
@@ -33,6 +34,7 @@ from trainer.events import (
     ignore_event,
 )
 from trainer.job import TrialJob
+from trainer.request import RunRequest, resolve
 from trainer.workers import WorkerCount, run_workers
 
 # By exception, or as a worker that is gone: killed by the kernel or by `trainer.devices.kill_beyond`.
@@ -43,13 +45,24 @@ _MOST_TRIALS = 8
 _FIRST_SIZE = 8
 # A cached table is used as long as the nodes have about the memory that it was measured with.
 _MEMORY_TOLERANCE = 0.1
+# What a training step takes neither time nor memory for.
+_NOT_IN_STEP = {
+    "init_from",
+    "tuned_batch_size",
+    "schedule",
+    "seed",
+    "checkpoint_every",
+    "keep_best",
+    "evaluate_test",
+    "export",
+}
 _KEY_PACKAGES = ("ray", "tensorflow", "tf_keras")
 
 
 def choose_batch(
-    draft: TrainConfig,
+    run: RunRequest,
     manifest: Manifest,
-    request: BatchRequest,
+    num_workers: int,
     storage_uri: str,
     resources: Resources,
     *,
@@ -59,9 +72,9 @@ def choose_batch(
     """Returns the batch and the precision of a run, from the cache or by trials.
 
     Args:
-        draft: the config of the run; its batch and its precision are not looked at.
+        run: what is asked of the run.
         manifest: of its dataset.
-        request: what is asked for.
+        num_workers: that share the batch.
         storage_uri: where tables are kept.
         resources: of the cluster, which is connected.
         probe_again: do not use the cache.
@@ -71,48 +84,75 @@ def choose_batch(
         BatchError: no batch fits, or not the one that was given.
         JobError: the workers failed for another reason than memory.
     """
-    rows, given = manifest.splits["train"].rows, request.given_size
-    if given is not None and request.precision != "auto":
-        return BatchChoice(
-            request=request, global_batch_size=given, precision=request.precision, limit="given", explanation=""
-        )
-    most = (
-        given // draft.num_workers
-        if given is not None
-        else largest_for_rows(rows, draft.num_workers, request.min_steps_per_epoch)
-    )
-    uri = _table_uri(draft, manifest, request, storage_uri, resources)
-    finder = _Finder(draft, manifest, request, resources, on_event)
+    if given := _given_choice(run.batch, num_workers):
+        return given
+    sizes = trial_sizes(run, manifest, num_workers)
+    uri = table_uri(run, manifest, num_workers, storage_uri, resources)
+    finder = _Finder(run, manifest, num_workers, resources, on_event)
     cached = None if probe_again else _read_table(uri, resources)
     if cached is not None:
         finder.use(cached)
-    table = finder.find(most, sizes=(most,) if given else ladder(_FIRST_SIZE, most))
+    table = finder.find(sizes[-1], sizes)
     if cached is not None and table.trials == cached.trials:
         table = cached
     else:
         storage.write_bytes(uri, table.to_json())
-    if not table.fitting:
-        raise BatchError(_explain_misfit(request, table))
-    if given is None:
-        choice = decide(request, table, rows)
-    else:
-        choice = BatchChoice(
-            request=request,
-            global_batch_size=given,
-            precision=table.precision,
-            limit="given",
-            explanation=f"global batch {given} as given; {table.precision_reason}",
-            table=table,
-        )
+    choice = _choose(run.batch, table, manifest)
     on_event(BatchChosen(choice.explanation))
     return choice
 
 
+def recall_batch(
+    run: RunRequest, manifest: Manifest, num_workers: int, storage_uri: str, resources: Resources
+) -> BatchChoice | None:
+    """Find the batch of a run without trials: the given one, or that of a table in the storage; None where neither is.
+
+    The arguments are those of `choose_batch`, which may still measure more sizes where the dataset has grown.
+
+    Raises:
+        BatchError: no batch fits, or not the one that was given.
+    """
+    if given := _given_choice(run.batch, num_workers):
+        return given
+    table = _read_table(table_uri(run, manifest, num_workers, storage_uri, resources), resources)
+    return _choose(run.batch, table, manifest) if table is not None else None
+
+
+def trial_sizes(run: RunRequest, manifest: Manifest, num_workers: int) -> tuple[int, ...]:
+    """List the per-replica batch sizes that the first trial of each precision measures, ascending."""
+    if run.batch.given_size is not None:
+        return (run.batch.given_size // num_workers,)
+    rows = manifest.splits["train"].rows
+    return ladder(_FIRST_SIZE, largest_for_rows(rows, num_workers, run.batch.min_steps_per_epoch))
+
+
+def _given_choice(request: BatchRequest, num_workers: int) -> BatchChoice | None:
+    if request.given_size is None:
+        return None
+    check_shares(request.given_size, num_workers)
+    return None if request.precision == "auto" else given_batch(request, request.given_size, request.precision)
+
+
+def _choose(request: BatchRequest, table: BatchTable, manifest: Manifest) -> BatchChoice:
+    if not table.fitting:
+        raise BatchError(_explain_misfit(request, table))
+    if request.given_size is None:
+        return decide(request, table, manifest.splits["train"].rows)
+    return BatchChoice(
+        request=request,
+        global_batch_size=request.given_size,
+        precision=table.precision,
+        limit="given",
+        explanation=f"global batch {request.given_size} as given; {table.precision_reason}",
+        table=table,
+    )
+
+
 def measure_size(
-    draft: TrainConfig, manifest: Manifest, request: BatchRequest, size: int, precision: str, resources: Resources
+    run: RunRequest, manifest: Manifest, num_workers: int, size: int, precision: str, resources: Resources
 ) -> SizeMeasured | None:
     """Returns what one per-replica size needs, in fresh processes; None where it runs out of memory."""
-    finder = _Finder(draft, manifest, request, resources, ignore_event)
+    finder = _Finder(run, manifest, num_workers, resources, ignore_event)
     finder.run_trial((size,), precision)
     return next(iter(finder.measured[precision]), None)
 
@@ -127,20 +167,20 @@ def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
     )
 
 
-def _table_uri(
-    draft: TrainConfig, manifest: Manifest, request: BatchRequest, storage_uri: str, resources: Resources
-) -> str:
-    """Returns where a table is kept: another place for all that it depends on, but for the rows of the dataset."""
-    network = ("arch", "arch_arguments", "freeze_trunk", "optimizer", "ema_momentum", "num_workers")
+def table_uri(run: RunRequest, manifest: Manifest, num_workers: int, storage_uri: str, resources: Resources) -> str:
+    """Return where a table is kept: another place for all that it depends on, but for the rows of the dataset."""
+    settings = run.settings.model_dump(exclude=_NOT_IN_STEP)
     key: dict[str, Any] = {
-        **{name: getattr(draft, name) for name in network},
-        "augmented": any(value for name, value in draft.model_dump().items() if name.startswith("augment_")),
+        "arch": run.arch,
+        # A step takes as long whatever a number is, unless it is zero and turns something off.
+        **{name: bool(value) if isinstance(value, float) else value for name, value in settings.items()},
+        "num_workers": num_workers,
         "image_size": manifest.image_size,
         "channels": manifest.channels,
         "num_classes": manifest.num_classes,
-        "precision": request.precision,
-        "given_size": request.given_size,
-        "memory_limit_gib": request.memory_limit_gib,
+        "precision": run.batch.precision,
+        "given_size": run.batch.given_size,
+        "memory_limit_gib": run.batch.memory_limit_gib,
         "devices": resources.devices,
         "packages": {name: version(name) for name in _KEY_PACKAGES},
     }
@@ -161,15 +201,15 @@ class _Finder:
     """The state of one search."""
 
     def __init__(
-        self, draft: TrainConfig, manifest: Manifest, request: BatchRequest, resources: Resources, on_event: OnEvent
+        self, run: RunRequest, manifest: Manifest, num_workers: int, resources: Resources, on_event: OnEvent
     ) -> None:
-        self._draft, self._manifest, self._request = draft, manifest, request
+        self._run, self._manifest, self._num_workers, self._request = run, manifest, num_workers, run.batch
         self._resources, self._on_event = resources, on_event
         self.measured: dict[str, tuple[SizeMeasured, ...]] = {}
         self._failed: dict[str, int] = {}
         self._losses: dict[str, tuple[float, ...]] = {}
         # A worker may be killed before it says what it may use.
-        self._memory_limit_gib = request.memory_limit_gib or math.inf
+        self._memory_limit_gib = run.batch.memory_limit_gib or math.inf
         self._chosen: tuple[str, str] | None = None
         self.trials = 0
 
@@ -192,7 +232,7 @@ class _Finder:
                 break
             self.run_trial((size,), precision)
         return BatchTable(
-            num_replicas=self._draft.num_workers,
+            num_replicas=self._num_workers,
             memory_limit_gib=self._memory_limit_gib,
             node_memory_gib=self._resources.node_memory_gib,
             precision=precision,
@@ -230,7 +270,9 @@ class _Finder:
                 seen.append(event)
                 self._on_event(event)
 
-        config = self._draft.model_copy(update={"precision": precision})
+        count = self._num_workers
+        first = given_batch(self._request, sizes[0] * count, precision)
+        config = resolve(self._run, self._manifest, count, first)
         job = TrialJob(
             config,
             self._manifest,
@@ -248,7 +290,7 @@ class _Finder:
 
         self._on_event(StageProgressed(f"batch trial {self.trials}", 0, 1))
         try:
-            workers = WorkerCount(config.num_workers, config.num_workers, config.num_workers)
+            workers = WorkerCount(count, count, count)
             run_workers(work, "batch-trial", workers, self._resources, on_event=collect)
         except WorkersFailedError as error:
             if not _ran_out_of_memory(error):

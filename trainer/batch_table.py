@@ -98,6 +98,13 @@ class BatchChoice(BaseModel):
         return self.table.fitting[-1].size if self.table else None
 
 
+def given_batch(request: BatchRequest, global_batch_size: int, precision: str) -> BatchChoice:
+    """Make the choice of a batch and a precision for which nothing is measured."""
+    return BatchChoice(
+        request=request, global_batch_size=global_batch_size, precision=precision, limit="given", explanation=""
+    )
+
+
 def round_size(size: int) -> int:
     """Returns a per-replica size rounded down to a multiple of up to 8 that a device likes, never by more than 5%."""
     multiple = 1

@@ -14,6 +14,7 @@ import tensorflow as tf
 from trainer import checkpoint as checkpoints
 from trainer.batch_table import is_far_slower, predict_gib
 from trainer.batches import make_batch
+from trainer.config import replace_values
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import has_gpu, kill_beyond, memory_limit_gib, peak_memory_gib, reset_peak_memory, share_devices
 from trainer.events import LossesMeasured, OnEvent, SizeMeasured, TrialStarted
@@ -77,8 +78,8 @@ class _Trial:
     def __init__(self, job: TrialJob, split: ImageSplit, rank: int, num_workers: int) -> None:
         self._job, self._split, self._rank, self._num_workers = job, split, rank, num_workers
         # At its full rate from the first step on, so that the losses move.
-        config = job.config.model_copy(
-            update={"schedule": "constant", "warmup_epochs": 0.0, "global_batch_size": job.sizes[0] * num_workers}
+        config = replace_values(
+            job.config, schedule="constant", warmup_epochs=0.0, global_batch_size=job.sizes[0] * num_workers
         )
         self._network: Network = build_network(job.manifest, config, steps_per_epoch=1)
         self.gather = compile_gather(self._network)
@@ -121,7 +122,7 @@ class _Trial:
 
     def _compile(self, size: int) -> tuple[Callable[[Any, Any], Any], Callable[[int], tuple[Any, Any]]]:
         global_batch_size = size * self._num_workers
-        config = self._job.config.model_copy(update={"global_batch_size": global_batch_size})
+        config = replace_values(self._job.config, global_batch_size=global_batch_size)
         step = compile_train_step(self._network, self._job.manifest, config)
         steps_in_order = max(1, len(self._order) // global_batch_size)
 

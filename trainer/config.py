@@ -26,12 +26,13 @@ class BatchRequest(BaseModel):
     memory_limit_gib: float | None = Field(None, gt=0)
     """Of one worker, in GiB; default: its GPU, or its share of what Ray calls the node's memory."""
 
-    @field_validator("global_batch_size")
+    @field_validator("global_batch_size", mode="before")
     @classmethod
-    def _check_global_batch_size(cls, value: str) -> str:
-        if value not in ("max", "knee") and not (value.isdecimal() and int(value) > 0):
+    def _check_global_batch_size(cls, value: Any) -> str:
+        text = str(value)
+        if text not in ("max", "knee") and not (text.isdecimal() and int(text) > 0):
             raise ValueError("give max, knee or a number from 1")
-        return value
+        return text
 
     @property
     def given_size(self) -> int | None:
@@ -39,33 +40,19 @@ class BatchRequest(BaseModel):
         return int(self.global_batch_size) if self.global_batch_size.isdecimal() else None
 
 
-class TrainConfig(BaseModel):
-    """Everything that the result of a run depends on. ``config.json`` holds it, with nothing left to a default."""
+class Settings(BaseModel):
+    """How a network is trained, whatever the dataset, the cluster and the batch: what recipes and options say."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    arch: str
-    """Architecture; --list-archs shows them."""
     arch_arguments: dict[str, bool | int | float | str | list[int]] = {}
     """Of the architecture's family (width, dropout, ...), in place of the architecture's own."""
     init_from: str = ""
     """Run or weights file, local or s3://, whose layers of the same name the network starts from."""
     freeze_trunk: bool = False
     """Train the last layer only."""
-    recipe: Literal["modern", "notes"] = "modern"
-    """Where the values that the command line leaves open come from."""
-    dataset: str
-    """Prepared dataset, local or s3://."""
-    dataset_fingerprint: str
-    """Of its manifest: the same run name on a changed dataset is refused."""
-    num_workers: int = Field(ge=1)
-    """Training workers; each drives one GPU, or its share of a machine's cores."""
-    global_batch_size: int = Field(ge=1)
-    """Images an optimizer step, over all workers."""
     tuned_batch_size: int = Field(64, ge=1)
     """Global batch at which the learning rate and the regularisation were tuned; a run at another says so."""
-    epochs: int = Field(10, ge=1)
-    """Passes over the train split; left open, the recipe's, or more where they give a small split too few steps."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
     """adamw is adam by another name: weight decay is decoupled in all of them."""
     base_learning_rate: float = Field(gt=0)
@@ -107,8 +94,6 @@ class TrainConfig(BaseModel):
     """Largest relative change of each pixel's difference from the image's mean, either way."""
     input_scaling: Literal["standardise", "unit"] = "standardise"
     """Pixels to zero mean and unit deviation of the train split, or to 0-1."""
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    """Of the layers; variables, logits and losses are float32 always."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Of initialisation, dropout, augmentation and data order."""
     checkpoint_every: int = Field(0, ge=0)
@@ -119,6 +104,27 @@ class TrainConfig(BaseModel):
     """Evaluate the best checkpoint once on the test split."""
     export: Literal["keras", "saved_model"] = "keras"
     """What the best weights are written to for use elsewhere: model.keras, or a SavedModel beside it."""
+
+
+class TrainConfig(Settings):
+    """Everything that the result of a run depends on. ``config.json`` holds it, with nothing left to a default."""
+
+    arch: str
+    """Architecture; --list-archs shows them."""
+    recipe: Literal["modern", "notes"] = "modern"
+    """Where the values that the command line leaves open come from."""
+    dataset: str
+    """Prepared dataset, local or s3://."""
+    dataset_fingerprint: str
+    """Of its manifest: the same run name on a changed dataset is refused."""
+    num_workers: int = Field(ge=1)
+    """Training workers; each drives one GPU, or its share of a machine's cores."""
+    global_batch_size: int = Field(ge=1)
+    """Images an optimizer step, over all workers."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the train split; left open, the recipe's, or more where they give a small split too few steps."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    """Of the layers; variables, logits and losses are float32 always."""
 
     @property
     def per_replica_batch_size(self) -> int:
@@ -136,22 +142,13 @@ class TrainConfig(BaseModel):
         return self.base_learning_rate * (ratio if self.optimizer == "sgd" else math.sqrt(ratio))
 
 
-def parse_config(values: Mapping[str, Any]) -> TrainConfig:
-    """Returns the config that the values describe.
-
-    Raises:
-        InputError: a value is not allowed; names the option.
-    """
-    return _validate(TrainConfig, values)
-
-
-def check_shares(config: TrainConfig) -> None:
-    """Raises InputError where the workers cannot share the global batch evenly; names batches that they can."""
-    if config.global_batch_size % config.num_workers:
-        below = config.global_batch_size // config.num_workers * config.num_workers
+def check_shares(global_batch_size: int, num_workers: int) -> None:
+    """Raise InputError where the workers cannot share the global batch evenly; names batches that they can."""
+    if global_batch_size % num_workers:
+        below = global_batch_size // num_workers * num_workers
         raise InputError(
-            f"--global-batch-size {config.global_batch_size} cannot be divided over {config.num_workers} workers; give "
-            f"a multiple of {config.num_workers}, such as {below or config.num_workers} or {below + config.num_workers}"
+            f"--global-batch-size {global_batch_size} cannot be divided over {num_workers} workers; give a multiple of "
+            f"{num_workers}, such as {below or num_workers} or {below + num_workers}"
         )
 
 
@@ -170,7 +167,7 @@ def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int
     values = {"num_workers": num_workers}
     if not shares_evenly:
         values["global_batch_size"] = max(1, per_replica) * num_workers
-    return config.model_copy(update=values)
+    return replace_values(config, **values)
 
 
 def describe_rescaling(config: TrainConfig) -> str:
@@ -184,16 +181,17 @@ def describe_rescaling(config: TrainConfig) -> str:
     )
 
 
-def parse_batch_request(values: Mapping[str, Any]) -> BatchRequest:
-    """Returns the request that the values describe.
+def replace_values(config: TrainConfig, **values: Any) -> TrainConfig:
+    """Make the config with other values in some fields, and check it as any other."""
+    return validate(TrainConfig, config.model_dump() | values)
+
+
+def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Make a model of values that a person gave.
 
     Raises:
         InputError: a value is not allowed; names the option.
     """
-    return _validate(BatchRequest, values)
-
-
-def _validate(model: type[Model], values: Mapping[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:

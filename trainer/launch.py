@@ -6,34 +6,22 @@
 import contextlib
 import importlib
 import json
-import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import ray
-from pydantic import TypeAdapter, ValidationError
 
 from data_prep.manifest import Manifest, read_manifest
 from trainer import checkpoint as checkpoints
 from trainer import storage
-from trainer.architectures import ARCHITECTURES, count_parameters, family_arguments
+from trainer.architectures import ARCHITECTURES, count_parameters
 from trainer.batch_finder import choose_batch, measure_size
-from trainer.batch_table import BatchChoice, find_bottlenecks
+from trainer.batch_table import BatchChoice, find_bottlenecks, given_batch
 from trainer.cluster import Resources
-from trainer.config import (
-    BatchRequest,
-    TrainConfig,
-    check_shares,
-    describe_rescaling,
-    find_differences,
-    parse_batch_request,
-    parse_config,
-    resize_batch,
-)
+from trainer.config import TrainConfig, describe_rescaling, find_differences, replace_values, resize_batch
 from trainer.dataset import load_manifest
 from trainer.diagnostics import find_symptoms
 from trainer.errors import InputError, JobError, WorkersFailedError
@@ -43,8 +31,8 @@ from trainer.folders import cache_folder
 from trainer.job import WorkerJob, WorkerResult
 from trainer.lease import hold_lease
 from trainer.notes import write_note
-from trainer.recipes import RECIPES, recipe_epochs
-from trainer.run_folder import RunFolder, RunResult, describe_run
+from trainer.request import RunRequest, resolve
+from trainer.run_folder import RunFolder, RunRecord, RunResult, describe_run
 from trainer.signals import failure_reason, received_signal
 from trainer.tracking import log_to_mlflow
 from trainer.workers import WorkerCount, needs_cluster, parse_num_workers, run_workers
@@ -80,20 +68,6 @@ def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
         parameters = count_parameters(name, image_size, channels, num_classes) if fits else 0
         described.append(ArchitectureDescription(name, parameters, image_size, spec.min_image_size, spec.source))
     return described
-
-
-def check_arch(arch: str, arguments: Mapping[str, Any]) -> None:
-    """Raises InputError where there is no such architecture, or its family has no such arguments."""
-    if arch not in ARCHITECTURES:
-        raise InputError(f"--arch {arch!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
-    types = family_arguments(arch)
-    for name, value in arguments.items():
-        if name not in types:
-            raise InputError(f"--arch-argument {name!r} is unknown; {arch} has {', '.join(types)}")
-        try:
-            TypeAdapter(types[name]).validate_python(value)
-        except ValidationError as error:
-            raise InputError(f"--arch-argument {name}={value}: {error.errors()[0]['msg']}") from error
 
 
 def check_dataset(arch: str, dataset: str) -> Manifest:
@@ -140,17 +114,17 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
 
 
-def needs_one_process(num_workers: str, arch: str, dataset: str, storage_uri: str) -> bool:
-    """Returns whether one worker does all: the dataset is there, and ``--num-workers`` asks for no more.
+def needs_one_process(request: RunRequest, storage_uri: str) -> bool:
+    """Return whether one worker does all: the dataset is there, and ``--num-workers`` asks for no more.
 
     The embedded dataset, for which ``dataset`` is empty, is prepared on a cluster, once.
 
     Raises:
         InputError: ``num_workers`` is not one of what `parse_num_workers` takes.
     """
-    if needs_cluster(num_workers):
+    if needs_cluster(request.num_workers):
         return False
-    return bool(dataset) or read_manifest(embedded_dataset(arch, storage_uri)[0]) is not None
+    return bool(request.dataset) or read_manifest(embedded_dataset(request.arch, storage_uri)[0]) is not None
 
 
 @contextlib.contextmanager
@@ -205,104 +179,62 @@ class RunPlan:
     """That makes the same run; empty for that of this process."""
 
 
-def check_options(options: Mapping[str, Any], storage_uri: str, run_name: str = "") -> None:
-    """Raises InputError for all that is wrong whatever the cluster is, before one is looked at or waited for.
+def check_request(request: RunRequest, storage_uri: str, run_name: str = "") -> None:
+    """Raise InputError for all that is wrong whatever the cluster is, before one is looked at or waited for.
 
     Args:
-        options: as in `build_draft`; ``dataset`` may be empty.
+        request: what is asked.
         storage_uri: where runs go; it is tried out.
         run_name: of the run; empty for one that is made up.
     """
     if run_name:
         _check_run_name(run_name)
-    values, request = _parse_options(options)
-    dataset = storage.resolve_uri(options["dataset"]) if options["dataset"] else ""
-    draft = _parse_draft(values, request, dataset=dataset, dataset_fingerprint="", num_workers=1)
     storage.check_access(storage.resolve_uri(storage_uri))
-    if dataset:
-        _check_fits(draft, check_dataset(draft.arch, dataset))
+    if request.dataset:
+        _check_fits(request, check_dataset(request.arch, request.dataset))
 
 
-def build_draft(options: Mapping[str, Any], resources: Resources) -> tuple[TrainConfig, Manifest, BatchRequest]:
-    """Returns a config in which batch and precision may still be open, the manifest of its dataset, and what is asked.
-
-    Args:
-        options: values by field of TrainConfig and BatchRequest; None means that the recipe says. ``num_workers`` is
-            text, as in `trainer.workers.parse_num_workers`. Other names are passed over.
-        resources: of the cluster.
+def load_checked_manifest(request: RunRequest, resources: Resources) -> Manifest:
+    """Load the manifest of a request's dataset.
 
     Raises:
-        InputError: a value is not allowed, or the values do not fit each other, the dataset or the cluster.
+        InputError: the nodes do not share the dataset, or it has not what the request asks for.
     """
-    values, request = _parse_options(options)
-    dataset = storage.resolve_uri(options["dataset"])
-    check_shared("--dataset", dataset, resources)
-    manifest = check_dataset(options["arch"], dataset)
-    num_workers = parse_num_workers(options["num_workers"], resources).now
-    draft = _parse_draft(
-        values, request, dataset=dataset, dataset_fingerprint=manifest.fingerprint, num_workers=num_workers
-    )
-    _check_fits(draft, manifest)
-    return draft, manifest, request
+    check_shared("--dataset", request.dataset, resources)
+    manifest = check_dataset(request.arch, request.dataset)
+    _check_fits(request, manifest)
+    return manifest
 
 
-def _parse_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], BatchRequest]:
-    """Returns the values of a config but for those that dataset, cluster and request say, and the request."""
-    arch, recipe = options["arch"], options["recipe"]
-    check_arch(arch, options.get("arch_arguments") or {})
-    if recipe not in RECIPES:
-        raise InputError(f"--recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
-    if arch not in RECIPES[recipe]:
+def _check_fits(request: RunRequest, manifest: Manifest) -> None:
+    """Raise InputError where a dataset has not what is asked for, or what the run starts from is not there."""
+    rows, settings, given_size = manifest.splits["train"].rows, request.settings, request.batch.given_size
+    if given_size is not None and given_size > rows:
         raise InputError(
-            f"--recipe {recipe} has no {arch}, only {', '.join(RECIPES[recipe])}; give one of them or --recipe modern"
+            f"--global-batch-size {given_size} is more than the {rows} train images of {request.dataset}; give {rows} "
+            "or less"
         )
-    known = {**TrainConfig.model_fields, **BatchRequest.model_fields}
-    given = {name: options[name] for name in known if options.get(name) is not None}
-    if options.get("init_from"):
-        given["init_from"] = storage.resolve_uri(options["init_from"])
-    values = {**RECIPES[recipe][arch], **given}
-    values["arch_arguments"] = {**RECIPES[recipe][arch].get("arch_arguments", {}), **given.get("arch_arguments", {})}
-    asked = {name: values.pop(name) for name in BatchRequest.model_fields if name in values}
-    return values, parse_batch_request(asked | {"global_batch_size": str(asked.get("global_batch_size", "max"))})
-
-
-def _parse_draft(values: Mapping[str, Any], request: BatchRequest, **settled: Any) -> TrainConfig:
-    measured = {
-        "global_batch_size": request.given_size or settled["num_workers"],
-        "precision": "float32" if request.precision == "auto" else request.precision,
-    }
-    return parse_config({**values, **measured, **settled})
-
-
-def _check_fits(draft: TrainConfig, manifest: Manifest) -> None:
-    """Raises InputError where a dataset has not what a config asks for, or what it starts from is not there."""
-    rows = manifest.splits["train"].rows
-    if draft.global_batch_size > rows:
+    if settings.init_from and not storage.exists(settings.init_from):
         raise InputError(
-            f"--global-batch-size {draft.global_batch_size} is more than the {rows} train images of {draft.dataset}; "
-            f"give {rows} or less"
-        )
-    if draft.init_from and not storage.exists(draft.init_from):
-        raise InputError(
-            f"--init-from {draft.init_from}: there is no such run or file; give a run folder or a weights file "
+            f"--init-from {settings.init_from}: there is no such run or file; give a run folder or a weights file "
             "(.safetensors or .h5)"
         )
-    if draft.evaluate_test and not manifest.splits["test"].rows:
-        raise InputError(f"--evaluate-test: {draft.dataset} has no test images; prepare it with a --test-fraction")
+    if settings.evaluate_test and not manifest.splits["test"].rows:
+        raise InputError(f"--evaluate-test: {request.dataset} has no test images; prepare it with a --test-fraction")
 
 
 def measure_batches(
-    options: Mapping[str, Any],
+    request: RunRequest,
     storage_uri: str,
     resources: Resources,
     *,
     probe_again: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> tuple[BatchChoice, list[str]]:
-    """Returns the batch that a run with these options would use, and what keeps larger ones from being faster.
+    """Find the batch that a run with this request would use, and what keeps larger ones from being faster.
 
     Args:
-        options: as in `build_draft`.
+        request: what is asked.
         storage_uri: where tables are kept, that of the runs.
         resources: of the cluster, which is connected.
         probe_again: measure even where the storage has a table.
@@ -312,31 +244,30 @@ def measure_batches(
         InputError: a value is not allowed, or no batch fits.
         JobError: a trial failed.
     """
-    draft, manifest, request = build_draft(options, resources)
-    check_shares(draft)
+    manifest = load_checked_manifest(request, resources)
+    num_workers = parse_num_workers(request.num_workers, resources).now
     root = storage.resolve_uri(storage_uri)
-    choice = choose_batch(draft, manifest, request, root, resources, probe_again=probe_again, on_event=on_event)
+    choice = choose_batch(request, manifest, num_workers, root, resources, probe_again=probe_again, on_event=on_event)
     if choice.table is None:
         return choice, []
     alone = None
     if choice.table.num_replicas > 1:
-        one = draft.model_copy(update={"num_workers": 1, "global_batch_size": 1})
-        alone = measure_size(one, manifest, request, choice.table.knee.size, choice.precision, resources)
+        alone = measure_size(request, manifest, 1, choice.table.knee.size, choice.precision, resources)
     return choice, find_bottlenecks(choice.table, alone)
 
 
 def plan_run(
-    options: Mapping[str, Any],
+    request: RunRequest,
     run: RunFolder,
     resources: Resources,
     *,
     probe_again: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> RunPlan:
-    """Returns the whole config of a run: what `build_draft` leaves open is measured, or what the run began with.
+    """Settle the whole config of a run: what the request leaves open is measured, or what the run began with.
 
     Args:
-        options: as in `build_draft`; ``steps`` is a budget in place of ``epochs``.
+        request: what is asked.
         run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
         probe_again: measure even where the storage has a table of batch sizes.
@@ -346,31 +277,36 @@ def plan_run(
         InputError: a value is not allowed, or no batch fits.
         JobError: a trial failed.
     """
-    draft, manifest, request = build_draft(options, resources)
+    manifest = load_checked_manifest(request, resources)
+    workers = parse_num_workers(request.num_workers, resources)
     record = run.read_begun_record()
     if record is not None:
-        # Before anything is measured; what is measured is compared when it is.
-        open_fields = ["num_workers", "global_batch_size", "precision"]
-        if options.get("epochs") is None:
-            open_fields.append("epochs")
-        _check_same_config(run, record.config, draft, open_fields)
-    if record is not None and record.batch is not None and record.batch.request == request:
+        _check_same_request(run, record, request, manifest)
+    if record is not None and record.batch is not None and record.batch.request == request.batch:
         batch = record.batch
     else:
-        check_shares(draft)
-        storage_uri = storage.parent(run.uri)
         batch = choose_batch(
-            draft, manifest, request, storage_uri, resources, probe_again=probe_again, on_event=on_event
+            request,
+            manifest,
+            workers.now,
+            storage.parent(run.uri),
+            resources,
+            probe_again=probe_again,
+            on_event=on_event,
         )
-    values = {"global_batch_size": batch.global_batch_size, "precision": batch.precision}
-    if options.get("epochs") is None:
-        steps_per_epoch = manifest.splits["train"].rows // batch.global_batch_size
-        steps = options.get("steps")
-        values["epochs"] = (
-            math.ceil(steps / steps_per_epoch) if steps else recipe_epochs(draft.recipe, draft.arch, steps_per_epoch)
-        )
-    workers = parse_num_workers(options["num_workers"], resources)
-    return RunPlan(draft.model_copy(update=values), manifest, batch, workers)
+    config = resolve(request, manifest, workers.now, batch)
+    if record is not None and request.epochs is None and request.steps is None:
+        # What a recipe says may have changed since.
+        config = replace_values(config, epochs=record.config.epochs)
+    return RunPlan(config, manifest, batch, workers)
+
+
+def _check_same_request(run: RunFolder, record: RunRecord, request: RunRequest, manifest: Manifest) -> None:
+    """Raise InputError where a run was begun with other options, before anything is measured for them."""
+    begun = record.config
+    batch = given_batch(request.batch, begun.global_batch_size, begun.precision)
+    config = resolve(request, manifest, begun.num_workers, batch)
+    _check_same_config(run, begun, config, [] if request.epochs or request.steps else ["epochs"])
 
 
 def launch(
@@ -416,7 +352,9 @@ def launch(
     if rescaling := describe_rescaling(config):
         on_event(BatchChosen(rescaling))
     largest_per_replica = plan.batch.largest_per_replica
-    on_event(_describe_start(run, resize_batch(config, num_workers, largest_per_replica), manifest))
+    last = checkpoints.find_last(run.checkpoints)
+    resized = resize_batch(config, num_workers, largest_per_replica)
+    on_event(describe_steps(resized, manifest, finished_epochs=last.epoch if last else 0))
     on_event(StageProgressed("starting workers", 0, num_workers))
     job = WorkerJob(config, manifest, run.uri, run.lease, trackers, profile_steps, largest_per_replica, ignore_event)
     run.delete_interruption()
@@ -443,15 +381,15 @@ def _record_failure(run: RunFolder, error: InputError | JobError) -> None:
 def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, passed_over: list[str]) -> None:
     """Raises InputError where a run was begun with another config, whatever is in some of its fields."""
     same = {name: getattr(begun, name) for name in passed_over}
-    if differences := find_differences(begun, config.model_copy(update=same)):
+    if differences := find_differences(begun, replace_values(config, **same)):
         raise InputError(
             f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); choose another "
             f"--run-name, with --init-from {run.uri} to start from its weights, or the same options to continue it"
         )
 
 
-def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> RunStarted:
-    last = checkpoints.find_last(run.checkpoints)
+def describe_steps(config: TrainConfig, manifest: Manifest, finished_epochs: int = 0) -> RunStarted:
+    """Describe how the images of a run are cut into steps."""
     rows = manifest.splits["train"].rows
     return RunStarted(
         global_batch_size=config.global_batch_size,
@@ -460,7 +398,7 @@ def _describe_start(run: RunFolder, config: TrainConfig, manifest: Manifest) -> 
         steps_per_epoch=rows // config.global_batch_size,
         rows=rows,
         epochs=config.epochs,
-        finished_epochs=last.epoch if last else 0,
+        finished_epochs=finished_epochs,
     )
 
 

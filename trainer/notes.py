@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from trainer import storage
 from trainer.architectures import ARCHITECTURES
@@ -13,6 +14,12 @@ from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult,
 
 NOTEBOOK_NAME = "NOTES.md"
 _CONTINUES = "the same command continues"
+# In the sentence before the other options, in another part of the note, or of no effect on what is learned.
+_SAID_ELSEWHERE = {
+    *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
+    *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint", "tuned_batch_size"),
+    *("checkpoint_every", "keep_best", "evaluate_test", "export"),
+}
 
 
 def write_note(run: RunFolder, result: RunResult) -> None:
@@ -96,29 +103,30 @@ def describe_unfinished(ending: RunInterruption | None) -> str:
 
 
 def describe_training(config: TrainConfig, steps: int) -> str:
-    """Returns how a run was trained, in one line; the learning rate belongs to the batch beside it."""
-    extras = {
-        "weight decay": config.weight_decay,
-        "clip norm": config.clip_norm,
-        "label smoothing": config.label_smoothing,
-        "averaged weights": config.ema_momentum,
-        "flip": config.augment_flip,
-        "rotation": config.augment_rotation,
-        "translation": config.augment_translation,
-        "zoom": config.augment_zoom,
-        "contrast": config.augment_contrast,
-    }
-    used = [f"{name} {value:g}" if value is not True else name for name, value in extras.items() if value]
-    if config.class_weights != "none":
-        used.append(f"{config.class_weights} classes")
-    if config.init_from:
-        used.append(f"from {config.init_from}" + (", trunk frozen" if config.freeze_trunk else ""))
+    """Describe how a run was trained, in one line; the learning rate belongs to the batch beside it.
+
+    Every option that is not at its default is in it, but for those that the note says elsewhere.
+    """
+    values = config.model_dump()
+    defaults = {name: field.default for name, field in type(config).model_fields.items()}
+    used = [
+        _describe_value(name, value)
+        for name, value in values.items()
+        if name not in _SAID_ELSEWHERE and value != defaults[name]
+    ]
     return (
         f"recipe {config.recipe}: {config.optimizer}, learning rate {config.peak_learning_rate:g} ({config.schedule}) "
         f"at global batch {config.global_batch_size} = {config.num_workers} x {config.per_replica_batch_size}, "
         f"epochs={config.epochs}, {steps} steps, {config.precision}, seed {config.seed}"
         + (f"; {', '.join(used)}" if used else "")
     )
+
+
+def _describe_value(name: str, value: Any) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
 
 
 def _describe_dataset(run: RunFolder) -> str:

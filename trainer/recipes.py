@@ -14,13 +14,17 @@ _NOTES_COMMON = {
     "precision": "float32",
     "schedule": "constant",
     "warmup_epochs": 0.0,
-    "momentum": 0.0,
-    "nesterov": False,
     "input_scaling": "unit",
 }
 # Both at a rate of 0.001 for a batch of 32; a base rate is for 256 (`TrainConfig.peak_learning_rate`).
 _NOTES_ADAM = {**_NOTES_COMMON, "optimizer": "adam", "base_learning_rate": 0.001 * (256 / 32) ** 0.5}
-_NOTES_SGD = {**_NOTES_COMMON, "optimizer": "sgd", "base_learning_rate": 0.001 * 256 / 32}
+_NOTES_SGD = {
+    **_NOTES_COMMON,
+    "optimizer": "sgd",
+    "base_learning_rate": 0.001 * 256 / 32,
+    "momentum": 0.0,
+    "nesterov": False,
+}
 
 # Found by ablation: docs/LOG.md has the numbers, failures included. Nothing is mirrored: digits have a left side.
 _AUGMENT = {"augment_rotation": 10.0, "augment_translation": 0.1, "augment_zoom": 0.1}

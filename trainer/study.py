@@ -9,22 +9,23 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from trainer.config import BatchRequest, TrainConfig
 from trainer.errors import InputError
 from trainer.record_format import Record
+from trainer.request import OPTIONS
 
 Role = Literal["scientific", "nuisance"]
 Scalar = bool | int | float | str
 
 _NOT_IN_BASE = {
     "epochs": "the budget stands beside goal: epochs or steps",
+    "steps": "the budget stands beside goal: epochs or steps",
     "evaluate_test": "trials are chosen by validation; evaluate.py --split test reads the chosen one once",
 }
-_KNOWN = {*TrainConfig.model_fields, *BatchRequest.model_fields} - {"dataset_fingerprint"}
 _ARGUMENTS = "arch_arguments"
 # Why the playbook does not let a study vary these.
 _NEVER_VARIED = {
     "epochs": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
+    "steps": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
     "seed": "the best of several seeds says nothing; --characterize N repeats the best trial with N seeds",
     "dataset": "results on different images cannot be compared",
     "evaluate_test": "the test split is read once, with train.py --evaluate-test, when all is decided",
@@ -288,8 +289,8 @@ def _find_problem(study: Study, parameters: list[Parameter]) -> str:
     if not parameters:
         return "nothing is varied; give [scientific] or [nuisance] parameters, or use train.py"
     for name in study.base:
-        if name not in _KNOWN:
-            return f"base.{name} is unknown; allowed are {', '.join(sorted(_KNOWN))}"
+        if name not in OPTIONS:
+            return f"base.{name} is unknown; allowed are {', '.join(sorted(OPTIONS))}"
         if name in _NOT_IN_BASE:
             return f"base.{name}: {_NOT_IN_BASE[name]}"
     seen: dict[str, Parameter] = {}
@@ -311,8 +312,8 @@ def _find_problem(study: Study, parameters: list[Parameter]) -> str:
 
 def _find_problem_of(one: Parameter, study: Study, seen: Mapping[str, Parameter]) -> str:
     root = one.name.partition(".")[0]
-    if root not in _KNOWN:
-        return f"is unknown; allowed are {', '.join(sorted(_KNOWN))}"
+    if root not in OPTIONS:
+        return f"is unknown; allowed are {', '.join(sorted(OPTIONS))}"
     if one.name in _NEVER_VARIED:
         return f"cannot be varied: {_NEVER_VARIED[one.name]}"
     if one.role == "nuisance" and one.name in _NEVER_NUISANCE:
@@ -335,11 +336,9 @@ def _find_problem_of(one: Parameter, study: Study, seen: Mapping[str, Parameter]
 
 def _find_wrong_value(one: Parameter) -> str:
     """Returns which value of a parameter its option would refuse."""
-    fields = {**TrainConfig.model_fields, **BatchRequest.model_fields}
-    if one.name not in fields:
+    if one.name not in OPTIONS:
         return ""
-    field = fields[one.name]
-    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+    adapter: TypeAdapter[Any] = TypeAdapter(OPTIONS[one.name].rebuild_annotation())
     values = one.domain.values if isinstance(one.domain, Choice) else [one.domain.at(0), one.domain.at(1)]
     for value in values:
         try:

@@ -25,6 +25,7 @@ from trainer.errors import BatchError, InputError, JobError
 from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, StudyTrialEnded
 from trainer.lease import Lease, hold_lease
 from trainer.options import format_command, format_value
+from trainer.request import parse_request
 from trainer.run_folder import RunFolder, RunInterruption
 from trainer.search import OptunaSearch, Values, merge_options, suggest_values
 from trainer.study import Study
@@ -103,7 +104,9 @@ def check_trials(study: Study, resources: Resources) -> None:
     indices = range(study.trials) if study.algorithm != "tpe" else range(0)
     for index in indices:
         try:
-            launch.build_draft(_options(study, suggest_values(study, index)), resources)
+            request = parse_request(_options(study, suggest_values(study, index)))
+            launch.load_checked_manifest(request, resources)
+            parse_num_workers(request.num_workers, resources)
         except InputError as error:
             raise InputError(f"trial {index}: {error}") from error
 
@@ -381,7 +384,7 @@ class _TrialActor:
         try:
             # The study is this job's: whoever still has the run is gone.
             with launch.open_run(storage_uri, trial.run_name, options["arch"], resources, wait=True):
-                plan = launch.plan_run(options, run, resources)
+                plan = launch.plan_run(parse_request(options), run, resources)
                 plan = replace(plan, command=_describe_command(options, plan.config, run))
                 result = launch.launch(plan, run, resources, max_failures=max_failures, on_event=send_event)
         except BatchError as error:
@@ -407,12 +410,11 @@ class _TrialActor:
 
 
 def _options(study: Study, values: Values) -> dict[str, Any]:
-    """Returns the options of a trial as `trainer.launch` takes them."""
+    """Return the options of a trial as `trainer.request` takes them."""
     options = merge_options(study.base, values)
     # The process of a trial has a current folder of its own.
     options |= {name: storage.resolve_uri(options[name]) for name in ("dataset", "init_from") if options.get(name)}
-    options["num_workers"] = str(options.get("num_workers", "auto"))
-    return {"recipe": "modern", **options, "epochs": study.epochs, "steps": study.steps}
+    return {**options, "epochs": study.epochs, "steps": study.steps}
 
 
 def _describe_command(options: Values, config: TrainConfig, run: RunFolder) -> str:
@@ -440,12 +442,14 @@ def _describe_trial(trial: Trial, study: Study) -> str:
 def _predict_trial_seconds(study: Study, resources: Resources) -> float | None:
     """Returns about how long a trial takes, from a few steps of the first one."""
     first = suggest_values(study.model_copy(update={"algorithm": "sobol"}), 0)
-    draft, manifest, request = launch.build_draft(_options(study, first), resources)
+    request = parse_request(_options(study, first))
+    manifest = launch.load_checked_manifest(request, resources)
+    num_workers = parse_num_workers(request.num_workers, resources).now
     rows = manifest.splits["train"].rows
-    batch = request.given_size or min(_TYPICAL_BATCH, rows)
-    precision = "float32" if request.precision == "auto" else request.precision
-    size = max(1, batch // draft.num_workers)
-    measured = measure_size(draft, manifest, request, size, precision, resources)
+    batch = request.batch.given_size or min(_TYPICAL_BATCH, rows)
+    precision = "float32" if request.batch.precision == "auto" else request.batch.precision
+    size = max(1, batch // num_workers)
+    measured = measure_size(request, manifest, num_workers, size, precision, resources)
     if measured is None:
         return None
     images = rows * study.epochs if study.epochs else batch * (study.steps or 0)

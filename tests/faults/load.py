@@ -20,6 +20,7 @@ from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import REPOSITORY, write_stripes
 from trainer import launch
 from trainer.cluster import connect
+from trainer.request import parse_request
 
 OPTIONS = {
     "arch": "cnn_softmax",
@@ -44,7 +45,7 @@ def main(runs: Annotated[int, typer.Option()] = 50) -> None:
         for number in range(1, runs + 1):
             started = time.monotonic()
             with launch.open_run(f"{folder}/runs", f"run-{number}", options["arch"], resources) as run:
-                launch.launch(launch.plan_run(options, run, resources), run, resources)
+                launch.launch(launch.plan_run(parse_request(options), run, resources), run, resources)
             if number % max(1, runs // 10) == 0 or number == 1:
                 time.sleep(3)
                 print(

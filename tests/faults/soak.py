@@ -18,6 +18,7 @@ from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import last_state, write_stripes
 from trainer import launch
 from trainer.cluster import Resources, connect
+from trainer.request import parse_request
 from trainer.run_folder import RunFolder
 
 OPTIONS = {
@@ -63,7 +64,7 @@ def main(
 
 def train(options: dict, folder: str, name: str, resources: Resources) -> RunFolder:
     with launch.open_run(folder, name, options["arch"], resources) as run:
-        launch.launch(launch.plan_run(options, run, resources), run, resources, max_failures=10_000)
+        launch.launch(launch.plan_run(parse_request(options), run, resources), run, resources, max_failures=10_000)
     return run
 
 

@@ -17,6 +17,7 @@ from trainer import launch, storage
 from trainer.cluster import Resources, connect
 from trainer.errors import InputError
 from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, WorkersAwaited, ignore_event
+from trainer.request import parse_request
 from trainer.run_folder import RunFolder, RunResult
 from trainer.workers import wait_for_workers
 
@@ -92,7 +93,7 @@ def train(nodes, resources, bucket, tmp_path):
             on_event(event)
 
         with launch.open_run(f"{folder}/runs", "run", "cnn_softmax", resources) as run:
-            plan = launch.plan_run(options, run, resources)
+            plan = launch.plan_run(parse_request(options), run, resources)
             return run, launch.launch(plan, run, resources, on_event=watch)
 
     return train

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import ray
 
+from data_prep.manifest import Manifest
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import run_job, write_stripes
 from trainer import launch, storage
 from trainer.batch_finder import choose_batch
+from trainer.batch_table import BatchChoice, given_batch
 from trainer.errors import InputError
 from trainer.events import SizeMeasured
 from trainer.job import TrialJob
+from trainer.request import RunRequest, parse_request, resolve
 from trainer.run_folder import RunFolder
 from trainer.workers import WorkerCount, run_workers
 
@@ -88,9 +91,16 @@ def test_the_table_of_a_job_is_that_of_the_runs(trained, run, work):
     assert json.loads(printed.stdout) == json.loads(batch.model_dump_json())
 
 
-def draft(work: Path, resources, **options):
-    given = {"arch": "cnn_softmax", "arch_arguments": NETWORK, "recipe": "modern", "dataset": str(work / "dataset")}
-    return launch.build_draft({**given, "num_workers": "1", "precision": "float32", **options}, resources)
+def search(work: Path, resources, storage_uri, num_workers: int = 1, **options) -> BatchChoice:
+    """Chooses the batch of a run, while its trials are killed."""
+    request, manifest = ask(work, resources, **options)
+    return choose_batch(request, manifest, num_workers, str(storage_uri), resources, on_event=kill_trial_workers)
+
+
+def ask(work: Path, resources, **options) -> tuple[RunRequest, Manifest]:
+    given = {"arch": "cnn_softmax", "arch_arguments": NETWORK, "dataset": str(work / "dataset"), "precision": "float32"}
+    request = parse_request({**given, **options})
+    return request, launch.load_checked_manifest(request, resources)
 
 
 def kill_trial_workers(event) -> None:
@@ -110,8 +120,7 @@ def kill_trial_workers(event) -> None:
 
 @pytest.mark.parametrize(("num_workers", "steps"), [(1, 10), (2, 5)])
 def test_a_killed_trial_counts_as_out_of_memory_and_the_search_goes_on(work, resources, tmp_path, num_workers, steps):
-    drafted = draft(work, resources, num_workers=str(num_workers), min_steps_per_epoch=steps)
-    choice = choose_batch(*drafted, str(tmp_path), resources, on_event=kill_trial_workers)
+    choice = search(work, resources, tmp_path, num_workers, min_steps_per_epoch=steps)
     # 98 images in so many steps leave 9 for each worker: 8 was measured, 9 was killed.
     assert choice.table.failed == {"float32": 9}
     assert (choice.global_batch_size, choice.limit) == (8 * num_workers, "memory")
@@ -120,15 +129,14 @@ def test_a_killed_trial_counts_as_out_of_memory_and_the_search_goes_on(work, res
 
 def test_workers_that_die_after_their_last_size_cost_nothing(work, resources, tmp_path):
     # 98 images in ten steps of two workers leave 4 for each, which is all that is tried.
-    choice = choose_batch(
-        *draft(work, resources, num_workers="2"), str(tmp_path), resources, on_event=kill_trial_workers
-    )
+    choice = search(work, resources, tmp_path, 2)
     assert choice.table.failed == {}
     assert (choice.global_batch_size, choice.limit) == (8, "rows")
 
 
 def test_larger_sizes_of_an_emulated_precision_are_not_measured(work, resources):
-    config, manifest, _ = draft(work, resources)
+    request, manifest = ask(work, resources)
+    config = resolve(request, manifest, 1, given_batch(request.batch, 2, "float32"))
     reference = SizeMeasured("float32", 4, 1, 1e-9, 0.0, 1e-9, 0.1)
     job = TrialJob(config, manifest, (2, 4, 8), None, 0.9, compare_losses=False, reference=(reference,))
     events = []
@@ -144,8 +152,4 @@ def test_larger_sizes_of_an_emulated_precision_are_not_measured(work, resources)
 
 def test_a_batch_that_needs_more_than_the_limit_is_refused_with_the_arithmetic(work, resources, tmp_path):
     with pytest.raises(InputError, match=r"--global-batch-size 98: no such batch fits into 0.10 GiB .*98 ran out of"):
-        choose_batch(
-            *draft(work, resources, global_batch_size="98", precision="auto", memory_limit_gib=0.1),
-            str(tmp_path),
-            resources,
-        )
+        search(work, resources, tmp_path, global_batch_size="98", precision="auto", memory_limit_gib=0.1)

@@ -19,6 +19,7 @@ from trainer.dataset import load_manifest, open_split
 from trainer.errors import JobError
 from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
 from trainer.events import EpochFinished, RunStarted, StepProfiled
+from trainer.request import parse_request
 from trainer.run_folder import RunFolder, RunResult
 
 # 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
@@ -78,7 +79,7 @@ def train(resources, dataset, tmp_path_factory):
             **options,
         }
         with launch.open_run(str(storage), name, network["arch"], resources) as run:
-            plan = launch.plan_run(options, run, resources)
+            plan = launch.plan_run(parse_request(options), run, resources)
             limits = {"max_failures": max_failures, "profile_steps": profile_steps}
             launch.launch(plan, run, resources, **limits, on_event=on_event)
         return run

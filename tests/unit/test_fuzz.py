@@ -20,7 +20,7 @@ from data_prep.formats import RejectedImageError
 from data_prep.manifest import Manifest
 from data_prep.sources import find_images
 from tests.conftest import REPOSITORY
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig, validate
 from trainer.errors import InputError
 from trainer.study import Study, parse_study
 
@@ -93,7 +93,7 @@ def test_a_damaged_manifest_is_read_or_refused(changes):
 
 @given(st.sampled_from(sorted(TrainConfig.model_fields)), anything)
 def test_a_config_is_read_or_refused(name, value):
-    _, message = attempt(InputError, parse_config, {**CONFIG, name: value})
+    _, message = attempt(InputError, validate, TrainConfig, {**CONFIG, name: value})
     assert message is None or message.startswith("--")
 
 

@@ -11,7 +11,7 @@ import typer
 from data_prep.prepare import PrepareConfig
 from data_prep.sources import SourceFormat
 from trainer.architectures import ARCHITECTURES
-from trainer.config import BatchRequest, TrainConfig
+from trainer.request import OPTIONS
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("[!_]*.py"))
@@ -87,8 +87,10 @@ def choices_of(annotation: object) -> set[str]:
     return {choice for part in get_args(annotation) for choice in choices_of(part)}
 
 
-def test_the_options_of_train_are_the_fields_of_its_config():
+def test_the_options_of_train_are_those_of_a_run():
     own = {
+        "config",
+        "dry_run",
         "list_archs",
         "storage",
         "run_name",
@@ -100,8 +102,7 @@ def test_the_options_of_train_are_the_fields_of_its_config():
         "profile_steps",
     }
     options = set(parameters_of("train.py")) - own
-    fields = {*TrainConfig.model_fields, *BatchRequest.model_fields} - {"dataset_fingerprint"}
-    assert options - {"arch_argument"} | {"arch_arguments"} == fields
+    assert options - {"arch_argument"} | {"arch_arguments"} == OPTIONS.keys()
 
 
 def test_the_options_of_prepare_are_the_fields_of_its_config():
@@ -109,13 +110,11 @@ def test_the_options_of_prepare_are_the_fields_of_its_config():
     assert options == set(PrepareConfig.model_fields)
 
 
-@pytest.mark.parametrize(("job", "config"), [("train.py", TrainConfig), ("prepare.py", PrepareConfig)])
-def test_options_that_are_words_allow_what_the_config_allows(job, config):
+@pytest.mark.parametrize(("job", "fields"), [("train.py", OPTIONS), ("prepare.py", PrepareConfig.model_fields)])
+def test_options_that_are_words_allow_what_the_config_allows(job, fields):
     compared = 0
     for name, parameter in parameters_of(job).items():
         allowed = choices_of(parameter.annotation)
-        # That batch and precision may be left open is the request's.
-        fields = {**config.model_fields, **(BatchRequest.model_fields if config is TrainConfig else {})}
         if allowed and name in fields:
             assert allowed == choices_of(fields[name].annotation), name
             compared += 1

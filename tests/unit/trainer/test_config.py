@@ -3,13 +3,13 @@ import json
 import pytest
 
 from trainer.config import (
+    BatchRequest,
     TrainConfig,
     check_shares,
     describe_rescaling,
     find_differences,
-    parse_batch_request,
-    parse_config,
     resize_batch,
+    validate,
 )
 from trainer.errors import InputError
 
@@ -24,13 +24,15 @@ REQUIRED = {
 
 
 def test_the_values_that_are_needed_are_enough():
-    config = parse_config(REQUIRED)
+    config = validate(TrainConfig, REQUIRED)
     assert config.arch == "alexnet"
     assert config.epochs == 10
 
 
 def test_a_config_survives_as_json_with_nothing_left_out():
-    config = parse_config({**REQUIRED, "arch_arguments": {"width": 0.5, "dense_units": 64, "filters": [8, 16]}})
+    config = validate(
+        TrainConfig, {**REQUIRED, "arch_arguments": {"width": 0.5, "dense_units": 64, "filters": [8, 16]}}
+    )
     written = config.model_dump_json()
     assert json.loads(written).keys() == TrainConfig.model_fields.keys()
     assert TrainConfig.model_validate_json(written) == config
@@ -38,27 +40,29 @@ def test_a_config_survives_as_json_with_nothing_left_out():
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
-        parse_config(REQUIRED).seed = 1
+        validate(TrainConfig, REQUIRED).seed = 1
 
 
 @pytest.mark.parametrize(("optimizer", "peak"), [("sgd", 0.025), ("adam", 0.05), ("adamw", 0.05), ("nadam", 0.05)])
 def test_the_learning_rate_grows_with_the_global_batch(optimizer, peak):
-    config = parse_config({**REQUIRED, "optimizer": optimizer, "base_learning_rate": 0.1, "global_batch_size": 64})
+    config = validate(
+        TrainConfig, {**REQUIRED, "optimizer": optimizer, "base_learning_rate": 0.1, "global_batch_size": 64}
+    )
     assert config.peak_learning_rate == pytest.approx(peak)
     assert config.per_replica_batch_size == 32
 
 
 def test_a_batch_that_values_were_not_tuned_at_is_told_with_what_was_done():
     tuned = {**REQUIRED, "optimizer": "sgd", "tuned_batch_size": 64, "global_batch_size": 64}
-    assert describe_rescaling(parse_config(tuned)) == ""
-    told = describe_rescaling(parse_config({**tuned, "global_batch_size": 128}))
+    assert describe_rescaling(validate(TrainConfig, tuned)) == ""
+    told = describe_rescaling(validate(TrainConfig, {**tuned, "global_batch_size": 128}))
     assert "tuned at a batch of 64, this run uses 128" in told
     assert "scaled linearly to 0.05, a starting guess" in told
 
 
 @pytest.mark.parametrize("value", ["max", "knee", "1", "4096"])
 def test_a_batch_is_max_or_knee_or_a_number(value):
-    request = parse_batch_request({"global_batch_size": value})
+    request = validate(BatchRequest, {"global_batch_size": value})
     assert request.given_size == (int(value) if value.isdecimal() else None)
 
 
@@ -69,12 +73,12 @@ def test_a_batch_is_max_or_knee_or_a_number(value):
 )  # fmt: skip
 def test_a_request_that_is_not_allowed_is_refused_with_its_option(name, value):
     with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
-        parse_batch_request({name: value})
+        validate(BatchRequest, {name: value})
 
 
 def test_the_option_of_the_memory_limit_is_named_without_its_unit():
     with pytest.raises(InputError, match=r"^--memory-limit 0: "):
-        parse_batch_request({"memory_limit_gib": 0})
+        validate(BatchRequest, {"memory_limit_gib": 0})
 
 
 @pytest.mark.parametrize(
@@ -104,20 +108,20 @@ def test_the_option_of_the_memory_limit_is_named_without_its_unit():
 )
 def test_a_value_that_is_not_allowed_is_refused_with_its_option(name, value):
     with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
-        parse_config({**REQUIRED, name: value})
+        validate(TrainConfig, {**REQUIRED, name: value})
 
 
 @pytest.mark.parametrize("name", ["base_learning_rate", "weight_decay", "clip_norm", "warmup_epochs"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_refused(name, value):
     with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
-        parse_config({**REQUIRED, name: value})
+        validate(TrainConfig, {**REQUIRED, name: value})
 
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_value_that_is_needed_cannot_be_left_out(name):
     with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} .*Field required"):
-        parse_config({key: value for key, value in REQUIRED.items() if key != name})
+        validate(TrainConfig, {key: value for key, value in REQUIRED.items() if key != name})
 
 
 @pytest.mark.parametrize(("batch", "suggested"), [(65, "64 or 66"), (1, "2 or 2")])
@@ -125,16 +129,20 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_those_that_can(batch, su
     with pytest.raises(
         InputError, match=f"--global-batch-size {batch} cannot be divided over 2 workers.* {suggested}$"
     ):
-        check_shares(parse_config({**REQUIRED, "global_batch_size": batch}))
+        check_shares(batch, 2)
 
 
 def test_equal_configs_have_no_differences():
-    assert find_differences(parse_config(REQUIRED), parse_config(REQUIRED)) == []
+    assert find_differences(validate(TrainConfig, REQUIRED), validate(TrainConfig, REQUIRED)) == []
 
 
 def test_each_difference_is_named_with_both_values():
-    other = parse_config({**REQUIRED, "seed": 3, "arch_arguments": {"width": 0.5}})
-    assert find_differences(parse_config(REQUIRED), other) == ["arch_arguments: {} -> {'width': 0.5}", "seed: 0 -> 3"]
+    config = validate(TrainConfig, REQUIRED)
+    other = validate(TrainConfig, {**REQUIRED, "seed": 3, "arch_arguments": {"width": 0.5}})
+    assert find_differences(config, other) == [
+        "arch_arguments: {} -> {'width': 0.5}",
+        "seed: 0 -> 3",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,5 +150,5 @@ def test_each_difference_is_named_with_both_values():
     [(2, None, 64), (4, None, 64), (1, None, 64), (3, None, 63), (1, 48, 48), (3, 10, 30), (100, None, 100)],
 )
 def test_another_number_of_workers_keeps_the_batch_if_it_can_share_it(num_workers, largest, batch):
-    resized = resize_batch(parse_config(REQUIRED), num_workers, largest)
+    resized = resize_batch(validate(TrainConfig, REQUIRED), num_workers, largest)
     assert (resized.num_workers, resized.global_batch_size) == (num_workers, batch)

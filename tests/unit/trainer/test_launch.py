@@ -3,22 +3,22 @@ from dataclasses import replace
 import pytest
 
 from trainer import storage
-from trainer.architectures import ARCHITECTURES
 from trainer.batch_table import BatchChoice
 from trainer.cluster import Resources
 from trainer.errors import InputError, JobError
 from trainer.launch import (
     RunPlan,
-    build_draft,
-    check_arch,
     check_dataset,
-    check_options,
+    check_request,
     embedded_dataset,
     launch,
+    load_checked_manifest,
     open_run,
     plan_run,
 )
+from trainer.request import parse_request
 from trainer.run_folder import RunFolder, describe_run
+from trainer.workers import WorkerCount, parse_num_workers
 
 ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, devices="4 cores", node_memory_gib=16)
 FOUR_GPUS = Resources(num_nodes=1, num_cpus=16, num_gpus=4, free_gpus=4, devices="L4", node_memory_gib=64)
@@ -34,18 +34,19 @@ def dataset(write_dataset) -> str:
 @pytest.fixture
 def options(dataset) -> dict:
     """What `jobs/train.py` gives: None is what the command line leaves open."""
-    given = {"arch": "cnn_softmax", "recipe": "modern", "dataset": dataset, "num_workers": "auto", "seed": 0}
-    return {**given, "epochs": None, "optimizer": None, "storage": "runs"}
+    return {"arch": "cnn_softmax", "dataset": dataset, "seed": 0, "epochs": None, "optimizer": None}
 
 
 @pytest.fixture
-def build(options):
-    """Returns a function that makes the draft of a config, its manifest and its request."""
+def check(options):
+    """Returns a function that makes a request and looks at its dataset and its workers."""
 
-    def build(resources=ONE_MACHINE, **given):
-        return build_draft({**options, **given}, resources)
+    def check(resources=ONE_MACHINE, **given) -> WorkerCount:
+        request = parse_request({**options, **given})
+        load_checked_manifest(request, resources)
+        return parse_num_workers(request.num_workers, resources)
 
-    return build
+    return check
 
 
 @pytest.fixture
@@ -54,36 +55,9 @@ def plan(options, tmp_path):
 
     def plan(run=None, **given) -> RunPlan:
         run = run or RunFolder(str(tmp_path / "runs" / "new"))
-        return plan_run({**options, **SETTLED, **given}, run, ONE_MACHINE)
+        return plan_run(parse_request({**options, **SETTLED, **given}), run, ONE_MACHINE)
 
     return plan
-
-
-@pytest.mark.parametrize("arch", ["", "vgg", "AlexNet"])
-def test_an_unknown_architecture_is_refused_with_those_there_are(arch):
-    with pytest.raises(InputError, match=f"--arch '{arch}' is unknown; choose from {', '.join(ARCHITECTURES)}"):
-        check_arch(arch, {})
-
-
-def test_every_architecture_is_known():
-    for arch in ARCHITECTURES:
-        check_arch(arch, {})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"depth": 3}, "--arch-argument 'depth' is unknown; alexnet has width,"),
-        ({"width": "wide"}, "--arch-argument width=wide: Input should be a valid number"),
-        ({"kernel_initializer": 3}, "--arch-argument kernel_initializer=3: Input should be a valid string"),
-        ({"dropout": 1.5}, "--arch-argument dropout=1.5: Input should be less than 1"),
-        ({"width": 0}, "--arch-argument width=0: Input should be greater than 0"),
-        ({"dense_units": -5}, "--arch-argument dense_units=-5: Input should be greater than or equal to 1"),
-    ],
-)
-def test_arguments_that_the_family_does_not_take_are_refused(arguments, message):
-    with pytest.raises(InputError, match=message):
-        check_arch("alexnet", arguments)
 
 
 def test_a_dataset_that_fits_gives_its_manifest(dataset):
@@ -147,12 +121,12 @@ def test_a_run_name_that_is_no_plain_name_is_refused(tmp_path, name):
         open_and_close(str(tmp_path), name, "alexnet", ONE_MACHINE)
 
 
-def test_several_nodes_need_a_storage_and_a_dataset_that_they_share(build, tmp_path):
+def test_several_nodes_need_a_storage_and_a_dataset_that_they_share(check, tmp_path):
     two_nodes = replace(FOUR_GPUS, num_nodes=2)
     with pytest.raises(InputError, match=r"--storage .* is a local path and the cluster has 2 nodes.*s3://bucket/pref"):
         open_and_close(str(tmp_path), "first", "alexnet", two_nodes)
     with pytest.raises(InputError, match=r"--dataset .* is a local path and the cluster has 2 nodes"):
-        build(two_nodes)
+        check(two_nodes)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +145,17 @@ def test_several_nodes_need_a_storage_and_a_dataset_that_they_share(build, tmp_p
 )
 def test_what_is_wrong_whatever_the_cluster_is_refused_without_one(options, tmp_path, given, message):
     with pytest.raises(InputError, match=message):
-        check_options({**options, **given}, str(tmp_path))
+        check_request(parse_request({**options, **given}), str(tmp_path))
 
 
 def test_a_run_name_and_a_storage_are_looked_at_without_a_cluster(options, tmp_path):
-    check_options({**options, "dataset": ""}, str(tmp_path / "runs"), "first")
+    request = parse_request(options)
+    check_request(request, str(tmp_path / "runs"), "first")
     with pytest.raises(InputError, match="--run-name 'a b'"):
-        check_options(options, str(tmp_path), "a b")
+        check_request(request, str(tmp_path), "a b")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give a path that can be read and written"):
-        check_options(options, str(tmp_path / "file"))
+        check_request(request, str(tmp_path / "file"))
 
 
 def test_what_the_command_line_leaves_open_the_recipe_says(plan):
@@ -192,51 +167,16 @@ def test_what_the_command_line_leaves_open_the_recipe_says(plan):
     assert plan(recipe="notes").config.optimizer == "adam"
 
 
-def test_batch_and_precision_are_measured_unless_the_notes_or_the_command_line_say_them(build):
-    def asked(**given):
-        request = build(**given)[2]
-        return request.global_batch_size, request.precision
-
-    assert asked() == ("max", "auto")
-    assert asked(recipe="notes") == ("32", "float32")
-    assert asked(recipe="notes", precision="auto") == ("32", "auto")
-    assert asked(global_batch_size="knee", precision="mixed_bfloat16") == ("knee", "mixed_bfloat16")
-
-
-def test_a_run_is_continued_with_the_batch_that_it_began_with(build, plan, options, tmp_path):
-    request = build()[2]
+def test_a_run_is_continued_with_the_batch_that_it_began_with(plan, options, tmp_path):
+    request = parse_request(options)
     begun = BatchChoice(
-        request=request, global_batch_size=8, precision="mixed_bfloat16", limit="rows", explanation="as measured"
+        request=request.batch, global_batch_size=8, precision="mixed_bfloat16", limit="rows", explanation="as measured"
     )
     run = RunFolder(str(tmp_path / "runs" / "begun"))
     run.write_record(describe_run(plan().config, "1 node", begun))
-    continued = plan_run(options, run, ONE_MACHINE)
+    continued = plan_run(request, run, ONE_MACHINE)
     assert (continued.config.global_batch_size, continued.config.precision) == (8, "mixed_bfloat16")
     assert continued.batch == begun
-
-
-def test_what_the_command_line_says_goes_before_the_recipe(plan):
-    config = plan(optimizer="sgd", epochs=3, weight_decay=0.0, arch_arguments={"dense_units": 8}).config
-    assert (config.optimizer, config.epochs, config.weight_decay) == ("sgd", 3, 0.0)
-    assert config.arch_arguments == {"dense_units": 8}
-
-
-def test_arguments_of_the_recipe_and_of_the_command_line_are_put_together(build, write_dataset):
-    large = write_dataset(rows=(100, 10, 0), image_size=67, rows_per_file=100).uri
-    config = build(arch="alexnet", dataset=large, arch_arguments={"dropout": 0.1})[0]
-    assert config.arch_arguments == {"batch_norm_momentum": 0.9, "dropout": 0.1}
-
-
-def test_an_unknown_recipe_is_refused(build):
-    with pytest.raises(InputError, match="--recipe 'old' is unknown; choose from notes, modern"):
-        build(recipe="old")
-
-
-def test_an_unknown_argument_of_a_family_is_refused_with_those_there_are(build):
-    with pytest.raises(
-        InputError, match=r"'depth' is unknown; cnn_softmax has later_filters, first_filters, dense_units"
-    ):
-        build(arch_arguments={"depth": 3, "dense_units": 8})
 
 
 @pytest.mark.parametrize(
@@ -251,34 +191,34 @@ def test_an_unknown_argument_of_a_family_is_refused_with_those_there_are(build):
         (ONE_MACHINE, "1:3", 3),
     ],
 )
-def test_there_is_one_worker_a_gpu_unless_asked_otherwise(build, resources, num_workers, expected):
-    assert build(resources, num_workers=num_workers)[0].num_workers == expected
+def test_there_is_one_worker_a_gpu_unless_asked_otherwise(check, resources, num_workers, expected):
+    assert check(resources, num_workers=num_workers).now == expected
 
 
 @pytest.mark.parametrize("num_workers", ["0", "-1", "two", "1.5", "", "3:2", "0:2", ":2", "2:"])
-def test_a_number_of_workers_that_is_none_is_refused(build, num_workers):
+def test_a_number_of_workers_that_is_none_is_refused(check, num_workers):
     with pytest.raises(InputError, match=r"--num-workers .*: give a number from 1, MIN:MAX such as 2:8, or auto"):
-        build(num_workers=num_workers)
+        check(num_workers=num_workers)
 
 
-def test_more_workers_than_gpus_are_refused(build):
+def test_more_workers_than_gpus_are_refused(check):
     with pytest.raises(
         InputError, match="--num-workers 5 needs 5 GPUs, the cluster has 4; give 4 or less, or auto, or --wait"
     ):
-        build(FOUR_GPUS, num_workers="5")
+        check(FOUR_GPUS, num_workers="5")
 
 
-def test_a_batch_larger_than_the_train_split_is_refused(build):
+def test_a_batch_larger_than_the_train_split_is_refused(check):
     with pytest.raises(
         InputError, match=r"--global-batch-size 101 is more than the 100 train images of .*; give 100 or less"
     ):
-        build(global_batch_size="101")
-    assert build(global_batch_size="100")[0].global_batch_size == 100
+        check(global_batch_size="101")
+    check(global_batch_size="100")
 
 
-def test_a_test_split_without_images_cannot_be_evaluated(build):
+def test_a_test_split_without_images_cannot_be_evaluated(check):
     with pytest.raises(InputError, match=r"--evaluate-test: .* has no test images"):
-        build(evaluate_test=True)
+        check(evaluate_test=True)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from trainer import storage
+from trainer.config import TrainConfig
 from trainer.evaluation import summarise
-from trainer.notes import describe_change, format_note, format_notebook, write_note
+from trainer.notes import describe_change, describe_training, format_note, format_notebook, write_note
 from trainer.run_folder import RunFolder, describe_run, find_runs
 
 PAST = Path(__file__).parents[1] / "past_records"
@@ -133,20 +134,30 @@ def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     third = start("third", 15, epochs=20, seed=4)
     runs, _ = find_runs(storage.parent(third.uri))
     assert [run.folder.name for run in runs] == ["first", "other", "second", "third"]
-    assert describe_change(runs[2], runs) == "after first: epochs: 50 -> 20; seed: 3 -> 4"
+    assert describe_change(runs[2], runs) == "after first: seed: 3 -> 4; epochs: 50 -> 20"
     assert describe_change(runs[3], runs) == "after second: the same again"
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, flip"),
-        ({"class_weights": "balanced"}, "seed 3; balanced classes"),
-        ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; from /runs/old, trunk frozen"),
+        ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, augment flip"),
+        ({"class_weights": "balanced"}, "seed 3; class weights balanced"),
+        ({"nesterov": False}, "seed 3; no nesterov"),
+        ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; init from /runs/old, freeze trunk"),
     ],
 )
 def test_what_is_used_besides_is_said(start, make_result, values, text):
     assert any(line.endswith(text) for line in note_of(start("first", **values), make_result()).splitlines())
+
+
+def test_a_new_option_is_in_the_note_without_being_named_there(make_config):
+    class Wider(TrainConfig):
+        mixup: float = 0.0
+
+    config = make_config().model_dump()
+    assert describe_training(Wider(**config), 9).endswith("seed 0")
+    assert describe_training(Wider(**config, mixup=0.2), 9).endswith("seed 0; mixup 0.2")
 
 
 def test_the_note_is_written_into_the_run_folder(start, make_result):

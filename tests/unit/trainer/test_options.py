@@ -1,11 +1,14 @@
 import inspect
+import shlex
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from trainer.config import BatchRequest, TrainConfig
-from trainer.options import add_config_options, parse_assignment
+from trainer.config import TrainConfig
+from trainer.errors import InputError
+from trainer.options import GroupedCommand, add_run_options, format_command, parse_assignment, parse_command
+from trainer.request import OPTIONS, parse_request
 
 
 @pytest.fixture
@@ -16,22 +19,22 @@ def received():
 @pytest.fixture
 def invoke(received):
     """Returns a function that runs a command with the options of the config and one of its own."""
-    app = typer.Typer()
+    app = typer.Typer(rich_markup_mode=None)
 
-    @app.command()
-    @add_config_options
+    @app.command(cls=GroupedCommand)
+    @add_run_options
     def command(seed: int = 7, **options) -> None:
         received.update(options, seed=seed)
 
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
-def test_every_field_of_config_and_request_is_an_option():
+def test_every_option_of_a_run_is_one_of_its_commands():
     def command(**options) -> None: ...
 
-    added = inspect.signature(add_config_options(command)).parameters.keys()
-    fields = TrainConfig.model_fields.keys() | BatchRequest.model_fields.keys()
-    assert added == fields - {"dataset_fingerprint", "arch_arguments"}
+    added = inspect.signature(add_run_options(command)).parameters.keys()
+    assert added == OPTIONS.keys() - {"arch_arguments"} | {"arch_argument", "config"}
+    assert TrainConfig.model_fields.keys() - {"dataset_fingerprint"} <= OPTIONS.keys()
 
 
 def test_an_option_is_named_without_the_unit_that_its_help_tells(invoke, received):
@@ -60,7 +63,41 @@ def test_a_value_that_is_not_one_of_a_few_is_refused_with_all_of_them(invoke):
 
 def test_the_text_under_a_field_is_its_help(invoke):
     output = " ".join(invoke("--help").output.replace("│", " ").split())
-    assert "Largest angle in degrees, either way." in output
+    assert "Largest angle in degrees, either way. [default: from the recipe]" in output
+
+
+def test_help_groups_the_options_and_says_each_default(invoke):
+    lines = invoke("--help").output.splitlines()
+    assert [line for line in lines if line.endswith(":") and not line.startswith(" ")] == [
+        "Network:", "Batch:", "Optimizer:", "Augmentation:", "Cluster:", "Run:"
+    ]  # fmt: skip
+    texts = " ".join(" ".join(lines).split())
+    assert "[default: 0.999]" in texts
+    assert "Undefined" not in texts
+
+
+def test_options_go_before_those_of_a_config_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('arch = "cnn_deep"\nepochs = 4\nseed = 3\n[arch_arguments]\ndense_units = 8\nfirst_filters = 4\n')
+    given = {"config": str(file), "seed": 5, "steps": 100, "optimizer": None, "arch_argument": ["dense_units=16"]}
+    request = parse_command(given)
+    assert (request.arch, request.settings.seed, request.epochs, request.steps) == ("cnn_deep", 5, None, 100)
+    assert request.settings.arch_arguments == {"dense_units": 16, "first_filters": 4}
+
+
+def test_a_command_line_gives_the_request_that_its_options_give(tmp_path):
+    options = {"arch": "alexnet", "arch_arguments": {"dropout": 0.25}, "augment_flip": False, "memory_limit_gib": 2.5}
+    words = shlex.split(format_command("train.py", options))[2:]
+    received = {}
+    app = typer.Typer()
+    app.command(cls=GroupedCommand)(add_run_options(lambda **given: received.update(given)))
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert parse_command(received) == parse_request(options)
+
+
+def test_a_file_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"--config nowhere.toml: there is no such file; give a TOML file or"):
+        parse_command({"config": "nowhere.toml"})
 
 
 @pytest.mark.parametrize(
@@ -78,5 +115,5 @@ def test_an_assignment_is_json_where_it_is_json(text, value):
 
 
 def test_an_assignment_without_a_value_is_refused():
-    with pytest.raises(typer.BadParameter, match="'width': give NAME=VALUE"):
+    with pytest.raises(InputError, match="'width': give NAME=VALUE"):
         parse_assignment("width")

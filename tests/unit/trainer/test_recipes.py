@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 
 from trainer.architectures import ARCHITECTURES, family_arguments
-from trainer.config import TrainConfig, parse_config
+from trainer.config import TrainConfig, validate
 from trainer.recipes import RECIPES, recipe_epochs
 
 ROWS = [(recipe, arch) for recipe, rows in RECIPES.items() for arch in rows]
@@ -11,7 +11,7 @@ ROWS = [(recipe, arch) for recipe, rows in RECIPES.items() for arch in rows]
 
 def parse(recipe: str, arch: str) -> TrainConfig:
     values = {"arch": arch, "recipe": recipe, "dataset": "/d", "dataset_fingerprint": "f00d", "num_workers": 1}
-    return parse_config({"global_batch_size": 64, **RECIPES[recipe][arch], **values})
+    return validate(TrainConfig, {"global_batch_size": 64, **RECIPES[recipe][arch], **values})
 
 
 def test_the_recipes_are_those_that_a_config_allows():
