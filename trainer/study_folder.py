@@ -20,6 +20,8 @@ from trainer.run_folder import RunFolder
 from trainer.study import Study
 
 TrialStatus = Literal["running", "completed", "infeasible", "stopped", "failed"]
+# trial-0007, and the repetitions best-0007-seed-1 and incumbent-seed-1.
+_TRIAL_NAME = re.compile(r"((trial|best|incumbent)(?:-(\d+))?(?:-seed-\d+)?)\.json")
 # May grow while a round goes on.
 _CHANGEABLE = {"trials", "concurrency"}
 
@@ -109,12 +111,22 @@ class StudyFolder:
         storage.write_bytes(self.path("trials", f"{trial.run_name}.json"), trial.to_json())
 
     def read_trials(self) -> list[Trial]:
-        """Returns the trials that have started."""
-        found = [
-            Trial.model_validate_json(storage.read_bytes(self.path("trials", name)))
-            for name in storage.find_files(self.path("trials"))
-        ]
-        return sort_trials(found)
+        """Returns the trials that have started; one whose record cannot be read has failed, for that reason."""
+        found = [self._read_trial(name) for name in storage.find_files(self.path("trials"))]
+        return sort_trials(trial for trial in found if trial is not None)
+
+    def _read_trial(self, file_name: str) -> Trial | None:
+        """Read the record of a trial; None where the file is not one of a trial's name."""
+        named = _TRIAL_NAME.fullmatch(file_name)
+        if named is None:
+            return None
+        uri = self.path("trials", file_name)
+        try:
+            return Trial.parse(storage.read_bytes(uri), uri)
+        except RecordError as error:
+            run_name, kind, index = named.groups()
+            of = {"run_name": run_name, "kind": "search" if kind == "trial" else kind, "index": int(index or 0)}
+            return Trial.model_validate({**of, "values": {}, "status": "failed", "reason": str(error)})
 
 
 def sort_trials(trials: Iterable[Trial]) -> list[Trial]:

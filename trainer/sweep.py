@@ -231,7 +231,8 @@ class _Sweep:
             name = f"trial-{index:04d}"
             if self._has_ended(name):
                 continue
-            values = self._known[name].values if name in self._known else None
+            # A trial whose record could not be read has none.
+            values = (self._known[name].values or None) if name in self._known else None
             if self._search is not None:
                 values = self._search.start(index, values)
             elif values is None:
@@ -350,7 +351,7 @@ class _Sweep:
     def _replay(self) -> OptunaSearch:
         search = OptunaSearch(self._study)
         for trial in self._known.values():
-            if trial.kind == "search" and trial.ended:
+            if trial.kind == "search" and trial.ended and trial.values:
                 objective = trial.objective if trial.status == "completed" else None
                 search.replay(trial.index, trial.values, self._read_history(trial), objective)
         return search
