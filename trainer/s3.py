@@ -77,6 +77,17 @@ class S3(S3FileSystem):
             return False
         return True
 
+    def read(self, path: str, start: int, end: int | None) -> bytes:
+        """Read one object from ``start`` to ``end``; beyond its end there is nothing, as in a file."""
+        try:
+            content: bytes = self.cat_file(path, start=start, end=end)
+        except OSError as error:
+            # Of an empty object not even the range from 0 can be had.
+            if error_code(error) == "InvalidRange":
+                return b""
+            raise
+        return content
+
     def write(self, path: str, content: bytes, *, create: bool = False) -> bool:
         """Write one object and return whether that was done: with ``create`` not where it exists."""
         try:

@@ -104,8 +104,7 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
             with open(uri, "rb") as file:
                 file.seek(start)
                 return file.read() if length is None else file.read(length)
-        content: bytes = _s3().cat_file(_path(uri), start=start, end=None if length is None else start + length)
-        return content
+        return _s3().read(_path(uri), start, None if length is None else start + length)
 
 
 @contextlib.contextmanager

@@ -302,6 +302,15 @@ def place(request, root) -> str:
     return root if request.param == "disk" else f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
 
 
+def test_beyond_the_end_of_a_file_there_is_nothing(place):
+    storage.write_bytes(storage.join(place, "empty"), b"")
+    assert storage.read_bytes(storage.join(place, "empty")) == b""
+    assert storage.read_bytes(storage.join(place, "empty"), 0, 16) == b""
+    storage.write_bytes(storage.join(place, "short"), b"abc")
+    assert storage.read_bytes(storage.join(place, "short"), 1, 16) == b"bc"
+    assert storage.read_bytes(storage.join(place, "short"), 3) == b""
+
+
 @pytest.mark.parametrize(
     ("name", "neighbor"),
     [
