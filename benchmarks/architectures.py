@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.table import report
 from trainer.comparison import compare_predictions
-from trainer.evaluation import describe_accuracy
+from trainer.evaluation_result import describe_accuracy
 from trainer.recipes import RECIPES
 from trainer.run_folder import RunFolder, StartedRun, find_runs
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.table import report
 from trainer.dataset import load_manifest
-from trainer.evaluation import describe_accuracy
+from trainer.evaluation_result import describe_accuracy
 from trainer.recipes import recipe_epochs
 from trainer.run_folder import RunFolder
 

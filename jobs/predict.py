@@ -58,7 +58,7 @@ def main(
 
 def print_summary(output: str, summary: "PredictionSummary") -> None:
     """Print how many images there were, how many could not be used, and how many were told right."""
-    from trainer.evaluation import describe_accuracy
+    from trainer.evaluation_result import describe_accuracy
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
     bad = f", {sum(summary.rejected.values())} not decoded ({reasons})" if reasons else ""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.evaluation import EvaluationResult
+from trainer.evaluation_result import EvaluationResult
 
 History = Sequence[dict[str, float]]
 

@@ -17,7 +17,8 @@ from trainer.cluster import Resources
 from trainer.config import TrainConfig
 from trainer.dataset import load_manifest, open_split
 from trainer.errors import InputError, JobError
-from trainer.evaluation import EvaluationResult, Evaluator, predictions_table, summarise
+from trainer.evaluation import Evaluator, predictions_table
+from trainer.evaluation_result import EvaluationResult, summarise
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.record_format import Record
 from trainer.run_folder import RunFolder, RunResult

@@ -25,7 +25,7 @@ from trainer.config import TrainConfig, describe_rescaling, find_differences, re
 from trainer.dataset import load_manifest
 from trainer.diagnostics import find_symptoms
 from trainer.errors import InputError, JobError, WorkersFailedError
-from trainer.evaluation import summarise
+from trainer.evaluation_result import summarise
 from trainer.events import BatchChosen, GlyphsMissing, OnEvent, RunStarted, StageProgressed, ignore_event
 from trainer.folders import cache_folder
 from trainer.job import WorkerJob, WorkerResult

@@ -8,7 +8,7 @@ from trainer import storage
 from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, describe_rescaling, find_differences
 from trainer.errors import InputError, RecordError
-from trainer.evaluation import EvaluationResult
+from trainer.evaluation_result import EvaluationResult
 from trainer.markdown import MOST_CLASSES, format_table
 from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 

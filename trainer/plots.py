@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.batch_table import BatchTable
-from trainer.evaluation import EvaluationResult
+from trainer.evaluation_result import EvaluationResult
 from trainer.fonts import fonts_for
 from trainer.markdown import MOST_CLASSES, format_count
 from trainer.run_folder import RunFolder, RunResult

@@ -13,7 +13,7 @@ import pyarrow as pa
 from trainer import storage
 from trainer.comparison import compare_predictions
 from trainer.errors import InputError
-from trainer.evaluation import EvaluationResult
+from trainer.evaluation_result import EvaluationResult
 from trainer.html import render_page, to_data_uri
 from trainer.markdown import MOST_CLASSES
 from trainer.notes import NOTEBOOK_NAME, describe_change, describe_training, describe_unfinished, format_notebook

@@ -41,7 +41,7 @@ from trainer import storage
 from trainer.batch_table import BatchChoice
 from trainer.config import TrainConfig
 from trainer.errors import InputError, LeaseLostError, RecordError
-from trainer.evaluation import EvaluationResult
+from trainer.evaluation_result import EvaluationResult
 from trainer.lease import Lease
 from trainer.record_format import Record
 

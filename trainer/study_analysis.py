@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.evaluation import accuracy_interval
+from trainer.evaluation_result import accuracy_interval
 from trainer.options import format_value
 from trainer.study import Choice, Parameter, Range, Study
 from trainer.study_folder import Trial

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from trainer import storage
 from trainer.comparison import compare_predictions
 from trainer.errors import DamagedError
-from trainer.evaluation import describe_accuracy
+from trainer.evaluation_result import describe_accuracy
 from trainer.html import Section, Table, render_sections
 from trainer.markdown import format_table
 from trainer.options import format_value

@@ -9,7 +9,7 @@ from data_prep.manifest import SPLITS, Manifest, Split
 from data_prep.shards import write_data_file
 from trainer import storage
 from trainer.config import TrainConfig
-from trainer.evaluation import EvaluationResult, summarise
+from trainer.evaluation_result import EvaluationResult, summarise
 from trainer.run_folder import RunResult
 
 CLASS_NAMES = ["cat", "dog", "eel"]

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from trainer.diagnostics import find_symptoms
-from trainer.evaluation import EvaluationResult, summarise
+from trainer.evaluation_result import EvaluationResult, summarise
 
 
 def judge(right: int, loss: float, total: int = 66) -> EvaluationResult:

@@ -8,7 +8,7 @@ import pytest
 
 from trainer import storage
 from trainer.config import TrainConfig
-from trainer.evaluation import summarise
+from trainer.evaluation_result import summarise
 from trainer.notes import describe_change, describe_training, format_note, format_notebook, write_note
 from trainer.run_folder import RunFolder, describe_run, find_runs
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.unit.trainer.test_batch_table import make_table, size
 from trainer import storage
-from trainer.evaluation import EvaluationResult, summarise
+from trainer.evaluation_result import EvaluationResult, summarise
 from trainer.plots import (
     draw_batch_sizes,
     draw_confusion,

@@ -14,7 +14,7 @@ from trainer.batch_table import BatchTable
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.errors import RecordError
-from trainer.evaluation import EvaluationResult
+from trainer.evaluation_result import EvaluationResult
 from trainer.inference import PredictionSummary
 from trainer.record_format import Record
 from trainer.run_folder import RunInterruption, RunRecord, RunResult

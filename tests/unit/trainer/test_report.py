@@ -10,7 +10,7 @@ from PIL import Image
 from trainer import storage
 from trainer.checkpoint import PREDICTIONS_NAME, Position, save_checkpoint
 from trainer.errors import InputError
-from trainer.evaluation import summarise
+from trainer.evaluation_result import summarise
 from trainer.report import write_notes_and_report
 from trainer.run_folder import RunFolder, describe_run
 
