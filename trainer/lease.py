@@ -131,15 +131,17 @@ def _describe_holder(token: str) -> bytes:
 
 
 def _read_holder(uri: str) -> dict[str, Any] | None:
+    """Return who holds the lease, or None where nobody does or nobody can be made out."""
     try:
-        holder: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    except FileNotFoundError:
+        holder = json.loads(storage.read_bytes(uri))
+    except (FileNotFoundError, ValueError):
+        # A loss of power may leave an empty file: it is not synced.
         return None
-    return holder
+    return holder if isinstance(holder, dict) and holder.keys() >= {"token", "host", "pid", "renewed"} else None
 
 
 def _describe_loss(what: str, holder: dict[str, Any] | None) -> str:
-    by = f"process {holder['pid']} on {holder['host']}" if holder else "nobody: its lease was deleted"
+    by = f"process {holder['pid']} on {holder['host']}" if holder else "nobody: its lease is gone"
     return f"{what} was taken over while nothing was heard of this job, by {by}"
 
 

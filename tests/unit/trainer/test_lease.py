@@ -93,6 +93,14 @@ def test_a_lease_that_another_job_took_over_is_left_to_it(uri):
     assert json.loads(storage.read_bytes(uri))["host"] == "elsewhere"
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"{}", b"[]", b'{"token": "other"}'])
+def test_a_lease_that_cannot_be_read_is_taken_over(uri, monkeypatch, content):
+    monkeypatch.setattr(lease, "_SETTLE_SECONDS", 0.01)
+    storage.write_bytes(uri, content)
+    with hold_lease(uri, "DATASET d"):
+        assert json.loads(storage.read_bytes(uri))["pid"] == os.getpid()
+
+
 def test_a_holder_may_write_until_another_job_or_nobody_has_its_lease(uri):
     with hold_lease(uri, "DATASET d") as held:
         held.check()
@@ -100,7 +108,7 @@ def test_a_holder_may_write_until_another_job_or_nobody_has_its_lease(uri):
         with pytest.raises(LeaseLostError, match=r"DATASET d was taken over .*, by process 7 on elsewhere"):
             held.check()
         storage.delete_file(uri)
-        with pytest.raises(LeaseLostError, match="by nobody: its lease was deleted"):
+        with pytest.raises(LeaseLostError, match="by nobody: its lease is gone"):
             held.check()
 
 
