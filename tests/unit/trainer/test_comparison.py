@@ -36,3 +36,9 @@ def test_a_few_images_do_not_tell_runs_apart():
     assert compare(60, 2, 4).describe("old", "new") == (
         "not distinguishable on 66 images (2 only old told right, 4 only new, p = 0.69)"
     )
+
+
+@pytest.mark.parametrize(("first_only", "is_better"), [(5, False), (6, True)])
+def test_one_chance_in_twenty_is_where_a_difference_begins(first_only, is_better):
+    """p is 0.0625 and 0.03125."""
+    assert compare(50, first_only, 0).describe("old", "new").startswith("old is better") is is_better

@@ -103,3 +103,79 @@ def test_divergence_is_told_with_its_steps():
 
 def test_trends_are_not_read_from_a_few_epochs():
     assert find_symptoms(history([0.5, 0.9, 1.2]), GOOD) == []
+
+
+def finds(symptom: str, *arguments) -> bool:
+    return any(line.startswith(symptom) for line in find_symptoms(*arguments))
+
+
+# Of guessing by class frequency, among ten classes of nearly the same size.
+PRIOR_LOSS = 2.3
+
+
+@pytest.mark.parametrize(
+    ("right", "loss", "is_chance"),
+    [
+        # Always naming the most frequent class is right for 7 of 66; the interval of 12 begins above that.
+        (11, PRIOR_LOSS, True),
+        (12, PRIOR_LOSS, False),
+        (10, 0.96 * PRIOR_LOSS, True),
+        (10, 0.94 * PRIOR_LOSS, False),
+    ],
+)
+def test_chance_ends_at_the_interval_and_at_95_percent_of_the_loss_of_guessing(right, loss, is_chance):
+    assert finds("did not train", history(SOUND), judge(right, loss)) is is_chance
+
+
+@pytest.mark.parametrize(
+    ("lowest", "last", "is_overfitted"),
+    [(1.0, 1.14, False), (1.0, 1.16, True), (0.05, 0.069, False), (0.05, 0.071, True)],
+)
+def test_a_loss_that_rose_by_15_percent_and_by_more_than_2_hundredths_is_overfitted(lowest, last, is_overfitted):
+    assert finds("overfitting", history([2.0, 1.8, lowest, *[last] * 9]), GOOD) is is_overfitted
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "is_improving"), [(1.0, 0.96, False), (1.0, 0.94, True), (0.1, 0.081, False), (0.1, 0.079, True)]
+)
+def test_a_loss_that_fell_by_5_percent_and_by_more_than_2_hundredths_is_still_improving(before, last, is_improving):
+    losses = history([2.0, *[before] * 8, *[last] * 3])
+    assert finds("still improving", losses, GOOD) is is_improving
+
+
+@pytest.mark.parametrize(("epochs", "is_read"), [(7, False), (8, True)])
+def test_trends_are_read_from_eight_epochs(epochs, is_read):
+    assert finds("overfitting", history([1.0, *[2.0] * (epochs - 1)]), GOOD) is is_read
+    assert finds("saturated early", history([1.0, *[2.0] * (epochs - 1)]), GOOD) is is_read
+
+
+@pytest.mark.parametrize(
+    ("best", "epochs", "is_early"), [(2, 20, True), (3, 20, False), (1, 19, True), (2, 19, False), (1, 8, True)]
+)
+def test_a_best_epoch_within_the_first_tenth_is_early(best, epochs, is_early):
+    losses = [1.0 if epoch == best else 1.01 for epoch in range(1, epochs + 1)]
+    assert finds("saturated early", history(losses), GOOD) is is_early
+
+
+@pytest.mark.parametrize(
+    ("late", "total", "is_unsteady"),
+    [
+        # Of 66 images the sampling error is 0.035: four of it.
+        ([0.80, 0.80, 0.93], 66, False),
+        ([0.80, 0.80, 0.95], 66, True),
+        # Of so many images it is nothing.
+        ([0.80, 0.80, 0.849], 66_000, False),
+        ([0.80, 0.80, 0.851], 66_000, True),
+        # Only the last quarter counts.
+        ([0.10, 0.80, 0.80, 0.80], 66_000, False),
+    ],
+)
+def test_late_accuracies_five_hundredths_and_four_sampling_errors_apart_are_unsteady(late, total, is_unsteady):
+    accuracies = [0.80] * (12 - len(late)) + late
+    judged = judge(round(60 / 66 * total), 0.68, total)
+    assert finds("unsteady", history(SOUND, val_accuracy=accuracies), judged) is is_unsteady
+
+
+def test_a_training_loss_that_ends_where_it_began_did_not_rise():
+    assert not finds("training loss rose", history([2.3] * 4, loss=[2.3, 2.4, 2.4, 2.3]), GOOD)
+    assert finds("training loss rose", history([2.3] * 4, loss=[2.3, 2.4, 2.4, 2.301]), GOOD)

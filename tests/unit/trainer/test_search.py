@@ -58,6 +58,20 @@ def test_asha_ends_the_worse_two_thirds():
     assert ended == [False, True, True, False, True]
 
 
+def test_asha_looks_after_one_three_and_nine_epochs():
+    search = OptunaSearch(STUDY)
+    search.start(0)
+    for epoch in range(1, 10):
+        assert not search.report(0, epoch, 0.5)
+    search.end(0, 0.5)
+    for index, epoch in enumerate((1, 3, 9), start=1):
+        search.start(index)
+        # Better than the first, and then worse.
+        ended = [search.report(index, one, 0.9 if one < epoch - 1 else 0.1) for one in range(1, epoch + 1)]
+        assert ended == [False] * (epoch - 1) + [True]
+        search.end(index, None)
+
+
 def test_a_loss_is_better_when_it_is_lower():
     search = OptunaSearch(STUDY.model_copy(update={"objective": "val_loss"}))
     search.start(0)

@@ -137,6 +137,16 @@ def test_more_parameters_than_trials_can_tune_are_warned_of():
     assert find_warnings(parse(text, trials=20)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("base_learning_rate", 1), ("beta_1", 10), ("epsilon", 25), ("beta_2", 50)]
+)
+def test_each_parameter_has_the_least_trials_of_the_playbook(name, least):
+    text = STUDY.partition("[nuisance]")[0] + f"[nuisance]\n{name} = {{ low = 0.1, high = 0.2 }}\n"
+    assert find_warnings(parse(text, trials=2 * least)) == []
+    fewer = [f"{name} is worth tuning from {least} trials a scientific value, there are {least - 1}"]
+    assert find_warnings(parse(text, trials=max(1, 2 * least - 1))) == fewer
+
+
 @pytest.mark.parametrize("algorithm", ["sobol", "halton", "random"])
 def test_a_point_depends_on_its_number_alone(algorithm):
     study = parse(algorithm=algorithm)

@@ -168,3 +168,88 @@ def test_a_change_is_adopted_beyond_the_variance_of_both():
     clear = decide_adoption(STUDY, [*best, *repeat("best", 90, 89, 91), *repeat("incumbent", 80, 81, 79)])
     assert clear.startswith("adopt: the best config is 0.1000 better than the incumbent")
     assert "best: mean 0.9000, standard deviation 0.0100 (0.9000, 0.8900, 0.9100)" in clear
+
+
+def rate_at(position: float) -> float:
+    """The learning rate at a position of its range, from 0 (low) to 1 (high)."""
+    return 10 ** (3 * position - 3)
+
+
+@pytest.mark.parametrize(("position", "is_at_an_end"), [(0.09, True), (0.11, False), (0.89, False), (0.91, True)])
+def test_the_last_tenth_at_either_end_is_an_end(position, is_at_an_end):
+    assert bool(check_boundaries(STUDY, [trial(0, 90, rate=rate_at(position))])) is is_at_an_end
+
+
+@pytest.mark.parametrize(("distance", "is_unstable"), [(-0.01, False), (0.0, True), (0.09, True), (0.11, False)])
+def test_divergence_within_a_tenth_above_the_best_rate_holds_it_down(distance, is_unstable):
+    diverged = trial(1, status="infeasible", reason=DIVERGED, rate=rate_at(0.5 + distance))
+    lines = check_infeasible(STUDY, [trial(0, 80, rate=rate_at(0.5)), diverged])
+    assert any("instability" in line for line in lines) is is_unstable
+
+
+@pytest.mark.parametrize(("loss", "good"), [(1.04, 2), (1.06, 1)])
+def test_a_loss_within_5_percent_is_as_good(loss, good):
+    losses = STUDY.model_copy(update={"objective": "val_loss"})
+    trials = [trial(0, 50, objective=1.0), trial(1, 50, objective=loss)]
+    assert check_points(losses, trials).startswith(f"{good} of 2 completed trials are as good as the best within 0.05;")
+
+
+@pytest.mark.parametrize(("correct", "good"), [(83, 2), (82, 1)])
+def test_an_accuracy_within_the_interval_of_the_best_is_as_good(correct, good):
+    """The 95% interval of 90 of 100 begins at 0.826."""
+    line = check_points(STUDY, [trial(0, 90), trial(1, correct)])
+    assert line.startswith(f"{good} of 2 completed trials are as good as the best within 0.0744;")
+
+
+@pytest.mark.parametrize(("good", "verdict"), [(2, "too few"), (4, "enough")])
+def test_trials_are_enough_where_half_of_them_would_have_done(good, verdict):
+    """90 of 100 in 2 or 4 of 16 trials: half of them would lose 0.13 or 0.05 on average; 0.074 is noise."""
+    trials = [trial(index, 90 if index < good else 30) for index in range(16)]
+    assert verdict in check_points(STUDY, trials)
+
+
+def test_a_single_best_trial_is_never_enough():
+    assert "too few" in check_points(STUDY, [trial(0, 90), *(trial(index, 82) for index in range(1, 16))])
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ((2, 10), "far too long"),
+        ((2, 11), "between 2% and 11%"),
+        ((75, 90), "too short"),
+        ((74, 90), "between 74% and 90%"),
+    ],
+)
+def test_the_budget_is_judged_by_the_first_tenth_and_the_last_quarter(steps, expected):
+    assert expected in check_steps(STUDY, [trial(index, 80, best_step=step) for index, step in enumerate(steps)])
+
+
+@pytest.mark.parametrize(
+    ("of_best", "of_incumbent", "verdict"),
+    [
+        # Deviations of 0.01 and 0.03, whichever is whose: a gain of 0.03 is noise, one of 0.05 is none.
+        ((89, 90, 91), (84, 87, 90), "do not adopt"),
+        ((87, 90, 93), (86, 87, 88), "do not adopt"),
+        ((91, 92, 93), (84, 87, 90), "adopt"),
+        ((89, 92, 95), (86, 87, 88), "adopt"),
+        # Worse by more than the noise.
+        ((79, 80, 81), (89, 90, 91), "do not adopt"),
+    ],
+)
+def test_a_gain_counts_beyond_the_deviations_of_both_together(of_best, of_incumbent, verdict):
+    trials = [trial(0, 90), *repeat("best", *of_best), *repeat("incumbent", *of_incumbent)]
+    assert decide_adoption(STUDY, trials).startswith(f"{verdict}: ")
+
+
+def test_a_lower_loss_is_a_gain():
+    losses = STUDY.model_copy(update={"objective": "val_loss"})
+    trials = [trial(0, 20), *repeat("best", 19, 20, 21), *repeat("incumbent", 39, 40, 41)]
+    assert decide_adoption(losses, trials).startswith("adopt: the best config is 0.2000 better")
+
+
+def test_two_repetitions_are_needed_of_each():
+    best = [trial(0, 90)]
+    assert decide_adoption(STUDY, [*best, *repeat("best", 90)]).startswith("not decided")
+    one_incumbent = decide_adoption(STUDY, [*best, *repeat("best", 90, 91), *repeat("incumbent", 90)])
+    assert "there is no incumbent" in one_incumbent
