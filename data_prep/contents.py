@@ -1,6 +1,8 @@
 """Reads the bytes of images, wherever their source keeps them: files, members of a tar, rows of a Parquet file."""
 
+import contextlib
 import errno
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,7 +42,7 @@ def read_contents(source: str, images: pa.Table) -> Iterator[bytes | None]:
 def _read_one(source: str, row: dict[str, Any]) -> bytes | None:
     try:
         if row["container"] is None:
-            return storage.read_bytes(storage.join(source, row["path"]))
+            return _read_file(source, row["path"])
         return storage.read_bytes(storage.join(source, row["container"]), row["offset"], row["bytes"])
     except FileNotFoundError:
         return None
@@ -49,6 +51,14 @@ def _read_one(source: str, row: dict[str, Any]) -> bytes | None:
         if storage.is_local(source) and isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_ONE_FILE:
             return None
         raise
+
+
+def _read_file(source: str, path: str) -> bytes:
+    """Return the content of a file that a table, maybe of another system, may name in another form of Unicode."""
+    for same in dict.fromkeys((path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))):
+        with contextlib.suppress(FileNotFoundError):
+            return storage.read_bytes(storage.join(source, same))
+    raise FileNotFoundError(path)
 
 
 def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None]:

@@ -19,7 +19,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 import pyarrow as pa
@@ -27,7 +26,15 @@ import pyarrow.compute as pc
 
 from data_prep.folders import find_in_folders
 from data_prep.listing import Listing
-from data_prep.names import count_suffixes, image_suffixes, left_behind_as, name_some, sort_class_names, suffix_of
+from data_prep.names import (
+    count_suffixes,
+    image_suffixes,
+    left_behind_as,
+    name_some,
+    parts_of,
+    sort_class_names,
+    suffix_of,
+)
 from data_prep.parquet import find_in_parquet, image_column
 from data_prep.tables import TEXT_SUFFIXES, find_in_table
 from data_prep.tars import find_in_tar
@@ -82,8 +89,9 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
             without images, or a split has a class that train has not.
     """
     root, sizes = _list_files(storage.resolve_uri(source))
-    listing = Listing(left_behind=Counter(kind for path in sizes if (kind := left_behind_as(path))))
-    visible = {path: size for path, size in sizes.items() if not left_behind_as(path)}
+    kinds = {path: kind for path in sizes if (kind := left_behind_as(path))}
+    listing = Listing(left_behind=Counter(kinds.values()))
+    visible = {path: size for path, size in sizes.items() if path not in kinds}
     if not visible:
         passed_over = f" but {_count_names(listing.left_behind)}" if listing.left_behind else ""
         raise InputError(
@@ -124,7 +132,7 @@ def _list_files(uri: str) -> tuple[str, dict[str, int]]:
         return storage.parent(uri), {storage.basename(uri): 0}
     if not storage.is_local(uri) and not all(sizes.values()):
         # An empty object may have the name of a folder.
-        folders = {str(above) for path in sizes for above in PurePosixPath(path).parents}
+        folders = {path[:place] for path in sizes for place, letter in enumerate(path) if letter == "/"}
         sizes = {path: size for path, size in sizes.items() if size or path not in folders}
     return uri, sizes
 
@@ -207,7 +215,7 @@ def _describe_chances(source: str, listing: Listing, tables: list[str]) -> str:
     """Return what else the user may have meant, where a source has not two classes."""
     chances = f"; or give a table of paths and labels as SOURCE, if {name_some(tables)} is one" if tables else ""
     images = [image for image in listing.found if image.container is None]
-    folders = {PurePosixPath(image.path).parts[1 if image.split else 0 : -1] for image in images}
+    folders = {tuple(parts_of(image.path)[1 if image.split else 0 : -1]) for image in images}
     above = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
     below = sorted({parts[len(above)] for parts in folders if len(parts) > len(above)})
     if above and len(below) > 1:

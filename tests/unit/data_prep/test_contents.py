@@ -31,6 +31,14 @@ def test_a_file_that_is_not_there_has_no_content(tmp_path):
     assert list(read_contents(str(tmp_path), images)) == [None, b"1", None]
 
 
+@pytest.mark.parametrize(("on_disk", "named"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_a_file_may_be_named_in_another_form_of_unicode(tmp_path, on_disk, named):
+    (tmp_path / on_disk).mkdir()
+    (tmp_path / on_disk / "1.png").write_bytes(b"1")
+    images = as_images([{"path": f"{named}/1.png"}, {"path": f"{named}/2.png"}])
+    assert list(read_contents(str(tmp_path), images)) == [b"1", None]
+
+
 def test_a_file_without_read_permission_costs_that_file():
     # Not in tmp_path, which is closed to all but its owner, and nothing is closed to root.
     with tempfile.TemporaryDirectory() as source:
@@ -56,7 +64,7 @@ def test_a_name_that_cannot_be_read_costs_that_file(tmp_path):
 def test_a_storage_that_fails_is_not_taken_for_a_bad_file(tmp_path):
     # Opens as a file but fails when it is read.
     (tmp_path / "x.png").symlink_to("/proc/self/mem")
-    with pytest.raises(InputError, match=r"x\.png: Invalid argument"):
+    with pytest.raises(InputError, match=r"x\.png: Input/output error"):
         list(read_contents(str(tmp_path), as_images([{"path": "x.png"}])))
 
 
