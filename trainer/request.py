@@ -102,7 +102,7 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
         for part, model in _PARTS.items()
     }
     # How long a recipe trains depends on the batch: `resolve`.
-    own = {name: given[name] for name in _OWN if name in given}
+    own = {name: values[name] for name in _OWN if name in given}
     return validate(RunRequest, own | parts)
 
 

@@ -35,6 +35,13 @@ def test_an_option_that_is_none_is_left_open():
     assert parse_request({**everything, "arch": "alexnet"}) == parse_request({"arch": "alexnet"})
 
 
+def test_places_are_absolute_since_workers_have_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = parse_request({"arch": "alexnet", "dataset": "prepared", "init_from": "runs/old"})
+    assert (request.dataset, request.settings.init_from) == (str(tmp_path / "prepared"), str(tmp_path / "runs/old"))
+    assert parse_request({"arch": "alexnet"}).dataset == ""
+
+
 @pytest.mark.parametrize("options", [{}, {"arch": None}])
 def test_an_architecture_is_needed(options):
     with pytest.raises(InputError, match=f"--arch is missing; choose from {', '.join(ARCHITECTURES)}"):
