@@ -10,6 +10,7 @@ from data_prep.listing import FoundImage, Listing
 from data_prep.names import parse_split, split_of_file, suffix_of, to_class_name, to_class_names
 from trainer import storage
 from trainer.errors import InputError
+from trainer.markdown import format_count
 
 
 def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> None:
@@ -58,7 +59,8 @@ def _declared_names(uri: str, declared: list[str], labels: list[int | None]) -> 
     known = [label for label in labels if label is not None]
     if known and max(known) >= len(declared):
         raise InputError(
-            f"{uri} has the label {max(known)}, but declares {len(declared)} classes; declare the others too"
+            f"{uri} has the label {max(known)}, but declares {format_count(len(declared), 'class')}; "
+            "declare the others too"
         )
     # The hub marks a label that is kept secret by -1.
     return [None if label is None or label < 0 else declared[label] for label in labels]

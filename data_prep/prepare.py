@@ -53,6 +53,7 @@ from trainer import storage
 from trainer.errors import InputError, JobError
 from trainer.events import OnEvent, StageProgressed, ignore_event
 from trainer.lease import hold_lease
+from trainer.markdown import format_count
 
 _DATA_FILE_BYTES = 128 * 2**20
 # Ray Data notices the end of a task and starts the next in about 0.1 s, so a task takes several slices where there are
@@ -347,7 +348,7 @@ def _check_rejected(
         storage.delete_file(_chunk_uri(dataset, chunk) + ROWS_SUFFIX)
     first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
     message = (
-        f"{len(rejected)} of {num_images} images were rejected ({fraction:.1%}, allowed are "
+        f"{len(rejected)} of {format_count(num_images, 'image')} were rejected ({fraction:.1%}, allowed are "
         f"{config.max_bad_fraction:.1%}): {first}, ..."
     )
     if len(gone):

@@ -41,6 +41,7 @@ from data_prep.tars import find_in_tar
 from trainer import storage
 from trainer.errors import InputError
 from trainer.events import SourceListed
+from trainer.markdown import format_count
 
 SourceFormat = Literal["folder", "table", "parquet", "webdataset"]
 
@@ -184,7 +185,7 @@ def _check_classes(source: str, listing: Listing, tables: list[str]) -> None:
     class_names = sort_class_names(image.class_name for image in listing.found if image.class_name is not None)
     if len(class_names) < 2:
         raise InputError(
-            f"{source}: images of {len(class_names)} {'class' if len(class_names) == 1 else 'classes'} "
+            f"{source}: images of {format_count(len(class_names), 'class')} "
             f"({', '.join(class_names) or 'none'}){_describe_ignored(listing)}; two or more are needed, as "
             f"SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg{_describe_chances(source, listing, tables)}"
         )

@@ -44,7 +44,7 @@ def main(
             f"calibration error: {evaluation.calibration_error:.3f}"
         )
         if split == "test":
-            console.stdout.print(f"the test split has been read {folder.count_test_reads()} times for this run")
+            console.stdout.print(folder.describe_test_reads())
         elif not dataset:
             same = evaluation == result.val
             console.stdout.print("exactly as recorded" if same else f"recorded were {result.val}", markup=False)

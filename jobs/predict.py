@@ -8,6 +8,7 @@ from typer import Argument, Option
 from data_prep.sources import SourceFormat, find_images
 from trainer import console
 from trainer.errors import InputError
+from trainer.markdown import format_count
 from trainer.options import Wait
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def print_summary(output: str, summary: "PredictionSummary") -> None:
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
     bad = f", {sum(summary.rejected.values())} not decoded ({reasons})" if reasons else ""
-    console.stdout.print(f"{output}: {summary.images} images{bad}", markup=False)
+    console.stdout.print(f"{output}: {format_count(summary.images, 'image')}{bad}", markup=False)
     if summary.labelled:
         console.stdout.print(describe_accuracy(summary.correct, summary.labelled))
 

@@ -34,6 +34,7 @@ from trainer.events import (
     ignore_event,
 )
 from trainer.job import TrialJob
+from trainer.markdown import format_count
 from trainer.request import RunRequest, resolve
 from trainer.workers import WorkerCount, run_workers
 
@@ -158,7 +159,7 @@ def measure_size(
 
 
 def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
-    measured = ", ".join(f"{one.size} images need {one.peak_memory_gib:.2f} GiB" for one in table.rows)
+    measured = ", ".join(f"{one.peak_memory_gib:.2f} GiB for {format_count(one.size, 'image')}" for one in table.rows)
     died = f"{table.failed[table.precision]} ran out of memory" if table.precision in table.failed else ""
     return (
         f"--global-batch-size {request.global_batch_size}: no such batch fits into {table.memory_limit_gib:.2f} GiB a "

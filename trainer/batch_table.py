@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.config import BatchRequest
 from trainer.events import SizeMeasured
+from trainer.markdown import format_count
 from trainer.record_format import Record
 
 # Of a worker's memory: evaluation, export and fragmentation are not in a trial.
@@ -245,9 +246,10 @@ def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:
     if request.global_batch_size == "knee" and knee.size < size:
         size, limit = knee.size, "throughput"
     reasons = {
-        "rows": f"set by the rows: {rows} images in at least {request.min_steps_per_epoch} steps an epoch",
+        "rows": f"set by the rows: {format_count(rows, 'image')} in at least "
+        f"{format_count(request.min_steps_per_epoch, 'step')} an epoch",
         "memory": f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker"
-        + (f", {failed} images ran out of it" if failed else "")
+        + (f", {format_count(failed, 'image')} ran out of it" if failed else "")
         + f"; {SAFETY_MARGIN:.0%} stay free",
         "throughput": "set by throughput",
     }
@@ -277,7 +279,9 @@ def find_bottlenecks(table: BatchTable, alone: SizeMeasured | None) -> list[str]
         return lines
     one, two = weak[0]
     gain = two.images_per_second / one.images_per_second
-    lines.append(f"from {one.size} to {two.size} images a replica throughput grows {gain:.2f} times, not about 2")
+    lines.append(
+        f"from {one.size} to {format_count(two.size, 'image')} a replica throughput grows {gain:.2f} times, not about 2"
+    )
     knee = table.knee
     input_share = 1 - knee.synthetic_seconds_per_step / knee.seconds_per_step
     if input_share > _THROUGHPUT_TOLERANCE:

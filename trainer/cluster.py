@@ -19,6 +19,7 @@ from ray._private.utils import get_num_cpus
 from trainer.address import find_cluster
 from trainer.errors import InputError, JobError
 from trainer.folders import hold_folder, keep_folder
+from trainer.markdown import format_count
 from trainer.signals import call_deferring_signals, defer_signals_of_start
 from trainer.storage import ANSWERED_VARIABLE
 
@@ -74,9 +75,9 @@ class Resources:
     @property
     def hardware(self) -> str:
         """The nodes in words."""
-        nodes = f"{self.num_nodes} node{'s' * (self.num_nodes > 1)}"
-        gpus = f", {self.num_gpus} GPUs" if self.num_gpus else ""
-        return f"{nodes}, {self.num_cpus:g} CPUs{gpus}, {self.devices}, {self.node_memory_gib:.0f} GiB a node"
+        nodes, cpus = format_count(self.num_nodes, "node"), format_count(self.num_cpus, "CPU")
+        gpus = f", {format_count(self.num_gpus, 'GPU')}" if self.num_gpus else ""
+        return f"{nodes}, {cpus}{gpus}, {self.devices}, {self.node_memory_gib:.0f} GiB a node"
 
 
 @contextlib.contextmanager
@@ -268,4 +269,4 @@ def read_resources(folder: str = "") -> Resources:
 def _name_devices(resources: Mapping[str, float], num_cpus: float) -> str:
     # Ray names each kind of GPU by a resource of its own.
     kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
-    return " ".join(kinds) or f"{num_cpus:g} cores"
+    return " ".join(kinds) or format_count(num_cpus, "core")

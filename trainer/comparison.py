@@ -4,6 +4,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from trainer.markdown import format_count
+
 # Rarer than this by chance is called a difference.
 _SIGNIFICANCE = 0.05
 
@@ -23,10 +25,11 @@ class Comparison(BaseModel):
     def describe(self, first: str, second: str) -> str:
         """Returns the verdict in words, given the names of the runs."""
         counts = f"{self.first_only} only {first} told right, {self.second_only} only {second}, p = {self.p_value:.2g}"
+        images = format_count(self.total, "image")
         if self.p_value >= _SIGNIFICANCE:
-            return f"not distinguishable on {self.total} images ({counts})"
+            return f"not distinguishable on {images} ({counts})"
         better, worse = (first, second) if self.first_only > self.second_only else (second, first)
-        return f"{better} is better than {worse} on {self.total} images ({counts})"
+        return f"{better} is better than {worse} on {images} ({counts})"
 
 
 def compare_predictions(first: pa.Table, second: pa.Table) -> Comparison:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainer.errors import InputError
+from trainer.markdown import shorten_digest
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -204,7 +205,12 @@ def find_differences(old: Model, new: Model) -> list[str]:
     """Returns ``field: old -> new`` of each field in which two configs differ."""
     new_values = new.model_dump()
     return [
-        f"{name}: {value} -> {new_values[name]}"
+        f"{name}: {describe_value(name, value)} -> {describe_value(name, new_values[name])}"
         for name, value in old.model_dump().items()
         if value != new_values[name]
     ]
+
+
+def describe_value(name: str, value: Any) -> str:
+    """Return the value of a field as notes and messages show it."""
+    return shorten_digest(value) if name == "dataset_fingerprint" else str(value)

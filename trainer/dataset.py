@@ -26,6 +26,7 @@ from data_prep.manifest import MANIFEST_NAME, DataFile, Manifest, SplitName, rea
 from trainer import storage
 from trainer.errors import InputError
 from trainer.folders import cache_folder
+from trainer.markdown import shorten_digest
 
 T = TypeVar("T")
 
@@ -136,8 +137,8 @@ def _read_data_file(dataset: str, file: DataFile) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != file.sha256:
         raise InputError(
-            f"{uri} has sha256 {digest}, the manifest says {file.sha256}; the dataset is "
-            "damaged or was changed: prepare it again with --overwrite"
+            f"{uri} has sha256 {shorten_digest(digest)}, the manifest says {shorten_digest(file.sha256)}; the dataset "
+            "is damaged or was changed: prepare it again with --overwrite"
         )
     return content
 

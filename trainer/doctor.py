@@ -15,6 +15,7 @@ from trainer import storage
 from trainer.cluster import Resources
 from trainer.errors import InputError
 from trainer.folders import cache_folder
+from trainer.markdown import format_count
 
 _PACKAGES = ("ray", "tensorflow", "tf_keras", "pyarrow", "s3fs")
 _PYTHON = ((3, 11), (3, 14))
@@ -197,7 +198,8 @@ def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: in
     ]
     found = [Finding(f"node {name}, {one.what}", one.found, one.mend) for one in wrong if one.mend]
     room = min(report.free_gib.values())
-    summary = f"tf.keras is {report.keras}, {report.gpus} GPUs, {room:.0f} GiB of disk, storage can be written"
+    seen = format_count(report.gpus, "GPU")
+    summary = f"tf.keras is {report.keras}, {seen}, {room:.0f} GiB of disk, storage can be written"
     return found or [Finding(f"node {name}", f"Python {report.python}, {summary}")]
 
 

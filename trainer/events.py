@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trainer.markdown import format_count
+
 _MOST_CHARACTERS = 8
 
 
@@ -36,7 +38,7 @@ class SourceListed:
         return bool(self.not_tried or self.left_behind or self.unused_tables or self.empty_classes)
 
     def __str__(self) -> str:
-        parts = [f"{self.images} files to read, {self.classes} classes"]
+        parts = [f"{format_count(self.images, 'file')} to read, {format_count(self.classes, 'class')}"]
         if self.not_tried:
             parts.append(f"no images by their names: {self.not_tried}")
         if self.left_behind:
@@ -58,7 +60,7 @@ class WorkersAwaited:
     """Since one was last heard of."""
 
     def __str__(self) -> str:
-        return f"waiting for room for {self.least} workers, {self.seconds:.0f} s since one was heard of"
+        return f"waiting for room for {format_count(self.least, 'worker')}, {self.seconds:.0f} s since one was heard of"
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ class RunStarted:
     def __str__(self) -> str:
         left_out = self.rows - self.steps_per_epoch * self.global_batch_size
         text = (
-            f"global batch {self.global_batch_size} = {self.num_replicas} replicas x {self.per_replica_batch_size}; "
-            f"{self.rows} images = {self.steps_per_epoch} steps an epoch"
+            f"global batch {self.global_batch_size} = {format_count(self.num_replicas, 'replica')} x "
+            f"{self.per_replica_batch_size}; {format_count(self.rows, 'image')} = "
+            f"{format_count(self.steps_per_epoch, 'step')} an epoch"
             + (f" + {left_out} left out (others each epoch)" if left_out else "")
-            + f"; {self.epochs} epochs = {self.epochs * self.steps_per_epoch} steps"
+            + f"; {format_count(self.epochs, 'epoch')} = {format_count(self.epochs * self.steps_per_epoch, 'step')}"
         )
         return text + (f"; continuing after epoch {self.finished_epochs}" if self.finished_epochs else "")
 
@@ -162,8 +165,9 @@ class StepProfiled:
     def __str__(self) -> str:
         slowest = ", ".join(f"{kind} {spent:.1f}" for kind, spent in self.slowest_ms)
         return (
-            f"profile of {self.steps} steps, ms a step: {self.step_ms:.1f} in all; input {self.input_ms:.1f}, "
-            f"all-reduce {self.all_reduce_ms:.1f}, compute {self.compute_ms:.1f} over all threads (most: {slowest}); "
+            f"profile of {format_count(self.steps, 'step')}, ms a step: {self.step_ms:.1f} in all; "
+            f"input {self.input_ms:.1f}, all-reduce {self.all_reduce_ms:.1f}, compute {self.compute_ms:.1f} over all "
+            f"threads (most: {slowest}); "
             f"{self.advice}"
         )
 

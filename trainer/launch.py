@@ -30,6 +30,7 @@ from trainer.events import BatchChosen, GlyphsMissing, OnEvent, RunStarted, Stag
 from trainer.folders import cache_folder
 from trainer.job import WorkerJob, WorkerResult
 from trainer.lease import hold_lease
+from trainer.markdown import format_count
 from trainer.notes import write_note
 from trainer.request import RunRequest, resolve
 from trainer.run_folder import RunFolder, RunRecord, RunResult, describe_run
@@ -211,8 +212,8 @@ def _check_fits(request: RunRequest, manifest: Manifest) -> None:
     rows, settings, given_size = manifest.splits["train"].rows, request.settings, request.batch.given_size
     if given_size is not None and given_size > rows:
         raise InputError(
-            f"--global-batch-size {given_size} is more than the {rows} train images of {request.dataset}; give {rows} "
-            "or less"
+            f"--global-batch-size {given_size} is more than the {format_count(rows, 'train image')} of "
+            f"{request.dataset}; give {rows} or less"
         )
     if settings.init_from and not storage.exists(settings.init_from):
         raise InputError(

@@ -18,10 +18,10 @@ def _format_row(cells: Sequence[object]) -> str:
     return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
 
 
-def format_count(number: int, noun: str) -> str:
+def format_count(number: float, noun: str) -> str:
     """Return a number and what it counts, such as ``1 run``, ``2 runs`` or ``2 classes``."""
-    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{number} {noun}{ending}"
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "sh", "tch")) else "s"
+    return f"{number:g} {noun}{ending}" if isinstance(number, float) else f"{number} {noun}{ending}"
 
 
 def shorten_digest(digest: str) -> str:

@@ -9,7 +9,7 @@ from trainer.architectures import ARCHITECTURES
 from trainer.config import TrainConfig, describe_rescaling, find_differences
 from trainer.errors import InputError, RecordError
 from trainer.evaluation_result import EvaluationResult
-from trainer.markdown import MOST_CLASSES, format_table
+from trainer.markdown import MOST_CLASSES, format_count, format_table
 from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 
 NOTEBOOK_NAME = "NOTES.md"
@@ -117,7 +117,7 @@ def describe_training(config: TrainConfig, steps: int) -> str:
     return (
         f"recipe {config.recipe}: {config.optimizer}, learning rate {config.peak_learning_rate:g} ({config.schedule}) "
         f"at global batch {config.global_batch_size} = {config.num_workers} x {config.per_replica_batch_size}, "
-        f"epochs={config.epochs}, {steps} steps, {config.precision}, seed {config.seed}"
+        f"epochs={config.epochs}, {format_count(steps, 'step')}, {config.precision}, seed {config.seed}"
         + (f"; {', '.join(used)}" if used else "")
     )
 
@@ -136,8 +136,8 @@ def _describe_dataset(run: RunFolder) -> str:
         return str(error)
     rows, size = {split: described.rows for split, described in manifest.splits.items()}, manifest.image_size
     return (
-        f"{rows['train']} training, {rows['val']} validation and {rows['test']} test images, "
-        f"{size}x{size}x{manifest.channels}, {manifest.num_classes} classes, from {manifest.source}"
+        f"{rows['train']} training, {rows['val']} validation and {format_count(rows['test'], 'test image')}, "
+        f"{size}x{size}x{manifest.channels}, {format_count(manifest.num_classes, 'class')}, from {manifest.source}"
     )
 
 
@@ -160,7 +160,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"{result.val}",
     ]
     if result.test is not None:
-        lines += ["", f"test: {result.test}; the test split has been read {run.count_test_reads()} times for this run"]
+        lines += ["", f"test: {result.test}; {run.describe_test_reads()}"]
     lines += [
         "",
         f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"

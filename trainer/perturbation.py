@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trainer.markdown import format_count
+
 _CELLS = 8
 _BLANKED_SHARE = 0.25
 _RANDOM_DRAWS = 8
@@ -46,7 +48,7 @@ class PerturbationTest:
         return (
             f"{self.method}: blanking the quarter of the image that it marks lowers the class's probability by "
             f"{self.marked_fall:.3f} on average, a random quarter by {self.random_fall:.3f}; more in {self.wins} of "
-            f"{self.images} images (sign test, p = {self.p_value:.2g}): {verdict}"
+            f"{format_count(self.images, 'image')} (sign test, p = {self.p_value:.2g}): {verdict}"
         )
 
 

@@ -15,6 +15,7 @@ from trainer import storage
 from trainer.config import BatchRequest
 from trainer.errors import InputError
 from trainer.inference import read_finished_run
+from trainer.markdown import format_count
 
 # Both fitted to three published figures: Horovod's ResNet-101 and VGG-16 on 512 GPUs, NVIDIA's ResNet-50 on eight.
 HIDDEN_SHARE = 0.6
@@ -154,8 +155,8 @@ def find_advice(workload: Workload, machines: Machines, predictions: list[Predic
     if last.steps_per_epoch < _LEAST_STEPS:
         fewer = workload.rows // (_LEAST_STEPS * workload.per_replica_batch_size)
         advice.append(
-            f"an epoch has {last.steps_per_epoch} steps only: {max(1, fewer)} workers are enough for "
-            f"{workload.rows} images"
+            f"an epoch has {format_count(last.steps_per_epoch, 'step')} only: {format_count(max(1, fewer), 'worker')} "
+            f"would do for {format_count(workload.rows, 'image')}"
         )
     twice = replace(workload, per_replica_batch_size=2 * workload.per_replica_batch_size)
     doubled = predict(twice, machines, last.workers)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from trainer import storage
 from trainer.comparison import compare_predictions
+from trainer.config import describe_value
 from trainer.errors import InputError
 from trainer.evaluation_result import EvaluationResult
 from trainer.html import render_page, to_data_uri
@@ -114,7 +115,10 @@ def _to_script_json(value: Any) -> str:
 
 
 def _describe(view: RunView) -> dict[str, Any]:
-    return {"name": view.name, "config": {name: str(value) for name, value in view.record.config.model_dump().items()}}
+    return {
+        "name": view.name,
+        "config": {name: describe_value(name, value) for name, value in view.record.config.model_dump().items()},
+    }
 
 
 def _view(run: StartedRun, runs: Sequence[StartedRun]) -> RunView:

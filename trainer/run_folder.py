@@ -43,6 +43,7 @@ from trainer.config import TrainConfig
 from trainer.errors import InputError, LeaseLostError, RecordError
 from trainer.evaluation_result import EvaluationResult
 from trainer.lease import Lease
+from trainer.markdown import format_count
 from trainer.record_format import Record
 
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
@@ -295,6 +296,10 @@ class RunFolder:
     def count_test_reads(self) -> int:
         """Returns how often the test split has been evaluated: each time makes its number less honest."""
         return len(storage.find_files(self.path("test_reads")))
+
+    def describe_test_reads(self) -> str:
+        """Return how often the test split has been evaluated, in words."""
+        return f"the test split has been read {format_count(self.count_test_reads(), 'time')} for this run"
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """Writes ``metrics.parquet`` anew."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from trainer.errors import InputError
+from trainer.markdown import format_count
 from trainer.record_format import Record
 from trainer.request import OPTIONS
 
@@ -167,7 +168,7 @@ class Study(Record):
     @property
     def caveats(self) -> list[str]:
         """What was held fixed: the conclusions hold for these values only."""
-        budget = f"{self.epochs} epochs" if self.epochs else f"{self.steps} steps"
+        budget = format_count(self.epochs, "epoch") if self.epochs else format_count(self.steps or 0, "step")
         return [*(f"{name} = {value}" for name, value in self.base.items()), f"budget = {budget} a trial"]
 
 
@@ -220,7 +221,8 @@ def find_warnings(study: Study) -> list[str]:
     # Tuning playbook, "what are the update rules ... and how should they be tuned".
     least_trials = {"base_learning_rate": 1, "beta_1": 10, "epsilon": 25, "beta_2": 50}
     return [
-        f"{one.label} is worth tuning from {least_trials[one.name]} trials a scientific value, there are {per_value}"
+        f"{one.label} is worth tuning from {format_count(least_trials[one.name], 'trial')} a scientific value, "
+        f"there are {per_value}"
         for one in study.parameters
         if one.role == "nuisance" and per_value < least_trials.get(one.name, 0)
     ]
@@ -306,7 +308,8 @@ def _find_problem(study: Study, parameters: list[Parameter]) -> str:
     if study.algorithm == "grid":
         size = math.prod(_grid_size(one) for one in parameters)
         if study.trials > size:
-            return f"trials: the grid has {size} points, not {study.trials}; more points a range, or fewer trials"
+            points = format_count(size, "point")
+            return f"trials: the grid has {points}, not {study.trials}; more points a range, or fewer trials"
     return ""
 
 

@@ -7,7 +7,7 @@ from trainer.comparison import compare_predictions
 from trainer.errors import DamagedError
 from trainer.evaluation_result import describe_accuracy
 from trainer.html import Section, Table, render_sections
-from trainer.markdown import format_table
+from trainer.markdown import format_count, format_table
 from trainer.options import format_value
 from trainer.plots import to_png
 from trainer.study import Study
@@ -40,7 +40,8 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
         storage.write_bytes(folder.path("plots", f"{name}.png"), content)
     sections = [one for one in _describe(folder, study, trials) if not one.picture or one.picture in plots]
     ended = sum(one.ended and one.kind == "search" for one in trials)
-    subtitle = f"{ended} of {study.trials} trials, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
+    of_all = f"{ended} of {format_count(study.trials, 'trial')}"
+    subtitle = f"{of_all}, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
     page = render_sections(study.goal, subtitle, sections, plots)
     markdown = _format_markdown(study.goal, subtitle, sections)
     for name, text in (("study.md", markdown), ("study.html", page)):

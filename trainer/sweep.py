@@ -24,6 +24,7 @@ from trainer.config import TrainConfig
 from trainer.errors import BatchError, InputError, JobError
 from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, StudyTrialEnded
 from trainer.lease import Lease, hold_lease
+from trainer.markdown import format_count
 from trainer.options import format_command, format_value
 from trainer.request import parse_request
 from trainer.run_folder import RunFolder, RunInterruption
@@ -64,12 +65,12 @@ class StudyPlan:
         lines = [
             f"goal: {self.goal}",
             f"scientific: {'; '.join(self.scientific) or 'none'}",
-            f"nuisance ({len(self.nuisance)} dimensions): {'; '.join(self.nuisance) or 'none'}",
-            f"{self.trials_left} of {self.trials} trials to run, {self.trials_per_value:g} a scientific value, "
-            f"{self.concurrency} at once",
+            f"nuisance ({format_count(len(self.nuisance), 'dimension')}): {'; '.join(self.nuisance) or 'none'}",
+            f"{self.trials_left} of {format_count(self.trials, 'trial')} to run, {self.trials_per_value:g} a "
+            f"scientific value, {self.concurrency} at once",
         ]
         if self.predicted_seconds is not None:
-            lines.append(f"predicted: {math.ceil(self.predicted_seconds / 60)} minutes")
+            lines.append(f"predicted: {format_count(math.ceil(self.predicted_seconds / 60), 'minute')}")
         return "\n".join(lines)
 
 
@@ -123,8 +124,9 @@ def find_concurrency(study: Study, resources: Resources) -> int:
         return max(1, places // num_workers)
     if resources.num_gpus and study.concurrency * num_workers > places:
         raise InputError(
-            f"concurrency: {study.concurrency} trials at once x {num_workers} workers need "
-            f"{study.concurrency * num_workers} GPUs, the cluster has {places}; give {places // num_workers} or less"
+            f"concurrency: {format_count(study.concurrency, 'trial')} at once x {format_count(num_workers, 'worker')} "
+            f"need {format_count(study.concurrency * num_workers, 'GPU')}, the cluster has {places}; "
+            f"give {places // num_workers} or less"
         )
     return study.concurrency
 
@@ -314,7 +316,12 @@ class _Sweep:
                 continue
             if self._search.report(one.trial.index, epoch, one.last_objective):
                 ray.kill(running.pop(references[0]).actor)
-                self._finish(one, _end_without_result(one.trial, "stopped", f"worse than others after {epoch} epochs"))
+                self._finish(
+                    one,
+                    _end_without_result(
+                        one.trial, "stopped", f"worse than others after {format_count(epoch, 'epoch')}"
+                    ),
+                )
 
     def _end(self, one: _Running, reference: Any) -> None:
         try:

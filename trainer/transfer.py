@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from trainer import checkpoint as checkpoints
 from trainer import storage
 from trainer.errors import InputError
+from trainer.markdown import format_count
 
 HEAD = "logits"
 # What `tf_keras.applications` calls the last layer of the networks whose weight files are read here.
@@ -37,7 +38,8 @@ class Transfer:
 
     def __str__(self) -> str:
         kept = f"; at random: {', '.join(self.initialised)}" if self.initialised else ""
-        return f"{len(self.loaded)} layers start from other weights, {self.loaded[0]} to {self.loaded[-1]}{kept}"
+        loaded = format_count(len(self.loaded), "layer")
+        return f"{loaded} with weights from elsewhere, {self.loaded[0]} to {self.loaded[-1]}{kept}"
 
 
 def read_weights(location: str) -> LayerWeights:

@@ -24,6 +24,7 @@ from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedE
 from trainer.events import OnEvent, StageProgressed, WorkersAwaited, ignore_event
 from trainer.folders import hold_folder
 from trainer.local_worker import run_process
+from trainer.markdown import format_count
 from trainer.processes import end_with, this_process
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def parse_num_workers(num_workers: str, resources: Resources) -> WorkerCount:
     free = max(least, resources.free_gpus)
     if gpus and least > gpus:
         raise InputError(
-            f"--num-workers {num_workers} needs {least} GPUs, the cluster has {gpus}; give {gpus} or less, or auto, or "
-            "--wait SECONDS for more"
+            f"--num-workers {num_workers} needs {format_count(least, 'GPU')}, the cluster has {gpus}; give {gpus} or "
+            "less, or auto, or --wait SECONDS for more"
         )
     return WorkerCount(least, min(most, free) if gpus else most, most)
 
@@ -147,8 +148,8 @@ def _find_shortage(num_workers: str, resources: Resources) -> InputError | None:
         # Ray rounds fractions of a core.
         if needed > has + 0.001:
             return InputError(
-                f"--num-workers {num_workers} needs {needed:g} {name}s, {has:g} of {total[name]:g} are free; wait for "
-                "the jobs that use them, or give --wait SECONDS"
+                f"--num-workers {num_workers} needs {format_count(needed, name)}, {has:g} of {total[name]:g} are free; "
+                "wait for the jobs that use them, or give --wait SECONDS"
             )
     return None
 
@@ -252,8 +253,8 @@ def run_workers(
     except TrainingFailedError as error:
         if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             raise JobError(
-                f"{workers.least} workers found no room: {read_resources().hardware}; start nodes or wait for other "
-                "jobs to end, or give a smaller --num-workers or a range, MIN:MAX"
+                f"{format_count(workers.least, 'worker')} found no room: {read_resources().hardware}; start nodes or "
+                "wait for other jobs to end, or give a smaller --num-workers or a range, MIN:MAX"
             ) from error
         causes = _find_causes(error)
         for cause in causes:

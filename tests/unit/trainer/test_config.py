@@ -132,6 +132,11 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_those_that_can(batch, su
         check_shares(batch, 2)
 
 
+def test_of_a_fingerprint_the_first_digits_are_shown():
+    old, new = (validate(TrainConfig, {**REQUIRED, "dataset_fingerprint": digit * 64}) for digit in "ab")
+    assert find_differences(old, new) == [f"dataset_fingerprint: {'a' * 12} -> {'b' * 12}"]
+
+
 def test_equal_configs_have_no_differences():
     assert find_differences(validate(TrainConfig, REQUIRED), validate(TrainConfig, REQUIRED)) == []
 

@@ -21,6 +21,11 @@ STARTED = {
             "global batch 20 = 2 replicas x 10; 66 images = 3 steps an epoch + 6 left out (others each epoch); "
             "2 epochs = 6 steps",
         ),
+        (
+            {"num_replicas": 1, "per_replica_batch_size": 1, "global_batch_size": 1, "rows": 1, "steps_per_epoch": 1}
+            | {"epochs": 1},
+            "global batch 1 = 1 replica x 1; 1 image = 1 step an epoch; 1 epoch = 1 step",
+        ),
         ({"rows": 60}, "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps"),
         (
             {"rows": 60, "finished_epochs": 1},

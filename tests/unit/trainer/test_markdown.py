@@ -24,6 +24,8 @@ def test_a_cell_cannot_break_the_table():
         (1, "class", "1 class"),
         (3, "class", "3 classes"),
         (2, "batch", "2 batches"),
+        (1.0, "CPU", "1 CPU"),
+        (1.5, "CPU", "1.5 CPUs"),
     ],
 )
 def test_one_of_a_thing_is_singular(number, noun, text):

@@ -76,7 +76,7 @@ def test_another_number_of_classes_gets_a_new_head_on_the_same_trunk(written):
     head = other.get_layer("logits").get_weights()
     transfer = transfer_weights(other, read_weights(written(one)))
     assert transfer.initialised == ["logits"]
-    assert str(transfer) == "15 layers start from other weights, block1_conv1 to fc2; at random: logits"
+    assert str(transfer) == "15 layers with weights from elsewhere, block1_conv1 to fc2; at random: logits"
     np.testing.assert_allclose(features(other, images()), features(one, images()), rtol=1e-5)
     np.testing.assert_array_equal(other.get_layer("logits").get_weights()[0], head[0])
 
