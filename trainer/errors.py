@@ -37,7 +37,14 @@ class LeaseLostError(JobError):
 
 
 class WorkerDiedError(Exception):
-    """The process of a worker is gone without an answer."""
+    """The process of a worker is gone without an answer; the message says which one and how."""
+
+    def __init__(self, message: str, log: str = "", tail: bytes = b"") -> None:
+        super().__init__(message)
+        self.log = log
+        """Host and path of what it printed; empty where that is lost, too."""
+        self.tail = tail
+        """The end of it."""
 
 
 class WorkersFailedError(Exception):

@@ -90,6 +90,75 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class WorkerSilent:
+    """A worker stands still, or the way to it is broken; the others wait for it."""
+
+    worker: str
+    """Which one, in words."""
+    seconds: float
+    """Since it was last heard of."""
+
+    def __str__(self) -> str:
+        return f"nothing heard of {self.worker} for {self.seconds:.0f} s; training waits for it"
+
+
+@dataclass(frozen=True)
+class WorkerHeardAgain:
+    """A worker that was silent goes on."""
+
+    worker: str
+    """Which one, in words."""
+    seconds: float
+    """For which nothing was heard of it."""
+
+    def __str__(self) -> str:
+        return f"{self.worker} is heard of again, after {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class WorkersLost:
+    """Workers died or failed; all are started again."""
+
+    reason: str
+    """Which ones, and how."""
+    log: str
+    """Host and path of what the first of them printed; empty where that is lost, too."""
+    tail: bytes
+    """The end of it."""
+    failures: int
+    """With this one."""
+    max_failures: int
+
+    def __str__(self) -> str:
+        log = f"; what it printed: {self.log}" if self.log else ""
+        return (
+            f"{self.reason}{log}\nthe workers start again from the last checkpoint: failure {self.failures} of the "
+            f"{self.max_failures} that --max-failures allows"
+        )
+
+
+@dataclass(frozen=True)
+class AttemptStarted:
+    """The workers have started once more and go on."""
+
+    attempt: int
+    """2 and more."""
+    step: int
+    """Optimizer steps that need not be taken again."""
+    epoch: int
+    """In which it goes on."""
+    num_workers: int
+    previous_num_workers: int = 0
+    """In the attempt before; 0 where that is not known."""
+
+    def __str__(self) -> str:
+        workers = f"{self.num_workers} worker{'s' * (self.num_workers > 1)}"
+        if self.previous_num_workers not in (0, self.num_workers):
+            workers += f" in place of {self.previous_num_workers}"
+        return f"attempt {self.attempt} goes on after step {self.step}, in epoch {self.epoch}, with {workers}"
+
+
+@dataclass(frozen=True)
 class WeightsTransferred:
     """The network does not start from random weights alone."""
 
@@ -256,6 +325,10 @@ Event = (
     StageProgressed
     | SourceListed
     | WorkersAwaited
+    | WorkerSilent
+    | WorkerHeardAgain
+    | WorkersLost
+    | AttemptStarted
     | RunStarted
     | WeightsTransferred
     | EpochFinished

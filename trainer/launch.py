@@ -24,16 +24,26 @@ from trainer.cluster import Resources
 from trainer.config import TrainConfig, describe_rescaling, find_differences, replace_values, resize_batch
 from trainer.dataset import load_manifest
 from trainer.diagnostics import find_symptoms
-from trainer.errors import InputError, JobError, WorkersFailedError
+from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.evaluation_result import summarise
-from trainer.events import BatchChosen, GlyphsMissing, OnEvent, RunStarted, StageProgressed, ignore_event
+from trainer.events import (
+    AttemptStarted,
+    BatchChosen,
+    Event,
+    GlyphsMissing,
+    OnEvent,
+    RunStarted,
+    StageProgressed,
+    WorkersLost,
+    ignore_event,
+)
 from trainer.folders import cache_folder
 from trainer.job import WorkerJob, WorkerResult
 from trainer.lease import hold_lease
 from trainer.markdown import format_count
 from trainer.notes import write_note
 from trainer.request import RunRequest, resolve
-from trainer.run_folder import RunFolder, RunRecord, RunResult, describe_run
+from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
 from trainer.signals import failure_reason, received_signal
 from trainer.tracking import log_to_mlflow
 from trainer.workers import WorkerCount, needs_cluster, parse_num_workers, run_workers
@@ -358,6 +368,7 @@ def launch(
     on_event(describe_steps(resized, manifest, finished_epochs=last.epoch if last else 0))
     on_event(StageProgressed("starting workers", 0, num_workers))
     job = WorkerJob(config, manifest, run.uri, run.lease, trackers, profile_steps, largest_per_replica, ignore_event)
+    _record_lost_job(run)
     run.delete_interruption()
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:
@@ -370,6 +381,20 @@ def launch(
     except (InputError, JobError) as error:
         _record_failure(run, error)
         raise
+
+
+def _record_lost_job(run: RunFolder) -> None:
+    """Write how the attempt before this job ended, unless that is written already."""
+    attempt = run.find_latest_attempt()
+    if not attempt or attempt in [loss.attempt for loss in run.read_losses()]:
+        return
+    match run.read_ending():
+        case RunInterruption(status="interrupted", reason=reason):
+            run.record_loss(f"its job was interrupted by {reason}")
+        case RunInterruption(status=status, reason=reason):
+            run.record_loss(f"its job ended as {status}: {reason}")
+        case None:
+            run.record_loss("its job ended without a word: it was killed, or its machine was lost")
 
 
 def _record_failure(run: RunFolder, error: InputError | JobError) -> None:
@@ -411,12 +436,26 @@ def _run_workers(
 
         return train_worker(replace(job, send_event=send_event))
 
-    run = RunFolder(job.run)
+    num_workers = workers.now
+
+    def record(event: Event) -> None:
+        nonlocal num_workers
+        if isinstance(event, WorkersLost):
+            run.record_loss(event.reason, event.tail)
+        elif isinstance(event, AttemptStarted):
+            run.record_next_step(event.step)
+            event, num_workers = replace(event, previous_num_workers=num_workers), event.num_workers
+        on_event(event)
+
+    run = RunFolder(job.run, job.lease)
     try:
         result: WorkerResult = run_workers(
-            train, run.name, workers, resources, max_failures=max_failures, on_event=on_event
+            train, run.name, workers, resources, max_failures=max_failures, on_event=record
         )
     except WorkersFailedError as error:
+        for cause in error.causes:
+            if isinstance(cause, WorkerDiedError):
+                run.record_loss(str(cause), cause.tail)
         raise JobError(f"run {run.name}: {error}; the same command continues it from its last checkpoint") from error
     return result
 
@@ -462,6 +501,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         steps=last.step,
         attempts=worker_result.attempts,
         recoveries=tuple(run.read_recoveries()),
+        lost_attempts=tuple(run.read_losses()),
         layers=worker_result.layers,
         findings=find_symptoms(last.history, val, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,

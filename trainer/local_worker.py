@@ -5,11 +5,13 @@ Ray Train's local mode trains in it, so the function sees the same world as on a
 
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from ray import cloudpickle
 from trainer.cluster import WORKER_ENVIRONMENT
 from trainer.errors import InputError, JobError, WorkerDiedError
 from trainer.events import OnEvent
+from trainer.pulse import Pulse, Watch, describe_signal, keep_pulse, read_traces
 
 _LOG_NAME = "worker.log"
+_POLL_SECONDS = 1.0
 
 
 def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEvent) -> Any:
@@ -35,6 +39,7 @@ def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEve
         RuntimeError: the function raised something else, which the message names.
         WorkerDiedError: the process has ended without an answer.
     """
+    watch = Watch(on_event)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(cloudpickle.dumps(function), folder, sender), daemon=True)
@@ -43,8 +48,13 @@ def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEve
     sender.close()
     try:
         while True:
+            if not receiver.poll(_POLL_SECONDS):
+                watch.look()
+                continue
             kind, value = cloudpickle.loads(receiver.recv_bytes())
-            if kind == "event":
+            if kind == "pulse":
+                watch.hear(value)
+            elif kind == "event":
                 on_event(value)
             elif kind == "error":
                 raise value
@@ -52,16 +62,19 @@ def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEve
                 return value
     except EOFError:
         process.join()
-        raise WorkerDiedError(_describe_end(process.exitcode or 0, folder)) from None
+        raise _describe_end(process, watch.last_of(0), folder) from None
     finally:
         process.kill()
         process.join()
         receiver.close()
 
 
-def _describe_end(exit_code: int, folder: str) -> str:
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    return f"the worker {how}; what it printed is in {Path(folder, _LOG_NAME)}"
+def _describe_end(process: SpawnProcess, pulse: Pulse | None, folder: str) -> WorkerDiedError:
+    log = str(Path(folder, _LOG_NAME))
+    traces, code = read_traces(log), process.exitcode or 0
+    how = f"ended with exit code {code}" if code >= 0 else describe_signal(signal.Signals(-code).name, pulse, traces)
+    worker = pulse or f"worker 0 (process {process.pid})"
+    return WorkerDiedError(f"{worker} {how}", f"{platform.node()}:{log}", traces.tail)
 
 
 def _main(content: bytes, folder: str, sender: Connection) -> None:
@@ -83,6 +96,7 @@ def _main(content: bytes, folder: str, sender: Connection) -> None:
         with lock:
             sender.send_bytes(message)
 
+    keep_pulse(lambda pulse: send("pulse", pulse), rank=0)
     try:
         send("result", _train(cloudpickle.loads(content), lambda event: send("event", event)))
     except (InputError, JobError, MemoryError) as error:

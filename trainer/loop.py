@@ -25,7 +25,14 @@ from trainer.config import TrainConfig, resize_batch
 from trainer.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.devices import peak_memory_gib, share_devices
 from trainer.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
-from trainer.events import CheckpointsSetAside, EpochFinished, StageProgressed, StepProfiled, WeightsTransferred
+from trainer.events import (
+    AttemptStarted,
+    CheckpointsSetAside,
+    EpochFinished,
+    StageProgressed,
+    StepProfiled,
+    WeightsTransferred,
+)
 from trainer.export import write_exports
 from trainer.job import WorkerJob, WorkerResult
 from trainer.layers import format_layers
@@ -75,6 +82,8 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     config = resize_batch(job.config, num_workers, job.largest_per_replica)
     attempt = broadcast_from_rank_zero(run.start_attempt() if rank == 0 else None)
     last = broadcast_from_rank_zero(_find_last(job, run) if rank == 0 else None)
+    if rank == 0 and attempt > 1:
+        job.send_event(_describe_attempt(attempt, last, config))
     training = _Training(job, run, config, rank, attempt, last)
     reason = training.run()
 
@@ -121,6 +130,14 @@ def _tell_of_damage(job: WorkerJob, run: RunFolder, damaged: list[str], instead:
         event = CheckpointsSetAside(tuple(damaged), instead)
         run.record_recovery(str(event))
         job.send_event(event)
+
+
+def _describe_attempt(attempt: int, last: Checkpoint | None, config: TrainConfig) -> AttemptStarted:
+    if last is None:
+        return AttemptStarted(attempt, step=0, epoch=1, num_workers=config.num_workers)
+    return AttemptStarted(
+        attempt, step=last.step, epoch=min(last.epoch + 1, config.epochs), num_workers=config.num_workers
+    )
 
 
 class _Training:

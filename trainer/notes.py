@@ -12,6 +12,8 @@ from trainer.evaluation_result import EvaluationResult
 from trainer.markdown import MOST_CLASSES, format_count, format_table
 from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 
+# That a note lists; result.json has all.
+_MOST_LOSSES = 10
 NOTEBOOK_NAME = "NOTES.md"
 _CONTINUES = "the same command continues"
 # In the sentence before the other options, in another part of the note, or of no effect on what is learned.
@@ -167,6 +169,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
         *(f"\nrecovered at {recovery}" for recovery in result.recoveries),
+        *_format_losses(result),
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]
@@ -180,6 +183,13 @@ def _format_classes(val: EvaluationResult) -> list[str]:
         lines = ["", *confused, "", f"lowest shares right of {len(val.per_class)} classes; result.json has all:"]
     counts = [(one.name, one.correct, one.total) for one in val.listed]
     return [*lines, "", *format_table(("class", "right", "of"), counts)]
+
+
+def _format_losses(result: RunResult) -> list[str]:
+    """Return why the run took more than one attempt."""
+    lost = result.lost_attempts
+    more = [f"\n{len(lost) - _MOST_LOSSES} more attempts were lost: result.json"] if len(lost) > _MOST_LOSSES else []
+    return [*(f"\n{one}" for one in lost[:_MOST_LOSSES]), *more]
 
 
 def _format_batch(record: RunRecord) -> list[str]:

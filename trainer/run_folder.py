@@ -5,6 +5,7 @@ STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used wh
 STORAGE/RUN/lease.json       which job works here; gone when none does
 STORAGE/RUN/attempts/        one small file each time the workers start
 STORAGE/RUN/recoveries/      one small file each time the run went on though something was lost or damaged
+STORAGE/RUN/losses/          one LostAttempt each time the workers were lost, and the end of what they printed
 STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
 STORAGE/RUN/metrics.parquet  one row an epoch
 STORAGE/RUN/steps.parquet    one row an optimizer step
@@ -85,10 +86,35 @@ class RunRecord(Record):
     started: datetime
 
 
+class LostAttempt(Record):
+    """Why the workers of a run had to start again."""
+
+    attempt: int
+    """The last that had begun."""
+    ended: datetime
+    reason: str
+    """Which worker, and how it ended."""
+    log: str = ""
+    """The end of what it printed, a file of the run folder; empty where that is lost, too."""
+    next_step: int | None = None
+    """Optimizer steps that the next attempt went on after; None where none has."""
+
+    def __str__(self) -> str:
+        log = f" ({self.log})" if self.log else ""
+        went_on = "" if self.next_step is None else f"; the run went on after step {self.next_step}"
+        return f"attempt {self.attempt} was lost: {self.reason}{log}{went_on}"
+
+
 class RunResult(Record):
     """What ``result.json`` holds."""
 
-    ADDED: ClassVar[Mapping[str, Any]] = {"recoveries": (), "layers": "", "findings": (), "weights_crc32": ()}
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "lost_attempts": (),
+        "recoveries": (),
+        "layers": "",
+        "findings": (),
+        "weights_crc32": (),
+    }
 
     status: Literal["completed", "diverged"]
     reason: str = ""
@@ -104,6 +130,8 @@ class RunResult(Record):
     attempts: int
     recoveries: tuple[str, ...]
     """What the run has gone on from though something was lost or damaged, one line each."""
+    lost_attempts: tuple[LostAttempt, ...] = ()
+    """Those that did not end by themselves."""
     layers: str
     """The network, as code."""
     findings: list[str]
@@ -167,7 +195,7 @@ class RunFolder:
         """
         if self.lease is not None:
             self.lease.check()
-        if self._attempt and (latest := self._find_latest_attempt()) > self._attempt:
+        if self._attempt and (latest := self.find_latest_attempt()) > self._attempt:
             raise LeaseLostError(
                 f"attempt {self._attempt} at run {self.name} writes no more: attempt {latest} has started"
             )
@@ -255,6 +283,37 @@ class RunFolder:
         self.check_owner()
         storage.delete_file(self.path("result.json"))
 
+    def record_loss(self, reason: str, tail: bytes = b"") -> None:
+        """Record that the workers were lost, and the end of what one of them printed."""
+        name = f"{max(self._read_numbered_losses(), default=0) + 1:04d}"
+        if tail:
+            self.write(tail, "losses", f"{name}.log")
+        log = f"losses/{name}.log" if tail else ""
+        loss = LostAttempt(attempt=self.find_latest_attempt(), ended=datetime.now(UTC), reason=reason, log=log)
+        self.write(loss.to_json(), "losses", f"{name}.json")
+
+    def record_next_step(self, step: int) -> None:
+        """Record after how many steps the run has gone on since it was lost, where that is not recorded yet."""
+        for number, loss in self._read_numbered_losses().items():
+            if loss is not None and loss.next_step is None:
+                updated = loss.model_copy(update={"next_step": step})
+                self.write(updated.to_json(), "losses", f"{number:04d}.json")
+
+    def read_losses(self) -> list[LostAttempt]:
+        """Return why the workers had to start again, each time; without those that cannot be read."""
+        return [loss for loss in self._read_numbered_losses().values() if loss is not None]
+
+    def _read_numbered_losses(self) -> dict[int, LostAttempt | None]:
+        losses: dict[int, LostAttempt | None] = {}
+        for name in sorted(storage.find_files(self.path("losses"))):
+            number, _, suffix = name.partition(".")
+            if suffix == "json" and number.isdecimal():
+                try:
+                    losses[int(number)] = LostAttempt.parse(storage.read_bytes(self.path("losses", name)), name)
+                except RecordError:
+                    losses[int(number)] = None
+        return losses
+
     def start_attempt(self) -> int:
         """Record that the workers have started and return how often they have, this time included.
 
@@ -265,14 +324,15 @@ class RunFolder:
         """
         self.check_owner()
         content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node(), "pid": os.getpid()})
-        attempt = 1 + max(self._find_latest_attempt(), checkpoints.find_latest_attempt(self.checkpoints))
+        attempt = 1 + max(self.find_latest_attempt(), checkpoints.find_latest_attempt(self.checkpoints))
         # Workers of a job that has lost the run may start at the same moment.
         while not storage.create_file(self.path("attempts", f"{attempt:04d}.json"), content.encode()):
             attempt += 1
         self._attempt = attempt
         return attempt
 
-    def _find_latest_attempt(self) -> int:
+    def find_latest_attempt(self) -> int:
+        """Return the number of the attempt that began last; 0 before the first."""
         names = storage.find_files(self.path("attempts"))
         return max((int(name.partition(".")[0]) for name in names), default=0)
 

@@ -21,7 +21,7 @@ import ray
 
 from trainer.cluster import Resources, read_resources, request_nodes
 from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
-from trainer.events import OnEvent, StageProgressed, WorkersAwaited, ignore_event
+from trainer.events import OnEvent, StageProgressed, WorkersAwaited, WorkersLost, ignore_event
 from trainer.folders import hold_folder
 from trainer.local_worker import run_process
 from trainer.markdown import format_count
@@ -282,6 +282,7 @@ def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_fai
         except WorkerDiedError as error:
             if failures == max_failures:
                 raise WorkersFailedError([error]) from error
+            on_event(WorkersLost(str(error), error.log, error.tail, failures + 1, max_failures))
         except (InputError, JobError):
             raise
         except Exception as error:

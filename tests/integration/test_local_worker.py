@@ -2,9 +2,12 @@
 
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -12,9 +15,10 @@ import pytest
 
 from tests.conftest import REPOSITORY, last_state, run_job
 from trainer import checkpoint as checkpoints
+from trainer import pulse
 from trainer.cluster import read_machine
 from trainer.errors import InputError, WorkerDiedError
-from trainer.events import StageProgressed
+from trainer.events import StageProgressed, WorkerHeardAgain, WorkerSilent
 from trainer.local_worker import run_process
 from trainer.notes import describe_unfinished
 from trainer.run_folder import RunFolder
@@ -69,7 +73,16 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options
     os.kill(worker_pid(run), signal.SIGKILL)
     errors = job.communicate(timeout=120)[1]
     assert job.returncode == 0, errors
-    assert run.read_result().attempts == 2
+    worker = f"worker 0 (process {worker_pid(run)} on {platform.node()}) was killed by SIGKILL"
+    assert re.search(rf"{re.escape(worker)}.*; what it printed: {platform.node()}:/.*/worker\.log\n", errors)
+    assert "failure 1 of the 3 that --max-failures allows" in errors
+    went_on = re.search(r"attempt 2 goes on after step (\d+), in epoch \d+, with 1 worker\n", errors)
+    result = run.read_result()
+    assert result.attempts == 2
+    (lost,) = result.lost_attempts
+    assert (lost.attempt, lost.next_step) == (1, int(went_on[1]))
+    assert lost.reason.startswith(worker)
+    assert str(lost) in Path(run.path("note.md")).read_text()
     assert last_state(run) == last_state(undisturbed)
 
 
@@ -126,8 +139,9 @@ def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):
     os.kill(worker_pid(run), signal.SIGKILL)
     errors = job.communicate(timeout=60)[1]
     assert job.returncode == 1
-    assert "the worker was killed by SIGKILL" in errors
+    assert f"worker 0 (process {worker_pid(run)} on {platform.node()}) was killed by SIGKILL" in errors
     assert "the same command continues it" in errors
+    assert [lost.attempt for lost in run.read_losses()] == [1]
 
 
 def test_events_arrive_in_order_before_the_result(tmp_path):
@@ -166,5 +180,33 @@ def test_another_error_is_named_here_and_whole_in_the_log(tmp_path):
 
 
 def test_a_process_that_exits_is_an_error(tmp_path):
-    with pytest.raises(WorkerDiedError, match=r"ended with exit code 3; .*worker\.log"):
-        run_process(lambda send_event: os._exit(3), str(tmp_path), print)
+    def leave(send_event):
+        print("last words", flush=True)
+        os._exit(3)
+
+    with pytest.raises(WorkerDiedError, match=r"worker 0 \(process \d+ .*ended with exit code 3") as raised:
+        run_process(leave, str(tmp_path), print)
+    assert raised.value.log == f"{platform.node()}:{tmp_path / 'worker.log'}"
+    assert raised.value.tail.endswith(b"last words\n")
+
+
+def test_a_worker_that_stands_still_is_told_of_and_goes_on(tmp_path, monkeypatch):
+    # Longer than the worker takes from one sign of life to the next.
+    monkeypatch.setattr(pulse, "_SILENCE_SECONDS", 4.0)
+    events = []
+
+    def stand_still(send_event):
+        send_event(StageProgressed("counting", os.getpid(), 0))
+        time.sleep(1)
+        return "went on"
+
+    def watch(event):
+        events.append(event)
+        if isinstance(event, StageProgressed):
+            os.kill(event.done, signal.SIGSTOP)
+        elif isinstance(event, WorkerSilent):
+            os.kill(events[0].done, signal.SIGCONT)
+
+    assert run_process(stand_still, str(tmp_path), watch) == "went on"
+    assert [type(event) for event in events] == [StageProgressed, WorkerSilent, WorkerHeardAgain]
+    assert events[1].worker == f"worker 0 (process {events[0].done} on {platform.node()})"

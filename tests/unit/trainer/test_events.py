@@ -1,6 +1,15 @@
 import pytest
 
-from trainer.events import EpochFinished, GlyphsMissing, RunStarted, SourceListed
+from trainer.events import (
+    AttemptStarted,
+    EpochFinished,
+    GlyphsMissing,
+    RunStarted,
+    SourceListed,
+    WorkerHeardAgain,
+    WorkerSilent,
+    WorkersLost,
+)
 
 STARTED = {
     "global_batch_size": 20,
@@ -69,3 +78,26 @@ def test_what_was_left_out_of_a_source_is_one_line():
         "5 files to read, 2 classes; no images by their names: 3 .txt; passed over: 1 Thumbs.db; "
         "left out, without an image: owl; classes are taken from the folders, not from labels.csv"
     )
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (WorkerSilent("worker 1", 12.3), "nothing heard of worker 1 for 12 s; training waits for it"),
+        (WorkerHeardAgain("worker 1", 21.0), "worker 1 is heard of again, after 21 s"),
+        (
+            WorkersLost("worker 1 was killed by SIGKILL", "a:/x/1.err", b"", 2, 3),
+            "worker 1 was killed by SIGKILL; what it printed: a:/x/1.err\nthe workers start again from the last "
+            "checkpoint: failure 2 of the 3 that --max-failures allows",
+        ),
+        (
+            WorkersLost("worker 1 was lost with its node", "", b"", 1, 1),
+            "worker 1 was lost with its node\nthe workers start again from the last checkpoint: failure 1 of the 1 "
+            "that --max-failures allows",
+        ),
+        (AttemptStarted(2, 30, 3, 2, 2), "attempt 2 goes on after step 30, in epoch 3, with 2 workers"),
+        (AttemptStarted(2, 30, 3, 1, 3), "attempt 2 goes on after step 30, in epoch 3, with 1 worker in place of 3"),
+    ],
+)
+def test_what_is_told_of_lost_workers(event, text):
+    assert str(event) == text

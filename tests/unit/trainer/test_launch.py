@@ -275,3 +275,24 @@ def test_a_refused_run_begins_anew_with_another_option(plan, tmp_path, monkeypat
         launch(plan(run, epochs=3), run, ONE_MACHINE)
     assert run.read_record().config.epochs == 3
     assert run.read_ending() is None
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        (None, "its job ended without a word: it was killed, or its machine was lost"),
+        (("interrupted", "SIGTERM"), "its job was interrupted by SIGTERM"),
+        (("failed", "2 workers found no room"), "its job ended as failed: 2 workers found no room"),
+    ],
+)
+def test_how_the_attempt_of_an_earlier_job_ended_is_recorded_once(plan, tmp_path, monkeypatch, ending, reason):
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_record(describe_run(plan(run).config, "1 node"))
+    run.start_attempt()
+    if ending:
+        run.write_interruption(*ending)
+    monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            launch(plan(run), run, ONE_MACHINE)
+    assert [(loss.attempt, loss.reason) for loss in run.read_losses()] == [(1, reason)]

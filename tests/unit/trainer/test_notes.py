@@ -10,7 +10,7 @@ from trainer import storage
 from trainer.config import TrainConfig
 from trainer.evaluation_result import summarise
 from trainer.notes import describe_change, describe_training, format_note, format_notebook, write_note
-from trainer.run_folder import RunFolder, describe_run, find_runs
+from trainer.run_folder import LostAttempt, RunFolder, describe_run, find_runs
 
 PAST = Path(__file__).parents[1] / "past_records"
 
@@ -221,3 +221,16 @@ def test_a_run_of_the_first_version_has_its_note(start, make_result):
 def test_a_run_of_an_architecture_that_is_not_known_has_its_note(start, make_result):
     run = start("first", arch="vit_tiny")
     assert "\n27,734,190 parameters\n" in note_of(run, make_result())
+
+
+def test_lost_attempts_stand_beside_their_number(start, make_result):
+    lost = tuple(
+        LostAttempt(attempt=number, ended=datetime(2026, 1, 1, tzinfo=UTC), reason=f"reason {number}", next_step=8)
+        for number in range(1, 13)
+    )
+    note = note_of(start("first"), make_result(attempts=13, lost_attempts=lost))
+    after = note[note.index("attempts: 13") :].splitlines()
+    assert after[2] == "attempt 1 was lost: reason 1; the run went on after step 8"
+    assert "attempt 10 was lost" in note
+    assert "attempt 11 was lost" not in note
+    assert "2 more attempts were lost: result.json" in after

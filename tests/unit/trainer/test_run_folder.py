@@ -205,3 +205,29 @@ def test_metrics_have_a_row_an_epoch_and_are_written_anew(run):
     run.write_metrics(history[:2])
     run.write_metrics(history)
     assert pq.read_table(run.path("metrics.parquet")).to_pylist() == history
+
+
+def test_each_loss_is_kept_with_what_was_printed_and_where_the_run_went_on(run):
+    run.record_loss("worker 0 was lost before its first attempt")
+    run.start_attempt()
+    run.record_loss("worker 1 was killed by SIGABRT", b"double free or corruption (out)")
+    assert [loss.next_step for loss in run.read_losses()] == [None, None]
+    run.record_next_step(12)
+    run.start_attempt()
+    run.record_loss("worker 0 was killed by SIGKILL", b"Killed")
+    run.record_next_step(20)
+    assert [(loss.attempt, loss.reason, loss.log, loss.next_step) for loss in run.read_losses()] == [
+        (0, "worker 0 was lost before its first attempt", "", 12),
+        (1, "worker 1 was killed by SIGABRT", "losses/0002.log", 12),
+        (2, "worker 0 was killed by SIGKILL", "losses/0003.log", 20),
+    ]
+    assert Path(run.path("losses", "0002.log")).read_bytes() == b"double free or corruption (out)"
+
+
+def test_a_loss_that_cannot_be_read_is_left_out_and_left_alone(run):
+    run.record_loss("worker 0 was killed by SIGKILL")
+    Path(run.path("losses", "0001.json")).write_text('{"format": 99}')
+    run.record_loss("worker 1 was killed by SIGKILL")
+    run.record_next_step(4)
+    assert [loss.reason for loss in run.read_losses()] == ["worker 1 was killed by SIGKILL"]
+    assert Path(run.path("losses", "0001.json")).read_text() == '{"format": 99}'
