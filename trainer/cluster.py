@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.utils import get_num_cpus
 
@@ -158,17 +158,20 @@ def _check_socket_names(folder: str) -> None:
 @contextlib.contextmanager
 def _own_token(folder: str) -> Iterator[None]:
     """Lets a cluster that is started in the context have a token of its own: Ray would write one into the home."""
-    path, before = Path(folder, "auth_token"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(folder, "auth_token")
     path.write_text(secrets.token_hex(32))
+    # Ray sets the mode itself.
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")}
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     AuthenticationTokenLoader.instance().reset_cache()
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["RAY_AUTH_TOKEN_PATH"]
-        else:
-            os.environ["RAY_AUTH_TOKEN_PATH"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 
 
