@@ -8,6 +8,7 @@ How many there are, and whether the cluster has room for them, is decided here t
 import contextlib
 import io
 import itertools
+import os
 import re
 import tempfile
 import threading
@@ -203,7 +204,10 @@ def run_workers(
     def work() -> Any:
         # Ray ends it 2 to 3 seconds after the driver was killed.
         end_with(driver)
-        return function(send_event)
+        # TensorFlow leaves files when a worker is killed, as Ray ends it.
+        with hold_folder("training-notes-", tempfile.gettempdir()) as folder:
+            os.environ["TMPDIR"] = tempfile.tempdir = folder
+            return function(send_event)
 
     # Ray's own bookkeeping: the state of a run is in the run folder (docs/decisions/0003).
     folders = contextlib.ExitStack()

@@ -18,9 +18,13 @@ SECRET = "a-secret-that-no-file-may-hold"
 @pytest.fixture(scope="module")
 def ray_job(tmp_path_factory):
     """A head with a secret in its environment; returns a function that runs ``ray job`` from elsewhere."""
+    temporary = tmp_path_factory.mktemp("temporary")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as session:
-        with ray_nodes(tmp_path_factory.mktemp("home"), session, AWS_SECRET_ACCESS_KEY=SECRET) as run:
+        home = tmp_path_factory.mktemp("home")
+        with ray_nodes(home, session, AWS_SECRET_ACCESS_KEY=SECRET, TMPDIR=str(temporary)) as run:
             yield run
+        # What TensorFlow and Ray Train leave has gone with its worker or its driver.
+        assert not [one for one in temporary.iterdir() if one.name.startswith(("__autograph", "ray-"))]
         # All that Ray wrote: logs, runtime environments, the jobs' own output.
         for path in Path(session).rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
