@@ -21,8 +21,17 @@ HEAD = "logits"
 # What `tf_keras.applications` calls the last layer of the networks whose weight files are read here.
 _HEAD_IN_APPLICATIONS = "predictions"
 
-# In the order of `tf_keras`.
-_WEIGHT_NAMES = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
+# In the order of `tf_keras`, of any layer that has some of them: the first two are of depthwise and separable ones.
+_WEIGHT_NAMES = (
+    "depthwise_kernel",
+    "pointwise_kernel",
+    "kernel",
+    "bias",
+    "gamma",
+    "beta",
+    "moving_mean",
+    "moving_variance",
+)
 
 LayerWeights = Mapping[str, list[npt.NDArray[np.float32]]]
 """The arrays of each layer by its name, in the order of `tf_keras` (kernel, bias; gamma, beta, mean, variance)."""
@@ -62,7 +71,8 @@ def read_weights(location: str) -> LayerWeights:
         raise InputError(
             f"--init-from {location} is neither a run with a checkpoint nor a .safetensors or .h5 file; give one"
         )
-    return _by_layer(checkpoints.from_safetensors(checkpoints.read_file(folder, best, checkpoints.MODEL_NAME)))
+    arrays = checkpoints.from_safetensors(checkpoints.read_file(folder, best, checkpoints.MODEL_NAME))
+    return _by_layer(location, arrays)
 
 
 def _read_file(location: str) -> bytes:
@@ -77,15 +87,15 @@ def _read_safetensors(location: str) -> LayerWeights:
         arrays = checkpoints.from_safetensors(_read_file(location))
     except SafetensorError as error:
         raise InputError(f"--init-from {location} is no safetensors file: {error}; give another one") from error
+    return _by_layer(location, arrays)
+
+
+def _by_layer(location: str, arrays: checkpoints.Arrays) -> LayerWeights:
     if unknown := [name for name in arrays if _weight_name(name) not in _WEIGHT_NAMES]:
         raise InputError(
             f"--init-from {location} holds {unknown[0]}, which is no variable of tf_keras "
             f"({', '.join(_WEIGHT_NAMES)}); give a run, or the model.safetensors of one of its checkpoints"
         )
-    return _by_layer(arrays)
-
-
-def _by_layer(arrays: checkpoints.Arrays) -> LayerWeights:
     layers: dict[str, list[npt.NDArray[np.float32]]] = {}
     # safetensors sorts by name.
     for name in sorted(arrays, key=lambda name: _WEIGHT_NAMES.index(_weight_name(name))):

@@ -71,6 +71,26 @@ def test_the_same_network_is_taken_over_whole(arch, written):
     np.testing.assert_allclose(other(images(), training=False), one(images(), training=False), rtol=1e-6)
 
 
+def build_separable():
+    layers = [
+        keras.layers.SeparableConv2D(5, 3, name="separable"),
+        keras.layers.DepthwiseConv2D(3, name="depthwise"),
+        keras.layers.BatchNormalization(name="norm"),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3, name="logits"),
+    ]
+    return keras.Sequential([keras.Input((32, 32, 2)), *layers])
+
+
+def test_separable_and_depthwise_kernels_are_taken_over(written):
+    one, other = build_separable(), build_separable()
+    for seed, variable in enumerate(one.variables):
+        variable.assign(np.random.default_rng(seed).uniform(0.1, 0.2, variable.shape))
+    transfer = transfer_weights(other, read_weights(written(one)))
+    assert transfer.loaded == ["separable", "depthwise", "norm", "logits"]
+    np.testing.assert_allclose(other(images(2), training=False), one(images(2), training=False), rtol=1e-6)
+
+
 def test_another_number_of_classes_gets_a_new_head_on_the_same_trunk(written):
     one, other = build_vgg(num_classes=3), build_vgg(num_classes=5, seed=1)
     head = other.get_layer("logits").get_weights()
