@@ -152,7 +152,7 @@ class AttemptStarted:
     """In the attempt before; 0 where that is not known."""
 
     def __str__(self) -> str:
-        workers = f"{self.num_workers} worker{'s' * (self.num_workers > 1)}"
+        workers = format_count(self.num_workers, "worker")
         if self.previous_num_workers not in (0, self.num_workers):
             workers += f" in place of {self.previous_num_workers}"
         return f"attempt {self.attempt} goes on after step {self.step}, in epoch {self.epoch}, with {workers}"

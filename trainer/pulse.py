@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray._common.utils import get_system_memory
-from ray._private.utils import get_used_memory
+from ray._private.utils import get_cgroup_used_memory, get_used_memory
 
 from trainer.events import OnEvent, WorkerHeardAgain, WorkerSilent
 
@@ -21,6 +21,14 @@ _SILENCE_SECONDS = 10.0
 _TAIL_BYTES = 65_536
 # A process that vanishes when its node has less memory left than this share was probably killed for that.
 _SCARCE_SHARE = 0.1
+# By the controllers of a line of /proc/self/cgroup, versions 1 and 2: root, usage, limit, and the caches of files.
+_MEMORY_FILES = {
+    "memory": (
+        "/sys/fs/cgroup/memory",
+        *("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file", "total_active_file"),
+    ),
+    "": ("/sys/fs/cgroup", "memory.current", "memory.max", "inactive_file", "active_file"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,38 @@ def keep_pulse(send: Callable[[Pulse], None], rank: int, node_id: str = "") -> N
 
 
 def _take_pulse(rank: int, node_id: str) -> Pulse:
+    used, limit = _read_memory()
     return Pulse(
         rank=rank,
         host=platform.node(),
         node_id=node_id,
         pid=os.getpid(),
         log=os.readlink("/proc/self/fd/2"),
-        used_gib=get_used_memory() / _GIB,
-        limit_gib=get_system_memory() / _GIB,
+        used_gib=used / _GIB,
+        limit_gib=limit / _GIB,
         oom_kills=count_oom_kills(),
     )
+
+
+def _read_memory() -> tuple[int, int]:
+    """Return how much memory is used and how much there may be, in bytes, in the control group of this process.
+
+    Ray, which counts the same without the cache of files, knows that of a container, but none within.
+    """
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _MEMORY_FILES:
+            continue
+        root, usage, limit, inactive, active = _MEMORY_FILES[controllers]
+        folder = Path(root, path.lstrip("/"))
+        try:
+            most = int((folder / limit).read_text())
+            used = get_cgroup_used_memory(str(folder / "memory.stat"), str(folder / usage), inactive, active)
+        except (OSError, ValueError):
+            continue  # "max" is no number: there is no limit
+        if used is not None and most < get_system_memory():
+            return used, most
+    return get_used_memory(), get_system_memory()
 
 
 def count_oom_kills() -> int:
@@ -86,9 +116,13 @@ class Watch:
         self._on_event = on_event
         self._heard: dict[int, tuple[Pulse, float]] = {}
         self._silent: set[int] = set()
+        self._gone: set[tuple[str, int]] = set()
+        self._looked = time.monotonic()
 
     def hear(self, pulse: Pulse) -> None:
-        """Take note of a pulse."""
+        """Take note of a pulse, unless it was on its way when its worker was given up."""
+        if (pulse.host, pulse.pid) in self._gone:
+            return
         known = self.last_of(pulse.rank)
         if known is not None and known.pid != pulse.pid:
             self.forget()  # another group has started
@@ -98,7 +132,12 @@ class Watch:
         self._heard[pulse.rank] = pulse, time.monotonic()
 
     def look(self) -> None:
-        """Tell of each worker that has become silent."""
+        """Tell of each worker that has become silent; to be called more often than workers send pulses."""
+        now = time.monotonic()
+        pause, self._looked = now - self._looked, now
+        if pause > _PULSE_SECONDS:
+            # The driver itself was busy or stood still: what was sent meanwhile is still to be heard.
+            self._heard = {rank: (pulse, heard + pause) for rank, (pulse, heard) in self._heard.items()}
         for rank, (pulse, heard) in self._heard.items():
             seconds = time.monotonic() - heard
             if seconds > _SILENCE_SECONDS and rank not in self._silent:
@@ -107,6 +146,7 @@ class Watch:
 
     def forget(self) -> None:
         """Take note that the workers have ended: nothing more is heard of them."""
+        self._gone |= {(pulse.host, pulse.pid) for pulse, _ in self._heard.values()}
         self._heard.clear()
         self._silent.clear()
 

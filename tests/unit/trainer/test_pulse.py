@@ -41,6 +41,21 @@ def test_a_silent_worker_is_told_of_once_and_its_return_too(monkeypatch):
     assert (type(events[-1]), events[-1].worker) == (WorkerHeardAgain, str(PULSE))
 
 
+def test_no_worker_is_silent_because_the_driver_was_busy(monkeypatch):
+    monkeypatch.setattr(pulses, "_SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(pulses, "_PULSE_SECONDS", 0.1)
+    events = []
+    watch = Watch(events.append)
+    watch.hear(PULSE)
+    time.sleep(0.3)
+    watch.look()
+    assert not events
+    started = time.monotonic()
+    while not events and time.monotonic() < started + 10:
+        watch.look()
+    assert [event.worker for event in events] == [str(PULSE)]
+
+
 def test_nothing_is_expected_of_workers_that_another_group_replaces(monkeypatch):
     monkeypatch.setattr(pulses, "_SILENCE_SECONDS", 0.0)
     events = []
@@ -51,6 +66,8 @@ def test_nothing_is_expected_of_workers_that_another_group_replaces(monkeypatch)
     watch.look()
     assert [event.worker for event in events] == ["worker 1 (process 99 on node-a)"]
     watch.forget()
+    # On its way when the workers ended.
+    watch.hear(replace(PULSE, pid=99))
     watch.look()
     assert len(events) == 1
 
