@@ -21,6 +21,8 @@ _IMAGES_PER_CLASS = (8, 4, 2, 1)
 _TILE_PIXELS, _GAP_PIXELS = 96, 4
 # With the fewest and with the most images, where not all classes are shown.
 _EXTREME_CLASSES = 10
+# A quarter of the 256.
+_LEAST_LEVELS = 64
 
 
 def write_card(dataset: str, manifest: Manifest) -> None:
@@ -29,6 +31,32 @@ def write_card(dataset: str, manifest: Manifest) -> None:
     _draw_contact_sheet(dataset, manifest).save(sink, format="png")
     storage.write_bytes(storage.join(dataset, CONTACT_SHEET_NAME), sink.getvalue())
     storage.write_bytes(storage.join(dataset, CARD_NAME), _format_card(manifest).encode())
+
+
+def describe_value_range(manifest: Manifest) -> str:
+    """Return a line about images with more than 8 bits a pixel, or nothing where there are none."""
+    if manifest.value_range is None:
+        return ""
+    low, high = manifest.value_range
+    return f"values {low:.10g} to {high:.10g} of images with more than 8 bits are gray levels 0 to 255"
+
+
+def describe_few_levels(manifest: Manifest) -> str:
+    """Return a warning where nearly all pixels lie in less than a quarter of the gray levels, else nothing."""
+    if manifest.gray_levels is None:
+        return ""
+    low, high = manifest.gray_levels
+    levels = high - low + 1
+    if levels >= _LEAST_LEVELS:
+        return ""
+    text = f"warning: 99% of training pixels lie in {levels} of 256 gray levels, {low}-{high} ({CONTACT_SHEET_NAME})"
+    if manifest.value_range is None:
+        return text
+    start, end = manifest.value_range
+    first, last = (start + level * (end - start) / 256 for level in (low, high + 1))
+    return (
+        f"{text}; --value-range {first:.5g}:{last:.5g} spreads these over all levels, the rest becomes black or white"
+    )
 
 
 def _format_card(manifest: Manifest) -> str:
@@ -42,6 +70,12 @@ def _format_card(manifest: Manifest) -> str:
         "",
         *format_table(("class", *SPLITS, "total"), [*of_classes, of_all]),
         "",
+        *(
+            part
+            for line in (describe_value_range(manifest), describe_few_levels(manifest))
+            if line
+            for part in (line, "")
+        ),
         f"Not used: {format_count(sum(manifest.rejected.values()), 'file')} ({REJECTED_NAME})",
         *(f"- {reason}: {count}" for reason, count in manifest.rejected.items()),
         "",

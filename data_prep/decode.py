@@ -6,15 +6,18 @@ class whose files are of another format does not look different.
 """
 
 import functools
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data_prep.formats import RejectedImageError, open_image, rejections
+from data_prep.formats import TGA_ALPHA_BITS, RejectedImageError, open_image, rejections
+from data_prep.values import ALL_16_BITS, ValueRange, WideImage, measure, narrow, read_wide_image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -45,6 +48,18 @@ class ImageOptions(BaseModel):
     background: int = Field(255, ge=0, le=255)
     """Gray value behind transparent pixels and of the bars of pad: 255 is white."""
 
+    value_range: ValueRange | None = None
+    """LOW:HIGH, the values that become 0 and 255 in images with more than 8 bits a pixel, such as 0:4095 for 12 bits.
+    None: see `data_prep.values`."""
+
+    @field_validator("value_range", mode="before")
+    @classmethod
+    def _parse_value_range(cls, given: Any) -> Any:
+        low, high = map(float, given.split(":")) if isinstance(given, str) else given or (0, 1)
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError("give two numbers LOW:HIGH, the smaller one first")
+        return None if given is None else (low, high)
+
     @classmethod
     def of(cls, record: BaseModel) -> "ImageOptions":
         """Returns the options that a manifest, or a config of a preparation, has among its own."""
@@ -59,15 +74,51 @@ def decode_image(content: bytes, options: ImageOptions) -> Pixels:
         options: size, channels and fit of the result.
 
     Returns:
-        uint8 ``[image_size, image_size, channels]``. 16-bit images keep their high byte.
+        uint8 ``[image_size, image_size, channels]``. Without a range of values, 16-bit images keep their high byte.
 
     Raises:
         RejectedImageError: the image cannot be used.
     """
+
+    def range_of(wide: WideImage) -> ValueRange:
+        if options.value_range is None and wide.pixels.dtype != np.uint16:
+            raise RejectedImageError("unsupported")
+        return options.value_range or ALL_16_BITS
+
+    return _decode(content, options, range_of)
+
+
+def decode_or_measure(content: bytes, options: ImageOptions) -> Pixels | ValueRange:
+    """Return what `decode_image` does, or the smallest and the largest value where it takes a range to scale these.
+
+    Raises:
+        RejectedImageError: the image cannot be used.
+    """
+
+    def range_of(wide: WideImage) -> ValueRange:
+        if options.value_range is None:
+            raise _MeasuredError(measure(wide))
+        return options.value_range
+
+    try:
+        return _decode(content, options, range_of)
+    except _MeasuredError as error:
+        return error.found
+
+
+class _MeasuredError(Exception):
+    def __init__(self, found: ValueRange) -> None:
+        super().__init__()
+        self.found = found
+
+
+def _decode(content: bytes, options: ImageOptions, range_of: Callable[[WideImage], ValueRange]) -> Pixels:
     with open_image(content) as header, rejections():
         pixels = _decode_plain_jpeg(content, header, options)
         if pixels is None:
-            pixels = _decode_with_pillow(header, content, options)
+            wide = read_wide_image(header, content)
+            image = header if wide is None else narrow(wide, wide.range or range_of(wide))
+            pixels = _flatten(image, options)
     return _fit_square(pixels, options)
 
 
@@ -94,29 +145,19 @@ def _decode_plain_jpeg(content: bytes, header: Image.Image, options: ImageOption
     return np.asarray(pixels, np.uint8)[..., np.newaxis]
 
 
-def _decode_with_pillow(image: Image.Image, content: bytes, options: ImageOptions) -> Pixels:
-    """Return uint8 ``[height, width, channels]``."""
+def _flatten(image: Image.Image, options: ImageOptions) -> Pixels:
+    """Return uint8 ``[height, width, channels]`` of an image of at most 8 bits a pixel."""
     mode = "L" if options.channels == 1 else "RGB"
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        # Pillow clips 16 bits to 8 where it should scale them.
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    elif upright.mode in ("I", "F"):
-        raise RejectedImageError("unsupported")
-    elif upright.mode == "LAB":
+    if upright.mode == "LAB":
         upright = ImageCms.applyTransform(upright, _lab_to_rgb()) or upright
     elif upright.mode == "La":
         upright = upright.convert("LA")
-    if upright.has_transparency_data and not _is_opaque_tga(image, content):
+    if upright.has_transparency_data and image.info.get(TGA_ALPHA_BITS) != 0:
         with_alpha = upright.convert("RGBA")
         background = Image.new("RGBA", with_alpha.size, (options.background,) * 3 + (255,))
         upright = Image.alpha_composite(background, with_alpha)
     return np.asarray(upright.convert(mode), np.uint8).reshape(upright.height, upright.width, options.channels)
-
-
-def _is_opaque_tga(image: Image.Image, content: bytes) -> bool:
-    """Return whether this is a TGA of 32 bits a pixel whose header says that none of them are alpha."""
-    return image.format == "TGA" and not content[17] & 0x0F
 
 
 @functools.cache

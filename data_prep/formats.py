@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
-from PIL import AvifImagePlugin, Image, TiffImagePlugin
+from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin
 
 RejectReason = Literal[
     "empty",  # zero bytes
@@ -36,7 +36,6 @@ FORMATS = (
     "PPM",  # PBM, PGM, PPM and PFM
     "ICO",
     "SUN",
-    "QOI",
     "TGA",
 )
 # How the files of images that are not read start, or are marked further in: (place, bytes).
@@ -48,6 +47,7 @@ _UNREAD = (
     (0, b"DDS "),
     (0, b"\x01\xda"),  # SGI
     (0, b"\x0a\x05\x01"),  # PCX
+    (0, b"qoif"),  # a loop in Python, a second or more a megapixel
     (0, b"SIMPLE  ="),  # FITS
     (0, b"v/1\x01"),  # OpenEXR
     (0, b"#?RADIANCE"),
@@ -78,6 +78,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Ray runs one task a core.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
+# In the info of a TGA: how many of the bits of its fourth byte are alpha. Pillow takes them for alpha in any case.
+TGA_ALPHA_BITS = "tga_alpha_bits"
 _PREFIX_BYTES = 18
 _NEW_SUBFILE_TYPE, _WEBP_IN_TIFF = 254, 50001
 # What Pillow's readers say of a file that is whole but of a kind that they do not know.
@@ -111,7 +113,7 @@ def rejections() -> Iterator[None]:
         raise RejectedImageError("unsupported" if is_unsupported else "damaged") from error
 
 
-def open_image(content: bytes) -> Image.Image:
+def open_image(content: bytes) -> ImageFile.ImageFile:
     """Return an image whose header is read and whose pixels are not.
 
     Args:
@@ -131,12 +133,14 @@ def open_image(content: bytes) -> Image.Image:
     raise RejectedImageError("not_an_image")
 
 
-def _open_as(name: str, read_header: Callable[..., Image.Image], content: bytes) -> Image.Image:
+def _open_as(name: str, read_header: Callable[..., ImageFile.ImageFile], content: bytes) -> ImageFile.ImageFile:
     try:
         with rejections():
             image = read_header(io.BytesIO(content), "")
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 _check_tiff(image.tag_v2)
+            elif name == "TGA":
+                image.info[TGA_ALPHA_BITS] = content[17] & 0x0F
             if image.width * image.height > MAX_PIXELS:
                 raise RejectedImageError("too_many_pixels")
             return image
@@ -178,7 +182,7 @@ def _is_tga(prefix: bytes) -> bool:
     return is_palette and is_kind and width > 0 and height > 0 and not descriptor & 0xC0
 
 
-def _find_readers() -> Mapping[str, tuple[Callable[[bytes], object], Callable[..., Image.Image]]]:
+def _find_readers() -> Mapping[str, tuple[Callable[[bytes], object], Callable[..., ImageFile.ImageFile]]]:
     """Return, for each format, what tells it from the first bytes and what reads its header."""
     Image.init()
     readers = {}

@@ -11,8 +11,8 @@ import ray
 
 from data_prep.contents import read_contents
 from data_prep.decode import ImageOptions, Pixels, decode_image
-from data_prep.formats import RejectedImageError, RejectReason
-from data_prep.isolation import decode_guarded
+from data_prep.formats import RejectedImageError
+from data_prep.isolation import Decode, Outcome, decode_guarded
 from data_prep.sources import Source
 from trainer import storage
 from trainer.errors import InputError
@@ -30,19 +30,20 @@ def slice_images(found: Source, options: ImageOptions) -> list[range]:
 
 
 def decode_listed(
-    source: str, listed: pa.Table, options: ImageOptions
-) -> tuple[list[bytes | None], list[Pixels | RejectReason]]:
-    """Returns the bytes of each listed image, None where there are none, and its pixels or why it has none.
+    source: str, listed: pa.Table, options: ImageOptions, decode: Decode = decode_image
+) -> tuple[list[bytes | None], list[Outcome]]:
+    """Return the bytes of each listed image, None where there are none, and what it is or why it cannot be used.
 
     Args:
         source: URI of the folder that paths and containers are relative to.
         listed: columns of `data_prep.sources.IMAGES_SCHEMA`.
         options: of the decoder.
+        decode: what decodes one image.
     """
     contents = list(read_contents(source, listed))
     slice_name = hashlib.sha256(repr((source, listed["path"][0], len(listed), options)).encode()).hexdigest()
     marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{slice_name}")
-    decoded = iter(decode_guarded([content for content in contents if content is not None], options, marker))
+    decoded = iter(decode_guarded([content for content in contents if content is not None], options, marker, decode))
     return contents, ["unreadable" if content is None else next(decoded) for content in contents]
 
 
@@ -89,6 +90,6 @@ def _decode_slice(
     return {
         "path": np.array(listed["path"].to_pylist(), np.object_),
         "label": np.array(["" if label is None else class_names[label] for label in labels], np.object_),
-        "image": np.stack([nothing if isinstance(outcome, str) else outcome for outcome in outcomes]),
+        "image": np.stack([outcome if isinstance(outcome, np.ndarray) else nothing for outcome in outcomes]),
         "error": np.array([outcome if isinstance(outcome, str) else "" for outcome in outcomes], np.object_),
     }

@@ -16,18 +16,20 @@ from pebble import ProcessExpired, ProcessPool
 
 from data_prep.decode import ImageOptions, Pixels, decode_image
 from data_prep.formats import RejectedImageError, RejectReason
+from data_prep.values import ValueRange
 
 # Images that share a call and its time; one bad image costs these a second try.
 _IMAGES_PER_CALL = 16
 _CALL_TIMEOUT_SECONDS = 60
 
-Decode = Callable[[bytes, ImageOptions], Pixels]
+Decode = Callable[[bytes, ImageOptions], Pixels | ValueRange]
+Outcome = Pixels | ValueRange | RejectReason
 
 
 def decode_guarded(
     contents: Sequence[bytes], options: ImageOptions, marker: Path, decode: Decode = decode_image
-) -> list[Pixels | RejectReason]:
-    """Returns the pixels of each image, or the reason why it cannot be used.
+) -> list[Outcome]:
+    """Return what the decoder makes of each image, or the reason why it cannot be used.
 
     Ends this process if an image takes longer than a minute.
 
@@ -53,9 +55,7 @@ def decode_guarded(
     return outcomes
 
 
-def decode_isolated(
-    contents: Sequence[bytes], options: ImageOptions, decode: Decode = decode_image
-) -> list[Pixels | RejectReason]:
+def decode_isolated(contents: Sequence[bytes], options: ImageOptions, decode: Decode = decode_image) -> list[Outcome]:
     """Does the same in a process apart, which may crash or hang.
 
     Args:
@@ -65,7 +65,7 @@ def decode_isolated(
     """
     calls = _calls(contents)
     futures = [_submit(call, options, decode) for call in calls]
-    outcomes: list[Pixels | RejectReason] = []
+    outcomes: list[Outcome] = []
     for call, future in zip(calls, futures, strict=True):
         try:
             outcomes += future.result()
@@ -78,9 +78,9 @@ def _calls(contents: Sequence[bytes]) -> list[Sequence[bytes]]:
     return [contents[start : start + _IMAGES_PER_CALL] for start in range(0, len(contents), _IMAGES_PER_CALL)]
 
 
-def _decode_alone(content: bytes, options: ImageOptions, decode: Decode) -> Pixels | RejectReason:
+def _decode_alone(content: bytes, options: ImageOptions, decode: Decode) -> Outcome:
     try:
-        outcomes: list[Pixels | RejectReason] = _submit([content], options, decode).result()
+        outcomes: list[Outcome] = _submit([content], options, decode).result()
     except FutureTimeoutError:
         return "decoder_hung"
     except ProcessExpired:
@@ -101,8 +101,8 @@ def _decoder_process() -> ProcessPool:
     return ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
 
 
-def _decode_all(contents: Sequence[bytes], options: ImageOptions, decode: Decode) -> list[Pixels | RejectReason]:
-    outcomes: list[Pixels | RejectReason] = []
+def _decode_all(contents: Sequence[bytes], options: ImageOptions, decode: Decode) -> list[Outcome]:
+    outcomes: list[Outcome] = []
     for content in contents:
         try:
             outcomes.append(decode(content, options))

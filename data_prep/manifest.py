@@ -69,6 +69,10 @@ class Manifest(Record):
         # Duplicates were not looked for.
         "duplicate_images": 0,
         "leaked_images": 0,
+        # 16-bit images kept their high byte, others of more than 8 bits were rejected.
+        "value_range": None,
+        "value_range_given": False,
+        "gray_levels": None,
     }
 
     image_size: int
@@ -76,6 +80,11 @@ class Manifest(Record):
     channels: Literal[1, 3]
     resize: Literal["fit", "crop", "pad"]
     background: int
+    value_range: tuple[float, float] | None
+    """The values that became 0 and 255 in images with more than 8 bits a pixel, unless their header says it. None:
+    there were none; what is read by this manifest keeps the high byte of 16 bits."""
+    value_range_given: bool
+    """Given as an option, not found in the images."""
     class_names: list[str]
     """A label is an index into this list."""
     splits: dict[SplitName, Split]
@@ -88,6 +97,8 @@ class Manifest(Record):
     pixel_mean: list[float]
     """One value a channel over the train split, in pixel values 0-255."""
     pixel_std: list[float]
+    gray_levels: tuple[int, int] | None
+    """The gray levels between which 99% of the values of the train split lie."""
     seed: int
     val_fraction: float
     test_fraction: float

@@ -2,6 +2,9 @@
 
     source --find_images--> slices --decode (Ray Data)--> staged chunks --assign_splits--> --write (Ray Data)--> dataset
 
+Images with more than 8 bits a pixel are measured first, and decoded when the range of their values is known: see
+`data_prep.values`.
+
 The slices depend on the source and the options alone, so the same source, options and seed give the same dataset on any
 number of nodes, and chunks that an interrupted attempt staged are used again.
 """
@@ -12,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -23,7 +26,7 @@ import ray
 from pydantic import Field, ValidationError
 
 from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME, write_card
-from data_prep.decode import ImageOptions, Pixels
+from data_prep.decode import ImageOptions, Pixels, decode_or_measure
 from data_prep.duplicates import HASH_BYTES, group_duplicates, list_duplicates, perceptual_hash
 from data_prep.formats import FORMATS
 from data_prep.images import decode_listed, slice_images
@@ -49,9 +52,10 @@ from data_prep.shards import (
 )
 from data_prep.sources import Source, SourceFormat, find_images
 from data_prep.splits import assign_splits, least_class_size
+from data_prep.values import ValueRange, find_value_range
 from trainer import storage
 from trainer.errors import InputError, JobError
-from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.events import OnEvent, StageProgressed, ValueRangeFound, ignore_event
 from trainer.lease import hold_lease
 from trainer.markdown import format_count
 
@@ -147,20 +151,22 @@ def prepare(
             _delete_dataset(dataset)
         slices = slice_images(found, config)
         _open_staging(dataset, found, config)
-        _stage_chunks(found, dataset, slices, config, on_event)
-        images, rejected = _read_staged_rows(dataset, len(slices))
+        staged = _stage_images(found, dataset, slices, ImageOptions.of(config), on_event)
+        images, rejected = staged.rows.filter(_is_used()), staged.rows.filter(~_is_used())
         _check_rejected(dataset, images, rejected, found.class_names, config)
         groups = group_duplicates(np.asarray(images["pixels_sha256"]), _stack_hashes(images["perceptual_hash"]))
         splits = assign_splits(images, groups, config.val_fraction, config.test_fraction, config.seed)
         _check_val(images, splits, config)
-        files, histogram = _write_data_files(dataset, images, splits, config, on_event)
+        files, histogram = _write_data_files(dataset, staged.uris, images, splits, config, on_event)
 
         duplicates = list_duplicates(images, groups, splits)
         storage.write_bytes(storage.join(dataset, DUPLICATES_NAME), storage.parquet_bytes(duplicates))
         rejected = rejected.select(["path", "reason"])
         rejected = pa.concat_tables([rejected, found.ignored.cast(rejected.schema)]).sort_by("path")
         storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
-        manifest = _build_manifest(source, found, config, images, splits, files, histogram, rejected, duplicates)
+        manifest = _build_manifest(
+            source, found, config, staged.value_range, images, splits, files, histogram, rejected, duplicates
+        )
         write_card(dataset, manifest)
         lease.check()
         storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.to_json())
@@ -193,11 +199,11 @@ def _read_same_preparation(source: str, dataset: str, config: PrepareConfig) -> 
     if existing is None:
         return None
     wanted = {"source": source, **config.model_dump(exclude={"max_bad_fraction"})}
-    different = [
-        f"{name} {getattr(existing, name)} there, {value} asked"
-        for name, value in wanted.items()
-        if getattr(existing, name) != value
-    ]
+    there = {name: getattr(existing, name) for name in wanted}
+    if not existing.value_range_given:
+        # Found in the images, as would be again.
+        there["value_range"] = None
+    different = [f"{name} {there[name]} there, {value} asked" for name, value in wanted.items() if there[name] != value]
     if different:
         raise InputError(
             f"{dataset} already holds a dataset prepared otherwise ({'; '.join(different)}); "
@@ -234,19 +240,65 @@ def _delete_chunks(dataset: str) -> None:
             storage.delete_file(storage.join(dataset, _STAGING, name))
 
 
-def _stage_chunks(found: Source, dataset: str, slices: list[range], config: PrepareConfig, on_event: OnEvent) -> None:
+def _stage_images(
+    found: Source, dataset: str, slices: list[range], options: ImageOptions, on_event: OnEvent
+) -> "_Staged":
+    """Decodes the images; those that take a range of values to scale theirs in a second pass, when it is known."""
+    uris = [_chunk_uri(dataset, index) for index in range(len(slices))]
+    _stage_chunks("decode", found, dataset, slices, uris, options, on_event)
+    rows = _read_staged_rows(uris)
+    waiting = rows.filter(pc.field("low").is_valid())
+    if len(waiting):
+        ranges = [
+            ValueRange(*ends) for ends in zip(waiting["low"].to_pylist(), waiting["high"].to_pylist(), strict=True)
+        ]
+        value_range = find_value_range(ranges)
+        of_all = ValueRange(min(one.low for one in ranges), max(one.high for one in ranges))
+        dark = sum(one.high < value_range.low + (value_range.high - value_range.low) / 10 for one in ranges)
+        on_event(ValueRangeFound(len(waiting), str(of_all), str(value_range), dark))
+        options = options.model_copy(update={"value_range": value_range})
+        chunks = waiting["chunk"].unique().to_pylist()
+        for chunk in chunks:
+            # A name of its own: where another file changes the range, these are decoded again.
+            uris[chunk] += f"-{value_range.low!r}_{value_range.high!r}"
+        of_chunks = [slices[chunk] for chunk in chunks], [uris[chunk] for chunk in chunks]
+        _stage_chunks("decode again", found, dataset, *of_chunks, options, on_event)
+        rows = _read_staged_rows(uris)
+    return _Staged(uris, rows, options.value_range)
+
+
+class _Staged(NamedTuple):
+    """The staged chunks of a source."""
+
+    uris: list[str]
+    rows: pa.Table
+    """Columns of STAGED_SCHEMA and chunk, the index of its URI: one row a file of the source."""
+    value_range: ValueRange | None
+
+
+def _stage_chunks(
+    stage: str,
+    found: Source,
+    dataset: str,
+    slices: list[range],
+    uris: list[str],
+    options: ImageOptions,
+    on_event: OnEvent,
+) -> None:
     staged = storage.find_files(storage.join(dataset, _STAGING))
-    commits = [storage.basename(_chunk_uri(dataset, index)) + ROWS_SUFFIX for index in range(len(slices))]
-    missing = [index for index, commit in enumerate(commits) if commit not in staged]
-    items = [{"chunk": index, "start": slices[index].start, "rows": len(slices[index])} for index in missing]
-    total = len(found.images)
+    items: list[dict[str, Any]] = [
+        {"uri": uri, "start": rows.start, "rows": len(rows)}
+        for uri, rows in zip(uris, slices, strict=True)
+        if storage.basename(uri) + ROWS_SUFFIX not in staged
+    ]
+    total = sum(len(rows) for rows in slices)
     done = total - sum(item["rows"] for item in items)
-    on_event(StageProgressed("decode", done, total))
+    on_event(StageProgressed(stage, done, total))
     # One copy of the list a node, in Ray's shared memory.
     images = ray.put(found.images)
-    for result in _run_tasks(_decode_slice, items, images=images, source=found.uri, dataset=dataset, config=config):
+    for result in _run_tasks(_decode_slice, items, images=images, source=found.uri, options=options):
         done += result["images"]
-        on_event(StageProgressed("decode", done, total))
+        on_event(StageProgressed(stage, done, total))
 
 
 def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any]], **arguments: Any) -> Any:
@@ -281,24 +333,24 @@ def _report_error(item: dict[str, Any], function: Callable[..., dict[str, Any]],
         return {"error": str(error)}
 
 
-def _decode_slice(
-    item: dict[str, Any], images: Any, source: str, dataset: str, config: PrepareConfig
-) -> dict[str, Any]:
+def _decode_slice(item: dict[str, Any], images: Any, source: str, options: ImageOptions) -> dict[str, Any]:
     """Decodes the images of one slice and stages them as one chunk."""
-    uri = _chunk_uri(dataset, item["chunk"])
+    uri = item["uri"]
     if storage.exists(uri + ROWS_SUFFIX):
         # Ray runs a task again whose node or process died; what it had committed stays.
         return {"images": item["rows"]}
     listed = ray.get(images).slice(item["start"], item["rows"])
-    options = ImageOptions.of(config)
     pixels: list[Pixels] = []
     rows: list[dict[str, Any]] = []
-    contents, outcomes = decode_listed(source, listed, options)
+    contents, outcomes = decode_listed(source, listed, options, decode_or_measure)
     for row, content, outcome in zip(
         listed.select(["path", "label", "split"]).to_pylist(), contents, outcomes, strict=True
     ):
         if isinstance(outcome, str):
             rows.append({**row, "reason": outcome})
+            continue
+        if isinstance(outcome, ValueRange):
+            rows.append({**row, **outcome._asdict()})
             continue
         pixels.append(outcome)
         rows.append(
@@ -309,7 +361,7 @@ def _decode_slice(
                 "perceptual_hash": perceptual_hash(outcome),
             }
         )
-    shape = (len(pixels), config.image_size, config.image_size, config.channels)
+    shape = (len(pixels), options.image_size, options.image_size, options.channels)
     stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
     write_chunk(uri, stacked, pa.Table.from_pylist(rows, schema=STAGED_SCHEMA))
     return {"images": len(rows)}
@@ -320,16 +372,18 @@ def _stack_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     return flat.reshape(-1, HASH_BYTES)
 
 
-def _read_staged_rows(dataset: str, num_chunks: int) -> tuple[pa.Table, pa.Table]:
-    """Returns the rows of all staged images and those of all rejected files, each with its chunk."""
+def _read_staged_rows(uris: list[str]) -> pa.Table:
+    """Returns the rows of all staged chunks, each with the index of its chunk."""
     tables = []
-    for chunk in range(num_chunks):
-        rows = read_chunk_rows(_chunk_uri(dataset, chunk))
+    for chunk, uri in enumerate(uris):
+        rows = read_chunk_rows(uri)
         tables.append(rows.append_column("chunk", pa.array([chunk] * len(rows), pa.int32())))
-    rows = pa.concat_tables(tables)
-    return rows.filter(pc.field("reason").is_null()), rows.filter(pc.field("reason").is_valid()).select(
-        ["path", "label", "reason", "chunk"]
-    )
+    return pa.concat_tables(tables)
+
+
+def _is_used() -> pc.Expression:
+    """Returns what tells the rows of images from those of rejected files."""
+    return pc.field("reason").is_null()
 
 
 def _check_rejected(
@@ -344,8 +398,10 @@ def _check_rejected(
     if fraction <= config.max_bad_fraction and not len(gone):
         return
     # Or files that are fixed would stay rejected: neither a table nor a permission changes the plan.
-    for chunk in rejected["chunk"].unique().to_pylist():
-        storage.delete_file(_chunk_uri(dataset, chunk) + ROWS_SUFFIX)
+    chunks = {storage.basename(_chunk_uri(dataset, chunk)) for chunk in rejected["chunk"].unique().to_pylist()}
+    for name in storage.find_files(storage.join(dataset, _STAGING)):
+        if name[: len(_CHUNK_PREFIX) + 6] in chunks and name.endswith(ROWS_SUFFIX):
+            storage.delete_file(storage.join(dataset, _STAGING, name))
     first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
     message = (
         f"{len(rejected)} of {format_count(num_images, 'image')} were rejected ({fraction:.1%}, allowed are "
@@ -381,7 +437,12 @@ def _check_val(images: pa.Table, splits: list[SplitName], config: PrepareConfig)
 
 
 def _write_data_files(
-    dataset: str, images: pa.Table, splits: list[SplitName], config: PrepareConfig, on_event: OnEvent
+    dataset: str,
+    uris: list[str],
+    images: pa.Table,
+    splits: list[SplitName],
+    config: PrepareConfig,
+    on_event: OnEvent,
 ) -> tuple[dict[SplitName, list[DataFile]], npt.NDArray[np.int64]]:
     """Writes the Parquet files and returns them with the histogram [channels, 256] of the train split's pixels."""
     chunks = np.asarray(images["chunk"])
@@ -395,7 +456,7 @@ def _write_data_files(
         items.append(
             {
                 "part": int(part),
-                "uris": [_chunk_uri(dataset, int(chunk)) for chunk in members],
+                "uris": [uris[chunk] for chunk in members],
                 "splits": split_of[np.isin(chunks, members)].tolist(),
             }
         )
@@ -415,7 +476,7 @@ def _write_data_files(
 def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
     """Writes the images of some consecutive chunks as one Parquet file a split."""
     images = [image for uri in item["uris"] for image in read_chunk_pixels(uri)]
-    rows = pa.concat_tables([read_chunk_rows(uri) for uri in item["uris"]]).filter(pc.field("reason").is_null())
+    rows = pa.concat_tables([read_chunk_rows(uri) for uri in item["uris"]]).filter(_is_used())
     if [hashlib.sha256(image.data).hexdigest() for image in images] != rows["pixels_sha256"].to_pylist():
         raise InputError(f"{storage.join(dataset, _STAGING)}: staged images are damaged; replace them with --overwrite")
     split_of = np.asarray(item["splits"])
@@ -444,6 +505,7 @@ def _build_manifest(
     source: str,
     found: Source,
     config: PrepareConfig,
+    value_range: ValueRange | None,
     images: pa.Table,
     splits: list[SplitName],
     files: dict[SplitName, list[DataFile]],
@@ -474,6 +536,8 @@ def _build_manifest(
         channels=config.channels,
         resize=config.resize,
         background=config.background,
+        value_range=value_range,
+        value_range_given=config.value_range is not None,
         class_names=found.class_names,
         splits=described,
         rejected=dict(Counter(rejected["reason"].to_pylist()).most_common()),
@@ -481,9 +545,16 @@ def _build_manifest(
         leaked_images=pc.sum(duplicates["leaks"]).as_py() or 0,
         pixel_mean=mean.tolist(),
         pixel_std=std.tolist(),
+        gray_levels=_gray_levels(histogram.sum(axis=0)),
         seed=config.seed,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         source=source,
         fingerprint=hashlib.sha256(json.dumps(visible).encode()).hexdigest(),
     )
+
+
+def _gray_levels(histogram: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """Returns the levels between which 99% of the values lie, of how often each of the 256 levels occurs."""
+    below = np.cumsum(histogram) / histogram.sum()
+    return int(np.searchsorted(below, 0.005, side="right")), int(np.searchsorted(below, 0.995))

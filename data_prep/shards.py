@@ -27,6 +27,8 @@ STAGED_SCHEMA = pa.schema(
         ("pixels_sha256", pa.string()),
         ("perceptual_hash", pa.binary()),
         ("reason", pa.string()),  # null, or why the file was rejected
+        ("low", pa.float64()),  # null, or the smallest value of an image that waits for the range of the dataset
+        ("high", pa.float64()),  # and the largest
     ]
 )
 ROWS_SUFFIX = ".rows.parquet"
@@ -50,7 +52,8 @@ def write_chunk(uri: str, pixels: npt.NDArray[np.uint8], rows: pa.Table) -> None
 
     Args:
         uri: of the chunk, without a suffix.
-        pixels: uint8 ``[images, image_size, image_size, channels]`` of the rows that were not rejected, in row order.
+        pixels: uint8 ``[images, image_size, image_size, channels]`` of the rows that were not rejected and
+            do not wait, in row order.
         rows: columns of STAGED_SCHEMA, one row a file of the slice.
     """
     sink = io.BytesIO()

@@ -24,6 +24,10 @@ def main(
     channels: Annotated[int, typer.Option(min=1, max=3, help="1 for gray, 3 for RGB.")] = 1,
     resize: Annotated[Literal["fit", "crop", "pad"], typer.Option(help="Into the square.")] = "fit",
     background: Annotated[int, typer.Option(min=0, max=255, help="Behind transparency, and bars of pad.")] = 255,
+    value_range: Annotated[
+        str | None,
+        typer.Option(help="LOW:HIGH, what becomes 0 and 255 of images with more than 8 bits. Default: found."),
+    ] = None,
     source_format: Annotated[SourceFormat | None, typer.Option("--format", help="Default: detected.")] = None,
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no val.")] = 0.15,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no splits.")] = 0.15,
@@ -42,6 +46,7 @@ def main(
             channels=channels,
             resize=resize,
             background=background,
+            value_range=value_range,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,
@@ -56,7 +61,7 @@ def main(
 
 def print_manifest(dataset: str, manifest: Manifest) -> None:
     """Print how many images of each class each split of a prepared dataset has."""
-    from data_prep.card import list_classes
+    from data_prep.card import describe_few_levels, describe_value_range, list_classes
 
     *of_classes, of_all = list_classes(manifest)
     table = Table("class", *SPLITS, "total")
@@ -70,6 +75,10 @@ def print_manifest(dataset: str, manifest: Manifest) -> None:
     images, files = format_count(int(of_all[-1]), "image"), format_count(sum(rejected.values()), "file")
     summary = f"{images} {size}x{size}x{manifest.channels}, {files} not used{reasons}"
     console.stdout.print(f"{dataset}: {summary}", markup=False)
+    if told := describe_value_range(manifest):
+        console.stdout.print(told)
+    if warning := describe_few_levels(manifest):
+        console.stderr.print(warning)
     if manifest.duplicate_images:
         console.stdout.print(f"images with a duplicate: {manifest.duplicate_images}, see {DUPLICATES_NAME}")
     if manifest.leaked_images:

@@ -51,6 +51,26 @@ class SourceListed:
 
 
 @dataclass(frozen=True)
+class ValueRangeFound:
+    """Images of a dataset have more than 8 bits a pixel; the range of their values is decided for all of them."""
+
+    images: int
+    found: str
+    """The smallest and the largest value."""
+    used: str
+    """The values that become 0 and 255."""
+    dark: int
+    """Images that have no value above a tenth of the largest that is used."""
+
+    def __str__(self) -> str:
+        return (
+            f"more than 8 bits a pixel in {self.images} of the images, with values {self.found}: {self.used} become "
+            "gray levels 0 to 255, in all of them (--value-range LOW:HIGH for another range)"
+            + (f"; {self.dark} of them stay below a tenth of that" if self.dark else "")
+        )
+
+
+@dataclass(frozen=True)
 class WorkersAwaited:
     """The cluster has no room for the workers of a run, at its start or since it lost some."""
 
@@ -324,6 +344,7 @@ TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
 Event = (
     StageProgressed
     | SourceListed
+    | ValueRangeFound
     | WorkersAwaited
     | WorkerSilent
     | WorkerHeardAgain

@@ -104,7 +104,11 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
 
 
 def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
-    for name in ("image_size", "channels"):
+    fields = ["image_size", "channels"]
+    # Either has none: 8 bits a pixel, which mean the same in both.
+    if manifest.value_range and trained_on.value_range:
+        fields.append("value_range")
+    for name in fields:
         there, needed = getattr(manifest, name), getattr(trained_on, name)
         if there != needed:
             raise InputError(

@@ -68,6 +68,14 @@ def good_files() -> Iterator[tuple[str, bytes]]:
     yield "alpha.webp", encode(with_transparent_half(), "WEBP", lossless=True)
     yield "16-bit.png", encode(Image.fromarray(GRAY.astype(np.uint16) * 257), "PNG")
     yield "16-bit.tif", encode(Image.fromarray(GRAY.astype(np.uint16) * 257), "TIFF")
+    # The values of all images with more than 8 bits share one range, which is 16 bits here.
+    yield "32-bit.tif", encode(Image.fromarray(GRAY.astype(np.int32) * 257), "TIFF")
+    yield "float.tif", encode(Image.fromarray(GRAY.astype(np.float32) * 257), "TIFF")
+    yield "12-bit-by-its-header.png", b"P5 128 96 4095 " + (GRAY.astype(np.uint16) * 16).byteswap().tobytes()
+    for kind in ("PPM", "TGA", "JPEG2000", "AVIF"):
+        yield f"really-{kind}.png", encode(color, kind)
+    yield "really-ICO.png", encode(color, "ICO", sizes=[color.size])
+    yield "several.jpg", encode(color, "MPO", save_all=True, append_images=[Image.new("RGB", color.size)], quality=95)
     yield "cmyk.jpg", encode(color.convert("CMYK"), "JPEG", quality=95)
     yield "cmyk.tif", encode(color.convert("CMYK"), "TIFF")
     yield "progressive.jpg", encode(color, "JPEG", quality=95, progressive=True)
@@ -150,12 +158,21 @@ def bad_files() -> Iterator[tuple[str, bytes, set[str]]]:
     gif = bytearray(encode(Image.new("L", (8, 8)), "GIF"))
     gif[6:10] = struct.pack("<HH", 65_000, 65_000)
     yield "bomb.gif", bytes(gif), {"too_many_pixels"}
+    lossless = encode(Image.fromarray(GRAY), "JPEG")
+    yield "12-bit.jpg", lossless.replace(b"\xff\xc0\0\x0b\x08", b"\xff\xc0\0\x0b\x0c"), {"unsupported"}
+    yield "photo-of-a-phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), {"unsupported"}
+    yield "drawing-by-a-program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n(rm) run\n", {"unsupported"}
+    yield "all-nan.tif", encode(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"), {"unsupported"}
+    for kind in ("PPM", "TGA", "JPEG2000", "AVIF", "ICO"):
+        content = encode(noisy, kind)
+        yield f"half-{kind}.png", content[: len(content) // 2], {"damaged"}
+        yield f"header-{kind}.png", content[:17], {"damaged", "not_an_image"}
     yield (
-        "float.tif",
-        encode(Image.fromarray(np.random.default_rng(2).normal(size=(9, 9)).astype(np.float32)), "TIFF"),
-        {"unsupported"},
+        "bomb-tga.png",
+        struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 60_000, 60_000, 24, 0),
+        {"too_many_pixels"},
     )
-    yield "32-bit.tif", encode(Image.fromarray(np.arange(81, dtype=np.int32).reshape(9, 9)), "TIFF"), {"unsupported"}
+    yield "bomb-pgm.png", b"P5 60000 60000 255 ", {"too_many_pixels"}
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,13 @@ from PIL import Image
 import data_prep.images
 import data_prep.prepare
 from data_prep.decode import ImageOptions
+from data_prep.images import decode_file
 from data_prep.isolation import decode_guarded
 from data_prep.manifest import SPLITS
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
 from trainer.errors import InputError, JobError
+from trainer.events import StageProgressed
 
 pytestmark = pytest.mark.usefixtures("resources")
 CONFIG = PrepareConfig(image_size=20, max_bad_fraction=0.1)
@@ -368,3 +370,41 @@ def test_an_image_that_kills_its_task_costs_that_image(tmp_path):
     outcomes = {result["row"]: list(result["outcomes"]) for result in results}
     assert outcomes == {1: ["a", "decoder_crashed", "b"], 2: ["c"]}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_12_bits_are_decoded_when_their_range_is_known_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep.images, "_MAX_SLICE_IMAGES", 7)
+    folder = write_stripes(tmp_path / "source", images_per_class=8)
+    prepare(str(folder), str(tmp_path / "of 8 bits"), CONFIG)
+    for path in (folder / "down").iterdir():
+        # The same pictures as a converter of medical images writes them.
+        Image.fromarray(np.asarray(Image.open(path), np.uint16) * 16).save(path)
+    target, events = tmp_path / "dataset", []
+
+    def interrupt_the_second_pass(event):
+        events.append(str(event))
+        if isinstance(event, StageProgressed) and event.stage == "decode again" and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(folder), str(target), CONFIG, on_event=interrupt_the_second_pass)
+    assert any("in 8 of the images" in event and "0 to 4095 become gray levels 0 to 255" in event for event in events)
+    again = []
+    manifest = prepare(str(folder), str(target), CONFIG, on_event=again.append)
+    first_of_stage = {event.stage: event for event in reversed(again) if isinstance(event, StageProgressed)}
+    assert first_of_stage["decode"].done == first_of_stage["decode"].total == 24
+    # Chunks without such an image are decoded once.
+    assert first_of_stage["decode again"].total == 14
+    assert first_of_stage["decode again"].done > 0
+    assert (manifest.value_range, manifest.value_range_given) == ((0, 4095), False)
+    stored = {}
+    for name in (target.name, "of 8 bits"):
+        rows = pd.concat(read_split(tmp_path / name, split) for split in SPLITS)
+        stored[name] = {row.path: row.image.tolist() for row in rows.itertuples()}
+    assert stored[target.name] == stored["of 8 bits"]
+    assert prepare(str(folder), str(target), CONFIG) == manifest
+    with pytest.raises(InputError, match=r"value_range None there, \(0.0, 255.0\) asked"):
+        prepare(str(folder), str(target), CONFIG.model_copy(update={"value_range": (0.0, 255.0)}))
+    # What is predicted is decoded as the run's dataset was.
+    pixels = decode_file(str(folder / "down" / "000.png"), ImageOptions.of(manifest))
+    assert pixels.ravel().tolist() == stored[target.name]["down/000.png"]

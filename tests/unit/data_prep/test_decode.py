@@ -31,8 +31,6 @@ def encode(image: Image.Image, image_format: str, **options) -> bytes:
         return cv2.imencode(".ras", pixels if pixels.ndim == 2 else pixels[..., ::-1])[1].tobytes()
     if image_format == "ICO":
         options = {"sizes": [image.size], **options}
-    elif image_format == "QOI":
-        image = image.convert("RGB")
     sink = io.BytesIO()
     image.save(sink, image_format, **{**ENCODE.get(image_format, {}), **options})
     return sink.getvalue()
