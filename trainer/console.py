@@ -4,6 +4,7 @@ On a terminal there are progress bars; piped or in a job log there are plain lin
 """
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainer.errors import InputError, JobError
 from trainer.events import Event, OnEvent, StageProgressed
 from trainer.signals import defer_signals, failure_reason, raise_on_signals, received_signal
+
+# Where output is declared ASCII or Latin-1, as under cron, a name in another script is escaped: it must not fail a job.
+# Here, and not when a job starts: wrong arguments are told before that. Rich draws its tables in ASCII there.
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")
 
 # Tables of a job log are not cut to the width of a terminal that is not there.
 _PLAIN_WIDTH = 160

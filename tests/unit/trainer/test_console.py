@@ -1,9 +1,12 @@
 import io
+import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from trainer import console
 from trainer.errors import InputError, JobError
 from trainer.events import RunStarted, StageProgressed, StudyTrialEnded
@@ -95,3 +98,18 @@ def test_a_job_log_tells_of_slow_progress(capsys, monkeypatch):
         show(StageProgressed("decode", 0, 100))
         show(StageProgressed("decode", 50, 100))
     assert capsys.readouterr().err == "decode: 50 of 100\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_in_any_script_are_shown_where_output_is_declared_narrow(encoding):
+    script = (
+        "from rich.table import Table; from trainer import console; table = Table('class'); table.add_row('猫');"
+        "console.stdout.print(table); console.stderr.print('γάτα'); print('猫')"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, timeout=60
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count(rb"\u732b") == 2
+    assert rb"\u03b3\u03ac\u03c4\u03b1" in process.stderr
