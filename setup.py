@@ -1,4 +1,4 @@
-"""Says which Python is needed, where an old pip would say that packages conflict; all else is in pyproject.toml."""
+"""Say which Python is needed, where an old pip would say that packages conflict; all else is in pyproject.toml."""
 
 import sys
 

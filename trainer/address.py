@@ -1,4 +1,4 @@
-"""Finds the cluster that RAY_ADDRESS names and looks at it first: Ray itself would try for minutes, deaf to signals."""
+"""Find the cluster that RAY_ADDRESS names and look at it first: Ray itself would try for minutes, deaf to signals."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _POLL_SECONDS = 0.2
 
 
 def find_cluster(*, timeout_seconds: float = 5.0) -> str | None:
-    """Returns the address of the cluster that RAY_ADDRESS names, HOST:PORT, or None for this machine alone.
+    """Return the address of the cluster that RAY_ADDRESS names, HOST:PORT, or None for this machine alone.
 
     RAY_ADDRESS has the forms that Ray knows: HOST:PORT with a name, an IPv4 address or an IPv6 address in brackets;
     ``auto`` for the one that ``ray start`` started last on this machine; ``local``, or nothing, for none.
@@ -49,7 +49,7 @@ class _UnusableError(Exception):
 
 
 def _parse(given: str) -> str:
-    """Returns an address if it has the form HOST:PORT."""
+    """Return an address if it has the form HOST:PORT."""
     scheme, separator, rest = given.partition("://")
     if separator and scheme in ("http", "https"):
         raise InputError(
@@ -84,7 +84,7 @@ def _find_running() -> str:
 
 
 def _look_at(address: str, timeout_seconds: float) -> None:
-    """Raises _UnusableError where `ray.init` could not connect."""
+    """Raise _UnusableError where `ray.init` could not connect."""
     import grpc
     import ray
     from ray._private.grpc_utils import init_grpc_channel
@@ -104,7 +104,7 @@ def _look_at(address: str, timeout_seconds: float) -> None:
 
 
 def _wait_for_node_here(head: Any, timeout_seconds: float) -> None:
-    """Looks for a node of the cluster on this machine, as `ray.init` does for a minute: a job works through it."""
+    """Look for a node of the cluster on this machine, as `ray.init` does for a minute: a job works through it."""
     from ray._private import services
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
     from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
@@ -127,7 +127,7 @@ def _wait_for_node_here(head: Any, timeout_seconds: float) -> None:
 
 
 def _explain(code: Any, details: str, timeout_seconds: float) -> str:
-    """Returns why there was no answer, or not one of a cluster, and what to do.
+    """Return why there was no answer, or not one of a cluster, and what to do.
 
     Args:
         code: of gRPC.

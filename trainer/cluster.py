@@ -82,7 +82,7 @@ class Resources:
 
 @contextlib.contextmanager
 def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Iterator[Resources]:
-    """Connects to Ray for the time of the context and yields what the cluster has.
+    """Connect to Ray for the time of the context and yield what the cluster has.
 
     Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
     happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
@@ -122,7 +122,7 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
 
 @contextlib.contextmanager
 def _job_folder() -> Iterator[str]:
-    """Yields a folder for logs and temporary files that goes with the context, unless the job failed."""
+    """Yield a folder for logs and temporary files that goes with the context, unless the job failed."""
     parent = _temporary_folder()
     with contextlib.ExitStack() as stack:
         try:
@@ -157,7 +157,7 @@ def _check_socket_names(folder: str) -> None:
 
 @contextlib.contextmanager
 def _own_token(folder: str) -> Iterator[None]:
-    """Lets a cluster that is started in the context have a token of its own: Ray would write one into the home."""
+    """Let a cluster that is started in the context have a token of its own: Ray would write one into the home."""
     path = Path(folder, "auth_token")
     path.write_text(secrets.token_hex(32))
     # Ray sets the mode itself.
@@ -229,7 +229,7 @@ def _wait_for_node(seconds: float) -> None:
 
 
 def request_nodes(bundles: list[dict[str, float]]) -> None:
-    """Asks the autoscaler, where there is one, for nodes that hold these resources; for nothing more with none."""
+    """Ask the autoscaler, where there is one, for nodes that hold these resources; for nothing more with none."""
     if ray.is_initialized():
         from ray.autoscaler.sdk import request_resources
 
@@ -237,7 +237,7 @@ def request_nodes(bundles: list[dict[str, float]]) -> None:
 
 
 def read_machine(folder: str = "") -> Resources:
-    """Returns what Ray would say that this machine has, without starting it."""
+    """Return what Ray would say that this machine has, without starting it."""
     # What `ray.init` itself calls; there is no public form. It would give a container with less than a core none.
     spec = ResourceAndLabelSpec(num_cpus=max(1, int(get_num_cpus())))
     spec.resolve(is_head=True, node_ip_address="127.0.0.1")
@@ -253,7 +253,7 @@ def read_machine(folder: str = "") -> Resources:
 
 
 def read_resources(folder: str = "") -> Resources:
-    """Returns what the connected cluster has now; ``folder`` is that of the `Resources` of one on this machine."""
+    """Return what the connected cluster has now; ``folder`` is that of the `Resources` of one on this machine."""
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # A head without work has no CPUs: no worker will run there.

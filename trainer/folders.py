@@ -18,7 +18,7 @@ _LOCK_NAME = "training-notes.lock"
 
 
 def cache_folder() -> Path:
-    """Makes and returns the folder where this machine keeps datasets: that of the user in XDG_CACHE_HOME.
+    """Make and return the folder where this machine keeps datasets: that of the user in XDG_CACHE_HOME.
 
     Raises:
         InputError: it cannot be made, or belongs to somebody else.
@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def keep_caches_together() -> None:
-    """Tells this process and its children, and the libraries that they import, to write to the cache folder alone."""
+    """Tell this process and its children, and the libraries that they import, to write to the cache folder alone."""
     folder = _choose_cache_folder()
     # A child with another TMPDIR would choose another one.
     os.environ["XDG_CACHE_HOME"] = str(folder.parent)
@@ -45,7 +45,7 @@ def keep_caches_together() -> None:
 
 
 def _choose_cache_folder() -> Path:
-    """Returns the folder of XDG_CACHE_HOME, by default ~/.cache, or a temporary one of a user without a home."""
+    """Return the folder of XDG_CACHE_HOME, by default ~/.cache, or a temporary one of a user without a home."""
     try:
         folder = Path(platformdirs.user_cache_dir("training-notes"))
     except RuntimeError:
@@ -61,13 +61,13 @@ def _fallback_cache_folder() -> Path:
 
 
 def _find_existing(folder: Path) -> Path:
-    """Returns the folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     return next(one for one in (folder, *folder.parents) if os.path.exists(one))
 
 
 @contextlib.contextmanager
 def hold_folder(prefix: str, parent: str) -> Iterator[str]:
-    """Yields a new folder for temporary files that is gone after the context.
+    """Yield a new folder for temporary files that is gone after the context.
 
     Those of processes that were killed are removed first. Such a folder has a file that its process has locked, which
     the system ends with the process; a lock holds in all containers that share the parent, and what another machine or
@@ -99,7 +99,7 @@ def hold_folder(prefix: str, parent: str) -> Iterator[str]:
 
 
 def keep_folder(folder: str) -> None:
-    """Lets a folder of `hold_folder` outlive its context."""
+    """Let a folder of `hold_folder` outlive its context."""
     Path(folder, _LOCK_NAME).unlink(missing_ok=True)
 
 
@@ -127,5 +127,5 @@ def _is_own(folder: Path) -> bool:
 
 
 def _machine() -> str:
-    """Returns what tells one start of a machine from all others: locks hold no further."""
+    """Return what tells one start of a machine from all others: locks hold no further."""
     return Path("/proc/sys/kernel/random/boot_id").read_text()

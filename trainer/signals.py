@@ -25,25 +25,25 @@ _reason = ""
 
 
 def received_signal() -> signal.Signals:
-    """Returns which signal the last KeyboardInterrupt stands for."""
+    """Return which signal the last KeyboardInterrupt stands for."""
     return _received
 
 
 def interrupt_main(reason: str) -> None:
-    """Makes the main thread end as by SIGTERM, though nobody sent one; the job has failed for this reason."""
+    """Make the main thread end as by SIGTERM, though nobody sent one; the job has failed for this reason."""
     global _reason
     _reason = reason
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def failure_reason() -> str:
-    """Returns why this process interrupted itself; empty where it did not."""
+    """Return why this process interrupted itself; empty where it did not."""
     return _reason
 
 
 @contextlib.contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Makes SIGINT and SIGTERM raise KeyboardInterrupt in this context; only for the main thread.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt in this context; only for the main thread.
 
     Further ones are ignored for a while, or they would cut short the ending of what was started; also Python's own
     ending, when the context has ended.
@@ -72,7 +72,7 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Keeps SIGINT and SIGTERM until the end of the context: for code that an exception in its middle would break."""
+    """Keep SIGINT and SIGTERM until the end of the context: for code that an exception in its middle would break."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -93,7 +93,7 @@ def defer_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _end_at_last() -> Iterator[None]:
-    """Ends this process 20 s after a signal that came in this context, unless the context has ended.
+    """End this process 20 s after a signal that came in this context, unless the context has ended.
 
     A handler of Python runs when C++ code returns, and Ray's may wait for what never answers. What Ray had started ends
     with this process. Only for the main thread.
@@ -146,7 +146,7 @@ def defer_signals_of_start() -> Iterator[None]:
 
 
 def call_deferring_signals(function: Callable[[], None]) -> None:
-    """Calls ``ray.shutdown``, whose C++ code gives SIGTERM the system's action: that ends a process without a word.
+    """Call ``ray.shutdown``, whose C++ code gives SIGTERM the system's action: that ends a process without a word.
 
     It does so a tenth of a second and more before it returns, so it is called in a thread of its own, while this one
     sets the handlers again and again. Signals are deferred to its end. Only for the main thread.
