@@ -6,6 +6,8 @@ from trainer import storage
 from trainer.comparison import compare_predictions
 from trainer.errors import DamagedError
 from trainer.evaluation_result import describe_accuracy
+from trainer.events import GlyphsMissing
+from trainer.fonts import fonts_for
 from trainer.html import Section, Table, render_sections
 from trainer.markdown import format_count, format_table
 from trainer.options import format_value
@@ -35,10 +37,14 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
         study: of the round.
         trials: all that have started.
     """
-    plots = _draw(folder, study, trials)
+    # Values such as the path of --init-from stand at the axes.
+    with fonts_for("".join(format_value(value) for one in trials for value in one.values.values())) as missing:
+        plots = _draw(folder, study, trials)
     for name, content in plots.items():
         storage.write_bytes(folder.path("plots", f"{name}.png"), content)
     sections = [one for one in _describe(folder, study, trials) if not one.picture or one.picture in plots]
+    if missing and plots:
+        sections.append(Section("Pictures", [str(GlyphsMissing(missing))]))
     ended = sum(one.ended and one.kind == "search" for one in trials)
     of_all = f"{ended} of {format_count(study.trials, 'trial')}"
     subtitle = f"{of_all}, {study.algorithm}, seed {study.seed}; objective: {study.objective}"

@@ -8,8 +8,10 @@ from typing import Literal, get_args, get_origin
 import pytest
 import typer
 
+from data_prep.manifest import Split
 from data_prep.prepare import PrepareConfig
 from data_prep.sources import SourceFormat
+from jobs.prepare import print_manifest
 from trainer.architectures import ARCHITECTURES
 from trainer.request import OPTIONS
 
@@ -103,6 +105,17 @@ def test_the_options_of_train_are_those_of_a_run():
     }
     options = set(parameters_of("train.py")) - own
     assert options - {"arch_argument"} | {"arch_arguments"} == OPTIONS.keys()
+
+
+def test_the_table_of_prepare_is_short_with_a_thousand_classes(write_dataset, capsys):
+    manifest = write_dataset().manifest
+    splits = {name: Split(rows_per_class=[1] * 1000, files=[]) for name in manifest.splits}
+    names = [f"class {label}" for label in range(1000)]
+    print_manifest("/prepared", manifest.model_copy(update={"class_names": names, "splits": splits}))
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 40
+    assert "... 980 classes between, see manifest.json" in printed
+    assert "/prepared: 3000 images 5x5x1, 3 files not used (empty: 2, damaged: 1)" in printed
 
 
 def test_the_options_of_prepare_are_the_fields_of_its_config():
