@@ -1,6 +1,6 @@
 """Evaluates the best checkpoint of a run on a whole split."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -10,44 +10,61 @@ from typer import Argument, Option
 from trainer import console
 from trainer.options import Wait
 
+if TYPE_CHECKING:
+    from trainer.evaluation_result import EvaluationResult
+    from trainer.inference import EvaluationRequest
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
     run: Annotated[str, Argument(help="Run folder, local or s3://.")],
-    split: Annotated[Literal["val", "test"], Option(help="Reading test is counted in the run's folder.")] = "val",
+    split: Annotated[
+        Literal["val", "test"], Option(help="Reading test is counted, in RUN or else in --output.")
+    ] = "val",
     dataset: Annotated[str, Option(help="Another prepared dataset; default: the run's own.")] = "",
+    output: Annotated[str, Option(help="Folder or s3:// prefix of the figures; default: RUN/evaluations.")] = "",
     as_json: Annotated[bool, Option("--json", help="Print the whole result as JSON.")] = False,
     wait: Wait = 0,
 ) -> None:
     """Print loss, accuracy and what they are made of, over every image of a split once."""
     with console.exit_codes():
         from trainer.cluster import connect
-        from trainer.inference import evaluate_run, read_finished_run
+        from trainer.inference import evaluate_run, request_evaluation, save_evaluation
 
-        folder, _, result = read_finished_run(run)
+        request = request_evaluation(run, split, dataset, output)
         with connect(wait_seconds=wait, one_process=True) as resources:
-            evaluation = evaluate_run(run, split, dataset, resources)
+            evaluation, predictions = evaluate_run(request, resources)
         if as_json:
             console.stdout.print(evaluation.model_dump_json(), markup=False)
-            return
-        table = Table("class", "right", "of")
-        for one in evaluation.listed:
-            table.add_row(Text(one.name), str(one.correct), str(one.total))
-        console.stdout.print(table)
-        if len(evaluation.listed) < len(evaluation.per_class):
-            console.stdout.print(f"lowest shares right of {len(evaluation.per_class)} classes; --json prints all")
-        console.stdout.print(f"{split}  {evaluation}", markup=False)
-        console.stdout.print(
-            f"top {evaluation.top_k}: {evaluation.top_k_correct} of {evaluation.total}; "
-            f"calibration error: {evaluation.calibration_error:.3f}"
-        )
-        if split == "test":
-            console.stdout.print(folder.describe_test_reads())
-        elif not dataset:
-            same = evaluation == result.val
-            console.stdout.print("exactly as recorded" if same else f"recorded were {result.val}", markup=False)
+        else:
+            print_evaluation(request, evaluation, is_own=not dataset)
+        # Last: what has been computed is not lost with a place that cannot be written any more.
+        save_evaluation(request, evaluation, predictions)
+
+
+def print_evaluation(request: "EvaluationRequest", evaluation: "EvaluationResult", *, is_own: bool) -> None:
+    """Print the figures, and whether they are those of the run where they are of its own dataset."""
+    from trainer.inference import describe_test_reads
+
+    table = Table("class", "right", "of")
+    for one in evaluation.listed:
+        table.add_row(Text(one.name), str(one.correct), str(one.total))
+    console.stdout.print(table)
+    if len(evaluation.listed) < len(evaluation.per_class):
+        console.stdout.print(f"lowest shares right of {len(evaluation.per_class)} classes; --json prints all")
+    console.stdout.print(f"{request.split}  {evaluation}", markup=False)
+    console.stdout.print(
+        f"top {evaluation.top_k}: {evaluation.top_k_correct} of {evaluation.total}; "
+        f"calibration error: {evaluation.calibration_error:.3f}"
+    )
+    if request.split == "test":
+        console.stdout.print(describe_test_reads(request), markup=False)
+    elif is_own:
+        recorded = request.result.val
+        same = evaluation == recorded
+        console.stdout.print("exactly as recorded" if same else f"recorded were {recorded}", markup=False)
 
 
 if __name__ == "__main__":

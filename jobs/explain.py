@@ -26,17 +26,18 @@ def main(
         from data_prep.decode import ImageOptions
         from data_prep.images import decode_file
         from trainer.cluster import connect
-        from trainer.explain import ExplainedImage, choose_worst, explain_run
+        from trainer.explain import ExplainedImage, check_output, choose_worst, explain_run, save_explanation
         from trainer.inference import read_finished_run
 
         manifest = read_finished_run(run)[0].read_manifest()
+        place = check_output(run, output)
         options = ImageOptions.of(manifest)
         chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
         with connect(wait_seconds=wait, one_process=True) as resources:
-            tests, report = explain_run(run, chosen, method, output, resources, tested_images=tested_images)
-        for test in tests:
+            explanation = explain_run(run, chosen, method, resources, tested_images=tested_images)
+        for test in explanation.tests:
             console.stdout.print(str(test), markup=False)
-        console.stdout.print(f"report  {report}", markup=False)
+        console.stdout.print(f"report  {save_explanation(explanation, place)}", markup=False)
 
 
 if __name__ == "__main__":

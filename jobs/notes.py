@@ -19,7 +19,7 @@ def main(
     with console.exit_codes():
         from trainer.report import write_notes_and_report
 
-        written, left_out = write_notes_and_report(storage, output or storage)
+        written, left_out = write_notes_and_report(storage, output)
         for line in left_out:
             console.stderr.print(f"left out: {line}", markup=False)
         for uri in written:

@@ -32,9 +32,10 @@ def main(
         from data_prep.decode import ImageOptions
         from data_prep.images import read_images
         from trainer.cluster import connect
-        from trainer.inference import predict_images, read_finished_run
+        from trainer.inference import check_output, predict_images, read_finished_run
 
         manifest = read_finished_run(run)[0].read_manifest()
+        place = check_output(output, overwrite=overwrite)
         options = ImageOptions.of(manifest)
         # Before a cluster is started, which takes longer than to find out that there is no such file.
         found = find_images(source, source_format, labelled=False)
@@ -43,14 +44,7 @@ def main(
                 on_event(found.listed)
             images, num_images = read_images(found, options)
             summary = predict_images(
-                images,
-                num_images,
-                run,
-                output,
-                resources,
-                batch_size=batch_size,
-                overwrite=overwrite,
-                on_event=on_event,
+                images, num_images, run, place, resources, batch_size=batch_size, on_event=on_event
             )
         print_summary(output, summary)
         if sum(summary.rejected.values()) == summary.images:

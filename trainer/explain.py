@@ -37,6 +37,18 @@ class ExplainedImage:
     """Its true class, where that is known."""
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """What is found out about a network."""
+
+    tests: list[PerturbationTest]
+    """One a method."""
+    page: str
+    """HTML, with its pictures inside."""
+    pictures: dict[str, bytes]
+    """PNG files by name without suffix."""
+
+
 def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
     """Returns the validation images that a finished run predicts worst, by loss.
 
@@ -60,20 +72,16 @@ def explain_run(
     uri: str,
     images: Sequence[ExplainedImage],
     methods: Sequence[str],
-    output: str,
     resources: Resources,
     *,
     tested_images: int = 64,
-) -> tuple[list[PerturbationTest], str]:
-    """Writes maps of some images and the test of each method, as PNG files and one page.
-
-    Returns the tests and the URI of the page.
+) -> Explanation:
+    """Return maps of some images and the test of each method, which are written by `save_explanation`.
 
     Args:
         uri: of a finished run.
         images: of the run's size and channels.
         methods: some of METHOD_NAMES; none for all.
-        output: folder or s3:// prefix; empty for a folder of the run.
         resources: of the cluster, which is connected.
         tested_images: of the validation split, drawn with a fixed seed, that the methods are tested on.
 
@@ -84,16 +92,30 @@ def explain_run(
     if unknown := [name for name in methods if name not in METHOD_NAMES]:
         raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHOD_NAMES)}")
     # A worker has a current folder of its own.
-    uri = storage.resolve_uri(uri)
-    output = storage.resolve_uri(output) if output else storage.join(uri, "explanations")
-    arguments = (uri, images, methods or METHOD_NAMES, output, tested_images)
-    found: tuple[list[PerturbationTest], str] = call_in_worker(_explain, *arguments, resources=resources)
+    arguments = (storage.resolve_uri(uri), images, methods or METHOD_NAMES, tested_images)
+    found: Explanation = call_in_worker(_explain, *arguments, resources=resources)
     return found
 
 
-def _explain(
-    uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], output: str, tested_images: int
-) -> tuple[list[PerturbationTest], str]:
+def check_output(uri: str, output: str) -> str:
+    """Return the URI of a place for an explanation that can be written: ``output``, or else a folder of the run.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    return storage.choose_output(output, storage.join(storage.resolve_uri(uri), "explanations"))
+
+
+def save_explanation(explanation: Explanation, output: str) -> str:
+    """Write the pictures and the page below a URI, and return that of the page."""
+    for name, content in explanation.pictures.items():
+        storage.write_bytes(storage.join(output, f"{name}.png"), content)
+    report = storage.join(output, REPORT_NAME)
+    storage.write_bytes(report, explanation.page.encode())
+    return report
+
+
+def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], tested_images: int) -> Explanation:
     # In a worker: the driver must not import TensorFlow.
     from trainer.attribution import METHODS
 
@@ -139,12 +161,8 @@ def _explain(
     for name, figure in network.draw_first_layer(shown[:1]).items():
         pictures[name] = to_png(figure)
         sections.append(Section(name.capitalize(), [], picture=name))
-    for name, content in pictures.items():
-        storage.write_bytes(storage.join(output, f"{name}.png"), content)
     page = render_sections(f"What {run.name} looks at", f"{config.arch}, {run.uri}", sections, pictures)
-    report = storage.join(output, REPORT_NAME)
-    storage.write_bytes(report, page.encode())
-    return tests, report
+    return Explanation(tests, page, pictures)
 
 
 class _Network:

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainer.errors import InputError, JobError
 from trainer.evaluation import Evaluator, predictions_table
 from trainer.evaluation_result import EvaluationResult, summarise
 from trainer.events import OnEvent, StageProgressed, ignore_event
+from trainer.markdown import format_count
 from trainer.record_format import Record
 from trainer.run_folder import RunFolder, RunResult
 from trainer.workers import call_in_worker
@@ -63,21 +65,36 @@ def read_finished_run(uri: str) -> tuple[RunFolder, TrainConfig, RunResult]:
     return run, record.config, result
 
 
-def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources) -> EvaluationResult:
-    """Evaluates the best checkpoint of a run over every row of a split once.
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """An evaluation of which all is known to be there, and to be allowed, before anything is started."""
 
-    With the run's own dataset and split val, the numbers are exactly those of its result on the same kind of machine:
-    batch size, precision and computation are the same.
+    run: RunFolder
+    config: TrainConfig
+    result: RunResult
+    trained_on: Manifest
+    checkpoint: Checkpoint
+    split: SplitName
+    dataset: str
+    """URI of the prepared dataset that is evaluated on."""
+    manifest: Manifest
+    """Of that dataset."""
+    output: str
+    """URI of the folder that the figures and predictions go to."""
+
+
+def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: str = "") -> EvaluationRequest:
+    """Check all that an evaluation of the best checkpoint of a run needs.
 
     Args:
-        uri: of the run.
-        split: reading test is recorded in the run.
+        uri: of the run, which is only read.
+        split: one of the dataset.
         dataset: URI of another prepared dataset; empty for the run's own.
-        resources: of the cluster.
+        output: folder or s3:// prefix; empty for the folder evaluations of the run.
 
     Raises:
-        InputError: the run is not finished or its checkpoint is gone, or the dataset does not fit it.
-        JobError: the worker failed.
+        InputError: the run is not finished or its checkpoint is gone, or the dataset does not fit it, or the output
+            cannot be written.
     """
     run, config, result = read_finished_run(uri)
     checkpoint = checkpoints.find_named(run.checkpoints, result.best_checkpoint)
@@ -92,15 +109,48 @@ def evaluate_run(uri: str, split: SplitName, dataset: str, resources: Resources)
     _check_fits(dataset_uri, manifest, trained_on)
     if not manifest.splits[split].rows:
         raise InputError(f"{dataset_uri} has no {split} images; choose another --split")
-    if split == "test":
-        run.record_test_read("evaluate.py")
-    arguments = (run.uri, checkpoint, config, trained_on, dataset_uri, manifest, split)
-    predictions = call_in_worker(_evaluate, *arguments, resources=resources)
-    evaluation = summarise(split, predictions, manifest.class_names)
-    name = f"{split}-{manifest.fingerprint[:12]}"
-    storage.write_bytes(run.path("evaluations", f"{name}.parquet"), storage.parquet_bytes(predictions))
-    storage.write_bytes(run.path("evaluations", f"{name}.json"), evaluation.to_json())
-    return evaluation
+    output = storage.choose_output(output, run.path("evaluations"))
+    return EvaluationRequest(run, config, result, trained_on, checkpoint, split, dataset_uri, manifest, output)
+
+
+def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[EvaluationResult, pa.Table]:
+    """Evaluate a run over every row of a split once, and return the figures and a row of predictions an image.
+
+    With the run's own dataset and split val, the figures are exactly those of its result on the same kind of machine:
+    batch size, precision and computation are the same. Nothing is written but that the test split has been read.
+
+    Raises:
+        InputError: a file of the checkpoint or the dataset is damaged.
+        JobError: the worker failed.
+    """
+    if request.split == "test":
+        _record_test_read(request)
+    predictions = call_in_worker(_evaluate, request, resources=resources)
+    return summarise(request.split, predictions, request.manifest.class_names), predictions
+
+
+def save_evaluation(request: EvaluationRequest, evaluation: EvaluationResult, predictions: pa.Table) -> None:
+    """Write what `evaluate_run` has found to the output."""
+    name = f"{request.split}-{request.manifest.fingerprint[:12]}"
+    storage.write_bytes(storage.join(request.output, f"{name}.parquet"), storage.parquet_bytes(predictions))
+    storage.write_bytes(storage.join(request.output, f"{name}.json"), evaluation.to_json())
+
+
+def describe_test_reads(request: EvaluationRequest) -> str:
+    """Say how often the test split has been read for a run, as far as that could be recorded."""
+    text = f"the test split has been read {format_count(request.run.count_test_reads(), 'time')} for this run"
+    if elsewhere := RunFolder(request.output).count_test_reads():
+        reads = format_count(elsewhere, "time")
+        text += f", and {reads} more that {request.output} records: the run may only be read"
+    return text
+
+
+def _record_test_read(request: EvaluationRequest) -> None:
+    """Record in the run that its test split is read, or beside the figures where the run may only be read."""
+    try:
+        request.run.record_test_read("evaluate.py")
+    except InputError:
+        RunFolder(request.output).record_test_read("evaluate.py")
 
 
 def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
@@ -123,27 +173,41 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
             )
 
 
-def _evaluate(
-    run_uri: str,
-    checkpoint: Checkpoint,
-    config: TrainConfig,
-    trained_on: Manifest,
-    dataset: str,
-    manifest: Manifest,
-    split: SplitName,
-) -> pa.Table:
+def _evaluate(request: EvaluationRequest) -> pa.Table:
     # In a worker: the driver must not import TensorFlow.
     from trainer.step import build_network_for_evaluation, compile_eval_step
 
-    run = RunFolder(run_uri)
+    config, trained_on = request.config, request.trained_on
     network = build_network_for_evaluation(trained_on, config)
-    content = checkpoints.read_file(run.checkpoints, checkpoint, checkpoints.MODEL_NAME)
+    content = checkpoints.read_file(request.run.checkpoints, request.checkpoint, checkpoints.MODEL_NAME)
     with network.strategy.scope():
         checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
-    rows = open_split(dataset, manifest, split)
+    rows = open_split(request.dataset, request.manifest, request.split)
     eval_step = compile_eval_step(network, trained_on, config)
     outcomes = Evaluator(rows, config.per_replica_batch_size, 0, 1, eval_step, lambda values: values).evaluate()
     return predictions_table(outcomes, rows.labels)
+
+
+def check_output(output: str, *, overwrite: bool = False) -> str:
+    """Return the URI of a place for predictions, which can be written and has none, or those of an interrupted job.
+
+    Args:
+        output: folder or s3:// prefix.
+        overwrite: whether it may hold predictions and other files.
+
+    Raises:
+        InputError: it is not empty, or cannot be written.
+    """
+    uri = storage.resolve_uri(output)
+    found = storage.find_files(uri)
+    # Without its summary, which is written last, a prediction was interrupted.
+    interrupted = SUMMARY_NAME not in found and all(name.startswith(_FILE_PREFIX) for name in found)
+    if found and not overwrite and not interrupted:
+        raise InputError(
+            f"OUTPUT {uri} is not empty; choose another, or replace the predictions in it with --overwrite"
+        )
+    storage.check_access(uri)
+    return uri
 
 
 def predict_images(
@@ -154,7 +218,6 @@ def predict_images(
     resources: Resources,
     *,
     batch_size: int = 64,
-    overwrite: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> PredictionSummary:
     """Writes what a run's best weights say of each image, as Parquet files and a summary, which is written last.
@@ -167,31 +230,21 @@ def predict_images(
         images: a `ray.data.Dataset` with the columns of `data_prep.images.read_images`, of the run's size and channels.
         num_images: how many there are, to tell of progress.
         uri: of the run.
-        output: folder or s3:// prefix.
+        output: from `check_output`, whose earlier predictions are deleted.
         resources: of the cluster; one network is loaded a GPU, or one in all.
         batch_size: images that go through the network together.
-        overwrite: replace the predictions that the output holds; other files stay.
         on_event: told about predicted images.
 
     Raises:
-        InputError: the run is not finished or its checkpoint is gone, or the output is not empty.
+        InputError: the run is not finished or its checkpoint is gone.
         JobError: a task of Ray Data failed.
     """
     run, _, result = read_finished_run(uri)
     checkpoints.find_named(run.checkpoints, result.best_checkpoint)
-    output = storage.resolve_uri(output)
-    found = storage.find_files(output)
-    # Without its summary, which is written last, a prediction was interrupted.
-    interrupted = SUMMARY_NAME not in found and all(name.startswith(_FILE_PREFIX) for name in found)
-    if found and not overwrite and not interrupted:
-        raise InputError(
-            f"OUTPUT {output} is not empty; choose another, or replace the predictions in it with --overwrite"
-        )
-    storage.delete_file(storage.join(output, SUMMARY_NAME))
-    for name in found:
-        if name.startswith(_FILE_PREFIX):
+    # The summary first: without it a prediction is an interrupted one.
+    for name in (SUMMARY_NAME, *storage.find_files(output)):
+        if name == SUMMARY_NAME or name.startswith(_FILE_PREFIX):
             storage.delete_file(storage.join(output, name))
-    storage.check_access(output)
     class_names = run.read_manifest().class_names
     predicted = images.map_batches(
         _Predictor,

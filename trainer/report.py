@@ -69,16 +69,22 @@ class RunView:
     """Data URI, or empty."""
 
 
-def write_notes_and_report(storage_uri: str, output: str) -> tuple[list[str], list[str]]:
+def write_notes_and_report(storage_uri: str, output: str = "") -> tuple[list[str], list[str]]:
     """Write ``NOTES.md`` and ``report.html`` of all runs below a storage.
+
+    Args:
+        storage_uri: where the runs are; it is only read where there is another output.
+        output: folder or s3:// prefix; empty for the storage.
 
     Returns:
         Their URIs; one line for each run that cannot be read.
 
     Raises:
-        InputError: there are no runs, or the output holds files of these names that this program has not written.
+        InputError: there are no runs, or the output cannot be written, or holds files of these names that this program
+            has not written.
     """
-    root, folder = storage.resolve_uri(storage_uri), storage.resolve_uri(output)
+    root = storage.resolve_uri(storage_uri)
+    folder = storage.choose_output(output, root)
     check_place(folder, REPORT_NAME, [NOTEBOOK_NAME], _MARKS, "--output")
     runs, left_out = find_runs(root)
     if not runs:

@@ -296,6 +296,22 @@ def check_access(uri: str) -> None:
         raise InputError(f"{uri}: tried to {what} and found something else than was written; use another storage")
 
 
+def choose_output(output: str, default: str) -> str:
+    """Return where a job writes what it finds, an option or else its default place, once it is known to be writable.
+
+    Raises:
+        InputError: it is not; names the lacking permission, and the option.
+    """
+    uri = resolve_uri(output) if output else default
+    try:
+        check_access(uri)
+    except UnreachableError:
+        raise
+    except InputError as error:
+        raise InputError(f"{error}; or give another place with --output") from error
+    return uri
+
+
 def _answer_soon(uri: str, call: Callable[[], None]) -> None:
     """Calls what is tried first of a storage, and gives up long before all tries have failed."""
     raised: list[BaseException] = []

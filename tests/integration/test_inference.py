@@ -17,7 +17,7 @@ import ray
 from tests.conftest import run_job, write_stripes
 from trainer.errors import InputError
 from trainer.export import load_export
-from trainer.inference import evaluate_run, predict_images
+from trainer.inference import check_output, predict_images, request_evaluation
 from trainer.run_folder import RunFolder
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
@@ -71,7 +71,7 @@ def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run, resource
     for name in ("predictions-00007.parquet", "_summary.json", "_notes.txt"):
         (output / name).write_text("old")
     with pytest.raises(InputError, match=r"predicted is not empty.*--overwrite"):
-        predict_images(None, 0, str(work / "runs/first"), str(output), resources)
+        check_output(str(output))
     finished = run("predict.py", "runs/first", "new", "predicted", "--overwrite", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "92 images, 1 not decoded (damaged: 1)" in finished.stdout
@@ -150,7 +150,7 @@ def copied_run(work, tmp_path) -> Path:
 def test_a_run_without_its_weights_is_refused(resources, work, copied_run):
     shutil.rmtree(copied_run / "checkpoints")
     with pytest.raises(InputError, match="checkpoints has no complete checkpoint step-"):
-        evaluate_run(str(copied_run), "val", str(work / "dataset"), resources)
+        request_evaluation(str(copied_run), "val", str(work / "dataset"))
     with pytest.raises(InputError, match="checkpoints has no complete checkpoint step-"):
         predict_images(None, 0, str(copied_run), str(copied_run / "out"), resources)
 
@@ -165,7 +165,7 @@ def test_a_dataset_that_is_not_the_runs_own_any_more_is_refused(resources, copie
     manifest = RunFolder(str(copied_run)).read_manifest()
     RunFolder(str(copied_run)).write_manifest(manifest.model_copy(update={"fingerprint": "f00d"}))
     with pytest.raises(InputError, match=r"was prepared again since .* --dataset"):
-        evaluate_run(str(copied_run), "val", "", resources)
+        request_evaluation(str(copied_run), "val")
 
 
 @pytest.mark.parametrize("field", ["class_names", "image_size", "channels"])
@@ -174,7 +174,7 @@ def test_a_dataset_that_does_not_fit_the_run_is_refused(resources, work, copied_
     other = {"class_names": ["up", "down", "slanted"], "image_size": 32, "channels": 3}[field]
     RunFolder(str(copied_run)).write_manifest(manifest.model_copy(update={field: other}))
     with pytest.raises(InputError, match=f"dataset has {field} .*they must agree"):
-        evaluate_run(str(copied_run), "val", str(work / "dataset"), resources)
+        request_evaluation(str(copied_run), "val", str(work / "dataset"))
 
 
 def test_weights_that_are_damaged_are_refused_by_the_worker(run, copied_run):
