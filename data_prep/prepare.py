@@ -130,15 +130,9 @@ def prepare(
         InputError: the source or the dataset cannot be used, or too many files were rejected.
         JobError: a task of Ray Data failed, or the disk is full.
     """
-    source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
-    if storage.join(dataset, "").startswith(storage.join(source, "")):
-        raise InputError(f"DATASET {dataset} lies in SOURCE {source}; give a folder outside it")
-    if storage.join(source, "").startswith(storage.join(dataset, "")):
-        raise InputError(f"SOURCE {source} lies in DATASET {dataset}; give a folder outside it")
-    if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
+    if existing := check_places(source, dataset, config, overwrite=overwrite):
         return existing
-    storage.check_access(dataset)
-
+    source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
     # Beside the staged chunks, which are deleted while it is held.
     with hold_lease(storage.join(dataset, "_lease"), f"DATASET {dataset}") as lease:
         # Another job may have finished since.
@@ -172,6 +166,30 @@ def prepare(
         storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.to_json())
         storage.delete_folder(storage.join(dataset, _STAGING))
     return manifest
+
+
+def check_places(source: str, dataset: str, config: PrepareConfig, *, overwrite: bool = False) -> Manifest | None:
+    """Check where images come from and where they go to, before a cluster is looked at or waited for.
+
+    Returns:
+        The manifest that is there if the same preparation had been done before and is not to be done again.
+
+    Raises:
+        InputError: there is no source, or the dataset cannot be written, or is of another preparation.
+    """
+    source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
+    if storage.join(dataset, "").startswith(storage.join(source, "")):
+        raise InputError(f"DATASET {dataset} lies in SOURCE {source}; give a folder outside it")
+    if storage.join(source, "").startswith(storage.join(dataset, "")):
+        raise InputError(f"SOURCE {source} lies in DATASET {dataset}; give a folder outside it")
+    if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
+        return existing
+    if not storage.exists(source):
+        raise InputError(
+            f"SOURCE {source}: nothing is there; give a folder or prefix of images, or a file that lists them"
+        )
+    storage.check_access(dataset)
+    return None
 
 
 def _delete_dataset(dataset: str) -> None:

@@ -38,7 +38,7 @@ def main(
 ) -> None:
     """Decode, resize, split and shard the images of SOURCE into DATASET."""
     with console.exit_codes():
-        from data_prep.prepare import parse_config, prepare
+        from data_prep.prepare import check_places, parse_config, prepare
         from trainer.cluster import connect
 
         config = parse_config(
@@ -52,10 +52,12 @@ def main(
             seed=seed,
             max_bad_fraction=max_bad_fraction,
         )
-        with connect(wait_seconds=wait), console.show_events() as on_event:
-            manifest = prepare(
-                source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=on_event
-            )
+        manifest = check_places(source, dataset, config, overwrite=overwrite)
+        if manifest is None:
+            with connect(wait_seconds=wait), console.show_events() as on_event:
+                manifest = prepare(
+                    source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=on_event
+                )
         print_manifest(dataset, manifest)
 
 

@@ -1,14 +1,20 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.prepare import PrepareConfig, _check_rejected, _check_val, _write_part, parse_config, prepare
+from data_prep.prepare import (
+    PrepareConfig,
+    _check_rejected,
+    _check_val,
+    _write_part,
+    check_places,
+    parse_config,
+    prepare,
+)
 from data_prep.shards import STAGED_SCHEMA, write_chunk
-from tests.conftest import REPOSITORY
+from tests.conftest import write_stripes
 from trainer.errors import InputError
 
 
@@ -53,18 +59,22 @@ def test_a_source_inside_its_dataset_is_refused(tmp_path, source):
 def test_a_source_that_cannot_be_used_deletes_nothing(write_dataset, tmp_path):
     written = write_dataset()
     before = sorted(path for path in Path(written.uri).rglob("*") if path.is_file())
-    with pytest.raises(InputError, match="no files there"):
+    with pytest.raises(InputError, match="nothing is there"):
         prepare(str(tmp_path / "missing"), written.uri, PrepareConfig(), overwrite=True)
     assert sorted(path for path in Path(written.uri).rglob("*") if path.is_file()) == before
 
 
-def test_a_dataset_in_a_bucket_that_is_not_there_is_refused(bucket, tmp_path):
-    # In a process of its own: the endpoint of a process is read once.
-    script = f"from data_prep.prepare import *; prepare({str(tmp_path)!r}, 's3://missing/prepared', PrepareConfig())"
-    process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    last_line = process.stderr.splitlines()[-1]
-    assert last_line.startswith("trainer.errors.InputError: s3://missing/prepared/manifest.json: bucket 'missing' at ")
-    assert "'no such bucket'" in last_line
+def test_a_bucket_that_is_not_there_is_refused_on_either_side(bucket, tmp_path):
+    write_stripes(tmp_path / "images", images_per_class=1)
+    for places in ((str(tmp_path / "images"), "s3://missing/prepared"), ("s3://missing/images", str(tmp_path / "out"))):
+        with pytest.raises(InputError, match=r"bucket 'missing' at .* answered 'no such bucket'"):
+            check_places(*places, PrepareConfig())
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"SOURCE .*/images: nothing is there; give a folder"):
+        check_places(str(tmp_path / "images"), str(tmp_path / "prepared"), PrepareConfig())
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_staged_images_that_were_damaged_are_not_written(tmp_path):
