@@ -1,6 +1,7 @@
 """The S3 side of `trainer.storage`: names are taken as they are, waits are bounded, errors say what happened."""
 
 import contextlib
+import http
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 from s3fs.core import set_custom_error_handler
 
@@ -67,6 +69,8 @@ class S3(S3FileSystem):
                 raise
             raise NoAnswerError(str(error)) from error
 
+    call_s3 = sync_wrapper(_call_s3)
+
     def has(self, path: str) -> bool:
         """Return whether there is an object, or at least one below a prefix."""
         try:
@@ -103,6 +107,20 @@ class S3(S3FileSystem):
                 return False
             raise
         return True
+
+    def write_in_parts(self, path: str, content: bytes) -> None:
+        """Write one object as `pipe_file` writes a large one, in a single part."""
+        bucket, key, _ = self.split_path(path)
+        place = {"Bucket": bucket, "Key": key}
+        place["UploadId"] = self.call_s3("create_multipart_upload", **place)["UploadId"]
+        try:
+            tag = self.call_s3("upload_part", **place, PartNumber=1, Body=content)["ETag"]
+            parts = {"Parts": [{"PartNumber": 1, "ETag": tag}]}
+            self.call_s3("complete_multipart_upload", **place, MultipartUpload=parts)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.call_s3("abort_multipart_upload", **place)
+            raise
 
     def try_briefly(self) -> None:
         """Try for seconds in place of minutes, until there is an answer."""
@@ -165,7 +183,8 @@ class S3(S3FileSystem):
 def _is_transient(error: BaseException) -> bool:
     """Return whether s3fs, which knows some of these itself, shall try a failed request again."""
     if isinstance(error, ClientError):
-        return bool(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500)
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        return status >= 500 and status != http.HTTPStatus.NOT_IMPLEMENTED
     if isinstance(error, BotoCoreError):
         return isinstance(error, BotoConnectionError | HTTPClientError)
     return isinstance(error, TimeoutError | ConnectionError)

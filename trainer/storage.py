@@ -263,6 +263,12 @@ def check_access(uri: str) -> None:
         _answer_soon(uri, lambda: write_bytes(file, b"ok"))
         return True
 
+    def write_in_parts() -> bool:
+        if not is_local(uri):
+            with clear_errors(file):
+                _s3().write_in_parts(_path(file), b"ok")
+        return True
+
     def create() -> bool:
         # Swift and old Ceph write in any case.
         refuses_to_create(file, b"ok")
@@ -274,6 +280,8 @@ def check_access(uri: str) -> None:
 
     for what, permission, works in (
         ("write a file", "s3:PutObject", write),
+        # As checkpoints of 100 MiB and more are.
+        ("write a file in parts", "s3:PutObject", write_in_parts),
         ("read a file", "s3:GetObject", lambda: (read_bytes(file), read_bytes(file, 1, 1)) == (b"ok", b"k")),
         ("list files", "s3:ListBucket", lambda: find_files(folder) == {"file": 2}),
         ("write a file unless it exists", "s3:PutObject, If-None-Match", create),

@@ -1,43 +1,36 @@
 """A real object store behind a proxy that is slow, refuses, resets, loses answers and goes away."""
 
 import contextlib
-import http.client
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fsspec
 import pytest
 
-from tests.conftest import free_port, run_job, write_stripes
+from tests.conftest import run_job, write_stripes
+from tests.proxy import Fault, Proxy
 from trainer.run_folder import RunFolder
 
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
-
-class FaultyProxy(ThreadingHTTPServer):
+class FaultyProxy(Proxy):
     """Forwards to a server, late; every third request gets 503 SlowDown, every seventh a reset before it is forwarded.
 
     Every eleventh gets one afterwards, so that its answer is lost; and from one on all are reset for a while.
     """
 
     def __init__(self, target: str, latency_seconds: float, away_after: int, away_seconds: float) -> None:
-        super().__init__(("127.0.0.1", free_port()), _Forward)
-        self.target = urlsplit(target).netloc
+        super().__init__(target)
         self.latency_seconds, self.away_after, self.away_seconds = latency_seconds, away_after, away_seconds
         self.away_until = 0.0
         self.requests = self.refused = 0
         self.lock = threading.Lock()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def next_fault(self) -> str:
+    def find_fault(self, request: BaseHTTPRequestHandler) -> Fault:
+        time.sleep(self.latency_seconds)
         with self.lock:
             self.requests += 1
             if self.requests == self.away_after:
@@ -45,53 +38,8 @@ class FaultyProxy(ThreadingHTTPServer):
             if time.monotonic() < self.away_until:
                 self.refused += 1
                 return "reset"
-            faults = {3: "slow down", 7: "reset", 11: "lose"}
-            return next((fault for every, fault in faults.items() if self.requests % every == 0), "")
-
-
-class _Forward(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FaultyProxy
-
-    def forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        time.sleep(self.server.latency_seconds)
-        fault = self.server.next_fault()
-        if fault == "reset":
-            self.close_connection = True
-            self.connection.close()
-            return
-        if fault == "slow down":
-            self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
-            return
-        target = http.client.HTTPConnection(self.server.target)
-        target.request(self.command, self.path, body, dict(self.headers))
-        answer = target.getresponse()
-        if fault == "lose":
-            answer.read()
-            self.close_connection = True
-            self.connection.close()
-            return
-        headers = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP_HEADERS}
-        self.answer(answer.status, headers, answer.read(), length=answer.getheader("Content-Length"))
-        target.close()
-
-    def answer(self, status: int, headers: dict[str, str], body: bytes, length: str | None = None) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        # A HEAD answer has the length of what GET would send.
-        self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-_HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "date", "server"}
+            faults: dict[int, Fault] = {3: (503, "SlowDown"), 7: "reset", 11: "lose"}
+            return next((fault for every, fault in faults.items() if self.requests % every == 0), None)
 
 
 @pytest.fixture
@@ -99,17 +47,7 @@ def start_proxy(bucket) -> Iterator[Callable[..., FaultyProxy]]:
     """Returns a function that starts a proxy before the store of the bucket."""
     target = fsspec.filesystem("s3", skip_instance_cache=True).s3.meta.endpoint_url
     with contextlib.ExitStack() as proxies:
-
-        def start(**faults: float) -> FaultyProxy:
-            server = FaultyProxy(target, **faults)
-            thread = threading.Thread(target=server.serve_forever)
-            thread.start()
-            proxies.callback(server.server_close)
-            proxies.callback(thread.join)
-            proxies.callback(server.shutdown)
-            return server
-
-        yield start
+        yield lambda **faults: proxies.enter_context(FaultyProxy(target, **faults).serving())
 
 
 def test_preparing_from_and_to_a_faulty_store_ends_right(bucket, start_proxy, tmp_path: Path):

@@ -4,6 +4,8 @@ import socket
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.proxy import Fault, Proxy
 from trainer import s3, storage
 from trainer.errors import InputError, UnreachableError
 
@@ -380,6 +383,58 @@ def test_a_table_survives_as_parquet(root):
     assert storage.parquet_table(content).to_pydict()["epoch"] == [1, 2]
     storage.write_bytes(storage.join(root, "t.parquet"), content)
     assert storage.read_parquet_schema(storage.join(root, "t.parquet")) == table.schema
+
+
+class RefusingProxy(Proxy):
+    """Refuses what begins so."""
+
+    refused: Callable[[BaseHTTPRequestHandler], Fault]
+
+    def find_fault(self, request: BaseHTTPRequestHandler) -> Fault:
+        return self.refused(request)
+
+
+@pytest.fixture
+def refuse(bucket, monkeypatch):
+    """Returns a function that puts a proxy before the bucket, which answers requests as a function of them says."""
+    with contextlib.ExitStack() as proxies:
+
+        def start(fault: Callable[[BaseHTTPRequestHandler], Fault]) -> None:
+            proxy = proxies.enter_context(RefusingProxy(os.environ["AWS_ENDPOINT_URL"]).serving())
+            proxy.refused = fault
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            storage._s3.cache_clear()
+
+        yield start
+    storage._s3.cache_clear()
+
+
+def test_a_store_that_wants_a_checksum_of_deletions_is_one(bucket, refuse):
+    def fault(request: BaseHTTPRequestHandler) -> Fault:
+        is_bulk = request.command == "POST" and "?delete" in request.path
+        return (400, "MissingContentMD5") if is_bulk and not request.headers["Content-MD5"] else None
+
+    refuse(fault)
+    storage.check_access(f"{bucket}/md5")
+    for index in range(3):
+        storage.write_bytes(f"{bucket}/md5/{index}", b"")
+    storage.delete_folder(f"{bucket}/md5")
+    assert storage.find_files(f"{bucket}/md5") == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "what"),
+    [
+        ("DELETE", "", r"delete a file there \(s3:DeleteObject\)"),
+        ("POST", "?uploads", r"write a file in parts there \(s3:PutObject\)"),
+    ],
+)
+def test_a_store_without_what_a_job_needs_is_refused_before_work(bucket, refuse, method, part, what):
+    refuse(
+        lambda request: (501, "NotImplemented") if (request.command, part in request.path) == (method, True) else None
+    )
+    with pytest.raises(InputError, match=rf"answered 'NotImplemented'.*; a job must be able to {what}"):
+        storage.check_access(f"{bucket}/runs")
 
 
 def test_what_is_in_a_file_is_no_error_of_the_storage(place):
