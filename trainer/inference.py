@@ -138,7 +138,7 @@ def save_evaluation(request: EvaluationRequest, evaluation: EvaluationResult, pr
 
 def describe_test_reads(request: EvaluationRequest) -> str:
     """Say how often the test split has been read for a run, as far as that could be recorded."""
-    text = f"the test split has been read {format_count(request.run.count_test_reads(), 'time')} for this run"
+    text = request.run.describe_test_reads()
     if elsewhere := RunFolder(request.output).count_test_reads():
         reads = format_count(elsewhere, "time")
         text += f", and {reads} more that {request.output} records: the run may only be read"
