@@ -14,7 +14,6 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from trainer import storage
 from trainer.events import StepProfiled
 from trainer.run_folder import RunFolder
 
@@ -95,7 +94,7 @@ class StepProfiler:
         for content in contents:
             # The layout that TensorBoard's profile plugin reads, one host a worker.
             place = ("profile", "plugins", "profile", "steps", f"worker-{self._rank}.xplane.pb")
-            storage.write_bytes(self._run.path(*place), content)
+            self._run.write(content, *place)
             of_types.update(sum_op_seconds(content))
         return summarise(self._traced, self._ended - self._started, self._waited - self._waited_before, of_types)
 

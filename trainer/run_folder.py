@@ -4,7 +4,7 @@ STORAGE/RUN/config.json      RunRecord; before step 1
 STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used where the dataset is gone
 STORAGE/RUN/lease.json       which job works here; gone when none does
 STORAGE/RUN/attempts/        one small file each time the workers start
-STORAGE/RUN/recoveries/      one small file each time the run went on though something was lost or damaged
+STORAGE/RUN/recoveries/      one small file each time damaged checkpoints were set aside
 STORAGE/RUN/losses/          one LostAttempt each time the workers were lost, and the end of what they printed
 STORAGE/RUN/checkpoints/     see `trainer.checkpoint`
 STORAGE/RUN/metrics.parquet  one row an epoch
@@ -129,7 +129,7 @@ class RunResult(Record):
     steps: int
     attempts: int
     recoveries: tuple[str, ...]
-    """What the run has gone on from though something was lost or damaged, one line each."""
+    """What was damaged, and from where the run went on, one line each; lost workers are in ``lost_attempts``."""
     lost_attempts: tuple[LostAttempt, ...] = ()
     """Those that did not end by themselves."""
     layers: str
@@ -337,7 +337,7 @@ class RunFolder:
         return max((int(name.partition(".")[0]) for name in names), default=0)
 
     def record_recovery(self, what: str) -> None:
-        """Record that the run goes on though something was lost or damaged: what, and from where it goes on."""
+        """Record that damaged checkpoints were set aside, and from where the run goes on."""
         content = json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "what": what}).encode()
         number = len(storage.find_files(self.path("recoveries"))) + 1
         self.write(content, "recoveries", f"{number:04d}.json")

@@ -132,9 +132,10 @@ def test_a_stale_writer_changes_nothing(place, tmp_path, make_config, request):
 
 
 @pytest.fixture
-def damaged(tmp_path, make_config):
+def damaged(tmp_path, make_config, request):
     """Returns a run of three epochs, a function that cuts off the weights of one, and what it tells."""
-    run, events = RunFolder(str(tmp_path / "run")), []
+    root = request.getfixturevalue("bucket") if hasattr(request, "param") else str(tmp_path)
+    run, events = RunFolder(f"{root}/damaged"), []
     run.start_attempt()
     job = WorkerJob(make_config(keep_best=3), None, run.uri, None, (), 0, None, events.append)
     for epoch in (1, 2, 3):
@@ -148,6 +149,15 @@ def damaged(tmp_path, make_config):
 
 
 def test_training_goes_on_from_the_last_checkpoint_that_is_whole_and_says_so(damaged):
+    assert_goes_on(damaged)
+
+
+@pytest.mark.parametrize("damaged", ["bucket"], indirect=True)
+def test_training_goes_on_so_in_a_bucket(damaged):
+    assert_goes_on(damaged)
+
+
+def assert_goes_on(damaged) -> None:
     run, job, damage, events = damaged
     assert _find_last(job, run).epoch == 3
     assert events == []
