@@ -95,9 +95,10 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
     visible = {path: size for path, size in sizes.items() if path not in kinds}
     if not visible:
         passed_over = f" but {_count_names(listing.left_behind)}" if listing.left_behind else ""
-        raise InputError(
-            f"{source}: no files there{passed_over}; give a folder or prefix that has one folder of images per class"
+        wanted = (
+            "a folder or prefix that has one folder of images per class" if labelled else "an image or a folder of them"
         )
+        raise InputError(f"{source}: no files there{passed_over}; give {wanted}")
     try:
         source_format = source_format or _detect_format(root, visible)
         match source_format:

@@ -35,10 +35,10 @@ def main(
         from trainer.inference import check_output, predict_images, read_finished_run
 
         manifest = read_finished_run(run)[0].read_manifest()
-        place = check_output(output, overwrite=overwrite)
         options = ImageOptions.of(manifest)
         # Before a cluster is started, which takes longer than to find out that there is no such file.
         found = find_images(source, source_format, labelled=False)
+        place = check_output(output, overwrite=overwrite)
         with connect(wait_seconds=wait) as resources, console.show_events() as on_event:
             if found.listed.is_notable:
                 on_event(found.listed)
@@ -47,12 +47,11 @@ def main(
                 images, num_images, run, place, resources, batch_size=batch_size, on_event=on_event
             )
         print_summary(output, summary)
-        if sum(summary.rejected.values()) == summary.images:
-            raise InputError(f"none of the images of {source} could be decoded; give images: {output} has the reasons")
+        check_summary(source, output, summary)
 
 
 def print_summary(output: str, summary: "PredictionSummary") -> None:
-    """Print how many images there were, how many could not be used, and how many were told right."""
+    """Print how many images there were, how many could not be used, and how many were predicted correctly."""
     from trainer.evaluation_result import describe_accuracy
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
@@ -60,6 +59,12 @@ def print_summary(output: str, summary: "PredictionSummary") -> None:
     console.stdout.print(f"{output}: {format_count(summary.images, 'image')}{bad}", markup=False)
     if summary.labelled:
         console.stdout.print(describe_accuracy(summary.correct, summary.labelled))
+
+
+def check_summary(source: str, output: str, summary: "PredictionSummary") -> None:
+    """Raise InputError where not one image was predicted: such a source was given by mistake."""
+    if sum(summary.rejected.values()) == summary.images:
+        raise InputError(f"none of the files of {source} is an image that can be read; {output} has the reasons")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from data_prep.prepare import PrepareConfig
 from data_prep.sources import SourceFormat
 from jobs.prepare import print_manifest
 from trainer.architectures import ARCHITECTURES
+from trainer.errors import InputError
+from trainer.inference import PredictionSummary
 from trainer.request import OPTIONS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -137,6 +139,14 @@ def test_options_that_are_words_allow_what_the_config_allows(job, fields):
 @pytest.mark.parametrize("job", ["prepare.py", "predict.py"])
 def test_the_formats_of_a_source_are_those_that_are_read(job):
     assert choices_of(parameters_of(job)["source_format"].annotation) == set(get_args(SourceFormat))
+
+
+def test_a_source_of_which_nothing_can_be_predicted_is_refused():
+    check_summary = runpy.run_path(str(REPOSITORY / "jobs" / "predict.py"))["check_summary"]
+    required = {"run": "r", "checkpoint": "c", "class_names": ["a"], "images": 5, "labelled": 0, "correct": 0}
+    check_summary("in", "out", PredictionSummary(**required, rejected={"damaged": 2, "empty": 2}))
+    with pytest.raises(InputError, match="none of the files of in is an image that can be read; out has the reasons"):
+        check_summary("in", "out", PredictionSummary(**required, rejected={"damaged": 2, "empty": 3}))
 
 
 def test_the_defaults_of_prepare_are_those_of_its_config():
