@@ -124,13 +124,15 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
     """
     if not content:
         raise RejectedImageError("empty")
-    if any(content.startswith(start, place) for place, start in _UNREAD):
-        raise RejectedImageError("unsupported")
     prefix = content[:_PREFIX_BYTES]
     for name, (is_of_format, read_header) in _READERS.items():
         if is_of_format(prefix):
             return _open_as(name, read_header, content)
-    raise RejectedImageError("not_an_image")
+    raise RejectedImageError("unsupported" if _is_unread(content) else "not_an_image")
+
+
+def _is_unread(content: bytes) -> bool:
+    return any(content.startswith(start, place) for place, start in _UNREAD)
 
 
 def _open_as(name: str, read_header: Callable[..., ImageFile.ImageFile], content: bytes) -> ImageFile.ImageFile:
@@ -148,7 +150,7 @@ def _open_as(name: str, read_header: Callable[..., ImageFile.ImageFile], content
         if error.reason == "damaged" and name == "PPM":
             # A letter and a digit: many a text starts so.
             raise RejectedImageError("not_an_image") from error
-        if error.reason == "damaged" and content[8:12] in _SHARED_BRANDS:
+        if error.reason == "damaged" and (content[8:12] in _SHARED_BRANDS or _is_unread(content)):
             raise RejectedImageError("unsupported") from error
         raise
 

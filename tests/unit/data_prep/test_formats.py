@@ -75,6 +75,7 @@ def test_formats_that_run_a_program_or_are_no_image_are_kept_shut():
         b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40),
         b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40),
         b"\xff\x0a" + bytes(40),
+        b"\xff\xd8\xff\xf7\0\x0b\x08\0\x08\0\x08\x01\x01\x11\0" + bytes(40),
         b"SIMPLE  =                    T" + bytes(60),
         bytes(128) + b"DICM" + bytes(40),
         bmp(compression=4),
@@ -83,7 +84,21 @@ def test_formats_that_run_a_program_or_are_no_image_are_kept_shut():
         tiff(RAMP, PHOTOMETRIC_INTERPRETATION=32844),
         tiff(RAMP.astype(np.uint16), PHOTOMETRIC_INTERPRETATION=8),
     ],
-    ids=["eps", "photoshop", "heic", "heif", "jxl", "fits", "dicom", "bmp", "jpeg", "lerc", "logluv", "lab-16"],
+    ids=[
+        "eps",
+        "photoshop",
+        "heic",
+        "heif",
+        "jxl",
+        "jpeg-ls",
+        "fits",
+        "dicom",
+        "bmp",
+        "jpeg",
+        "lerc",
+        "logluv",
+        "lab-16",
+    ],
 )
 def test_an_image_of_a_kind_that_is_not_read_is_unsupported(content):
     assert reason_of(content) == "unsupported"
