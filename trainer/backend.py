@@ -1,4 +1,4 @@
-"""Tells each Ray Train worker of the others, in the form that MultiWorkerMirroredStrategy reads: TF_CONFIG.
+"""Tells each Ray Train worker of the others, as MultiWorkerMirroredStrategy reads it, and how long to wait for them.
 
 Ray's own TensorflowTrainer does the same, but importing it imports TensorFlow in the driver and in the controller
 (docs/decisions/0002).
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+
+_HEARTBEAT_MILLISECONDS = 15 * 60 * 1000
 
 
 class _TensorFlowBackend(Backend):
@@ -36,3 +38,27 @@ class TensorFlowConfig(BackendConfig):
 
 def _set_tf_config(addresses: list[str], rank: int) -> None:
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
+
+
+def tolerate_silence() -> None:
+    """Make TensorFlow wait for a worker that stands still, for as long as Ray Train does and longer.
+
+    TensorFlow's coordination service gives up a worker after 10 s without a heartbeat, and with it the attempt. Ray
+    notices a process that died within seconds, a node within a minute, and a worker that does not answer after ten
+    minutes (RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S), so nothing is left for the heartbeats to find.
+
+    Must be called before the strategy is made; does nothing for one worker alone, or when it is made already.
+    """
+    workers = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {}).get("worker", [])
+    if len(workers) < 2:
+        return
+    from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+    from tensorflow.python.eager import context  # there is no public form
+
+    if context.context().coordination_service is None:
+        context.context().configure_coordination_service(
+            service_type="standalone",
+            service_leader="/job:worker/replica:0/task:0",
+            coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(workers))],
+            heartbeat_timeout_in_ms=_HEARTBEAT_MILLISECONDS,
+        )

@@ -15,6 +15,7 @@ import tf_keras as keras
 from data_prep.manifest import Manifest
 from trainer.architectures import build_model
 from trainer.augment import augment
+from trainer.backend import tolerate_silence
 from trainer.config import TrainConfig
 from trainer.dropout import fix_dropout
 from trainer.errors import InputError
@@ -87,6 +88,7 @@ def build_network_for_evaluation(manifest: Manifest, config: TrainConfig) -> Net
 def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[Any, Any]:
     keras.utils.set_random_seed(config.seed)
     keras.mixed_precision.set_global_policy(config.precision)
+    tolerate_silence()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         try:

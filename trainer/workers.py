@@ -27,6 +27,7 @@ from trainer.folders import hold_folder
 from trainer.local_worker import run_process
 from trainer.markdown import format_count
 from trainer.processes import end_with, this_process
+from trainer.pulse import Pulse, Watch
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig, TrainingFailedError
@@ -191,6 +192,7 @@ def run_workers(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from trainer.backend import TensorFlowConfig
+    from trainer.failures import Failures, FailureSender, GroupFailed, call_in_group
 
     # With the driver, like Ray Train's controller: any other node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -207,7 +209,7 @@ def run_workers(
         # TensorFlow leaves files when a worker is killed, as Ray ends it.
         with hold_folder("training-notes-", tempfile.gettempdir()) as folder:
             os.environ["TMPDIR"] = tempfile.tempdir = folder
-            return function(send_event)
+            return call_in_group(function, send_event)
 
     # Ray's own bookkeeping: the state of a run is in the run folder (docs/decisions/0003).
     folders = contextlib.ExitStack()
@@ -223,6 +225,7 @@ def run_workers(
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=_ROOM_TRIES * (max_failures + 1)
             ),
+            callbacks=[FailureSender(send_event)],
         ),
     )
     fitted: Future[Any] = Future()
@@ -239,14 +242,25 @@ def run_workers(
     # end with the connection to Ray.
     threading.Thread(target=fit, daemon=True).start()
     heard = told = time.monotonic()
+    watch = Watch(on_event)
+    failures = Failures(watch, max_failures)
     try:
         while True:
             # Before the look into the queue: an event may arrive just after the workers have ended.
             ended = fitted.done()
             try:
-                on_event(queue.get(timeout=_POLL_SECONDS))
+                event = queue.get(timeout=_POLL_SECONDS)
                 heard = time.monotonic()
+                if isinstance(event, Pulse):
+                    watch.hear(event)
+                elif isinstance(event, GroupFailed):
+                    if (lost := failures.describe(event)) is not None:
+                        on_event(lost)
+                else:
+                    on_event(event)
+                watch.look()
             except Empty:
+                watch.look()
                 if ended:
                     return fitted.result()
                 now = time.monotonic()
@@ -264,6 +278,8 @@ def run_workers(
         for cause in causes:
             if isinstance(cause, InputError | JobError):
                 raise cause from error
+        if failures.death is not None:
+            causes = [failures.death, *(one for one in causes if not isinstance(one, WorkerDiedError))]
         raise WorkersFailedError(causes) from error
     finally:
         queue.shutdown()

@@ -18,7 +18,7 @@ from trainer import launch, step, storage
 from trainer.dataset import load_manifest, open_split
 from trainer.errors import JobError
 from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
-from trainer.events import EpochFinished, RunStarted, StepProfiled
+from trainer.events import AttemptStarted, EpochFinished, RunStarted, StepProfiled, WorkersLost
 from trainer.request import parse_request
 from trainer.run_folder import RunFolder, RunResult
 
@@ -257,9 +257,22 @@ def test_batch_norm_over_two_workers_trains_like_one_though_a_worker_dies(batch_
     assert run_of_two.read_steps()["step"].to_pylist() == list(range(1, 13))
 
 
-def test_the_dead_worker_is_in_the_result(batch_norm_runs):
-    _, run_of_two, _ = batch_norm_runs
-    assert RunFolder(run_of_two.uri).read_result().attempts == 2
+def test_the_dead_worker_is_told_of_and_is_in_the_result_and_the_note(batch_norm_runs):
+    _, run_of_two, events = batch_norm_runs
+    first = json.loads(Path(run_of_two.path("attempts", "0001.json")).read_text())
+    (lost,) = (event for event in events if isinstance(event, WorkersLost))
+    assert f"worker 0 (process {first['pid']} on {first['node']}) was killed by SIGKILL" in lost.reason
+    assert (lost.failures, lost.max_failures) == (1, 3)
+    assert re.fullmatch(rf"{first['node']}:/.*{first['pid']}\.err", lost.log)
+    (again,) = (event for event in events if isinstance(event, AttemptStarted))
+    assert (again.attempt, again.num_workers, again.previous_num_workers) == (2, 2, 2)
+    result = RunFolder(run_of_two.uri).read_result()
+    assert result.attempts == 2
+    (attempt,) = result.lost_attempts
+    assert (attempt.attempt, attempt.reason, attempt.next_step) == (1, lost.reason, again.step)
+    assert again.step in (4, 8)
+    assert Path(run_of_two.path(attempt.log)).read_bytes() == lost.tail
+    assert str(attempt) in Path(run_of_two.path("note.md")).read_text()
 
 
 def test_batch_norm_averages_are_in_the_checkpoint(batch_norm_runs):
