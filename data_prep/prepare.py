@@ -188,12 +188,35 @@ def check_places(source: str, dataset: str, config: PrepareConfig, *, overwrite:
         raise InputError(
             f"SOURCE {source}: nothing is there; give a folder or prefix of images, or a file that lists them"
         )
+    _check_names_are_free(dataset)
     storage.check_access(dataset)
     return None
 
 
+def _check_names_are_free(dataset: str) -> None:
+    """Check that a preparation replaces nothing that none has written, in a folder where none has begun.
+
+    Raises:
+        InputError: one of its names is taken; says which.
+    """
+    if any(storage.exists(storage.join(dataset, *path)) for path in ((MANIFEST_NAME,), (_STAGING, "plan"))):
+        return
+    names = [REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME]
+    taken = [name for name in names if storage.exists(storage.join(dataset, name))]
+    for split in SPLITS:
+        files = storage.find_files(storage.join(dataset, split))
+        taken += [f"{split}/{name}" for name in files if _DATA_FILE_NAME.fullmatch(name)]
+    if taken:
+        raise InputError(
+            f"DATASET {dataset} holds {taken[0]}, which no preparation wrote and this one would replace; choose "
+            "another folder, or move it away"
+        )
+
+
 def _delete_dataset(dataset: str) -> None:
     """Deletes what a preparation writes, and nothing else that may be in the folder; the commit goes first."""
+    # Where this is killed in its middle, the folder is still known as that of a preparation.
+    storage.write_bytes(storage.join(dataset, _STAGING, "plan"), b"")
     for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
     _delete_data_files(dataset)

@@ -291,7 +291,9 @@ def plan_run(
     manifest = load_checked_manifest(request, resources)
     workers = parse_num_workers(request.num_workers, resources)
     record = run.read_begun_record()
-    if record is not None:
+    if record is None:
+        run.check_names_are_free()
+    else:
         _check_same_request(run, record, request, manifest)
     if record is not None and record.batch is not None and record.batch.request == request.batch:
         batch = record.batch

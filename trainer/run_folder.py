@@ -50,6 +50,12 @@ from trainer.record_format import Record
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
 
 
+# Files and folders of a run that it writes after its config.json.
+_WRITTEN_NAMES = (
+    *("checkpoints", "metrics.parquet", "steps.parquet", "model.keras", "saved_model", "plots", "profile", "note.md"),
+    *("test_predictions.parquet", "tensorboard", "evaluations", "explanations"),
+)
+
 InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 
 
@@ -220,6 +226,20 @@ class RunFolder:
             return RunRecord.parse(storage.read_bytes(uri), uri)
         except FileNotFoundError:
             return None
+
+    def check_names_are_free(self) -> None:
+        """Check that a run replaces nothing that none has written, in a folder where none has begun.
+
+        Raises:
+            InputError: one of its names is taken; says which.
+        """
+        if storage.exists(self.path("config.json")):
+            return
+        taken = [name for name in storage.find_files(self.uri) if name.partition("/")[0] in _WRITTEN_NAMES]
+        if taken:
+            raise InputError(
+                f"{self.uri} holds {taken[0]}, which no run wrote and this one would replace; choose another --run-name"
+            )
 
     def read_begun_record(self) -> RunRecord | None:
         """Return the record that a continued run must agree with.

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from data_prep.prepare import (
     PrepareConfig,
@@ -155,3 +156,15 @@ def test_where_no_image_is_left_for_val_is_said_how_many_are_needed(counts, spli
 def test_one_image_for_val_is_enough():
     images = pa.table({"label": pa.array([0, 1], pa.int32()), "split": pa.array([None, None], pa.string())})
     _check_val(images, ["train", "val"], PrepareConfig())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "rejected.parquet", "contact_sheet.png", "train/part-00000.parquet"])
+def test_what_no_preparation_wrote_is_not_replaced(tmp_path, name, overwrite):
+    own = tmp_path / "photos" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("my own")
+    Image.new("L", (8, 8)).save(tmp_path / "cat.png")
+    with pytest.raises(InputError, match=rf"photos holds {name}, which no preparation wrote"):
+        prepare(str(tmp_path / "cat.png"), str(own.parents[name.count("/")]), parse_config(), overwrite=overwrite)
+    assert own.read_text() == "my own"

@@ -13,7 +13,7 @@ import pytest
 
 from trainer import checkpoint as checkpoints
 from trainer import run_folder, storage
-from trainer.errors import LeaseLostError, RecordError
+from trainer.errors import InputError, LeaseLostError, RecordError
 from trainer.lease import hold_lease
 from trainer.run_folder import RunFolder, describe_run
 
@@ -231,3 +231,15 @@ def test_a_loss_that_cannot_be_read_is_left_out_and_left_alone(run):
     run.record_next_step(4)
     assert [loss.reason for loss in run.read_losses()] == ["worker 1 was killed by SIGKILL"]
     assert Path(run.path("losses", "0001.json")).read_text() == '{"format": 99}'
+
+
+@pytest.mark.parametrize("name", ["note.md", "plots/curves.png", "checkpoints/mine.bin"])
+def test_what_no_run_wrote_is_not_replaced(run, make_config, name):
+    storage.write_bytes(run.path("lease.json"), b"{}")
+    storage.write_bytes(run.path("dataset.json"), b"{}")
+    run.check_names_are_free()
+    storage.write_bytes(run.path(name), b"my own")
+    with pytest.raises(InputError, match=rf"first holds {name}, which no run wrote .* another --run-name"):
+        run.check_names_are_free()
+    run.write_record(describe_run(make_config(), "1 node"))
+    run.check_names_are_free()
