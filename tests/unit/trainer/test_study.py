@@ -143,7 +143,8 @@ def test_more_parameters_than_trials_can_tune_are_warned_of():
 def test_each_parameter_has_the_least_trials_of_the_playbook(name, least):
     text = STUDY.partition("[nuisance]")[0] + f"[nuisance]\n{name} = {{ low = 0.1, high = 0.2 }}\n"
     assert find_warnings(parse(text, trials=2 * least)) == []
-    fewer = [f"{name} is worth tuning from {least} trials a scientific value, there are {least - 1}"]
+    counted = f"{least} trial{'s' * (least > 1)}"
+    fewer = [f"{name} is worth tuning from {counted} a scientific value, there are {least - 1}"]
     assert find_warnings(parse(text, trials=max(1, 2 * least - 1))) == fewer
 
 
