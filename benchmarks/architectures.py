@@ -16,10 +16,10 @@ import typer
 from rich.table import Table
 
 from benchmarks.table import report
-from trainer.comparison import compare_predictions
-from trainer.evaluation_result import describe_accuracy
-from trainer.recipes import RECIPES
-from trainer.run_folder import RunFolder, StartedRun, find_runs
+from trainer.config.recipes import RECIPES
+from trainer.notes.comparison import compare_predictions
+from trainer.record.evaluation_result import describe_accuracy
+from trainer.record.run_folder import RunFolder, StartedRun, find_runs
 
 
 def train(dataset: str, storage: str, arch: str, recipe: str, seed: int, options: list[str]) -> None:

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.table import report
 from trainer import launch
-from trainer.batch_finder import choose_batch, measure_size
-from trainer.cluster import connect
-from trainer.request import parse_request
+from trainer.batch.finder import choose_batch, measure_size
+from trainer.config.request import parse_request
+from trainer.runtime.cluster import connect
 
 ARCHITECTURES = ["cnn_tapered", "alexnet", "inception_notes"]
 

@@ -88,11 +88,11 @@ def slow_store() -> Iterator[str]:
 def train(name: str, options: dict[str, Any], storage: str) -> list[dict[str, float]]:
     """Returns the metrics of each epoch but the first."""
     from trainer import launch
-    from trainer.cluster import connect
-    from trainer.events import OnEvent, ignore_event
-    from trainer.job import WorkerJob
-    from trainer.local_worker import run_process
-    from trainer.request import parse_request
+    from trainer.config.request import parse_request
+    from trainer.runtime.cluster import connect
+    from trainer.runtime.events import OnEvent, ignore_event
+    from trainer.training.job import WorkerJob
+    from trainer.workers.local_worker import run_process
 
     with (
         connect(one_process=True) as resources,
@@ -103,7 +103,7 @@ def train(name: str, options: dict[str, Any], storage: str) -> list[dict[str, fl
         rows: list[dict[str, float]] = []
 
         def work(send_event: OnEvent) -> Any:
-            from trainer import loop
+            from trainer.training import loop
 
             if name == WITHOUT:
                 save = loop._Training._save

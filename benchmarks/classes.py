@@ -71,13 +71,14 @@ def make_manifest(num_classes: int) -> Manifest:
 
 def measure(num_classes: int) -> Outcome:
     """Ends one run and writes the notes of its storage."""
-    from trainer import checkpoint as checkpoints
-    from trainer import launch, storage
-    from trainer.config import TrainConfig
-    from trainer.events import ignore_event
-    from trainer.job import WorkerJob, WorkerResult
-    from trainer.report import write_notes_and_report
-    from trainer.run_folder import RunFolder, describe_run
+    from trainer import launch
+    from trainer.config.config import TrainConfig
+    from trainer.notes.report import write_notes_and_report
+    from trainer.record import checkpoint as checkpoints
+    from trainer.record.run_folder import RunFolder, describe_run
+    from trainer.runtime import storage
+    from trainer.runtime.events import ignore_event
+    from trainer.training.job import WorkerJob, WorkerResult
 
     manifest, random = make_manifest(num_classes), np.random.default_rng(0)
     labels = np.arange(num_classes, dtype=np.int32).repeat(_IMAGES_PER_CLASS)

@@ -25,9 +25,9 @@ EPOCHS = 3
 
 
 def project(images: np.ndarray, labels: np.ndarray, batch: int, epoch: int) -> Iterator[Any]:
-    """As `trainer.loop` does: rows of a memory map, gathered in a thread ahead of their use."""
-    from trainer.batches import make_batch
-    from trainer.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
+    """As `trainer.training.loop` does: rows of a memory map, gathered in a thread ahead of their use."""
+    from trainer.training.batches import make_batch
+    from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
 
     split, order = ImageSplit(images, labels), epoch_order(len(images), 0, epoch)
     steps = range(len(images) // batch)
@@ -83,7 +83,7 @@ def measure(name: str, folder: str, batch: int) -> list[float]:
 def measure_here(name: str, folder: str, batch: str) -> None:
     import contextlib
 
-    from trainer.cluster import connect
+    from trainer.runtime.cluster import connect
 
     with connect() if name.startswith("Ray") else contextlib.nullcontext():
         print(json.dumps(measure(name, folder, int(batch))))

@@ -14,10 +14,10 @@ import typer
 from rich.table import Table
 
 from benchmarks.table import report
-from trainer.dataset import load_manifest
-from trainer.evaluation_result import describe_accuracy
-from trainer.recipes import recipe_epochs
-from trainer.run_folder import RunFolder
+from trainer.config.recipes import recipe_epochs
+from trainer.record.evaluation_result import describe_accuracy
+from trainer.record.run_folder import RunFolder
+from trainer.training.dataset import load_manifest
 
 
 def main(

@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 from data_prep.decode import ImageOptions, decode_image
 from data_prep.prepare import PrepareConfig, prepare
-from trainer.cluster import connect
+from trainer.runtime.cluster import connect
 
 SIZE = 250
 # Mean and 99th percentile of the absolute difference from the reference, over all pixels of all photos.

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 
 from benchmarks.table import Mark, report
-from trainer.run_folder import RunFolder
+from trainer.record.run_folder import RunFolder
 
 FACTORS = (1, 3, 10)
 _SIDE = 96

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.training import BATCH, EPOCHS
 from trainer.architectures import ARCHITECTURES
-from trainer.dataset import load_manifest, open_split
+from trainer.training.dataset import load_manifest, open_split
 
 
 def build_network(arch: str, image_size: int, channels: int, num_classes: int) -> torch.nn.Module:

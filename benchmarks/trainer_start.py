@@ -36,7 +36,7 @@ def run_one(trainer_name: str, began: float) -> float:
     """Runs one trainer to its end and returns when its first step was taken."""
     from ray.train import RunConfig, ScalingConfig
 
-    from trainer.cluster import connect
+    from trainer.runtime.cluster import connect
 
     with connect(), tempfile.TemporaryDirectory() as folder:
         options = {
@@ -51,7 +51,7 @@ def run_one(trainer_name: str, began: float) -> float:
         else:
             from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-            from trainer.backend import TensorFlowConfig
+            from trainer.workers.backend import TensorFlowConfig
 
             trainer = DataParallelTrainer(first_step, backend_config=TensorFlowConfig(), **options)
         seconds: float = trainer.fit().return_value

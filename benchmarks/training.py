@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 from trainer.architectures import ARCHITECTURES
-from trainer.dataset import load_manifest
+from trainer.training.dataset import load_manifest
 
 HERE = "benchmarks.training"
 BATCH, EPOCHS = 32, 4
@@ -60,7 +60,7 @@ def run_script(dataset: str, arch: str) -> None:
     import tf_keras as keras
 
     from trainer.architectures import build_model
-    from trainer.dataset import open_split
+    from trainer.training.dataset import open_split
 
     manifest = load_manifest(dataset)
     splits = [open_split(dataset, manifest, name) for name in ("train", "val")]
@@ -95,7 +95,7 @@ def run_stock(source: str, arch: str, image_size: str) -> None:
     from ray.train import ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer, prepare_dataset_shard
 
-    from trainer.cluster import connect
+    from trainer.runtime.cluster import connect
 
     size, class_names = int(image_size), sorted(one.name for one in Path(source).iterdir() if one.is_dir())
 
@@ -162,8 +162,8 @@ def measure_project(dataset: str, arch: str, precision: str, num_workers: int = 
         began = time.time()
         subprocess.run(command, check=True, capture_output=True)
         ended = time.time()
-        from trainer import checkpoint as checkpoints
-        from trainer.run_folder import RunFolder
+        from trainer.record import checkpoint as checkpoints
+        from trainer.record.run_folder import RunFolder
 
         run = RunFolder(str(Path(storage, "one")))
         history = run.read_metrics()

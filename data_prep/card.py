@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.manifest import DUPLICATES_NAME, MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest
-from trainer import storage
-from trainer.markdown import MOST_CLASSES, format_count, format_table, shorten_digest
+from trainer.runtime import storage
+from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table, shorten_digest
 
 CARD_NAME = "README.md"
 CONTACT_SHEET_NAME = "contact_sheet.png"

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from data_prep.names import suffix_of
 from data_prep.parquet import image_column
-from trainer import storage
-from trainer.errors import InputError
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 
 # Reads overlap the latency of an object store.
 _READERS = 8

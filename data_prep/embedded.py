@@ -7,8 +7,8 @@ from PIL import Image
 
 from data_prep.manifest import read_manifest
 from data_prep.prepare import PrepareConfig, prepare
-from trainer import storage
-from trainer.events import OnEvent, ignore_event
+from trainer.runtime import storage
+from trainer.runtime.events import OnEvent, ignore_event
 
 _NUM_IMAGES = 5000
 # Writing to an object store waits; decoding does not happen here.

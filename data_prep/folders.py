@@ -5,8 +5,8 @@ import shlex
 from data_prep.listing import FoundImage, Listing
 from data_prep.manifest import SplitName
 from data_prep.names import is_plainly_other, name_some, parts_of, split_alluded_to, split_called, to_class_name
-from trainer import storage
-from trainer.errors import InputError
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 
 
 def find_in_folders(source: str, sizes: dict[str, int], listing: Listing, labelled: bool) -> None:

@@ -14,8 +14,8 @@ from data_prep.decode import ImageOptions, Pixels, decode_image
 from data_prep.formats import RejectedImageError
 from data_prep.isolation import Decode, Outcome, decode_guarded
 from data_prep.sources import Source
-from trainer import storage
-from trainer.errors import InputError
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 
 # A slice is what an interruption loses; its images fit a worker's memory many times over.
 _MAX_SLICE_IMAGES = 256

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer import storage
-from trainer.errors import RecordError
-from trainer.record_format import Record
+from trainer.runtime import storage
+from trainer.runtime.errors import RecordError
+from trainer.runtime.record_format import Record
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.parquet"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.formats import FORMATS
 from data_prep.manifest import SplitName
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 _SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",

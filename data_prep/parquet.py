@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 
 from data_prep.listing import FoundImage, Listing
 from data_prep.names import parse_split, split_of_file, suffix_of, to_class_name, to_class_names
-from trainer import storage
-from trainer.errors import InputError
-from trainer.markdown import format_count
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
+from trainer.runtime.markdown import format_count
 
 
 def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> None:

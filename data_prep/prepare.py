@@ -53,11 +53,11 @@ from data_prep.shards import (
 from data_prep.sources import Source, SourceFormat, find_images
 from data_prep.splits import assign_splits, least_class_size
 from data_prep.values import ValueRange, find_value_range
-from trainer import storage
-from trainer.errors import InputError, JobError
-from trainer.events import OnEvent, StageProgressed, ValueRangeFound, ignore_event
-from trainer.lease import hold_lease
-from trainer.markdown import format_count
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.events import OnEvent, StageProgressed, ValueRangeFound, ignore_event
+from trainer.runtime.lease import hold_lease
+from trainer.runtime.markdown import format_count
 
 _DATA_FILE_BYTES = 128 * 2**20
 # Ray Data notices the end of a task and starts the next in about 0.1 s, so a task takes several slices where there are

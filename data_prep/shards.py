@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.manifest import DataFile
-from trainer import storage
+from trainer.runtime import storage
 
 STAGED_SCHEMA = pa.schema(
     [

@@ -38,10 +38,10 @@ from data_prep.names import (
 from data_prep.parquet import find_in_parquet, image_column
 from data_prep.tables import TEXT_SUFFIXES, find_in_table
 from data_prep.tars import find_in_tar
-from trainer import storage
-from trainer.errors import InputError
-from trainer.events import SourceListed
-from trainer.markdown import format_count
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
+from trainer.runtime.events import SourceListed
+from trainer.runtime.markdown import format_count
 
 SourceFormat = Literal["folder", "table", "parquet", "webdataset"]
 

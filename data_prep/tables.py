@@ -10,8 +10,8 @@ from typing import Any
 
 from data_prep.listing import FoundImage, Listing
 from data_prep.names import parse_split, suffix_of, to_class_names
-from trainer import storage
-from trainer.errors import InputError
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 
 TEXT_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson"}
 _DELIMITERS = ",;\t"

@@ -7,8 +7,8 @@ from typing import Any
 
 from data_prep.listing import FoundImage, Listing
 from data_prep.names import image_suffixes, is_plainly_other, left_behind_as, split_of_file, suffix_of, to_class_name
-from trainer import storage
-from trainer.errors import InputError
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 
 
 def find_in_tar(root: str, path: str, listing: Listing, labelled: bool) -> None:

@@ -6,11 +6,11 @@ import typer
 from rich.table import Table
 from typer import Option
 
-from trainer import console
-from trainer.options import GroupedCommand, add_run_options, parse_command
+from trainer.config.options import GroupedCommand, add_run_options, parse_command
+from trainer.runtime import console
 
 if TYPE_CHECKING:
-    from trainer.batch_table import BatchTable
+    from trainer.config.batch_table import BatchTable
 
 _BAR_WIDTH = 30
 
@@ -32,8 +32,8 @@ def main(
         request = parse_command(options)
         # Not at the top: --help and wrong options answer without loading Ray.
         from trainer import launch
-        from trainer.cluster import connect
-        from trainer.workers import wait_for_workers
+        from trainer.runtime.cluster import connect
+        from trainer.workers.groups import wait_for_workers
 
         launch.check_request(request, storage)
         one_process = launch.needs_one_process(request, storage)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from trainer import console
-from trainer.options import Wait
+from trainer.config.options import Wait
+from trainer.runtime import console
 
 if TYPE_CHECKING:
     from trainer.doctor import Finding
@@ -26,7 +26,7 @@ def main(
         findings = check_packages()
         print_findings(findings)
         if not any(one.mend for one in findings):
-            from trainer.cluster import connect
+            from trainer.runtime.cluster import connect
 
             with connect(wait_seconds=wait or None) as resources:
                 of_cluster = check_cluster(storage, resources)

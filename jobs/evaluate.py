@@ -7,12 +7,12 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from trainer import console
-from trainer.options import Wait
+from trainer.config.options import Wait
+from trainer.runtime import console
 
 if TYPE_CHECKING:
-    from trainer.evaluation_result import EvaluationResult
     from trainer.inference import EvaluationRequest
+    from trainer.record.evaluation_result import EvaluationResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -30,8 +30,8 @@ def main(
 ) -> None:
     """Print loss, accuracy and what they are made of, over every image of a split once."""
     with console.exit_codes():
-        from trainer.cluster import connect
         from trainer.inference import evaluate_run, request_evaluation, save_evaluation
+        from trainer.runtime.cluster import connect
 
         request = request_evaluation(run, split, dataset, output)
         with connect(wait_seconds=wait, one_process=True) as resources:

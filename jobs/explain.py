@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from trainer import console
-from trainer.options import Wait
+from trainer.config.options import Wait
+from trainer.runtime import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -25,9 +25,9 @@ def main(
     with console.exit_codes():
         from data_prep.decode import ImageOptions
         from data_prep.images import decode_file
-        from trainer.cluster import connect
-        from trainer.explain import ExplainedImage, check_output, choose_worst, explain_run, save_explanation
+        from trainer.explain.page import ExplainedImage, check_output, choose_worst, explain_run, save_explanation
         from trainer.inference import read_finished_run
+        from trainer.runtime.cluster import connect
 
         manifest = read_finished_run(run)[0].read_manifest()
         place = check_output(run, output)

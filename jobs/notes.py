@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from trainer import console
+from trainer.runtime import console
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -17,7 +17,7 @@ def main(
 ) -> None:
     """Write NOTES.md and report.html, one page without outside resources, from all runs below STORAGE."""
     with console.exit_codes():
-        from trainer.report import write_notes_and_report
+        from trainer.notes.report import write_notes_and_report
 
         written, left_out = write_notes_and_report(storage, output)
         for line in left_out:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from trainer import console
+from trainer.runtime import console
 
 if TYPE_CHECKING:
     from trainer.plan import Prediction

@@ -6,10 +6,10 @@ import typer
 from typer import Argument, Option
 
 from data_prep.sources import SourceFormat, find_images
-from trainer import console
-from trainer.errors import InputError
-from trainer.markdown import format_count
-from trainer.options import Wait
+from trainer.config.options import Wait
+from trainer.runtime import console
+from trainer.runtime.errors import InputError
+from trainer.runtime.markdown import format_count
 
 if TYPE_CHECKING:
     from trainer.inference import PredictionSummary
@@ -31,8 +31,8 @@ def main(
     with console.exit_codes():
         from data_prep.decode import ImageOptions
         from data_prep.images import read_images
-        from trainer.cluster import connect
         from trainer.inference import check_output, predict_images, read_finished_run
+        from trainer.runtime.cluster import connect
 
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions.of(manifest)
@@ -52,7 +52,7 @@ def main(
 
 def print_summary(output: str, summary: "PredictionSummary") -> None:
     """Print how many images there were, how many could not be used, and how many were predicted correctly."""
-    from trainer.evaluation_result import describe_accuracy
+    from trainer.record.evaluation_result import describe_accuracy
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
     bad = f", {sum(summary.rejected.values())} not decoded ({reasons})" if reasons else ""

@@ -8,9 +8,9 @@ from rich.text import Text
 
 from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from data_prep.sources import SourceFormat
-from trainer import console
-from trainer.markdown import format_count
-from trainer.options import Wait
+from trainer.config.options import Wait
+from trainer.runtime import console
+from trainer.runtime.markdown import format_count
 
 # Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -39,7 +39,7 @@ def main(
     """Decode, resize, split and shard the images of SOURCE into DATASET."""
     with console.exit_codes():
         from data_prep.prepare import check_places, parse_config, prepare
-        from trainer.cluster import connect
+        from trainer.runtime.cluster import connect
 
         config = parse_config(
             image_size=image_size,

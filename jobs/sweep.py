@@ -7,12 +7,12 @@ import typer
 from rich.table import Column, Table
 from typer import Argument, Option
 
-from trainer import console
-from trainer.options import Wait
+from trainer.config.options import Wait
+from trainer.runtime import console
 
 if TYPE_CHECKING:
-    from trainer.study import Study
-    from trainer.study_folder import Trial
+    from trainer.study.file import Study
+    from trainer.study.folder import Trial
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -34,16 +34,16 @@ def main(
     """Run the trials that a study still lacks, on the cluster that RAY_ADDRESS names or on this machine."""
     with console.exit_codes():
         # Not at the top: --help and a wrong file answer without loading Ray.
-        from trainer.study import find_warnings, load_study
-        from trainer.study_folder import find_round
+        from trainer.study.file import find_warnings, load_study
+        from trainer.study.folder import find_round
 
         study = load_study(study_file)
         folder = find_round(storage, name or study_file.stem, new=new_round)
         trials = folder.read_trials()
         lacking = study.trials > sum(trial.ended and trial.kind == "search" for trial in trials)
         if not status and (lacking or characterize or retry_failed or dry_run):
-            from trainer.cluster import connect
-            from trainer.sweep import plan_study, run_study
+            from trainer.runtime.cluster import connect
+            from trainer.study.sweep import plan_study, run_study
 
             folder.check_access()
             for warning in find_warnings(study):
@@ -62,7 +62,7 @@ def main(
                     on_event=on_event,
                 )
         elif not status:
-            from trainer.sweep import conclude_study
+            from trainer.study.sweep import conclude_study
 
             trials = conclude_study(study, folder)
         if as_json:

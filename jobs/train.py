@@ -6,9 +6,9 @@ import typer
 from rich.table import Table
 from typer import Option
 
-from trainer import console
-from trainer.errors import JobError
-from trainer.options import GroupedCommand, add_run_options, parse_command
+from trainer.config.options import GroupedCommand, add_run_options, parse_command
+from trainer.runtime import console
+from trainer.runtime.errors import JobError
 
 if TYPE_CHECKING:
     from trainer.launch import ArchitectureDescription
@@ -38,9 +38,9 @@ def main(
         request = parse_command(options) if not list_archs else None
         # Not at the top: --help and wrong options answer without loading Ray.
         from trainer import launch
-        from trainer.cluster import connect
-        from trainer.tracking import check_trackers
-        from trainer.workers import wait_for_workers
+        from trainer.runtime.cluster import connect
+        from trainer.training.tracking import check_trackers
+        from trainer.workers.groups import wait_for_workers
 
         if request is None:
             print_architectures(launch.describe_architectures(options["dataset"] or ""))

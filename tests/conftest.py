@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer import checkpoint as checkpoints
-from trainer import storage
-from trainer.run_folder import RunFolder
+from trainer.record import checkpoint as checkpoints
+from trainer.record.run_folder import RunFolder
+from trainer.runtime import storage
 
 # A case that is slow on a busy machine is no failure; the same cases each time, so that a failure is one of the code.
 hypothesis.settings.register_profile("suite", max_examples=100, deadline=None, derandomize=True, database=None)

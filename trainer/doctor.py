@@ -11,11 +11,11 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer import storage
-from trainer.cluster import Resources
-from trainer.errors import InputError
-from trainer.folders import cache_folder
-from trainer.markdown import format_count
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError
+from trainer.runtime.folders import cache_folder
+from trainer.runtime.markdown import format_count
 
 _PACKAGES = ("ray", "tensorflow", "tf_keras", "pyarrow", "s3fs")
 _PYTHON = ((3, 11), (3, 14))

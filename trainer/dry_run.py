@@ -3,13 +3,13 @@
 from typing import Any
 
 from data_prep.manifest import Manifest, read_manifest
-from trainer.batch_finder import recall_batch, trial_sizes
-from trainer.cluster import Resources
-from trainer.config import describe_rescaling
+from trainer.batch.finder import recall_batch, trial_sizes
+from trainer.config.config import describe_rescaling
+from trainer.config.request import RunRequest, format_options, resolve
 from trainer.launch import describe_steps, embedded_dataset, load_checked_manifest
-from trainer.request import RunRequest, format_options, resolve
-from trainer.storage import resolve_uri
-from trainer.workers import parse_num_workers
+from trainer.runtime.cluster import Resources
+from trainer.runtime.storage import resolve_uri
+from trainer.workers.groups import parse_num_workers
 
 
 def describe_run(request: RunRequest, storage_uri: str, resources: Resources) -> str:

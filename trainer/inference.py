@@ -11,20 +11,20 @@ import pyarrow as pa
 import ray
 
 from data_prep.manifest import Manifest, SplitName
-from trainer import checkpoint as checkpoints
-from trainer import storage
-from trainer.checkpoint import Checkpoint
-from trainer.cluster import Resources
-from trainer.config import TrainConfig
-from trainer.dataset import load_manifest, open_split
-from trainer.errors import InputError, JobError
-from trainer.evaluation import Evaluator, predictions_table
-from trainer.evaluation_result import EvaluationResult, summarise
-from trainer.events import OnEvent, StageProgressed, ignore_event
-from trainer.markdown import format_count
-from trainer.record_format import Record
-from trainer.run_folder import RunFolder, RunResult
-from trainer.workers import call_in_worker
+from trainer.config.config import TrainConfig
+from trainer.record import checkpoint as checkpoints
+from trainer.record.checkpoint import Checkpoint
+from trainer.record.evaluation_result import EvaluationResult, summarise
+from trainer.record.run_folder import RunFolder, RunResult
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
+from trainer.runtime.markdown import format_count
+from trainer.runtime.record_format import Record
+from trainer.training.dataset import load_manifest, open_split
+from trainer.training.evaluation import Evaluator, predictions_table
+from trainer.workers.groups import call_in_worker
 
 # The underscore hides it from readers of the folder as one Parquet dataset.
 SUMMARY_NAME = "_summary.json"
@@ -175,7 +175,7 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
 
 def _evaluate(request: EvaluationRequest) -> pa.Table:
     # In a worker: the driver must not import TensorFlow.
-    from trainer.step import build_network_for_evaluation, compile_eval_step
+    from trainer.training.step import build_network_for_evaluation, compile_eval_step
 
     config, trained_on = request.config, request.trained_on
     network = build_network_for_evaluation(trained_on, config)
@@ -295,7 +295,7 @@ class _Predictor:
     """One loaded network: an actor of Ray Data."""
 
     def __init__(self, run_uri: str, class_names: list[str]) -> None:
-        from trainer.export import load_export
+        from trainer.training.export import load_export
 
         self._class_names = np.array(class_names, np.object_)
         self._model = load_export(RunFolder(run_uri))

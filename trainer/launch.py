@@ -15,18 +15,20 @@ from datetime import UTC, datetime
 import ray
 
 from data_prep.manifest import Manifest, read_manifest
-from trainer import checkpoint as checkpoints
-from trainer import storage
 from trainer.architectures import ARCHITECTURES, count_parameters
-from trainer.batch_finder import choose_batch, measure_size
-from trainer.batch_table import BatchChoice, find_bottlenecks, given_batch
-from trainer.cluster import Resources
-from trainer.config import TrainConfig, describe_rescaling, find_differences, replace_values, resize_batch
-from trainer.dataset import load_manifest
-from trainer.diagnostics import find_symptoms
-from trainer.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
-from trainer.evaluation_result import summarise
-from trainer.events import (
+from trainer.batch.finder import choose_batch, measure_size
+from trainer.config.batch_table import BatchChoice, find_bottlenecks, given_batch
+from trainer.config.config import TrainConfig, describe_rescaling, find_differences, replace_values, resize_batch
+from trainer.config.request import RunRequest, resolve
+from trainer.notes.diagnostics import find_symptoms
+from trainer.notes.note import write_note
+from trainer.record import checkpoint as checkpoints
+from trainer.record.evaluation_result import summarise
+from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
+from trainer.runtime.events import (
     AttemptStarted,
     BatchChosen,
     Event,
@@ -37,16 +39,14 @@ from trainer.events import (
     WorkersLost,
     ignore_event,
 )
-from trainer.folders import cache_folder
-from trainer.job import WorkerJob, WorkerResult
-from trainer.lease import hold_lease
-from trainer.markdown import format_count
-from trainer.notes import write_note
-from trainer.request import RunRequest, resolve
-from trainer.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
-from trainer.signals import failure_reason, received_signal
-from trainer.tracking import log_to_mlflow
-from trainer.workers import WorkerCount, needs_cluster, parse_num_workers, run_workers
+from trainer.runtime.folders import cache_folder
+from trainer.runtime.lease import hold_lease
+from trainer.runtime.markdown import format_count
+from trainer.runtime.signals import failure_reason, received_signal
+from trainer.training.dataset import load_manifest
+from trainer.training.job import WorkerJob, WorkerResult
+from trainer.training.tracking import log_to_mlflow
+from trainer.workers.groups import WorkerCount, needs_cluster, parse_num_workers, run_workers
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ def launch(
         run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
         max_failures: how often lost workers are started again.
-        trackers: where metrics go besides the run folder, from `trainer.tracking`.
+        trackers: where metrics go besides the run folder, from `trainer.training.tracking`.
         profile_steps: how many steps are traced, the first ones left out.
         on_event: told of the start, of steps and of epochs.
 
@@ -434,7 +434,7 @@ def _run_workers(
     job: WorkerJob, workers: WorkerCount, resources: Resources, max_failures: int, on_event: OnEvent
 ) -> WorkerResult:
     def train(send_event: OnEvent) -> WorkerResult:
-        from trainer.loop import train_worker
+        from trainer.training.loop import train_worker
 
         return train_worker(replace(job, send_event=send_event))
 
@@ -464,14 +464,14 @@ def _run_workers(
 
 def _load_ending() -> None:
     """Imports what the end of a run needs while its workers train: a second that neither start nor end waits for."""
-    for name in ("trainer.plots", "scipy.stats"):
+    for name in ("trainer.notes.plots", "scipy.stats"):
         importlib.import_module(name)
 
 
 def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -> RunResult:
     """Writes what is drawn from a run when its workers have ended: plots, note, result."""
     # Loaded by now, in `_load_ending`.
-    from trainer.plots import write_batch_sizes, write_plots
+    from trainer.notes.plots import write_batch_sizes, write_plots
 
     run, config, manifest = RunFolder(job.run, job.lease), job.config, job.manifest
     run.check_owner()

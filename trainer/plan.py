@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainer import storage
-from trainer.config import BatchRequest
-from trainer.errors import InputError
+from trainer.config.config import BatchRequest
 from trainer.inference import read_finished_run
-from trainer.markdown import format_count
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
+from trainer.runtime.markdown import format_count
 
 # Both fitted to three published figures: Horovod's ResNet-101 and VGG-16 on 512 GPUs, NVIDIA's ResNet-50 on eight.
 HIDDEN_SHARE = 0.6
@@ -25,7 +25,7 @@ STRAGGLER_SHARE = 0.06
 _BACKWARD_SHARE = 2 / 3
 _HOP_SECONDS = 20e-6
 _GRADIENT_BYTES = 4
-# What `trainer.batch_finder` leaves as well.
+# What `trainer.batch.finder` leaves as well.
 _LEAST_STEPS = BatchRequest().min_steps_per_epoch
 
 

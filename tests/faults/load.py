@@ -19,8 +19,8 @@ import typer
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import REPOSITORY, write_stripes
 from trainer import launch
-from trainer.cluster import connect
-from trainer.request import parse_request
+from trainer.config.request import parse_request
+from trainer.runtime.cluster import connect
 
 OPTIONS = {
     "arch": "cnn_softmax",

@@ -17,9 +17,9 @@ import typer
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import last_state, write_stripes
 from trainer import launch
-from trainer.cluster import Resources, connect
-from trainer.request import parse_request
-from trainer.run_folder import RunFolder
+from trainer.config.request import parse_request
+from trainer.record.run_folder import RunFolder
+from trainer.runtime.cluster import Resources, connect
 
 OPTIONS = {
     "arch": "alexnet",

@@ -9,8 +9,8 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import run_job, write_stripes
-from trainer import checkpoint as checkpoints
-from trainer.cluster import connect
+from trainer.record import checkpoint as checkpoints
+from trainer.runtime.cluster import connect
 
 NETWORK = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=64 --precision float32"
 # All checkpoints are kept: the disk is full after some thirty of them.

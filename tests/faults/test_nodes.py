@@ -13,13 +13,14 @@ from ray.cluster_utils import Cluster
 from data_prep.manifest import MANIFEST_NAME
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import run_job, write_stripes
-from trainer import launch, storage
-from trainer.cluster import Resources, connect
-from trainer.errors import InputError
-from trainer.events import EpochFinished, Event, OnEvent, StageProgressed, WorkersAwaited, ignore_event
-from trainer.request import parse_request
-from trainer.run_folder import RunFolder, RunResult
-from trainer.workers import wait_for_workers
+from trainer import launch
+from trainer.config.request import parse_request
+from trainer.record.run_folder import RunFolder, RunResult
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources, connect
+from trainer.runtime.errors import InputError
+from trainer.runtime.events import EpochFinished, Event, OnEvent, StageProgressed, WorkersAwaited, ignore_event
+from trainer.workers.groups import wait_for_workers
 
 NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
 

@@ -13,9 +13,9 @@ import pytest
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
 from trainer import launch
-from trainer.cluster import Resources, connect
-from trainer.events import EpochFinished, WorkerHeardAgain, WorkerSilent
-from trainer.run_folder import RunFolder
+from trainer.record.run_folder import RunFolder
+from trainer.runtime.cluster import Resources, connect
+from trainer.runtime.events import EpochFinished, WorkerHeardAgain, WorkerSilent
 
 OPTIONS = {
     "arch": "cnn_softmax",

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import run_job, write_stripes
 from tests.proxy import Fault, Proxy
-from trainer.run_folder import RunFolder
+from trainer.record.run_folder import RunFolder
 
 
 class FaultyProxy(Proxy):

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from trainer.cluster import WORKER_ENVIRONMENT, connect
+from trainer.runtime.cluster import WORKER_ENVIRONMENT, connect
 
 # What a test computes itself is compared with what workers compute, to the last bit.
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = WORKER_ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"]

@@ -13,15 +13,16 @@ import ray
 from data_prep.manifest import Manifest
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import run_job, write_stripes
-from trainer import launch, storage
-from trainer.batch_finder import choose_batch
-from trainer.batch_table import BatchChoice, given_batch
-from trainer.errors import InputError
-from trainer.events import SizeMeasured
-from trainer.job import TrialJob
-from trainer.request import RunRequest, parse_request, resolve
-from trainer.run_folder import RunFolder
-from trainer.workers import WorkerCount, run_workers
+from trainer import launch
+from trainer.batch.finder import choose_batch
+from trainer.config.batch_table import BatchChoice, given_batch
+from trainer.config.request import RunRequest, parse_request, resolve
+from trainer.record.run_folder import RunFolder
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
+from trainer.runtime.events import SizeMeasured
+from trainer.training.job import TrialJob
+from trainer.workers.groups import WorkerCount, run_workers
 
 NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
 SMALL = [word for name, value in NETWORK.items() for word in ("--arch-argument", f"{name}={json.dumps(value)}")]
@@ -142,7 +143,7 @@ def test_larger_sizes_of_an_emulated_precision_are_not_measured(work, resources)
     events = []
 
     def work_alone(send_event) -> None:
-        from trainer.batch_trial import run_trial
+        from trainer.batch.trial import run_trial
 
         run_trial(job, send_event)
 

@@ -15,10 +15,10 @@ import pytest
 import ray
 
 from tests.conftest import run_job, write_stripes
-from trainer.errors import InputError
-from trainer.export import load_export
 from trainer.inference import check_output, predict_images, request_evaluation
-from trainer.run_folder import RunFolder
+from trainer.record.run_folder import RunFolder
+from trainer.runtime.errors import InputError
+from trainer.training.export import load_export
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--precision", "float32", "--export", "saved_model"]

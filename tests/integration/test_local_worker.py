@@ -14,15 +14,14 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, last_state, run_job
-from trainer import checkpoint as checkpoints
-from trainer import pulse
-from trainer.cluster import read_machine
-from trainer.errors import InputError, WorkerDiedError
-from trainer.events import StageProgressed, WorkerHeardAgain, WorkerSilent
-from trainer.local_worker import run_process
-from trainer.notes import describe_unfinished
-from trainer.run_folder import RunFolder
-from trainer.workers import WorkerCount, run_workers
+from trainer.notes.note import describe_unfinished
+from trainer.record import checkpoint as checkpoints
+from trainer.record.run_folder import RunFolder
+from trainer.runtime.cluster import read_machine
+from trainer.runtime.errors import InputError, WorkerDiedError
+from trainer.runtime.events import StageProgressed, WorkerHeardAgain, WorkerSilent
+from trainer.workers.groups import WorkerCount, pulse, run_workers
+from trainer.workers.local_worker import run_process
 
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 40"
 OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--checkpoint-every", "3"]

@@ -50,7 +50,7 @@ def start_store(monkeypatch) -> Iterator[Callable[[str], None]]:
 
 def check_access(uri: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the key of a process is read once."""
-    script = f"from trainer import storage\nstorage.check_access({uri!r})\nprint('ok')"
+    script = f"from trainer.runtime import storage\nstorage.check_access({uri!r})\nprint('ok')"
     return subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 

@@ -21,8 +21,8 @@ from data_prep.isolation import decode_guarded
 from data_prep.manifest import SPLITS
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
-from trainer.errors import InputError, JobError
-from trainer.events import StageProgressed
+from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.events import StageProgressed
 
 pytestmark = pytest.mark.usefixtures("resources")
 CONFIG = PrepareConfig(image_size=20, max_bad_fraction=0.1)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from tests.conftest import ray_nodes, write_stripes
-from trainer import storage
+from trainer.runtime import storage
 
 NETWORK = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --precision float32"
 

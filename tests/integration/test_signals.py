@@ -16,8 +16,8 @@ import pytest
 import ray
 
 from tests.conftest import REPOSITORY, run_job, write_stripes
-from trainer.cluster import connect
-from trainer.signals import raise_on_signals, received_signal
+from trainer.runtime.cluster import connect
+from trainer.runtime.signals import raise_on_signals, received_signal
 
 # Many epochs: a signal finds it at work. The batch keeps an epoch short.
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 400"
@@ -106,8 +106,8 @@ def test_a_signal_is_not_lost_in_ray(handlers):
 STORM = """
 import os, signal, threading, time
 from pathlib import Path
-from trainer.cluster import connect
-from trainer.console import exit_codes
+from trainer.runtime.cluster import connect
+from trainer.runtime.console import exit_codes
 
 def send():
     while not list(Path(os.environ["RAY_TMPDIR"]).glob("*/session_*")):

@@ -57,7 +57,7 @@ def test_a_working_directory_ships_its_own_code(submit, tmp_path):
     (checkout / "trainer" / "errors.py").write_text(
         (checkout / "trainer" / "errors.py").read_text() + "\nSHIPPED = 1\n"
     )
-    script = "import trainer.errors; print('shipped code', trainer.errors.SHIPPED)"
+    script = "import trainer.runtime.errors; print('shipped code', trainer.runtime.errors.SHIPPED)"
     (checkout / "jobs" / "which.py").write_text(script)
     which = submit("--working-dir", str(checkout), "--", "python", "jobs/which.py")
     assert "shipped code 1" in which.stdout, which.stdout + which.stderr

@@ -7,12 +7,12 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import run_job, write_stripes
-from trainer.errors import InputError
-from trainer.events import StudyTrialEnded
-from trainer.lease import hold_lease
-from trainer.study import parse_study
-from trainer.study_folder import StudyFolder, Trial, find_round
-from trainer.sweep import conclude_study, plan_study, run_study
+from trainer.runtime.errors import InputError
+from trainer.runtime.events import StudyTrialEnded
+from trainer.runtime.lease import hold_lease
+from trainer.study.file import parse_study
+from trainer.study.folder import StudyFolder, Trial, find_round
+from trainer.study.sweep import conclude_study, plan_study, run_study
 
 STUDY = """
 goal = "Which learning rate?"

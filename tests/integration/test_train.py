@@ -13,14 +13,16 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
-from trainer import checkpoint as checkpoints
-from trainer import launch, step, storage
-from trainer.dataset import load_manifest, open_split
-from trainer.errors import JobError
-from trainer.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
-from trainer.events import AttemptStarted, EpochFinished, RunStarted, StepProfiled, WorkersLost
-from trainer.request import parse_request
-from trainer.run_folder import RunFolder, RunResult
+from trainer import launch
+from trainer.config.request import parse_request
+from trainer.record import checkpoint as checkpoints
+from trainer.record.run_folder import RunFolder, RunResult
+from trainer.runtime import storage
+from trainer.runtime.errors import JobError
+from trainer.runtime.events import AttemptStarted, EpochFinished, RunStarted, StepProfiled, WorkersLost
+from trainer.training import step
+from trainer.training.dataset import load_manifest, open_split
+from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
 
 # 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
 GLOBAL_BATCH_SIZE = 20

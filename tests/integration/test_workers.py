@@ -3,10 +3,10 @@
 import pytest
 import ray
 
-from trainer import workers
-from trainer.errors import JobError
-from trainer.events import WorkersAwaited
-from trainer.workers import WorkerCount, run_workers
+from trainer.runtime.errors import JobError
+from trainer.runtime.events import WorkersAwaited
+from trainer.workers.groups import WorkerCount, run_workers
+from trainer.workers.groups import groups as workers
 
 
 def test_workers_without_room_are_waited_for_aloud_and_not_for_ever(resources, monkeypatch):

@@ -7,10 +7,10 @@ import pytest
 
 from data_prep.manifest import SPLITS, Manifest, Split
 from data_prep.shards import write_data_file
-from trainer import storage
-from trainer.config import TrainConfig
-from trainer.evaluation_result import EvaluationResult, summarise
-from trainer.run_folder import RunResult
+from trainer.config.config import TrainConfig
+from trainer.record.evaluation_result import EvaluationResult, summarise
+from trainer.record.run_folder import RunResult
+from trainer.runtime import storage
 
 CLASS_NAMES = ["cat", "dog", "eel"]
 

@@ -20,9 +20,9 @@ from data_prep.formats import RejectedImageError
 from data_prep.manifest import Manifest
 from data_prep.sources import find_images
 from tests.conftest import REPOSITORY
-from trainer.config import TrainConfig, validate
-from trainer.errors import InputError
-from trainer.study import Study, parse_study
+from trainer.config.config import TrainConfig, validate
+from trainer.runtime.errors import InputError
+from trainer.study.file import Study, parse_study
 
 MANIFEST = {
     "image_size": 32,

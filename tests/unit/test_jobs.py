@@ -13,9 +13,9 @@ from data_prep.prepare import PrepareConfig
 from data_prep.sources import SourceFormat
 from jobs.prepare import print_manifest
 from trainer.architectures import ARCHITECTURES
-from trainer.errors import InputError
+from trainer.config.request import OPTIONS
 from trainer.inference import PredictionSummary
-from trainer.request import OPTIONS
+from trainer.runtime.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("[!_]*.py"))

@@ -7,7 +7,13 @@ from ray._private.runtime_env.packaging import create_package
 
 from tests.conftest import REPOSITORY
 
-SENT = {"data_prep/decode.py", "jobs/train.py", "jobs/schedule/study.toml", "trainer/templates/report.html", "own.toml"}
+SENT = {
+    "data_prep/decode.py",
+    "jobs/train.py",
+    "jobs/schedule/study.toml",
+    "trainer/runtime/templates/report.html",
+    "own.toml",
+}
 LEFT = {"images/cat/1.jpg", "prepared/train/0.parquet", "more-images/dog/trainer/2.png", "runs/first/model.keras"}
 LEFT |= {".venv/bin/python", ".git/HEAD", "weights.h5", "trainer/__pycache__/loop.cpython-311.pyc", "tests/conftest.py"}
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
-from trainer.run_folder import RunFolder, describe_run
+from trainer.record.run_folder import RunFolder, describe_run
 
 
 def install_wheel(folder: Path) -> Path:

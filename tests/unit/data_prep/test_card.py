@@ -8,7 +8,7 @@ from PIL import Image
 from data_prep.card import list_classes, write_card
 from data_prep.manifest import Split
 from data_prep.shards import write_data_file
-from trainer import storage
+from trainer.runtime import storage
 
 
 def read_sheet(uri: str) -> Image.Image:

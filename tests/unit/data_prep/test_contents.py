@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.contents import read_contents
 from data_prep.sources import IMAGES_SCHEMA, find_images
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 
 def as_images(rows: list[dict]) -> pa.Table:

@@ -2,7 +2,7 @@ import pytest
 
 from data_prep.sources import IMAGES_SCHEMA, find_images
 from tests.sources import ignored_in, rows_of
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 
 def test_a_folder_is_a_class_and_its_number_follows_the_sorted_names(write_files):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data_prep.manifest import Manifest, read_manifest
-from trainer.errors import RecordError
+from trainer.runtime.errors import RecordError
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from data_prep.contents import read_contents
 from data_prep.sources import find_images
 from tests.sources import ignored_in, rows_of, write_parquet
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 
 def test_rows_of_parquet_files_are_images(tmp_path):

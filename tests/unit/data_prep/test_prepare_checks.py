@@ -16,7 +16,7 @@ from data_prep.prepare import (
 )
 from data_prep.shards import STAGED_SCHEMA, write_chunk
 from tests.conftest import write_stripes
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 
 def test_defaults_are_those_of_the_notes():

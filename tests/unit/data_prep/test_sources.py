@@ -5,8 +5,8 @@ import pytest
 
 from data_prep.sources import find_images
 from tests.sources import ignored_in, rows_of, write_parquet, write_tar
-from trainer import storage
-from trainer.errors import InputError
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 
 
 def test_hidden_files_and_folders_are_passed_over(write_files):

@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.sources import find_images
 from tests.sources import rows_of
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 CSV = "path,label,split\nx/1.png,b,train\nx/2.png,a,\nx/3.png,a,validation\nx/4.png,b,train\nx/5.png,a,train\n"
 

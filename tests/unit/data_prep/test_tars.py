@@ -5,7 +5,7 @@ import pytest
 
 from data_prep.sources import find_images
 from tests.sources import ignored_in, rows_of, write_tar
-from trainer.errors import InputError
+from trainer.runtime.errors import InputError
 
 
 def test_a_tar_has_images_beside_their_labels(tmp_path):

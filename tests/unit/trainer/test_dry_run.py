@@ -1,10 +1,10 @@
 import pytest
 
-from trainer.batch_finder import recall_batch
-from trainer.cluster import Resources
+from trainer.batch.finder import recall_batch
+from trainer.config.request import parse_request, read_options, resolve
 from trainer.dry_run import describe_run
-from trainer.errors import InputError
-from trainer.request import parse_request, read_options, resolve
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError
 
 ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, devices="4 cores", node_memory_gib=16)
 

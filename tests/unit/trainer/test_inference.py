@@ -8,9 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from trainer import checkpoint as checkpoints
-from trainer import explain
-from trainer.errors import InputError
+from trainer.explain.page import page as explain
 from trainer.inference import (
     _record_test_read,
     check_output,
@@ -18,8 +16,10 @@ from trainer.inference import (
     request_evaluation,
     save_evaluation,
 )
-from trainer.report import write_notes_and_report
-from trainer.run_folder import RunFolder, describe_run
+from trainer.notes.report import write_notes_and_report
+from trainer.record import checkpoint as checkpoints
+from trainer.record.run_folder import RunFolder, describe_run
+from trainer.runtime.errors import InputError
 
 
 @pytest.fixture

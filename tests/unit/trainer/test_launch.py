@@ -2,10 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from trainer import storage
-from trainer.batch_table import BatchChoice
-from trainer.cluster import Resources
-from trainer.errors import InputError, JobError
+from trainer.config.batch_table import BatchChoice
+from trainer.config.request import parse_request
 from trainer.launch import (
     RunPlan,
     check_dataset,
@@ -16,9 +14,11 @@ from trainer.launch import (
     open_run,
     plan_run,
 )
-from trainer.request import parse_request
-from trainer.run_folder import RunFolder, describe_run
-from trainer.workers import WorkerCount, parse_num_workers
+from trainer.record.run_folder import RunFolder, describe_run
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError, JobError
+from trainer.workers.groups import WorkerCount, parse_num_workers
 
 ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, devices="4 cores", node_memory_gib=16)
 FOUR_GPUS = Resources(num_nodes=1, num_cpus=16, num_gpus=4, free_gpus=4, devices="L4", node_memory_gib=64)

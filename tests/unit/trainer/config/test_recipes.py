@@ -1,0 +1,68 @@
+from typing import get_args
+
+import pytest
+
+from trainer.architectures import ARCHITECTURES, family_arguments
+from trainer.config.config import TrainConfig, validate
+from trainer.config.recipes import RECIPES, recipe_epochs
+
+ROWS = [(recipe, arch) for recipe, rows in RECIPES.items() for arch in rows]
+
+
+def parse(recipe: str, arch: str) -> TrainConfig:
+    values = {"arch": arch, "recipe": recipe, "dataset": "/d", "dataset_fingerprint": "f00d", "num_workers": 1}
+    return validate(TrainConfig, {"global_batch_size": 64, **RECIPES[recipe][arch], **values})
+
+
+def test_the_recipes_are_those_that_a_config_allows():
+    assert set(RECIPES) == set(get_args(TrainConfig.model_fields["recipe"].annotation))
+
+
+def test_every_architecture_has_a_row_and_those_of_the_notes_two():
+    assert RECIPES["modern"].keys() == ARCHITECTURES.keys()
+    in_the_notes = {arch for arch, spec in ARCHITECTURES.items() if "training notes" in spec.source}
+    assert RECIPES["notes"].keys() == in_the_notes | {"vgg19"}
+
+
+@pytest.mark.parametrize(("recipe", "arch"), ROWS)
+def test_every_row_gives_a_config_and_says_nothing_that_it_does_not_use(recipe, arch):
+    config = parse(recipe, arch).model_dump()
+    for name, value in RECIPES[recipe][arch].items():
+        assert config[name] == value
+
+
+@pytest.mark.parametrize(("recipe", "arch"), ROWS)
+def test_every_row_sets_arguments_that_its_family_has(recipe, arch):
+    assert RECIPES[recipe][arch].get("arch_arguments", {}).keys() <= set(family_arguments(arch))
+
+
+@pytest.mark.parametrize("arch", RECIPES["notes"])
+def test_the_notes_train_at_keras_default_rate_and_batch(arch):
+    config = parse("notes", arch)
+    assert config.peak_learning_rate == pytest.approx(0.001)
+    assert config.global_batch_size == 32
+    assert (config.schedule, config.warmup_epochs, config.input_scaling) == ("constant", 0.0, "unit")
+    assert (config.weight_decay, config.clip_norm, config.label_smoothing) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "epochs", "optimizer"),
+    [("cnn_sigmoid", 10, "adam"), ("cnn_deep", 20, "adam"), ("alexnet", 50, "sgd"), ("vgg19", 25, "adam")],
+)
+def test_the_notes_keep_their_epochs_and_optimizer(arch, epochs, optimizer):
+    config = parse("notes", arch)
+    assert (config.epochs, config.optimizer) == (epochs, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arch", "steps_per_epoch", "epochs"),
+    [
+        ("modern", "alexnet", 50, 10),
+        ("modern", "alexnet", 12, 25),
+        ("modern", "alexnet", 1, 300),
+        ("modern", "cnn_tapered", 18, 20),
+        ("notes", "cnn_sigmoid", 1, 10),
+    ],
+)
+def test_a_small_dataset_gets_more_epochs_unless_the_notes_say_how_many(recipe, arch, steps_per_epoch, epochs):
+    assert recipe_epochs(recipe, arch, steps_per_epoch) == epochs

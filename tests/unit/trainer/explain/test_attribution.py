@@ -1,0 +1,153 @@
+"""Attribution methods on networks whose answer is known, and the test of whether maps mean anything."""
+
+import numpy as np
+import pytest
+import tf_keras as keras
+
+from trainer.explain.attribution import (
+    METHODS,
+    find_last_features,
+    grad_cam,
+    integrated_gradients,
+    occlusion,
+    smooth_grad,
+)
+from trainer.explain.page import METHOD_NAMES
+from trainer.explain.perturbation import check_attribution
+
+SIZE = 16
+
+
+def test_the_methods_that_can_be_asked_for_are_those_that_are_there():
+    assert tuple(METHODS) == METHOD_NAMES
+
+
+@pytest.fixture(scope="module")
+def weights() -> np.ndarray:
+    """Of each pixel for class 1; class 0 sees nothing."""
+    return np.random.default_rng(0).standard_normal((SIZE, SIZE, 1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def linear(weights):
+    network = keras.Sequential([keras.Input((SIZE, SIZE, 1)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    network.layers[-1].set_weights([np.stack([0 * weights.ravel(), weights.ravel()], axis=1), np.zeros(2)])
+    return network
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((3, SIZE, SIZE, 1)).astype(np.float32)
+
+
+LABELS = np.array([1, 1, 0])
+
+
+def test_integrated_gradients_of_a_linear_network_are_weight_times_pixel(linear, images, weights):
+    maps = integrated_gradients(linear, images, LABELS)
+    np.testing.assert_allclose(maps[:2], (images[:2] * weights)[..., 0], atol=1e-5)
+    assert not maps[2].any()
+
+
+def test_integrated_gradients_add_up_to_the_logit_of_a_curved_network(images):
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential(
+        [
+            keras.Input((SIZE, SIZE, 1)),
+            keras.layers.Conv2D(4, 3, activation="tanh"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    logits = np.asarray(network(images)) - np.asarray(network(0 * images))
+    maps = integrated_gradients(network, images, LABELS)
+    np.testing.assert_allclose(maps.sum(axis=(1, 2)), logits[np.arange(3), LABELS], rtol=0.02, atol=0.01)
+
+
+def test_smooth_grad_of_a_linear_network_is_the_size_of_its_weights(linear, images, weights):
+    maps = smooth_grad(linear, images, LABELS)
+    np.testing.assert_allclose(maps[0], np.abs(weights[..., 0]), rtol=1e-5)
+    assert not maps[2].any()
+
+
+def test_occlusion_finds_the_one_pixel_that_counts(images):
+    network = keras.Sequential([keras.Input((SIZE, SIZE, 1)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    kernel = np.zeros((SIZE * SIZE, 2), np.float32)
+    kernel[5 * SIZE + 9, 1] = 1
+    network.layers[-1].set_weights([kernel, np.zeros(2)])
+    bright = np.ones_like(images)
+    maps = occlusion(network, bright, LABELS)
+    assert maps[0, 5, 9] == pytest.approx(1)
+    assert maps[0, 0, 0] == 0
+    assert not maps[2].any()
+
+
+def test_grad_cam_marks_where_the_feature_of_the_class_is():
+    network = keras.Sequential(
+        [
+            keras.Input((SIZE, SIZE, 1)),
+            keras.layers.Conv2D(2, 1, use_bias=False),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2, use_bias=False),
+        ]
+    )
+    # Feature 0 is the picture, feature 1 its negative; class 1 is for the first and against the second.
+    network.layers[0].set_weights([np.array([[[[1.0, -1.0]]]])])
+    network.layers[-1].set_weights([np.array([[-1.0, 1.0], [1.0, -1.0]])])
+    image = np.zeros((1, SIZE, SIZE, 1), np.float32)
+    image[0, 2:6, 8:12] = 3
+    expected = image[..., 0] * 2 / SIZE**2
+    np.testing.assert_allclose(grad_cam(network, image, np.array([1])), expected, atol=1e-6)
+    assert not grad_cam(network, image, np.array([0])).any()
+
+
+def test_frozen_weights_change_nothing(images):
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential(
+        [keras.Input((SIZE, SIZE, 1)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(2)]
+    )
+    before = grad_cam(network, images, LABELS)
+    network.trainable = False
+    np.testing.assert_array_equal(grad_cam(network, images, LABELS), before)
+
+
+def test_a_network_without_feature_map_is_told(linear):
+    with pytest.raises(ValueError, match="no feature map"):
+        find_last_features(linear)
+
+
+@pytest.fixture(scope="module")
+def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images with one bright square each; maps that mark it; maps of noise."""
+    random = np.random.default_rng(0)
+    pixels = np.zeros((40, SIZE, SIZE, 1), np.float32)
+    for image, (row, column) in zip(pixels, random.integers(0, SIZE - 4, (40, 2)), strict=True):
+        image[row : row + 4, column : column + 4] = 1
+    return pixels, pixels[..., 0], random.random((40, SIZE, SIZE)).astype(np.float32)
+
+
+def brightness(pixels: np.ndarray) -> np.ndarray:
+    return pixels.mean(axis=(1, 2, 3)) * 16
+
+
+def test_maps_that_mark_what_counts_pass(samples):
+    pixels, good, _ = samples
+    found = check_attribution("good", good, pixels, brightness)
+    assert found.passed
+    assert (found.wins, found.images) == (40, 40)
+    assert found.marked_fall == pytest.approx(1)
+    assert found.random_fall == pytest.approx(0.25, abs=0.03)
+    assert "in 40 of 40 images (sign test, p = 9.1e-13): it predicts" in str(found)
+
+
+def test_maps_of_noise_do_not_pass(samples):
+    pixels, _, noise = samples
+    found = check_attribution("noise", noise, pixels, brightness)
+    assert not found.passed
+    assert "do not read its maps as reasons" in str(found)
+
+
+def test_a_score_that_does_not_move_decides_nothing(samples):
+    pixels, good, _ = samples
+    found = check_attribution("good", good, pixels, lambda images: np.ones(len(images), np.float32))
+    assert (found.images, found.p_value) == (0, 1.0)

@@ -1,0 +1,236 @@
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from trainer.config.config import TrainConfig
+from trainer.notes.note import describe_change, describe_training, format_note, format_notebook, write_note
+from trainer.record.evaluation_result import summarise
+from trainer.record.run_folder import LostAttempt, RunFolder, describe_run, find_runs
+from trainer.runtime import storage
+
+PAST = Path(__file__).parents[2] / "past_records"
+
+
+@pytest.fixture
+def start(tmp_path, make_config, write_dataset, monkeypatch):
+    """Returns a function that starts a run: its record and its dataset's manifest."""
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--arch", "alexnet"])
+    manifest = write_dataset(rows=(7, 4, 3)).manifest
+
+    def start(name: str, day: int = 12, **values) -> RunFolder:
+        run = RunFolder(str(tmp_path / "runs" / name))
+        run.write_manifest(manifest)
+        options = {"arch": "alexnet", "epochs": 50, "base_learning_rate": 0.4, "num_workers": 2, "seed": 3, **values}
+        record = describe_run(make_config(**options), "1 node")
+        run.write_record(record.model_copy(update={"started": datetime(2023, 4, day, tzinfo=UTC)}))
+        return run
+
+    return start
+
+
+def note_of(run: RunFolder, result=None) -> str:
+    runs, _ = find_runs(storage.parent(run.uri))
+    return format_note(next(one for one in runs if one.folder.uri == run.uri), runs, result or run.read_ending())
+
+
+def test_the_note_has_the_form_of_the_users_own(start, make_result):
+    assert (
+        note_of(start("first"), make_result(findings=["overfitting: try less"]))
+        == """\
+### 2023-04-12
+#### alexnet: first
+the first alexnet here
+
+```python
+model = Sequential([
+    Input((250, 250, 1)),
+    layers.Dense(3),
+])
+```
+Krizhevsky et al. 2012, as in the training notes (BatchNorm for LRN); 27,734,190 parameters
+
+7 training, 4 validation and 3 test images, 5x5x1, 3 classes, from /photos
+
+recipe modern: sgd, learning rate 0.1 (cosine) at global batch 64 = 2 x 32, epochs=50, 100 steps, float32, seed 3
+
+```sh
+python jobs/train.py --arch alexnet
+```
+loss: 0.9315 - accuracy: 0.7727 (51 of 66, 95% interval 0.658-0.857)
+
+best epoch 7 of 10, 61 s, attempts: 1; top 1: 51 of 66; calibration error 0.073
+
+overfitting: try less
+
+| class | right | of |
+|---|---|---|
+| cat | 22 | 22 |
+| dog | 20 | 22 |
+| eel | 9 | 22 |
+"""
+    )
+
+
+def test_the_note_of_many_classes_has_the_worst_of_them(start, make_result):
+    labels = np.arange(1000).repeat(3)
+    predicted = labels.copy()
+    predicted[-3:] = 7
+    columns = {"label": labels, "predicted": predicted, "likelier": np.int32(labels != predicted)}
+    columns |= {"loss": np.ones(3000), "confidence": np.ones(3000)}
+    val = summarise("val", pa.table(columns), [f"class {label}" for label in range(1000)])
+    note = note_of(start("first"), make_result(val=val))
+    assert "| class 999 | class 7 | 3 |" in note
+    assert "lowest shares right of 1000 classes; result.json has all:" in note
+    assert "| class 999 | 0 | 3 |\n| class 0 | 3 | 3 |" in note
+    assert len(note) < 5000
+
+
+def test_the_test_split_has_a_line_that_says_how_often_it_was_read(start, make_result, evaluation):
+    run = start("first")
+    assert "test:" not in note_of(run, make_result())
+    for _ in range(2):
+        run.record_test_read("train.py")
+    line = f"test: {evaluation}; the test split has been read 2 times for this run"
+    assert line in note_of(run, make_result(test=evaluation)).splitlines()
+
+
+def test_what_a_run_recovered_from_is_said(start, make_result):
+    result = make_result(recoveries=["2023-04-12T08:00:00+00:00: a file is missing; training goes on from step 8"])
+    line = "recovered at 2023-04-12T08:00:00+00:00: a file is missing; training goes on from step 8"
+    assert line in note_of(start("first"), result).splitlines()
+
+
+def test_a_run_that_is_not_finished_says_so(start):
+    assert "not finished: the same command continues it" in note_of(start("first"))
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "line"),
+    [
+        ("interrupted", "SIGTERM", "interrupted by SIGTERM: the same command continues it"),
+        ("refused", "--init-from: no layer fits; give others", "refused: --init-from: no layer fits; give others"),
+        ("failed", "no room; start nodes", "failed: no room; start nodes; the same command continues it"),
+        (
+            "failed",
+            "a worker died; the same command continues it",
+            "failed: a worker died; the same command continues it",
+        ),
+    ],
+)
+def test_a_run_that_ended_without_a_result_says_why_and_what_to_do(start, status, reason, line):
+    run = start("first")
+    run.write_interruption(status, reason)
+    assert note_of(run).splitlines()[-1] == line
+
+
+def test_what_changed_is_against_the_last_run_of_the_architecture(start):
+    start("first", 12)
+    start("other", 13, arch="vgg19")
+    start("second", 14, epochs=20, seed=4)
+    third = start("third", 15, epochs=20, seed=4)
+    runs, _ = find_runs(storage.parent(third.uri))
+    assert [run.folder.name for run in runs] == ["first", "other", "second", "third"]
+    assert describe_change(runs[2], runs) == "after first: seed: 3 -> 4; epochs: 50 -> 20"
+    assert describe_change(runs[3], runs) == "after second: the same again"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, augment flip"),
+        ({"class_weights": "balanced"}, "seed 3; class weights balanced"),
+        ({"nesterov": False}, "seed 3; no nesterov"),
+        ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; init from /runs/old, freeze trunk"),
+    ],
+)
+def test_what_is_used_besides_is_said(start, make_result, values, text):
+    assert any(line.endswith(text) for line in note_of(start("first", **values), make_result()).splitlines())
+
+
+def test_a_new_option_is_in_the_note_without_being_named_there(make_config):
+    class Wider(TrainConfig):
+        mixup: float = 0.0
+
+    config = make_config().model_dump()
+    assert describe_training(Wider(**config), 9).endswith("seed 0")
+    assert describe_training(Wider(**config, mixup=0.2), 9).endswith("seed 0; mixup 0.2")
+
+
+def test_the_note_is_written_into_the_run_folder(start, make_result):
+    run, result = start("first"), make_result()
+    write_note(run, result)
+    assert storage.read_bytes(run.path("note.md")).decode() == note_of(run, result)
+
+
+def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_result):
+    run, neighbour = start("first", 12), start("another", 11)
+    storage.write_bytes(neighbour.path("config.json"), b'{"model_type": "bert"}')
+    write_note(run, make_result())
+    assert "the first alexnet here" in storage.read_bytes(run.path("note.md")).decode()
+
+
+def test_the_notebook_has_all_runs_by_date(start, make_result):
+    second, first = start("second", 20), start("first", 10)
+    first.write_ending(make_result())
+    notebook = format_notebook(*find_runs(storage.parent(second.uri)))
+    assert notebook.startswith("# Training notes\n")
+    assert notebook.index("alexnet: first") < notebook.index("loss: 0.9315") < notebook.index("alexnet: second")
+
+
+def test_a_run_that_cannot_be_read_is_one_line_and_the_others_are_there(start, make_result):
+    """Whatever is wrong: a config or a result of a newer format or damaged, tables that are none, a lost manifest."""
+    whole = start("whole", 10)
+    whole.write_ending(make_result())
+    broken = {name: start(name, 11) for name in ("config", "newer", "result", "manifest")}
+    for run in broken.values():
+        run.write_ending(make_result())
+    storage.write_bytes(broken["config"].path("config.json"), b'{"config": ')
+    storage.write_bytes(broken["newer"].path("config.json"), b'{"format": 9}')
+    storage.write_bytes(broken["result"].path("result.json"), b'{"format": 9}')
+    storage.delete_file(broken["manifest"].path("dataset.json"))
+    lines = format_notebook(*find_runs(storage.parent(whole.uri))).splitlines()
+    for name, file, reason in (
+        ("config", "config.json", "cannot be read: Invalid JSON"),
+        ("newer", "config.json", "it is of format 9: update this program"),
+        ("result", "result.json", "it is of format 9: update this program"),
+        ("manifest", "dataset.json", "is missing"),
+    ):
+        (line,) = [line for line in lines if f"{name}/{file}" in line]
+        assert reason in line
+    assert sum("loss: 0.9315" in line for line in lines) == 2
+    assert [line for line in lines if line.startswith("#### ")] == [
+        f"#### alexnet: {name}" for name in ("whole", "manifest", "result")
+    ]
+
+
+def test_a_run_of_the_first_version_has_its_note(start, make_result):
+    run = start("first")
+    for name in ("config", "result"):
+        storage.write_bytes(run.path(f"{name}.json"), (PAST / "a9db2b2" / f"{name}.json").read_bytes())
+    note = format_notebook(*find_runs(storage.parent(run.uri)))
+    assert "loss: 0.9315 - accuracy: 0.7727 (51 of 66" in note
+    assert "top 1: 51 of 66\n" in note
+    assert "calibration" not in note
+    assert "```python" not in note
+
+
+def test_a_run_of_an_architecture_that_is_not_known_has_its_note(start, make_result):
+    run = start("first", arch="vit_tiny")
+    assert "\n27,734,190 parameters\n" in note_of(run, make_result())
+
+
+def test_lost_attempts_stand_beside_their_number(start, make_result):
+    lost = tuple(
+        LostAttempt(attempt=number, ended=datetime(2026, 1, 1, tzinfo=UTC), reason=f"reason {number}", next_step=8)
+        for number in range(1, 13)
+    )
+    note = note_of(start("first"), make_result(attempts=13, lost_attempts=lost))
+    after = note[note.index("attempts: 13") :].splitlines()
+    assert after[2] == "attempt 1 was lost: reason 1; the run went on after step 8"
+    assert "attempt 10 was lost" in note
+    assert "attempt 11 was lost" not in note
+    assert "2 more attempts were lost: result.json" in after

@@ -1,0 +1,42 @@
+"""What stands in the way of a cluster on this machine before one is started; started ones are in tests/integration."""
+
+import pytest
+
+from trainer.runtime import cluster
+from trainer.runtime.cluster import connect, read_machine
+from trainer.runtime.errors import InputError, JobError
+
+
+def test_a_folder_with_too_long_a_name_for_sockets_is_refused_with_what_fits(monkeypatch, tmp_path):
+    folder = tmp_path / ("scratch" * 10)
+    folder.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    with pytest.raises(InputError, match="too long for the names of the sockets") as refused:
+        connect().__enter__()
+    assert str(refused.value).startswith(f"{folder} is ")
+    assert "set RAY_TMPDIR to a folder with at most" in str(refused.value)
+    most = int(str(refused.value).rpartition("at most ")[2].split()[0])
+    assert 20 < most < 40
+    assert list(folder.iterdir()) == []
+    # One process makes no such socket.
+    with connect(one_process=True) as resources:
+        assert resources.folder.startswith(str(folder))
+
+
+def test_a_folder_that_is_none_is_refused_with_its_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(InputError, match="missing: No such file or directory; set RAY_TMPDIR"):
+        connect().__enter__()
+
+
+def test_logs_of_a_failed_job_are_kept_and_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(JobError, match=f"out of memory; logs are in {tmp_path}/ray-"), connect(one_process=True):
+        raise JobError("out of memory")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_container_with_half_a_core_has_one(monkeypatch):
+    # What Ray makes of a limit of 0.5 cores.
+    monkeypatch.setattr(cluster, "get_num_cpus", lambda: 0)
+    assert read_machine().num_cpus == 1

@@ -1,0 +1,103 @@
+import pytest
+
+from trainer.runtime.events import (
+    AttemptStarted,
+    EpochFinished,
+    GlyphsMissing,
+    RunStarted,
+    SourceListed,
+    WorkerHeardAgain,
+    WorkerSilent,
+    WorkersLost,
+)
+
+STARTED = {
+    "global_batch_size": 20,
+    "num_replicas": 2,
+    "per_replica_batch_size": 10,
+    "steps_per_epoch": 3,
+    "rows": 66,
+    "epochs": 2,
+    "finished_epochs": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (
+            {},
+            "global batch 20 = 2 replicas x 10; 66 images = 3 steps an epoch + 6 left out (others each epoch); "
+            "2 epochs = 6 steps",
+        ),
+        (
+            {"num_replicas": 1, "per_replica_batch_size": 1, "global_batch_size": 1, "rows": 1, "steps_per_epoch": 1}
+            | {"epochs": 1},
+            "global batch 1 = 1 replica x 1; 1 image = 1 step an epoch; 1 epoch = 1 step",
+        ),
+        ({"rows": 60}, "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps"),
+        (
+            {"rows": 60, "finished_epochs": 1},
+            "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps; "
+            "continuing after epoch 1",
+        ),
+    ],
+)
+def test_the_start_says_the_arithmetic(values, text):
+    assert str(RunStarted(**{**STARTED, **values})) == text
+
+
+def test_an_epoch_is_one_line_in_the_words_of_the_notes():
+    row = {
+        "epoch": 3,
+        "loss": 0.93154,
+        "accuracy": 0.77273,
+        "val_loss": 1.5,
+        "val_accuracy": 0.5,
+        "learning_rate": 0.00125,
+        "images_per_second": 1234.6,
+        "epoch_seconds": 12.34,
+    }
+    assert str(EpochFinished(row, epochs=10)) == (
+        "epoch 3/10 - loss: 0.9315 - accuracy: 0.7727 - val_loss: 1.5000 - val_accuracy: 0.5000 - "
+        "learning_rate: 1.25e-03 - 1235 images/s - 12.3 s"
+    )
+
+
+def test_a_few_of_many_missing_characters_are_named():
+    assert "has 猫: the pictures have boxes there; install a font" in str(GlyphsMissing("猫"))
+    line = str(GlyphsMissing("".join(map(chr, range(0x4E00, 0x4F00)))))
+    assert "has 一 丁 丂 七 丄 丅 丆 万 ...: the" in line
+
+
+def test_what_was_left_out_of_a_source_is_one_line():
+    assert not SourceListed(5, 2).is_notable
+    listed = SourceListed(5, 2, "3 .txt", "1 Thumbs.db", "labels.csv", "owl")
+    assert listed.is_notable
+    assert str(listed) == (
+        "5 files to read, 2 classes; no images by their names: 3 .txt; passed over: 1 Thumbs.db; "
+        "left out, without an image: owl; classes are taken from the folders, not from labels.csv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (WorkerSilent("worker 1", 12.3), "nothing heard of worker 1 for 12 s; training waits for it"),
+        (WorkerHeardAgain("worker 1", 21.0), "worker 1 is heard of again, after 21 s"),
+        (
+            WorkersLost("worker 1 was killed by SIGKILL", "a:/x/1.err", b"", 2, 3),
+            "worker 1 was killed by SIGKILL; what it printed: a:/x/1.err\nthe workers start again from the last "
+            "checkpoint: failure 2 of the 3 that --max-failures allows",
+        ),
+        (
+            WorkersLost("worker 1 was lost with its node", "", b"", 1, 1),
+            "worker 1 was lost with its node\nthe workers start again from the last checkpoint: failure 1 of the 1 "
+            "that --max-failures allows",
+        ),
+        (AttemptStarted(2, 30, 3, 2, 2), "attempt 2 goes on after step 30, in epoch 3, with 2 workers"),
+        (AttemptStarted(2, 30, 3, 1, 3), "attempt 2 goes on after step 30, in epoch 3, with 1 worker in place of 3"),
+    ],
+)
+def test_what_is_told_of_lost_workers(event, text):
+    assert str(event) == text

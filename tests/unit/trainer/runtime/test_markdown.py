@@ -1,0 +1,36 @@
+import pytest
+
+from trainer.runtime.markdown import format_count, format_table, shorten_digest
+
+
+def test_a_table_has_a_header_a_rule_and_its_rows():
+    assert format_table(("class", "right"), [("cat", 22), ("dog", 20)]) == [
+        "| class | right |",
+        "|---|---|",
+        "| cat | 22 |",
+        "| dog | 20 |",
+    ]
+
+
+def test_a_cell_cannot_break_the_table():
+    assert format_table(("class",), [("a|b\nc",)])[2:] == [r"| a\|b c |"]
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "run", "1 run"),
+        (0, "run", "0 runs"),
+        (1, "class", "1 class"),
+        (3, "class", "3 classes"),
+        (2, "batch", "2 batches"),
+        (1.0, "CPU", "1 CPU"),
+        (1.5, "CPU", "1.5 CPUs"),
+    ],
+)
+def test_one_of_a_thing_is_singular(number, noun, text):
+    assert format_count(number, noun) == text
+
+
+def test_a_digest_in_a_sentence_has_its_first_digits():
+    assert shorten_digest("0123456789abcdef" * 4) == "0123456789ab"

@@ -1,0 +1,298 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from trainer.config.config import TrainConfig
+from trainer.record.checkpoint import read_variables
+from trainer.training.evaluation import COLUMNS
+from trainer.training.step import (
+    STEP_ACCURACY,
+    STEP_CLIPPED,
+    STEP_GRAD_NORM,
+    STEP_LOSS,
+    Network,
+    build_network,
+    compile_eval_step,
+    compile_gather,
+    compile_train_step,
+    pixel_scaling,
+    swap_averages,
+)
+
+SIZE, ROWS = 22, 6
+NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
+
+
+def base_rate(peak: float, optimizer: str = "sgd") -> float:
+    """The base learning rate that is scaled to a peak at a batch of ROWS."""
+    return peak * (256 / ROWS) ** (1 if optimizer == "sgd" else 0.5)
+
+
+@pytest.fixture(autouse=True)
+def float32_afterwards():
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture
+def manifest(write_dataset):
+    return write_dataset(rows=(ROWS, 1, 1), image_size=SIZE).manifest
+
+
+@pytest.fixture
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (ROWS, SIZE, SIZE, 1), np.uint8), np.array([0, 1, 2, 0, 1, 2], np.int32)
+
+
+@dataclass
+class Started:
+    config: TrainConfig
+    network: Network
+    train_step: object
+
+    def train(self, batch, steps: int = 1) -> np.ndarray:
+        """Takes steps on one batch and returns what each told, [steps, 4]."""
+        return np.stack([self.train_step(*map(tf.constant, batch)).numpy() for _ in range(steps)])
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return read_variables(self.network.model.variables)
+
+
+@pytest.fixture
+def start(make_config, manifest):
+    """Returns a function that builds a network and its step from the fields that a test is about."""
+
+    def start(**values) -> Started:
+        base = {"global_batch_size": ROWS, "schedule": "constant", "warmup_epochs": 0, "arch_arguments": NETWORK}
+        rate = base_rate(0.01, values.get("optimizer", "sgd"))
+        config = make_config(**{**base, "base_learning_rate": rate, **values})
+        network = build_network(manifest, config, steps_per_epoch=10)
+        return Started(config, network, compile_train_step(network, manifest, config))
+
+    return start
+
+
+def logits_of(started: Started, manifest, images: np.ndarray) -> np.ndarray:
+    scale, offset = pixel_scaling(manifest, started.config)
+    return started.network.model(images.astype(np.float32) * scale + offset, training=False).numpy().astype(np.float64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def test_pixels_are_standardised_by_the_train_split(manifest, make_config):
+    scale, offset = pixel_scaling(manifest, make_config())
+    assert np.array([50.0, 100.0, 200.0]) * scale[0] + offset[0] == pytest.approx([-1, 0, 2])
+
+
+def test_pixels_may_be_scaled_to_the_unit_interval(manifest, make_config):
+    scale, offset = pixel_scaling(manifest, make_config(input_scaling="unit"))
+    assert np.array([0.0, 255.0]) * scale[0] + offset[0] == pytest.approx([0, 1])
+
+
+def test_each_channel_has_its_own_scale_and_a_plain_one_is_not_blown_up(manifest, make_config):
+    colour = manifest.model_copy(update={"channels": 3, "pixel_mean": [10.0, 20.0, 30.0], "pixel_std": [2.0, 4.0, 0.0]})
+    scale, offset = pixel_scaling(colour, make_config())
+    assert (scale, offset) == ([0.5, 0.25, 1.0], [-5.0, -5.0, -30.0])
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(start):
+    first, again, other = (start(seed=seed).weights() for seed in (1, 1, 2))
+    kernel = next(name for name in first if "kernel" in name)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+    assert not np.array_equal(first[kernel], other[kernel])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_a_step_tells_plain_loss_and_accuracy_before_its_update(start, manifest, batch, label_smoothing):
+    started = start(label_smoothing=label_smoothing)
+    logits = logits_of(started, manifest, batch[0])
+    told = started.train(batch)[0]
+    assert told[STEP_LOSS] == pytest.approx(-log_softmax(logits)[np.arange(ROWS), batch[1]].mean(), rel=1e-4)
+    assert told[STEP_ACCURACY] == pytest.approx((logits.argmax(axis=1) == batch[1]).mean())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_a_step_goes_down_the_gradient_of_the_mean_loss(start, manifest, batch, label_smoothing):
+    started = start(optimizer="sgd", momentum=0.0, nesterov=False, label_smoothing=label_smoothing)
+    before, model = started.weights(), started.network.model
+    scale, offset = pixel_scaling(manifest, started.config)
+    # A part of each target is spread evenly over the three classes.
+    targets = np.eye(3, dtype=np.float32)[batch[1]] * (1 - label_smoothing) + label_smoothing / 3
+    with tf.GradientTape() as tape:
+        logits = model(batch[0].astype(np.float32) * scale + offset, training=True)
+        loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+    gradients = [gradient.numpy() for gradient in tape.gradient(loss, model.trainable_variables)]
+    told, after = started.train(batch)[0], started.weights()
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        np.testing.assert_allclose(after[variable.name], before[variable.name] - 0.01 * gradient, rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients))
+    assert told[STEP_GRAD_NORM] == pytest.approx(norm, rel=1e-4)
+    assert told[STEP_CLIPPED] == 0
+
+
+def test_balanced_classes_weigh_their_images_by_rarity(write_dataset, make_config, batch):
+    manifest = write_dataset(rows=(60, 1, 1), image_size=SIZE).manifest
+    manifest.splits["train"].rows_per_class[:] = [30, 20, 10]
+    labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
+
+    def update(**values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        options = {"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup_epochs": 0}
+        config = make_config(global_batch_size=ROWS, arch_arguments=NETWORK, **options, **values)
+        network = build_network(manifest, config, steps_per_epoch=10)
+        before = read_variables(network.model.variables)
+        scale, offset = pixel_scaling(manifest, config)
+        with tf.GradientTape() as tape:
+            logits = network.model(batch[0].astype(np.float32) * scale + offset, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            # 60 images of 3 classes: 20 of each would weigh 1.
+            loss = tf.reduce_mean(losses * np.float32([20 / 30] * 3 + [1] * 2 + [2]))
+        gradients = tape.gradient(loss, network.model.trainable_variables)
+        rate = config.peak_learning_rate
+        expected = {
+            variable.name: before[variable.name] - rate * gradient.numpy()
+            for variable, gradient in zip(network.model.trainable_variables, gradients, strict=True)
+        }
+        compile_train_step(network, manifest, config)(tf.constant(batch[0]), tf.constant(labels))
+        return expected, read_variables(network.model.variables)
+
+    expected, updated = update(class_weights="balanced")
+    for name, array in expected.items():
+        np.testing.assert_allclose(updated[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert any(np.abs(plain - updated[name]).max() > 1e-4 for name, plain in update()[1].items())
+
+
+def test_averages_follow_the_weights_and_are_exchanged_with_them(start, batch):
+    started = start(ema_momentum=0.75)
+    average = started.weights()
+    for _ in range(3):
+        started.train(batch)
+        average = {name: 0.75 * average[name] + 0.25 * array for name, array in started.weights().items()}
+    trained = started.weights()
+    swap_averages(started.network)
+    for name, array in started.weights().items():
+        np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    swap_averages(started.network)
+    for name, array in started.weights().items():
+        np.testing.assert_array_equal(array, trained[name])
+
+
+def test_without_averages_nothing_is_exchanged(start, batch):
+    started = start()
+    started.train(batch)
+    before = started.weights()
+    swap_averages(started.network)
+    for name, array in started.weights().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_told(start, batch):
+    started = start(optimizer="sgd", momentum=0.0, nesterov=False, clip_norm=1e-3)
+    before = started.weights()
+    told, after = started.train(batch)[0], started.weights()
+    moved = np.sqrt(sum(((after[name] - before[name]).astype(np.float64) ** 2).sum() for name in before))
+    assert told[STEP_GRAD_NORM] > 1e-3
+    assert told[STEP_CLIPPED] == 1
+    assert moved == pytest.approx(0.01 * 1e-3, rel=0.01)
+
+
+def test_a_gradient_that_is_short_enough_is_left_alone(start, batch):
+    plain, clipping = start(), start(clip_norm=1e3)
+    np.testing.assert_array_equal(clipping.train(batch), plain.train(batch))
+    for name, value in plain.weights().items():
+        np.testing.assert_allclose(clipping.weights()[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        ("sgd", "float32"),
+        ("adam", "float32"),
+        ("nadam", "float32"),
+        ("adamw", "mixed_bfloat16"),
+        ("adamw", "mixed_float16"),
+    ],
+)
+def test_the_network_learns_a_batch_by_heart(start, batch, optimizer, precision):
+    started = start(optimizer=optimizer, precision=precision)
+    losses = started.train(batch, steps=30)[:, STEP_LOSS]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weight_decay_shrinks_kernels_and_nothing_else(make_config, manifest, optimizer):
+    with_batch_norm = {"arch": "alexnet", "arch_arguments": {"width": 0.05, "dense_units": 8}}
+    constant = {"schedule": "constant", "warmup_epochs": 0, "base_learning_rate": base_rate(0.01, optimizer)}
+    config = make_config(**with_batch_norm, **constant, global_batch_size=ROWS, optimizer=optimizer, weight_decay=0.5)
+    network = build_network(manifest.model_copy(update={"image_size": 67}), config, steps_per_epoch=10)
+    variables = network.model.trainable_variables
+
+    @tf.function
+    def apply_no_gradients():
+        pairs = [(tf.zeros_like(variable), variable) for variable in variables]
+        network.strategy.run(lambda: network.optimizer.apply_gradients(pairs, skip_gradients_aggregation=True))
+
+    with network.strategy.scope():
+        for variable in variables:
+            variable.assign(tf.ones_like(variable))
+    apply_no_gradients()
+    kinds = {variable.name.rpartition("/")[2] for variable in variables}
+    assert kinds == {"kernel:0", "bias:0", "gamma:0", "beta:0"}
+    for variable in variables:
+        expected = 1 - 0.01 * 0.5 if "kernel" in variable.name else 1
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-6, err_msg=variable.name)
+
+
+def test_adam_with_decay_is_adamw_by_another_name(start, batch):
+    adam, adamw = (start(optimizer=optimizer, weight_decay=0.1) for optimizer in ("adam", "adamw"))
+    np.testing.assert_array_equal(adam.train(batch, steps=3), adamw.train(batch, steps=3))
+
+
+def test_the_optimizer_follows_the_schedule(start, batch):
+    started = start(schedule="cosine", epochs=1)
+    rates = []
+    for _ in range(3):
+        started.train(batch)
+        rates.append(float(started.network.optimizer.learning_rate.numpy()))
+    assert rates == pytest.approx([0.01 * (1 + np.cos(np.pi * step / 10)) / 2 for step in range(3)], rel=1e-4)
+
+
+def test_evaluation_tells_of_each_row_what_its_logits_say(start, manifest, batch):
+    started = start()
+    started.train(batch, steps=3)
+    images, labels = batch
+    outcomes = compile_eval_step(started.network, manifest, started.config)(tf.constant(images), tf.constant(labels))
+    log_scores = log_softmax(logits_of(started, manifest, images))
+    true = log_scores[np.arange(ROWS), labels]
+    columns = dict(zip(COLUMNS, outcomes.numpy().T, strict=True))
+    np.testing.assert_allclose(columns["loss"], -true, rtol=1e-4)
+    np.testing.assert_array_equal(columns["predicted"], log_scores.argmax(axis=1))
+    np.testing.assert_allclose(columns["confidence"], np.exp(log_scores.max(axis=1)), rtol=1e-4)
+    np.testing.assert_array_equal(columns["likelier"], (log_scores > true[:, None]).sum(axis=1))
+
+
+def test_evaluation_changes_nothing_and_does_not_depend_on_the_neighbours(make_config, manifest):
+    large = manifest.model_copy(update={"image_size": 67})
+    config = make_config(arch="alexnet", arch_arguments={"width": 0.05, "dense_units": 8})
+    network = build_network(large, config, steps_per_epoch=10)
+    eval_step = compile_eval_step(network, large, config)
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (4, 67, 67, 1), np.uint8), np.array([0, 1, 2, 0], np.int32)
+    before = read_variables(network.model.variables)
+    together = eval_step(tf.constant(images), tf.constant(labels)).numpy()
+    others = np.concatenate([images[:1], 255 - images[1:]])
+    np.testing.assert_allclose(eval_step(tf.constant(others), tf.constant(labels)).numpy()[0], together[0], rtol=1e-5)
+    for name, value in read_variables(network.model.variables).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_one_worker_gathers_its_own_rows(start):
+    values = np.arange(8, dtype=np.float32).reshape(4, 2)
+    np.testing.assert_array_equal(compile_gather(start().network)(values), values)

@@ -1,0 +1,1 @@
+"""Batch sizes by measurement on the workers."""

@@ -1,0 +1,297 @@
+"""What trials of batch sizes measured, which size to try next, and which batch follows from it."""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from trainer.config.config import BatchRequest
+from trainer.runtime.events import SizeMeasured
+from trainer.runtime.markdown import format_count
+from trainer.runtime.record_format import Record
+
+# Of a worker's memory: evaluation, export and fragmentation are not in a trial.
+SAFETY_MARGIN = 0.1
+# Throughput this close to the best is as good (the knee), and a precision must gain more to replace float32.
+_THROUGHPUT_TOLERANCE = 0.05
+# The largest size that fits is known when the next one to try is not larger by more.
+_SIZE_TOLERANCE = 0.03
+# The line through two sizes may be this far from what a third one needs.
+_PREDICTION_ERROR = 0.05
+# A size that survived and one that died are close together when the second is not larger by more.
+_CLOSE = 1.25
+# A doubled batch that gains less than this is where a bottleneck begins (tuning playbook: about double).
+_DOUBLING_GAIN = 1.8
+# So much slower than float32 is a precision that the device has no units for; one that it has may lose a little at
+# small sizes.
+_FAR_SLOWER = 1.5
+# First losses of a precision may be this much worse than those of float32.
+_LOSS_TOLERANCE = 0.1
+
+
+class BatchTable(Record):
+    """The measurements behind ``--global-batch-size max``."""
+
+    num_replicas: int
+    memory_limit_gib: float
+    """Of the worker that may use least."""
+    node_memory_gib: float
+    """Of the node that has least, as Ray gave it when this was measured."""
+    precision: str
+    """The one to train in."""
+    precision_reason: str
+    measurements: dict[str, tuple[SizeMeasured, ...]]
+    """By precision, then by size."""
+    failed: dict[str, int]
+    """By precision, the smallest per-replica size that ran out of memory."""
+    trials: int
+    """Groups of processes that were started for it."""
+    measured: datetime
+
+    @property
+    def target_gib(self) -> float:
+        """What a size may use at most."""
+        return usable_gib(self.rows, self.failed.get(self.precision), self.memory_limit_gib)
+
+    @property
+    def rows(self) -> tuple[SizeMeasured, ...]:
+        """The sizes of the chosen precision."""
+        return self.measurements[self.precision]
+
+    @property
+    def fitting(self) -> list[SizeMeasured]:
+        """The sizes of the chosen precision that leave the safety margin free."""
+        return [one for one in self.rows if one.peak_memory_gib <= self.target_gib]
+
+    @property
+    def knee(self) -> SizeMeasured:
+        """The smallest size that is about as fast as the fastest: a larger one buys nothing."""
+        best = max(one.images_per_second for one in self.fitting)
+        return next(one for one in self.fitting if one.images_per_second >= best * (1 - _THROUGHPUT_TOLERANCE))
+
+    def verdict(self, row: SizeMeasured) -> str:
+        """Returns what is to be said of one size."""
+        if row.peak_memory_gib > self.target_gib:
+            return "over the margin"
+        return "fits, knee" if row == self.knee else "fits"
+
+
+class BatchChoice(BaseModel):
+    """The batch and the precision of a run, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: BatchRequest
+    global_batch_size: int
+    precision: str
+    limit: Literal["given", "rows", "memory", "throughput"]
+    """What set the batch."""
+    explanation: str
+    table: BatchTable | None = None
+    """None where nothing had to be measured."""
+
+    @property
+    def largest_per_replica(self) -> int | None:
+        """The largest size that is known to fit into a worker's memory; None where none was measured."""
+        return self.table.fitting[-1].size if self.table else None
+
+
+def given_batch(request: BatchRequest, global_batch_size: int, precision: str) -> BatchChoice:
+    """Make the choice of a batch and a precision for which nothing is measured."""
+    return BatchChoice(
+        request=request, global_batch_size=global_batch_size, precision=precision, limit="given", explanation=""
+    )
+
+
+def round_size(size: int) -> int:
+    """Returns a per-replica size rounded down to a multiple of up to 8 that a device likes, never by more than 5%."""
+    multiple = 1
+    while multiple < 8 and size >= 40 * multiple:
+        multiple *= 2
+    return size // multiple * multiple
+
+
+def largest_for_rows(rows: int, num_replicas: int, min_steps_per_epoch: int) -> int:
+    """Returns the largest per-replica size that leaves an epoch its steps; at least 1."""
+    return max(1, round_size(rows // min_steps_per_epoch // num_replicas))
+
+
+def ladder(first: int, most: int) -> tuple[int, ...]:
+    """Returns increasing sizes to try in one trial: doubled each time, up to the largest that is of use."""
+    sizes = []
+    while first < most:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, most)
+
+
+def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
+    """Returns the memory of a size by the line through the two largest that were measured; None where there is none."""
+    if len(measured) < 2:
+        return None
+    before, last = measured[-2:]
+    slope = (last.peak_memory_gib - before.peak_memory_gib) / (last.size - before.size)
+    return last.peak_memory_gib + slope * (size - last.size) if slope > 0 else None
+
+
+def usable_gib(measured: Sequence[SizeMeasured], failed: int | None, limit_gib: float) -> float:
+    """Returns what a size may use at most: the safety margin stays free of the limit.
+
+    Args:
+        measured: so far, by size.
+        failed: the smallest size that ran out of memory; None where none did.
+        limit_gib: what a worker is said to have. Where a size died that should have fitted into it, the kernel kills
+            earlier, and only what the largest survivor used is known to be there.
+    """
+    survivors = [one for one in measured if failed is None or one.size < failed]
+    if _died_early(survivors, failed, limit_gib):
+        limit_gib = survivors[-1].peak_memory_gib
+    return limit_gib * (1 - SAFETY_MARGIN)
+
+
+def _died_early(survivors: Sequence[SizeMeasured], failed: int | None, limit_gib: float) -> bool:
+    needed = predict_gib(survivors, failed) if failed else None
+    return needed is not None and needed < limit_gib * (1 - _PREDICTION_ERROR)
+
+
+def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, limit_gib: float) -> int | None:
+    """Returns the per-replica size to try next, or None where the largest that fits is known.
+
+    Memory is taken to grow by the same amount with every image, which two sizes tell; the answer is tried in its turn.
+
+    Args:
+        measured: so far, by size.
+        failed: the smallest size that ran out of memory; None where none did.
+        most: the largest size that is of use.
+        limit_gib: what a worker is said to have.
+    """
+    survivors = [one for one in measured if failed is None or one.size < failed]
+    if failed and _died_early(survivors, failed, limit_gib):
+        # The limit is not known: it is looked for until it lies between two sizes that are close together.
+        between = round(math.sqrt(survivors[-1].size * failed))
+        if failed > survivors[-1].size * _CLOSE and survivors[-1].size < between < failed:
+            return between
+    target_gib = usable_gib(measured, failed, limit_gib)
+    too_large = [one.size for one in measured if one.peak_memory_gib > target_gib] + ([failed] if failed else [])
+    bound = min([*too_large, most + 1])
+    fitting = [one for one in measured if one.peak_memory_gib <= target_gib and one.size < bound]
+    if not fitting:
+        return max(1, bound // 4) if bound > 1 else None
+    largest = fitting[-1].size
+    known = list(measured[: len(fitting) + 1])[-2:]
+    candidate = most
+    if len(known) == 2:
+        slope = (known[1].peak_memory_gib - known[0].peak_memory_gib) / (known[1].size - known[0].size)
+        if slope > 0:
+            candidate = min(most, int(known[1].size + (target_gib - known[1].peak_memory_gib) / slope))
+    if candidate >= bound:
+        candidate = (largest + bound) // 2
+    candidate = round_size(candidate)
+    return candidate if candidate > largest * (1 + _SIZE_TOLERANCE) else None
+
+
+def is_far_slower(row: SizeMeasured, reference: Sequence[SizeMeasured]) -> bool:
+    """Returns whether one size says that its precision is emulated, so that larger ones need not be measured.
+
+    Args:
+        row: the size.
+        reference: what float32 measured.
+    """
+    return any(
+        one.size == row.size and one.images_per_second > _FAR_SLOWER * row.images_per_second for one in reference
+    )
+
+
+def choose_precision(
+    measurements: dict[str, tuple[SizeMeasured, ...]], losses: dict[str, tuple[float, ...]]
+) -> tuple[str, str]:
+    """Returns the precision to train in, and why: the fastest whose first losses are not worse than those of float32.
+
+    Args:
+        measurements: by precision, the most exact one first (float32, if it fits); each has at least one.
+        losses: of the same first steps, by precision.
+    """
+    exact, *others = measurements
+    if not others:
+        return exact, f"{exact}, the only precision that fits"
+    sizes = [{one.size: one for one in rows} for rows in measurements.values()]
+    common = max(set.intersection(*map(set, sizes)))
+    speeds = {name: of_size[common].images_per_second for name, of_size in zip(measurements, sizes, strict=True)}
+    reference = float(np.mean(losses[exact][-4:]))
+    means = {name: float(np.mean(losses[name][-4:])) for name in measurements}
+    sane = [name for name in measurements if means[name] <= reference * (1 + _LOSS_TOLERANCE)]
+    fastest = max(sane or [exact], key=lambda name: speeds[name])
+    chosen = fastest if speeds[fastest] > speeds[exact] * (1 + _THROUGHPUT_TOLERANCE) else exact
+    against = ", ".join(
+        f"{name} {speeds[name]:.0f} images/s and loss {means[name]:.3f}" for name in measurements if name != chosen
+    )
+    return chosen, f"{chosen} {speeds[chosen]:.0f} images/s and loss {means[chosen]:.3f} at {common} against {against}"
+
+
+def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:
+    """Returns the batch that a table gives for a request.
+
+    Args:
+        request: its batch is max or knee.
+        table: with at least one fitting size.
+        rows: of the train split.
+    """
+    replicas, knee = table.num_replicas, table.knee
+    largest, failed = table.fitting[-1], table.failed.get(table.precision)
+    for_rows = largest_for_rows(rows, replicas, request.min_steps_per_epoch)
+    size, limit = (for_rows, "rows") if for_rows <= largest.size else (largest.size, "memory")
+    if request.global_batch_size == "knee" and knee.size < size:
+        size, limit = knee.size, "throughput"
+    reasons = {
+        "rows": f"set by the rows: {format_count(rows, 'image')} in at least "
+        f"{format_count(request.min_steps_per_epoch, 'step')} an epoch",
+        "memory": f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker"
+        + (f", {format_count(failed, 'image')} ran out of it" if failed else "")
+        + f"; {SAFETY_MARGIN:.0%} stay free",
+        "throughput": "set by throughput",
+    }
+    return BatchChoice(
+        request=request,
+        global_batch_size=size * replicas,
+        precision=table.precision,
+        limit=limit,
+        explanation=f"global batch {size * replicas} = {replicas} x {size} ({request.global_batch_size}), "
+        f"{reasons[limit]}; throughput stops rising at {replicas} x {knee.size} ({knee.images_per_second:.0f} "
+        f"images/s); {table.precision_reason}",
+        table=table,
+    )
+
+
+def find_bottlenecks(table: BatchTable, alone: SizeMeasured | None) -> list[str]:
+    """Returns what keeps throughput from doubling with the batch, one line each (tuning playbook, B5).
+
+    Args:
+        table: of all workers.
+        alone: one worker by itself at the size of the knee; None where there is only one.
+    """
+    lines: list[str] = []
+    pairs = [(one, two) for one in table.fitting for two in table.fitting if two.size == 2 * one.size]
+    weak = [(one, two) for one, two in pairs if two.images_per_second < _DOUBLING_GAIN * one.images_per_second]
+    if not weak:
+        return lines
+    one, two = weak[0]
+    gain = two.images_per_second / one.images_per_second
+    lines.append(
+        f"from {one.size} to {format_count(two.size, 'image')} a replica throughput grows {gain:.2f} times, not about 2"
+    )
+    knee = table.knee
+    input_share = 1 - knee.synthetic_seconds_per_step / knee.seconds_per_step
+    if input_share > _THROUGHPUT_TOLERANCE:
+        lines.append(f"input: at {knee.size} a step waits {input_share:.0%} of its time for images")
+    if alone is not None:
+        efficiency = alone.seconds_per_step / knee.seconds_per_step
+        lines.append(
+            f"synchronisation: at {knee.size} a step of one worker alone takes {efficiency:.0%} of a step of all "
+            f"{table.num_replicas}"
+        )
+    if len(lines) == 1:
+        lines.append(f"computation: synthetic images are no faster, so the device is busy from about {knee.size} on")
+    return lines

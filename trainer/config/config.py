@@ -1,0 +1,216 @@
+"""The whole config of a run: typed, frozen, and enough to run it again."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trainer.runtime.errors import InputError
+from trainer.runtime.markdown import shorten_digest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class BatchRequest(BaseModel):
+    """What is asked of batch and precision, which trials find where they are left open (`trainer.batch.finder`)."""
+
+    # The text under each field is its help on the command line, here as below.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    global_batch_size: str = "max"
+    """Images an optimizer step, over all workers: max (what memory holds), knee (as fast, no larger) or a number."""
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
+    """Of the layers; auto measures which is fastest. Variables, logits and losses are float32 always."""
+    min_steps_per_epoch: int = Field(10, ge=1)
+    """A batch of max or knee leaves an epoch at least so many steps."""
+    memory_limit_gib: float | None = Field(None, gt=0)
+    """Of one worker, in GiB; default: its GPU, or its share of what Ray calls the node's memory."""
+
+    @field_validator("global_batch_size", mode="before")
+    @classmethod
+    def _check_global_batch_size(cls, value: Any) -> str:
+        text = str(value)
+        if text not in ("max", "knee") and not (text.isdecimal() and int(text) > 0):
+            raise ValueError("give max, knee or a number from 1")
+        return text
+
+    @property
+    def given_size(self) -> int | None:
+        """The global batch size where it is a number."""
+        return int(self.global_batch_size) if self.global_batch_size.isdecimal() else None
+
+
+class Settings(BaseModel):
+    """How a network is trained, whatever the dataset, the cluster and the batch: what recipes and options say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    arch_arguments: dict[str, bool | int | float | str | list[int]] = {}
+    """Of the architecture's family (width, dropout, ...), in place of the architecture's own."""
+    init_from: str = ""
+    """Run or weights file, local or s3://, whose layers of the same name the network starts from."""
+    freeze_trunk: bool = False
+    """Train the last layer only."""
+    tuned_batch_size: int = Field(64, ge=1)
+    """Global batch at which the learning rate and the regularisation were tuned; a run at another says so."""
+    optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
+    """adamw is adam by another name: weight decay is decoupled in all of them."""
+    base_learning_rate: float = Field(gt=0)
+    """Peak learning rate for a global batch of 256. Scaled to the actual one, linearly for sgd, by the square root for
+    the others: a starting guess."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd."""
+    nesterov: bool = True
+    """Of sgd."""
+    beta_1: float = Field(0.9, ge=0, lt=1)
+    """Of adam, adamw and nadam."""
+    beta_2: float = Field(0.999, ge=0, lt=1)
+    """Of adam, adamw and nadam."""
+    epsilon: float = Field(1e-7, gt=0)
+    """Of adam, adamw and nadam."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, on kernels only (not on biases and BatchNorm)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate after the warmup."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Linear from zero; at most a tenth of the steps is used."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Gradients with a larger L2 norm are scaled down to it; 0 does not clip."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the training objective; reported losses are plain cross-entropies."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: in the training objective each class counts the same, however many images it has."""
+    ema_momentum: float = Field(0.0, ge=0, lt=1)
+    """Validate and keep an exponential moving average of the weights, per step; 0 does not average."""
+    augment_flip: bool = False
+    """Mirror half of the images left to right."""
+    augment_rotation: float = Field(0.0, ge=0, le=180)
+    """Largest angle in degrees, either way."""
+    augment_translation: float = Field(0.0, ge=0, lt=1)
+    """Largest shift, as a fraction of the image's size, either way."""
+    augment_zoom: float = Field(0.0, ge=0, lt=1)
+    """Largest relative change of size, either way."""
+    augment_contrast: float = Field(0.0, ge=0, lt=1)
+    """Largest relative change of each pixel's difference from the image's mean, either way."""
+    input_scaling: Literal["standardise", "unit"] = "standardise"
+    """Pixels to zero mean and unit deviation of the train split, or to 0-1."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of initialisation, dropout, augmentation and data order."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Optimizer steps between checkpoints within an epoch; there is one at the end of each epoch in any case."""
+    keep_best: int = Field(1, ge=1)
+    """Checkpoints kept beside the last one, by validation accuracy, then loss."""
+    evaluate_test: bool = False
+    """Evaluate the best checkpoint once on the test split."""
+    export: Literal["keras", "saved_model"] = "keras"
+    """What the best weights are written to for use elsewhere: model.keras, or a SavedModel beside it."""
+
+
+class TrainConfig(Settings):
+    """Everything that the result of a run depends on. ``config.json`` holds it, with nothing left to a default."""
+
+    arch: str
+    """Architecture; --list-archs shows them."""
+    recipe: Literal["modern", "notes"] = "modern"
+    """Where the values that the command line leaves open come from."""
+    dataset: str
+    """Prepared dataset, local or s3://."""
+    dataset_fingerprint: str
+    """Of its manifest: the same run name on a changed dataset is refused."""
+    num_workers: int = Field(ge=1)
+    """Training workers; each drives one GPU, or its share of a machine's cores."""
+    global_batch_size: int = Field(ge=1)
+    """Images an optimizer step, over all workers."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the train split; left open, the recipe's, or more where they give a small split too few steps."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    """Of the layers; variables, logits and losses are float32 always."""
+
+    @property
+    def per_replica_batch_size(self) -> int:
+        """Images an optimizer step on one worker."""
+        return self.global_batch_size // self.num_workers
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The base learning rate scaled to the global batch size.
+
+        Linearly for SGD (Goyal et al. 2017, section 2.1), by the square root for Adam and its kin (Malladi et al. 2022,
+        section 4): rules for small changes, so a starting guess for large ones.
+        """
+        ratio = self.global_batch_size / 256
+        return self.base_learning_rate * (ratio if self.optimizer == "sgd" else math.sqrt(ratio))
+
+
+def check_shares(global_batch_size: int, num_workers: int) -> None:
+    """Raise InputError where the workers cannot share the global batch evenly; names batches that they can."""
+    if global_batch_size % num_workers:
+        below = global_batch_size // num_workers * num_workers
+        raise InputError(
+            f"--global-batch-size {global_batch_size} cannot be divided over {num_workers} workers; give a multiple of "
+            f"{num_workers}, such as {below or num_workers} or {below + num_workers}"
+        )
+
+
+def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int | None) -> TrainConfig:
+    """Returns the config for another number of workers: the same global batch if they can share it, else less.
+
+    Steps and learning rate follow from the batch, as always.
+
+    Args:
+        config: of the run.
+        num_workers: that there are now.
+        largest_per_replica: what a worker's memory holds, where that is known.
+    """
+    per_replica = min(config.global_batch_size // num_workers, largest_per_replica or config.global_batch_size)
+    shares_evenly = per_replica * num_workers == config.global_batch_size
+    values = {"num_workers": num_workers}
+    if not shares_evenly:
+        values["global_batch_size"] = max(1, per_replica) * num_workers
+    return replace_values(config, **values)
+
+
+def describe_rescaling(config: TrainConfig) -> str:
+    """Returns what became of values that were tuned at another batch; empty where they were tuned at this one."""
+    if config.tuned_batch_size == config.global_batch_size:
+        return ""
+    rule = "linearly" if config.optimizer == "sgd" else "by the square root"
+    return (
+        f"learning rate and regularisation were tuned at a batch of {config.tuned_batch_size}, this run uses "
+        f"{config.global_batch_size}: the rate is scaled {rule} to {config.peak_learning_rate:.3g}, a starting guess"
+    )
+
+
+def replace_values(config: TrainConfig, **values: Any) -> TrainConfig:
+    """Make the config with other values in some fields, and check it as any other."""
+    return validate(TrainConfig, config.model_dump() | values)
+
+
+def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Make a model of values that a person gave.
+
+    Raises:
+        InputError: a value is not allowed; names the option.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).removesuffix("_gib").replace("_", "-")
+        raise InputError(f"{option} {first['input']}: {first['msg']}") from error
+
+
+def find_differences(old: Model, new: Model) -> list[str]:
+    """Returns ``field: old -> new`` of each field in which two configs differ."""
+    new_values = new.model_dump()
+    return [
+        f"{name}: {describe_value(name, value)} -> {describe_value(name, new_values[name])}"
+        for name, value in old.model_dump().items()
+        if value != new_values[name]
+    ]
+
+
+def describe_value(name: str, value: Any) -> str:
+    """Return the value of a field as notes and messages show it."""
+    return shorten_digest(value) if name == "dataset_fingerprint" else str(value)

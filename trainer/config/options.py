@@ -1,0 +1,140 @@
+"""Command-line options of a run, made from the fields of a `RunRequest`, so that they cannot differ."""
+
+import inspect
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from trainer.config.recipes import RECIPES
+from trainer.config.request import OPTIONS, RunRequest, parse_request, read_options
+from trainer.runtime.errors import InputError
+
+Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a node, where none works yet.")]
+
+# Given in a form of its own.
+_ARGUMENTS = "arch_arguments"
+_GROUPS = {
+    "Network": {"arch", "init_from", "freeze_trunk"},
+    "Batch": {"global_batch_size", "precision", "min_steps_per_epoch", "memory_limit_gib", "tuned_batch_size"},
+    "Optimizer": {
+        *("optimizer", "base_learning_rate", "momentum", "nesterov", "beta_1", "beta_2", "epsilon", "weight_decay"),
+        *("schedule", "warmup_epochs", "clip_norm", "label_smoothing", "class_weights", "ema_momentum"),
+    },
+    "Augmentation": {name for name in OPTIONS if name.startswith("augment_")} | {"input_scaling"},
+    "Cluster": {"num_workers"},
+}
+_OTHERS = "Run"
+_OWN = {
+    "config": (str, _OTHERS, "TOML file, or config.json of a run; options beside it replace what it says."),
+    "arch_argument": (list[str], "Network", "NAME=VALUE of the architecture's family, such as dropout=0.3."),
+}
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows its options in groups, without boxes."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group, that of the job's own options last."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in (*_GROUPS, _OTHERS)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups[getattr(parameter, "rich_help_panel", None) or _OTHERS].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def add_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a typer command with ``**options`` the options of a run; `parse_command` makes a request of them.
+
+    What is not given is None. The text under a field is its help. Options that the command names itself are left to it.
+    """
+    signature = inspect.signature(command)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    described = {
+        name: (
+            field.annotation | None,  # type: ignore[operator]
+            typer.Option(
+                *_option_names(name),
+                help=f"{field.description}{_describe_default(name)}",
+                rich_help_panel=next((group for group, names in _GROUPS.items() if name in names), _OTHERS),
+            ),
+        )
+        for name, field in OPTIONS.items()
+        if name != _ARGUMENTS and name not in signature.parameters
+    }
+    for name, (kind, group, text) in _OWN.items():
+        described[name] = (kind | None, typer.Option(help=text, rich_help_panel=group))
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        for name, (kind, option) in described.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return command
+
+
+def parse_command(options: Mapping[str, Any]) -> RunRequest:
+    """Make the request that the options of `add_run_options` describe; those of a config file come after them.
+
+    Raises:
+        InputError: the file cannot be read, a name is unknown, or a value is not allowed.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    of_file = read_options(given.pop("config")) if given.get("config") else {}
+    if {"epochs", "steps"} & given.keys():
+        of_file = {name: value for name, value in of_file.items() if name not in ("epochs", "steps")}
+    arguments = {**of_file.get(_ARGUMENTS, {}), **dict(map(parse_assignment, given.pop("arch_argument", [])))}
+    given.pop("config", None)
+    return parse_request({**of_file, **given, _ARGUMENTS: arguments})
+
+
+def _describe_default(name: str) -> str:
+    if any(name in row for recipe in RECIPES.values() for row in recipe.values()):
+        return " [default: from the recipe]"
+    field = OPTIONS[name]
+    return "" if field.is_required() or field.default in (None, "") else f" [default: {field.default}]"
+
+
+def _option_names(field: str) -> tuple[str, ...]:
+    """Return the option of a field where it is not its name: the help says the unit."""
+    return ("--" + field.removesuffix("_gib").replace("_", "-"),) if field.endswith("_gib") else ()
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Returns the name and the value of ``NAME=VALUE``: JSON where it is JSON, else text.
+
+    Raises:
+        InputError: there is no ``=``.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--arch-argument {text!r}: give NAME=VALUE, such as dropout=0.3")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def format_command(job: str, options: Mapping[str, Any]) -> str:
+    """Returns the command line of a job with these options by field name; those that are None are left out."""
+    words = ["python", f"jobs/{job}"]
+    for name, value in options.items():
+        if name == "arch_arguments":
+            for argument, of_argument in value.items():
+                words += ["--arch-argument", f"{argument}={format_value(of_argument)}"]
+        elif isinstance(value, bool):
+            words.append("--" + "no-" * (not value) + name.replace("_", "-"))
+        elif value is not None:
+            words += [*(_option_names(name) or ("--" + name.replace("_", "-"),)), format_value(value)]
+    return shlex.join(words)
+
+
+def format_value(value: Any) -> str:
+    """Returns a value as `parse_assignment` reads it back."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,82 @@
+"""What a run uses where the command line says nothing: one row an architecture."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config.config import TrainConfig
+
+# As in the training notes: plain optimizers at a constant rate. The first four notes name no optimizer; adam is what
+# their author compiled with wherever one is named without a rate. 32 is the default batch of `model.fit`.
+_NOTES_COMMON = {
+    "global_batch_size": 32,
+    "tuned_batch_size": 32,
+    "precision": "float32",
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+    "input_scaling": "unit",
+}
+# Both at a rate of 0.001 for a batch of 32; a base rate is for 256 (`TrainConfig.peak_learning_rate`).
+_NOTES_ADAM = {**_NOTES_COMMON, "optimizer": "adam", "base_learning_rate": 0.001 * (256 / 32) ** 0.5}
+_NOTES_SGD = {
+    **_NOTES_COMMON,
+    "optimizer": "sgd",
+    "base_learning_rate": 0.001 * 256 / 32,
+    "momentum": 0.0,
+    "nesterov": False,
+}
+
+# Found by ablation: docs/LOG.md has the numbers, failures included. Nothing is mirrored: digits have a left side.
+_AUGMENT = {"augment_rotation": 10.0, "augment_translation": 0.1, "augment_zoom": 0.1}
+_ADAMW = {"optimizer": "adamw", "weight_decay": 0.01, "clip_norm": 1.0, **_AUGMENT}
+_SGD = {"optimizer": "sgd", "base_learning_rate": 0.08, "weight_decay": 5e-4, "clip_norm": 1.0, **_AUGMENT}
+_HE_NORMAL = {"kernel_initializer": "he_normal"}
+_HE_NORMAL_BATCH_NORM = {**_HE_NORMAL, "batch_norm": True}
+
+_MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.002, "epochs": 20}
+# With Glorot's initialisation, as in the notes, the loss of sixteen layers of ReLU does not move.
+_MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0002, "arch_arguments": _HE_NORMAL}
+_MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL, "epochs": 15}
+
+# Small datasets have few steps an epoch, and ten epochs of them teach nothing.
+_LEAST_STEPS = {"notes": 0, "modern": 300}
+
+RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "notes": {
+        "cnn_sigmoid": {**_NOTES_ADAM, "epochs": 10},
+        "cnn_softmax": {**_NOTES_ADAM, "epochs": 10},
+        "cnn_deep": {**_NOTES_ADAM, "epochs": 20},
+        "cnn_tapered": {**_NOTES_ADAM, "epochs": 20},
+        "alexnet": {**_NOTES_SGD, "epochs": 50},
+        "vgg19": {**_NOTES_ADAM, "epochs": 25},
+        "inception_notes": {**_NOTES_ADAM, "epochs": 25},
+    },
+    "modern": {
+        "cnn_sigmoid": _MODERN_CNN,
+        "cnn_softmax": _MODERN_CNN,
+        "cnn_deep": _MODERN_CNN,
+        "cnn_tapered": _MODERN_CNN,
+        # The notes' AlexNet learned (27 of 66) but was validated with BatchNorm averages that a few hundred steps at a
+        # momentum of 0.99 had not moved to the data.
+        "alexnet": {**_ADAMW, "base_learning_rate": 0.001, "arch_arguments": {"batch_norm_momentum": 0.9}},
+        "vgg16": _MODERN_VGG,
+        "vgg19": _MODERN_VGG,
+        "inception_notes": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL_BATCH_NORM},
+        "googlenet": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL_BATCH_NORM, "epochs": 15},
+        "resnet18": _MODERN_RESNET,
+        "resnet34": _MODERN_RESNET,
+        # As the others it hardly moves in 300 steps: its gradients have a norm of 100.
+        "resnet50": {
+            **_ADAMW,
+            "base_learning_rate": 0.002,
+            "arch_arguments": {**_HE_NORMAL, "zero_init_residual": True},
+            "epochs": 15,
+        },
+    },
+}
+
+
+def recipe_epochs(recipe: str, arch: str, steps_per_epoch: int) -> int:
+    """Returns the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
+    epochs: int = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
+    return max(epochs, math.ceil(_LEAST_STEPS[recipe] / steps_per_epoch))

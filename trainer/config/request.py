@@ -1,0 +1,192 @@
+"""What is asked of a run, and the config that it comes to: the one road from options to a `TrainConfig`.
+
+The command line, a config file, a study and Python all make a `RunRequest`. What it leaves open is decided by the
+cluster, the dataset and the measured batch, in `resolve`.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from trainer.architectures import ARCHITECTURES, family_arguments
+from trainer.config.config import BatchRequest, Settings, TrainConfig, validate
+from trainer.config.recipes import RECIPES, recipe_epochs
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    # --help is quicker without.
+    from data_prep.manifest import Manifest
+    from trainer.config.batch_table import BatchChoice
+
+
+class RunRequest(BaseModel):
+    """What is asked of a run: every value that was given or that the recipe says, and which ones are left open."""
+
+    # The text under each field is its help on the command line.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    arch: str
+    """Architecture; --list-archs shows them."""
+    recipe: Literal["modern", "notes"] = "modern"
+    """Where the values that are not given come from."""
+    dataset: str = ""
+    """Prepared dataset, local or s3://; default: 5,000 MNIST images."""
+    num_workers: str = "auto"
+    """Training workers: a number, MIN:MAX, or auto: one per GPU, or one."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the train split; default: the recipe's, or more where they give a small split too few steps."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps, rounded up to whole epochs, in place of --epochs."""
+    batch: BatchRequest
+    settings: Settings
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _take_a_number(cls, value: Any) -> str:
+        return str(value)
+
+    def on_dataset(self, uri: str) -> "RunRequest":
+        """Return the request for another dataset, such as the embedded one."""
+        return self.model_copy(update={"dataset": storage.resolve_uri(uri)})
+
+
+_PARTS: Mapping[str, type[BaseModel]] = {"batch": BatchRequest, "settings": Settings}
+_OWN = {name: field for name, field in RunRequest.model_fields.items() if name not in _PARTS}
+OPTIONS: Mapping[str, FieldInfo] = {
+    **_OWN,
+    **{name: field for part in _PARTS.values() for name, field in part.model_fields.items()},
+}
+"""Every option of a run by its name."""
+# What config.json of a run says beside its options.
+_NO_OPTIONS = {"dataset_fingerprint"}
+
+
+def parse_request(options: Mapping[str, Any]) -> RunRequest:
+    """Make the request that options describe.
+
+    Args:
+        options: values by name of OPTIONS; None leaves an option open, as if it were not there.
+
+    Raises:
+        InputError: a name is unknown, or a value is not allowed; names the option.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            raise InputError(
+                f"option {name!r} is unknown; "
+                + (f"did you mean {near[0]!r}?" if near else f"use {', '.join(OPTIONS)}")
+            )
+    if "arch" not in given:
+        raise InputError(f"--arch is missing; choose from {', '.join(ARCHITECTURES)}")
+    arch, recipe = given["arch"], given.get("recipe", "modern")
+    check_arch(arch, given.get("arch_arguments", {}))
+    defaults = _recipe_of(recipe, arch)
+    values = {**defaults, **given}
+    values["arch_arguments"] = {**defaults.get("arch_arguments", {}), **given.get("arch_arguments", {})}
+    for name in ("dataset", "init_from"):
+        if values.get(name):
+            values[name] = storage.resolve_uri(values[name])
+    if {"epochs", "steps"} <= given.keys():
+        raise InputError(f"--epochs {given['epochs']} and --steps {given['steps']}: give one of them")
+    parts = {
+        part: validate(model, {name: values[name] for name in model.model_fields if name in values})
+        for part, model in _PARTS.items()
+    }
+    # How long a recipe trains depends on the batch: `resolve`.
+    own = {name: values[name] for name in _OWN if name in given}
+    return validate(RunRequest, own | parts)
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """Read the options of a TOML file, or those in the ``config.json`` of a run.
+
+    Args:
+        path: of the file, local or s3://.
+
+    Raises:
+        InputError: there is no such file, or it is neither.
+    """
+    uri = storage.resolve_uri(path)
+    try:
+        text = storage.read_bytes(uri).decode()
+        options = json.loads(text)["config"] if uri.endswith(".json") else tomllib.loads(text)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"--config {path}: there is no such file; give a TOML file or the config.json of a run"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--config {path} is neither TOML nor the config.json of a run ({error}); write one NAME = VALUE a line"
+        ) from error
+    return {name: value for name, value in options.items() if name not in _NO_OPTIONS}
+
+
+def format_options(values: Mapping[str, Any]) -> str:
+    """Format options as a TOML file that `read_options` reads back."""
+    plain = {name: value for name, value in values.items() if name in OPTIONS and name != "arch_arguments"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
+    if arguments := values.get("arch_arguments"):
+        lines += ["", "[arch_arguments]", *(f"{name} = {json.dumps(value)}" for name, value in arguments.items())]
+    return "\n".join(lines)
+
+
+def check_arch(arch: str, arguments: Mapping[str, Any]) -> None:
+    """Raise InputError where there is no such architecture, or its family has no such arguments."""
+    if arch not in ARCHITECTURES:
+        raise InputError(f"--arch {arch!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
+    types = family_arguments(arch)
+    for name, value in arguments.items():
+        if name not in types:
+            raise InputError(f"--arch-argument {name!r} is unknown; {arch} has {', '.join(types)}")
+        try:
+            TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"--arch-argument {name}={value}: {error.errors()[0]['msg']}") from error
+
+
+def resolve(request: RunRequest, manifest: "Manifest", num_workers: int, batch: "BatchChoice") -> TrainConfig:
+    """Settle what a request leaves open. The same arguments always give the same config.
+
+    Args:
+        request: what is asked.
+        manifest: of the dataset.
+        num_workers: how many workers there are now, from `trainer.workers.groups.parse_num_workers`.
+        batch: that was given or measured.
+
+    Returns:
+        The whole config of the run.
+    """
+    steps_per_epoch = max(1, manifest.splits["train"].rows // batch.global_batch_size)
+    epochs = request.epochs
+    if epochs is None and request.steps is not None:
+        epochs = math.ceil(request.steps / steps_per_epoch)
+    return TrainConfig(
+        **request.settings.model_dump(),
+        arch=request.arch,
+        recipe=request.recipe,
+        dataset=request.dataset,
+        dataset_fingerprint=manifest.fingerprint,
+        num_workers=num_workers,
+        global_batch_size=batch.global_batch_size,
+        precision=batch.precision,
+        epochs=epochs or recipe_epochs(request.recipe, request.arch, steps_per_epoch),
+    )
+
+
+def _recipe_of(recipe: str, arch: str) -> Mapping[str, Any]:
+    if recipe not in RECIPES:
+        raise InputError(f"--recipe {recipe!r} is unknown; choose from {', '.join(RECIPES)}")
+    if arch not in RECIPES[recipe]:
+        raise InputError(
+            f"--recipe {recipe} has no {arch}, only {', '.join(RECIPES[recipe])}; give one of them or --recipe modern"
+        )
+    return RECIPES[recipe][arch]

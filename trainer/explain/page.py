@@ -1,0 +1,234 @@
+"""Shows what a run's network looks at: attribution maps, a test of whether they mean anything, and its first layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from trainer.explain.perturbation import PerturbationTest, check_attribution
+from trainer.inference import read_finished_run
+from trainer.notes.plots import to_png
+from trainer.record.run_folder import RunFolder
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError
+from trainer.runtime.html import Section, render_sections
+from trainer.training.dataset import open_split
+from trainer.workers.groups import call_in_worker
+
+# Of `trainer.explain.attribution.METHODS`, which takes TensorFlow to import.
+METHOD_NAMES = ("grad_cam", "integrated_gradients", "smooth_grad", "occlusion")
+REPORT_NAME = "report.html"
+_SIGNIFICANCE = 0.05
+_MOST_FILTERS = 64
+
+
+@dataclass(frozen=True)
+class ExplainedImage:
+    """An image whose maps are wanted."""
+
+    name: str
+    pixels: npt.NDArray[np.uint8]
+    """``[height, width, channels]``."""
+    label: str = ""
+    """Its true class, where that is known."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is found out about a network."""
+
+    tests: list[PerturbationTest]
+    """One a method."""
+    page: str
+    """HTML, with its pictures inside."""
+    pictures: dict[str, bytes]
+    """PNG files by name without suffix."""
+
+
+def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
+    """Returns the validation images that a finished run predicts worst, by loss.
+
+    Raises:
+        InputError: the run is not finished, or its dataset or predictions are gone.
+    """
+    run, config, _ = read_finished_run(uri)
+    manifest = run.read_manifest()
+    predictions = run.read_predictions()
+    if predictions is None:
+        raise InputError(f"RUN {uri} has no checkpoint any more; give --images")
+    split = open_split(config.dataset, manifest, "val")
+    worst = np.argsort(-predictions["loss"].to_numpy(), kind="stable")[:count]
+    return [
+        ExplainedImage(f"val row {row}", np.asarray(split.images[row]), manifest.class_names[split.labels[row]])
+        for row in worst
+    ]
+
+
+def explain_run(
+    uri: str,
+    images: Sequence[ExplainedImage],
+    methods: Sequence[str],
+    resources: Resources,
+    *,
+    tested_images: int = 64,
+) -> Explanation:
+    """Return maps of some images and the test of each method, which are written by `save_explanation`.
+
+    Args:
+        uri: of a finished run.
+        images: of the run's size and channels.
+        methods: some of METHOD_NAMES; none for all.
+        resources: of the cluster, which is connected.
+        tested_images: of the validation split, drawn with a fixed seed, that the methods are tested on.
+
+    Raises:
+        InputError: the run is not finished, or its model or its dataset is gone, or a method is unknown.
+        JobError: the worker failed.
+    """
+    if unknown := [name for name in methods if name not in METHOD_NAMES]:
+        raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHOD_NAMES)}")
+    # A worker has a current folder of its own.
+    arguments = (storage.resolve_uri(uri), images, methods or METHOD_NAMES, tested_images)
+    found: Explanation = call_in_worker(_explain, *arguments, resources=resources)
+    return found
+
+
+def check_output(uri: str, output: str) -> str:
+    """Return the URI of a place for an explanation that can be written: ``output``, or else a folder of the run.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    return storage.choose_output(output, storage.join(storage.resolve_uri(uri), "explanations"))
+
+
+def save_explanation(explanation: Explanation, output: str) -> str:
+    """Write the pictures and the page below a URI, and return that of the page."""
+    for name, content in explanation.pictures.items():
+        storage.write_bytes(storage.join(output, f"{name}.png"), content)
+    report = storage.join(output, REPORT_NAME)
+    storage.write_bytes(report, explanation.page.encode())
+    return report
+
+
+def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], tested_images: int) -> Explanation:
+    # In a worker: the driver must not import TensorFlow.
+    from trainer.explain.attribution import METHODS
+
+    run, config, _ = read_finished_run(uri)
+    manifest = run.read_manifest()
+    network = _Network(run)
+    shown = network.scale(np.stack([one.pixels for one in images]))
+    labels, confidence = network.predict(shown)
+    split = open_split(config.dataset, manifest, "val")
+    rows = np.random.default_rng(0).permutation(len(split))[:tested_images]
+    sample = network.scale(np.asarray(split.images[np.sort(rows)]))
+    sample_labels, _ = network.predict(sample)
+    maps, tests = {}, []
+    for name in methods:
+        maps[name] = METHODS[name](network.logits, shown, labels)
+        of_sample = METHODS[name](network.logits, sample, sample_labels)
+        tests.append(
+            check_attribution(
+                name,
+                of_sample,
+                sample,
+                lambda batch: network.score(batch, sample_labels),
+                _SIGNIFICANCE / len(methods),
+            )
+        )
+    pictures = {}
+    sections = [
+        Section(
+            "Do the maps mean anything?",
+            [
+                "Blanked with the mean pixel, on validation images and for the class that the network names. Each "
+                "method has to pass on its own; the threshold is divided by their number.",
+                *map(str, tests),
+            ],
+        )
+    ]
+    for index, one in enumerate(images):
+        predicted = manifest.class_names[labels[index]]
+        title = f"{one.name}: {predicted} ({confidence[index]:.2f} sure)" + (f", is {one.label}" if one.label else "")
+        name = f"image-{index:03d}"
+        pictures[name] = to_png(_draw_maps(one.pixels, {method: maps[method][index] for method in methods}))
+        sections.append(Section(title, [], picture=name))
+    for name, figure in network.draw_first_layer(shown[:1]).items():
+        pictures[name] = to_png(figure)
+        sections.append(Section(name.capitalize(), [], picture=name))
+    page = render_sections(f"What {run.name} looks at", f"{config.arch}, {run.uri}", sections, pictures)
+    return Explanation(tests, page, pictures)
+
+
+class _Network:
+    """The best weights of a run, taken apart into the scaling of pixels and the network that gives logits."""
+
+    def __init__(self, run: RunFolder) -> None:
+        from trainer.training.export import load_export
+
+        _, self._scaling, self.logits, self._head = load_export(run).layers
+
+    def scale(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Returns images as the network sees them."""
+        return np.asarray(self._scaling(pixels.astype(np.float32)), np.float32)
+
+    def predict(self, images: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Returns the class that each image is taken for, and the score."""
+        scores = self._scores(images)
+        return scores.argmax(axis=1), scores.max(axis=1)
+
+    def score(self, images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Returns the score of one class of each image."""
+        return self._scores(images)[np.arange(len(labels)), labels]
+
+    def draw_first_layer(self, images: npt.NDArray[np.float32]) -> dict[str, Figure]:
+        """Draws the kernels of the first convolution, and what they make of the first image."""
+        import tf_keras
+
+        layer = next((one for one in self.logits.layers if isinstance(one, tf_keras.layers.Conv2D)), None)
+        if layer is None:
+            return {}
+        kernels = np.moveaxis(np.asarray(layer.kernel), -1, 0).mean(axis=-1)
+        features = np.asarray(tf_keras.Model(self.logits.inputs, layer.output)(images, training=False))[0]
+        return {
+            "filters of the first convolution": _draw_grid(kernels),
+            "their activations for the first image": _draw_grid(np.moveaxis(features, -1, 0)),
+        }
+
+    def _scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.asarray(self._head(self.logits(images, training=False)), np.float32)
+
+
+def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.9), layout="constrained")
+    first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
+    first.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
+    first.set_title("image", fontsize=9)
+    grey = pixels.mean(axis=-1)
+    for axes, (name, values) in zip(others, maps.items(), strict=True):
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+        # One outlier must not wash out the rest.
+        limit = max(float(np.percentile(np.abs(values), 99)), 1e-12)
+        axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+        axes.set_title(name, fontsize=9)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
+
+
+def _draw_grid(pictures: npt.NDArray[Any]) -> Figure:
+    pictures = pictures[:_MOST_FILTERS]
+    columns = min(16, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(0.7 * columns, 0.7 * rows), layout="constrained")
+    places = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes in places:
+        axes.set_axis_off()
+    for axes, picture in zip(places, pictures, strict=False):
+        axes.imshow(picture, cmap="gray")
+    return figure

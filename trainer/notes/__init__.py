@@ -1,0 +1,1 @@
+"""What is said about runs: notes, report, pictures and findings."""

@@ -1,0 +1,55 @@
+"""Fonts for names in any script: those of this machine that a picture takes, and the characters that none has."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import matplotlib
+from matplotlib import font_manager
+
+# Matplotlib's own, with a box in place of every character.
+_PLACEHOLDER = "Last Resort"
+
+
+@contextlib.contextmanager
+def fonts_for(text: str) -> Iterator[str]:
+    """Make pictures with fonts that have the characters of a text, and yield those that no font of this machine has.
+
+    Both the labels and the file of a picture have to be made within the context. Matplotlib's warning for each missing
+    glyph and picture is kept back: `trainer.runtime.events.GlyphsMissing` says it once.
+    """
+    families, missing = _find_families(text)
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": families}):
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
+        yield missing
+
+
+def _find_families(text: str) -> tuple[list[str], str]:
+    """Return font families for a text, that of Matplotlib's settings first, and the characters that none has."""
+    families = list(matplotlib.rcParams["font.family"])
+    missing = {character for character in text if character.isprintable()}
+    missing -= _read_characters(font_manager.findfont(font_manager.FontProperties()))
+    if not missing:
+        return families, ""
+    found = {
+        font.name: _read_characters(font.fname) & missing
+        for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name, font.fname))
+        if font.style == "normal" and not font.name.startswith(_PLACEHOLDER)
+    }
+    while missing and found:
+        best = max(found, key=lambda name: len(found[name] & missing))
+        if not found[best] & missing:
+            break
+        families.append(best)
+        missing -= found.pop(best)
+    return families, "".join(sorted(missing))
+
+
+def _read_characters(path: str) -> set[str]:
+    try:
+        font = font_manager.get_font(path)
+        # Fonts of coloured bitmaps, as for emoji, have no such size.
+        font.set_size(10, 100)
+        return {chr(code) for code in font.get_charmap()}
+    except (OSError, RuntimeError):
+        return set()

@@ -1,0 +1,214 @@
+"""The notes, in the form of the user's own: one of each run, and the notebook of all."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.architectures import ARCHITECTURES
+from trainer.config.config import TrainConfig, describe_rescaling, find_differences
+from trainer.record.evaluation_result import EvaluationResult
+from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError, RecordError
+from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table
+
+# That a note lists; result.json has all.
+_MOST_LOSSES = 10
+NOTEBOOK_NAME = "NOTES.md"
+_CONTINUES = "the same command continues"
+# In the sentence before the other options, in another part of the note, or of no effect on what is learned.
+_SAID_ELSEWHERE = {
+    *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
+    *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint", "tuned_batch_size"),
+    *("checkpoint_every", "keep_best", "evaluate_test", "export"),
+}
+
+
+def write_note(run: RunFolder, result: RunResult) -> None:
+    """Writes ``note.md``."""
+    runs, _ = find_runs(storage.parent(run.uri))
+    own = next(one for one in runs if one.folder.uri == run.uri)
+    run.write(format_note(own, runs, result).encode(), "note.md")
+
+
+def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> str:
+    """Format the notes of all runs as Markdown.
+
+    Args:
+        runs: of one storage, in the order in which they were started.
+        left_out: a line for each run that cannot be read.
+    """
+    notes = ["# Training notes", "", *(_format_readable_note(run, runs) for run in runs)]
+    if left_out:
+        notes += ["### Left out", "", *(f"- {line}" for line in left_out), ""]
+    return "\n".join(notes)
+
+
+def _format_readable_note(run: StartedRun, runs: Sequence[StartedRun]) -> str:
+    """Format the note of a run, or the reason why how it ended cannot be read."""
+    try:
+        return format_note(run, runs, run.folder.read_ending())
+    except InputError as error:
+        return "\n".join([*_format_head(run, runs), "```sh", run.record.command, "```", str(error), ""])
+
+
+def format_note(run: StartedRun, runs: Sequence[StartedRun], ending: RunResult | RunInterruption | None) -> str:
+    """Format the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers.
+
+    Args:
+        run: the run.
+        runs: of the same storage, in the order in which they were started.
+        ending: how it ended; None where it has not.
+    """
+    lines = _format_head(run, runs)
+    if isinstance(ending, RunResult):
+        lines += _format_finished(run.folder, run.record, ending)
+    else:
+        lines += ["```sh", run.record.command, "```", describe_unfinished(ending)]
+    return "\n".join(lines) + "\n"
+
+
+def _format_head(run: StartedRun, runs: Sequence[StartedRun]) -> list[str]:
+    title = f"#### {run.record.config.arch}: {run.folder.name}"
+    return [f"### {run.record.started:%Y-%m-%d}", title, describe_change(run, runs), ""]
+
+
+def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
+    """Returns how the config differs from that of the previous run of the same architecture.
+
+    Args:
+        run: one of the runs.
+        runs: in the order in which they were started.
+    """
+    config = run.record.config
+    previous = [one for one in runs[: runs.index(run)] if one.record.config.arch == config.arch]
+    if not previous:
+        return f"the first {config.arch} here"
+    changes = find_differences(previous[-1].record.config, config)
+    return f"after {previous[-1].folder.name}: {'; '.join(changes) or 'the same again'}"
+
+
+def describe_unfinished(ending: RunInterruption | None) -> str:
+    """Say why a run has no result, and how it gets one."""
+    match ending:
+        case RunInterruption(status="diverged", reason=reason):
+            return f"diverged in its first epoch: {reason}; try half the --base-learning-rate, or --clip-norm 1"
+        case RunInterruption(status="refused", reason=reason):
+            return f"refused: {reason}"
+        case RunInterruption(status="failed", reason=reason) if _CONTINUES in reason:
+            return f"failed: {reason}"
+        case RunInterruption(status="failed", reason=reason):
+            return f"failed: {reason}; {_CONTINUES} it"
+        case RunInterruption(reason=reason):
+            return f"interrupted by {reason}: {_CONTINUES} it"
+    return f"not finished: {_CONTINUES} it"
+
+
+def describe_training(config: TrainConfig, steps: int) -> str:
+    """Describe how a run was trained, in one line; the learning rate belongs to the batch beside it.
+
+    Every option that is not at its default is in it, but for those that the note says elsewhere.
+    """
+    values = config.model_dump()
+    defaults = {name: field.default for name, field in type(config).model_fields.items()}
+    used = [
+        _describe_value(name, value)
+        for name, value in values.items()
+        if name not in _SAID_ELSEWHERE and value != defaults[name]
+    ]
+    return (
+        f"recipe {config.recipe}: {config.optimizer}, learning rate {config.peak_learning_rate:g} ({config.schedule}) "
+        f"at global batch {config.global_batch_size} = {config.num_workers} x {config.per_replica_batch_size}, "
+        f"epochs={config.epochs}, {format_count(steps, 'step')}, {config.precision}, seed {config.seed}"
+        + (f"; {', '.join(used)}" if used else "")
+    )
+
+
+def _describe_value(name: str, value: Any) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
+
+
+def _describe_dataset(run: RunFolder) -> str:
+    try:
+        manifest = run.read_manifest()
+    except RecordError as error:
+        return str(error)
+    rows, size = {split: described.rows for split, described in manifest.splits.items()}, manifest.image_size
+    return (
+        f"{rows['train']} training, {rows['val']} validation and {format_count(rows['test'], 'test image')}, "
+        f"{size}x{size}x{manifest.channels}, {format_count(manifest.num_classes, 'class')}, from {manifest.source}"
+    )
+
+
+def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> list[str]:
+    config = record.config
+    # The architecture, the layers and the calibration are not known of every version's runs.
+    source = f"{ARCHITECTURES[config.arch].source}; " if config.arch in ARCHITECTURES else ""
+    calibration = result.val.calibration_error
+    lines = [
+        *(["```python", result.layers, "```"] if result.layers else []),
+        f"{source}{result.parameters:,} parameters",
+        "",
+        _describe_dataset(run),
+        "",
+        describe_training(config, result.steps),
+        "",
+        "```sh",
+        record.command,
+        "```",
+        f"{result.val}",
+    ]
+    if result.test is not None:
+        lines += ["", f"test: {result.test}; {run.describe_test_reads()}"]
+    lines += [
+        "",
+        f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
+        f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
+        + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
+        *(f"\nrecovered at {recovery}" for recovery in result.recoveries),
+        *_format_losses(result),
+        *(f"\n{finding}" for finding in result.findings),
+    ]
+    return [*lines, *_format_classes(result.val), *_format_batch(record)]
+
+
+def _format_classes(val: EvaluationResult) -> list[str]:
+    """Return how many images of each class are right, or the worst of many classes."""
+    lines = []
+    if len(val.per_class) > MOST_CLASSES:
+        confused = format_table(("class", "taken for", "images"), val.most_confused)
+        lines = ["", *confused, "", f"lowest shares right of {len(val.per_class)} classes; result.json has all:"]
+    counts = [(one.name, one.correct, one.total) for one in val.listed]
+    return [*lines, "", *format_table(("class", "right", "of"), counts)]
+
+
+def _format_losses(result: RunResult) -> list[str]:
+    """Return why the run took more than one attempt."""
+    lost = result.lost_attempts
+    more = [f"\n{len(lost) - _MOST_LOSSES} more attempts were lost: result.json"] if len(lost) > _MOST_LOSSES else []
+    return [*(f"\n{one}" for one in lost[:_MOST_LOSSES]), *more]
+
+
+def _format_batch(record: RunRecord) -> list[str]:
+    """Returns how the batch was found, and what it means for values that were tuned at another."""
+    lines, config = [], record.config
+    if record.batch is not None and record.batch.explanation:
+        lines += ["", record.batch.explanation]
+    if rescaling := describe_rescaling(config):
+        lines += ["", rescaling]
+    if record.batch is None or record.batch.table is None:
+        return lines
+    table = record.batch.table
+    rows = [
+        (
+            *(one.precision, f"{one.num_replicas} x {one.size}", f"{one.images_per_second:.0f}"),
+            *(f"{one.seconds_per_step * 1000:.0f}", f"{one.peak_memory_gib:.2f}", table.verdict(one)),
+        )
+        for measured in table.measurements.values()
+        for one in measured
+    ]
+    columns = ("precision", "batch", "images/s", "ms a step", "GiB a worker", "verdict")
+    return [*lines, "", *format_table(columns, rows)]

@@ -1,0 +1,1 @@
+"""What a run leaves: its files, their formats and their readers."""

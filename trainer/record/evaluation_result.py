@@ -1,0 +1,156 @@
+"""What a split says of a model: the numbers drawn from a table of predictions, and their record."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from trainer.runtime.markdown import MOST_CLASSES
+from trainer.runtime.record_format import Record
+
+_CALIBRATION_BINS = 15
+
+_MOST_LISTED = 20
+
+
+class ClassResult(BaseModel):
+    """How many images of one class were told right."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    correct: int
+    total: int
+    taken_for: dict[str, int] = {}
+    """The others, by the class that they were taken for, those with the most first."""
+
+
+class EvaluationResult(Record):
+    """What a split says of a model."""
+
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "top_k": 1,
+        "top_k_correct": lambda old: old.get("correct"),
+        # Not measured.
+        "calibration_error": math.nan,
+    }
+
+    split: str
+    loss: float
+    """Mean cross-entropy in nats."""
+    correct: int
+    total: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    """95% Wilson score interval."""
+    top_k: int
+    """5, or half of the classes where there are fewer than ten."""
+    top_k_correct: int
+    """Rows whose true label is among the ``top_k`` likeliest."""
+    calibration_error: float
+    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, section 2)."""
+    per_class: list[ClassResult]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_matrix(cls, values: Any) -> Any:
+        """Read a record of before, in which the confusion matrix was a field of its own."""
+        if not isinstance(values, dict) or "confusion" not in values:
+            return values
+        values = dict(values)
+        labels, predicted = np.nonzero(matrix := np.array(values.pop("confusion")))
+        names = [one["name"] for one in values["per_class"]]
+        counts = (labels, predicted, matrix[labels, predicted])
+        return values | {"per_class": _count_by_class(names, *counts)}
+
+    @property
+    def confusion(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """True labels, predicted labels and numbers of images of the matrix of confusions where it is not zero."""
+        labels = {one.name: label for label, one in enumerate(self.per_class)}
+        cells = [(labels[one.name], labels[one.name], one.correct) for one in self.per_class if one.correct]
+        for one in self.per_class:
+            cells += [(labels[one.name], labels[name], count) for name, count in one.taken_for.items()]
+        of_true, of_predicted, counts = np.array(cells, np.int64).reshape(-1, 3).T
+        return of_true, of_predicted, counts
+
+    @property
+    def listed(self) -> list[ClassResult]:
+        """What a list of classes shows: all, or of many those with the lowest share of right answers."""
+        if len(self.per_class) <= MOST_CLASSES:
+            return self.per_class
+        seen = [one for one in self.per_class if one.total]
+        return sorted(seen, key=lambda one: (one.correct / one.total, -one.total))[:_MOST_LISTED]
+
+    @property
+    def most_confused(self) -> list[tuple[str, str, int]]:
+        """Name of a class, name of what it was taken for, and number of images; most first."""
+        pairs = [(one.name, name, count) for one in self.per_class for name, count in one.taken_for.items()]
+        return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_LISTED]
+
+    def __str__(self) -> str:
+        return f"loss: {self.loss:.4f} - {describe_accuracy(self.correct, self.total)}"
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Returns the 95% Wilson score interval (Wilson 1927) of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def describe_accuracy(correct: int, total: int) -> str:
+    """Returns the form in which every accuracy is shown."""
+    low, high = accuracy_interval(correct, total)
+    return f"accuracy: {correct / total:.4f} ({correct} of {total}, 95% interval {low:.3f}-{high:.3f})"
+
+
+def summarise(split: str, predictions: pa.Table, class_names: list[str]) -> EvaluationResult:
+    """Returns the numbers of a table of predictions, as `predictions_table` makes it."""
+    labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
+    correct, total = int(np.sum(labels == predicted)), len(labels)
+    pairs, counts = np.unique(labels.astype(np.int64) * len(class_names) + predicted, return_counts=True)
+    per_class = _count_by_class(class_names, *np.divmod(pairs, len(class_names)), counts)
+    top_k = max(1, min(5, len(class_names) // 2))
+    return EvaluationResult(
+        split=split,
+        loss=float(np.mean(predictions["loss"].to_numpy(), dtype=np.float64)),
+        correct=correct,
+        total=total,
+        accuracy=correct / total,
+        accuracy_interval=accuracy_interval(correct, total),
+        top_k=top_k,
+        top_k_correct=int(np.sum(predictions["likelier"].to_numpy() < top_k)),
+        calibration_error=_calibration_error(predictions["confidence"].to_numpy(), labels == predicted),
+        per_class=per_class,
+    )
+
+
+def _count_by_class(
+    class_names: list[str], labels: npt.NDArray[Any], predicted: npt.NDArray[Any], counts: npt.NDArray[Any]
+) -> list[ClassResult]:
+    """Return one result a class from the cells of the matrix of confusions, each of which is there once at most."""
+    totals = np.bincount(labels, counts, len(class_names))
+    correct = [0] * len(class_names)
+    taken_for: list[dict[str, int]] = [{} for _ in class_names]
+    for cell in np.argsort(-counts, kind="stable"):
+        label, other, count = int(labels[cell]), int(predicted[cell]), int(counts[cell])
+        if label == other:
+            correct[label] = count
+        else:
+            taken_for[label][class_names[other]] = count
+    return [
+        ClassResult(name=name, correct=correct[label], total=int(totals[label]), taken_for=taken_for[label])
+        for label, name in enumerate(class_names)
+    ]
+
+
+def _calibration_error(confidence: npt.NDArray[np.float32], is_correct: npt.NDArray[np.bool_]) -> float:
+    """Returns the mean over all rows of how far the accuracy of a bin of confidence is from its mean confidence."""
+    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(np.int64), _CALIBRATION_BINS - 1)
+    excess = np.bincount(bins, weights=is_correct - confidence.astype(np.float64), minlength=_CALIBRATION_BINS)
+    return float(np.abs(excess).sum() / len(confidence))

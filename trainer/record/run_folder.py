@@ -1,0 +1,477 @@
+"""The run folder: its names, and the two records that open and close a run.
+
+STORAGE/RUN/config.json      RunRecord; before step 1
+STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used where the dataset is gone
+STORAGE/RUN/lease.json       which job works here; gone when none does
+STORAGE/RUN/attempts/        one small file each time the workers start
+STORAGE/RUN/recoveries/      one small file each time damaged checkpoints were set aside
+STORAGE/RUN/losses/          one LostAttempt each time the workers were lost, and the end of what they printed
+STORAGE/RUN/checkpoints/     see `trainer.record.checkpoint`
+STORAGE/RUN/metrics.parquet  one row an epoch
+STORAGE/RUN/steps.parquet    one row an optimizer step
+STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/saved_model/ where it is asked for
+STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
+STORAGE/RUN/profile/         a trace of a few steps, for TensorBoard; Ray's timeline of the whole run
+STORAGE/RUN/note.md          the note of the run
+STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
+STORAGE/RUN/test_predictions.parquet  what the best checkpoint says of the test split, where it is asked for
+STORAGE/RUN/tensorboard/     event files, where they are asked for
+STORAGE/RUN/evaluations/     of jobs/evaluate.py
+STORAGE/RUN/explanations/    of jobs/explain.py
+STORAGE/RUN/result.json      RunResult; written last; or a RunInterruption
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+
+from data_prep.manifest import Manifest
+from trainer.config.batch_table import BatchChoice
+from trainer.config.config import TrainConfig
+from trainer.record import checkpoint as checkpoints
+from trainer.record.evaluation_result import EvaluationResult
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError, LeaseLostError, RecordError
+from trainer.runtime.lease import Lease
+from trainer.runtime.markdown import format_count
+from trainer.runtime.record_format import Record
+
+_RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
+
+
+# Files and folders of a run that it writes after its config.json.
+_WRITTEN_NAMES = (
+    *("checkpoints", "metrics.parquet", "steps.parquet", "model.keras", "saved_model", "plots", "profile", "note.md"),
+    *("test_predictions.parquet", "tensorboard", "evaluations", "explanations"),
+)
+
+InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
+
+
+class RunRecord(Record):
+    """What ``config.json`` holds: the config and the circumstances."""
+
+    # What a run did before there was such an option. A run goes on as it began, so it is not always the default of now.
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "batch": None,
+        "config.arch_arguments": {},
+        "config.init_from": "",
+        "config.freeze_trunk": False,
+        "config.tuned_batch_size": 64,
+        "config.class_weights": "none",
+        "config.ema_momentum": 0.0,
+        "config.augment_flip": False,
+        "config.augment_rotation": 0.0,
+        "config.augment_translation": 0.0,
+        "config.augment_zoom": 0.0,
+        "config.augment_contrast": 0.0,
+        "config.checkpoint_every": 0,
+        "config.export": "keras",
+    }
+
+    config: TrainConfig
+    batch: BatchChoice | None = None
+    """How its batch and its precision were found."""
+    command: str
+    code_version: str
+    """Git commit, with "+changes" where the checkout differed from it, or the installed version."""
+    packages: dict[str, str]
+    python: str
+    hardware: str
+    started: datetime
+
+
+class LostAttempt(Record):
+    """Why the workers of a run had to start again."""
+
+    attempt: int
+    """The last that had begun."""
+    ended: datetime
+    reason: str
+    """Which worker, and how it ended."""
+    log: str = ""
+    """The end of what it printed, a file of the run folder; empty where that is lost, too."""
+    next_step: int | None = None
+    """Optimizer steps that the next attempt went on after; None where none has."""
+
+    def __str__(self) -> str:
+        log = f" ({self.log})" if self.log else ""
+        went_on = "" if self.next_step is None else f"; the run went on after step {self.next_step}"
+        return f"attempt {self.attempt} was lost: {self.reason}{log}{went_on}"
+
+
+class RunResult(Record):
+    """What ``result.json`` holds."""
+
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "lost_attempts": (),
+        "recoveries": (),
+        "layers": "",
+        "findings": (),
+        "weights_crc32": (),
+    }
+
+    status: Literal["completed", "diverged"]
+    reason: str = ""
+    parameters: int
+    best_epoch: int
+    best_checkpoint: str
+    val: EvaluationResult
+    """Of the best checkpoint."""
+    test: EvaluationResult | None = None
+    """Of the best checkpoint, where it was asked for."""
+    epochs: int
+    steps: int
+    attempts: int
+    recoveries: tuple[str, ...]
+    """What was damaged, and from where the run went on, one line each; lost workers are in ``lost_attempts``."""
+    lost_attempts: tuple[LostAttempt, ...] = ()
+    """Those that did not end by themselves."""
+    layers: str
+    """The network, as code."""
+    findings: list[str]
+    """What `trainer.notes.diagnostics` has to say, one line each."""
+    weights_crc32: tuple[int, ...]
+    """Of the last weights as each worker held them: one number, once a worker."""
+    train_seconds: float
+    """Sum of the epochs, evaluation included."""
+
+    @property
+    def summary(self) -> list[str]:
+        """What the run came to, line by line."""
+        return [
+            f"best epoch  {self.best_epoch} of {self.epochs}",
+            f"val         {self.val}",
+            *([f"test        {self.test}"] if self.test else []),
+            *(f"recovered   {recovery}" for recovery in self.recoveries),
+            *(f"finding     {finding}" for finding in self.findings),
+        ]
+
+
+class RunInterruption(Record):
+    """What ``result.json`` holds of a run that has no result."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"interrupted": "ended"}
+
+    status: InterruptionStatus
+    """Stopped by a signal, diverged in its first epoch, refused by a worker, or failed in another way."""
+    reason: str
+    """The name of the signal, the steps, or the message of the error."""
+    ended: datetime
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, uri: str, lease: Lease | None = None) -> None:
+        self.uri = uri
+        self.checkpoints = storage.join(uri, "checkpoints")
+        self.lease = lease
+        """Of the job that trains the run; None for all others."""
+        self._attempt = 0
+
+    @property
+    def name(self) -> str:
+        """The run name."""
+        return storage.basename(self.uri)
+
+    def path(self, *parts: str) -> str:
+        """Returns the URI of a file in the folder."""
+        return storage.join(self.uri, *parts)
+
+    def check_owner(self) -> None:
+        """Raise unless this job still has the run and, after `start_attempt`, its workers were not started again.
+
+        Every write of the job and of its workers asks it directly before: what is left is a write that was on its way
+        when the run was taken over. Checkpoints have no such rest (`trainer.record.checkpoint`).
+
+        Raises:
+            LeaseLostError: it must write no more.
+        """
+        if self.lease is not None:
+            self.lease.check()
+        if self._attempt and (latest := self.find_latest_attempt()) > self._attempt:
+            raise LeaseLostError(
+                f"attempt {self._attempt} at run {self.name} writes no more: attempt {latest} has started"
+            )
+
+    def write(self, content: bytes, *parts: str) -> None:
+        """Write a file in the folder, unless this job or attempt has lost the run.
+
+        Raises:
+            LeaseLostError: it has.
+        """
+        self.check_owner()
+        storage.write_bytes(self.path(*parts), content)
+
+    def read_record(self) -> RunRecord | None:
+        """Returns the record of the run, or None where none was started.
+
+        Raises:
+            RecordError: it cannot be read.
+        """
+        uri = self.path("config.json")
+        try:
+            return RunRecord.parse(storage.read_bytes(uri), uri)
+        except FileNotFoundError:
+            return None
+
+    def check_names_are_free(self) -> None:
+        """Check that a run replaces nothing that none has written, in a folder where none has begun.
+
+        Raises:
+            InputError: one of its names is taken; says which.
+        """
+        if storage.exists(self.path("config.json")):
+            return
+        taken = [name for name in storage.find_files(self.uri) if name.partition("/")[0] in _WRITTEN_NAMES]
+        if taken:
+            raise InputError(
+                f"{self.uri} holds {taken[0]}, which no run wrote and this one would replace; choose another --run-name"
+            )
+
+    def read_begun_record(self) -> RunRecord | None:
+        """Return the record that a continued run must agree with.
+
+        None where there is none, or where the run was refused before its first checkpoint: another option may fix that,
+        under the same name.
+        """
+        ending = self.read_ending()
+        if isinstance(ending, RunInterruption) and ending.status == "refused":
+            return self.read_record() if checkpoints.find_last(self.checkpoints) else None
+        return self.read_record()
+
+    def write_record(self, record: RunRecord) -> None:
+        """Writes ``config.json``."""
+        self.write(record.to_json(), "config.json")
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Writes ``dataset.json``."""
+        self.write(manifest.to_json(), "dataset.json")
+
+    def read_manifest(self) -> Manifest:
+        """Returns the manifest of the run's dataset as it was trained on.
+
+        Raises:
+            RecordError: there is none, or it cannot be read.
+        """
+        uri = self.path("dataset.json")
+        try:
+            return Manifest.parse(storage.read_bytes(uri), uri)
+        except FileNotFoundError as error:
+            raise RecordError(f"{uri} is missing: this run cannot be used without its dataset's manifest") from error
+
+    def read_ending(self) -> RunResult | RunInterruption | None:
+        """Returns how the run ended, or None where it has not.
+
+        Raises:
+            RecordError: it cannot be read.
+        """
+        uri = self.path("result.json")
+        try:
+            content = storage.read_bytes(uri)
+        except FileNotFoundError:
+            return None
+        return RunResult.parse(content, uri) if b'"val"' in content else RunInterruption.parse(content, uri)
+
+    def read_result(self) -> RunResult | None:
+        """Returns the result of a finished run, or None where it is not finished."""
+        ending = self.read_ending()
+        return ending if isinstance(ending, RunResult) else None
+
+    def write_ending(self, ending: RunResult | RunInterruption) -> None:
+        """Writes ``result.json``."""
+        self.write(ending.to_json(), "result.json")
+
+    def write_interruption(self, status: InterruptionStatus, reason: str) -> None:
+        """Writes ``result.json`` of a run that ends without a result."""
+        self.write_ending(RunInterruption(status=status, reason=reason, ended=datetime.now(UTC)))
+
+    def delete_interruption(self) -> None:
+        """Deletes the ``result.json`` of a run that is not finished: it goes on."""
+        self.check_owner()
+        storage.delete_file(self.path("result.json"))
+
+    def record_loss(self, reason: str, tail: bytes = b"") -> None:
+        """Record that the workers were lost, and the end of what one of them printed."""
+        name = f"{max(self._read_numbered_losses(), default=0) + 1:04d}"
+        if tail:
+            self.write(tail, "losses", f"{name}.log")
+        log = f"losses/{name}.log" if tail else ""
+        loss = LostAttempt(attempt=self.find_latest_attempt(), ended=datetime.now(UTC), reason=reason, log=log)
+        self.write(loss.to_json(), "losses", f"{name}.json")
+
+    def record_next_step(self, step: int) -> None:
+        """Record after how many steps the run has gone on since it was lost, where that is not recorded yet."""
+        for number, loss in self._read_numbered_losses().items():
+            if loss is not None and loss.next_step is None:
+                updated = loss.model_copy(update={"next_step": step})
+                self.write(updated.to_json(), "losses", f"{number:04d}.json")
+
+    def read_losses(self) -> list[LostAttempt]:
+        """Return why the workers had to start again, each time; without those that cannot be read."""
+        return [loss for loss in self._read_numbered_losses().values() if loss is not None]
+
+    def _read_numbered_losses(self) -> dict[int, LostAttempt | None]:
+        losses: dict[int, LostAttempt | None] = {}
+        for name in sorted(storage.find_files(self.path("losses"))):
+            number, _, suffix = name.partition(".")
+            if suffix == "json" and number.isdecimal():
+                try:
+                    losses[int(number)] = LostAttempt.parse(storage.read_bytes(self.path("losses", name)), name)
+                except RecordError:
+                    losses[int(number)] = None
+        return losses
+
+    def start_attempt(self) -> int:
+        """Record that the workers have started and return how often they have, this time included.
+
+        From now on `check_owner` refuses what earlier attempts write.
+
+        Raises:
+            LeaseLostError: the job that started them has lost the run.
+        """
+        self.check_owner()
+        content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node(), "pid": os.getpid()})
+        attempt = 1 + max(self.find_latest_attempt(), checkpoints.find_latest_attempt(self.checkpoints))
+        # Workers of a job that has lost the run may start at the same moment.
+        while not storage.create_file(self.path("attempts", f"{attempt:04d}.json"), content.encode()):
+            attempt += 1
+        self._attempt = attempt
+        return attempt
+
+    def find_latest_attempt(self) -> int:
+        """Return the number of the attempt that began last; 0 before the first."""
+        names = storage.find_files(self.path("attempts"))
+        return max((int(name.partition(".")[0]) for name in names), default=0)
+
+    def record_recovery(self, what: str) -> None:
+        """Record that damaged checkpoints were set aside, and from where the run goes on."""
+        content = json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "what": what}).encode()
+        number = len(storage.find_files(self.path("recoveries"))) + 1
+        self.write(content, "recoveries", f"{number:04d}.json")
+
+    def read_recoveries(self) -> list[str]:
+        """Return what the run has recovered from, one line each, with its time."""
+        folder = self.path("recoveries")
+        records = [json.loads(storage.read_bytes(storage.join(folder, name))) for name in storage.find_files(folder)]
+        return [f"{record['at']}: {record['what']}" for record in records]
+
+    def record_test_read(self, reader: str) -> None:
+        """Records that the test split is about to be evaluated, and by what."""
+        content = json.dumps({"started": datetime.now(UTC).isoformat(), "reader": reader}).encode()
+        self.write(content, "test_reads", f"{self.count_test_reads() + 1:04d}.json")
+
+    def count_test_reads(self) -> int:
+        """Returns how often the test split has been evaluated: each time makes its number less honest."""
+        return len(storage.find_files(self.path("test_reads")))
+
+    def describe_test_reads(self) -> str:
+        """Return how often the test split has been evaluated, in words."""
+        return f"the test split has been read {format_count(self.count_test_reads(), 'time')} for this run"
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """Writes ``metrics.parquet`` anew."""
+        self.write(storage.parquet_bytes(pa.Table.from_pylist(history)), "metrics.parquet")
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Returns one row of metrics an epoch; none before the first.
+
+        Raises:
+            RecordError: the file is damaged.
+        """
+        table = _read_table(self.path("metrics.parquet"))
+        rows: list[dict[str, float]] = [] if table is None else table.to_pylist()
+        return rows
+
+    def write_steps(self, steps: pa.Table) -> None:
+        """Writes ``steps.parquet`` anew."""
+        self.write(storage.parquet_bytes(steps), "steps.parquet")
+
+    def read_steps(self) -> pa.Table | None:
+        """Returns step, loss, accuracy, grad_norm and clipped of each optimizer step; None before a checkpoint.
+
+        Raises:
+            RecordError: the file is damaged.
+        """
+        return _read_table(self.path("steps.parquet"))
+
+    def read_predictions(self) -> pa.Table | None:
+        """Returns the validation predictions of the best checkpoint in row order, or None where there is none."""
+        best = checkpoints.find_best(self.checkpoints)
+        if best is None:
+            return None
+        return storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+
+
+def _read_table(uri: str) -> pa.Table | None:
+    """Read a Parquet file; None where there is none."""
+    try:
+        return storage.parquet_table(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except pa.ArrowException as error:
+        raise RecordError(f"{uri} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class StartedRun:
+    """A run folder and the record that opened it."""
+
+    folder: RunFolder
+    record: RunRecord
+
+
+def find_runs(storage_uri: str) -> tuple[list[StartedRun], list[str]]:
+    """Find the runs below a storage.
+
+    Returns:
+        The runs in the order in which they were started; one line for each ``config.json`` that cannot be read.
+    """
+    runs, left_out = [], []
+    for name in storage.find_folders(storage_uri):
+        folder = RunFolder(storage.join(storage_uri, name))
+        try:
+            record = folder.read_record()
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        if record is not None:
+            runs.append(StartedRun(folder, record))
+    return sorted(runs, key=lambda run: (run.record.started, run.folder.name)), left_out
+
+
+def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None, command: str = "") -> RunRecord:
+    """Returns the record of a run that starts now, by this process's command where no other is given."""
+    return RunRecord(
+        config=config,
+        batch=batch,
+        command=command or shlex.join(["python", *sys.argv]),
+        code_version=_code_version(),
+        packages={name: version(name) for name in _RECORDED_PACKAGES},
+        python=platform.python_version(),
+        hardware=hardware,
+        started=datetime.now(UTC),
+    )
+
+
+def _code_version() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return version("training-notes")  # shipped without its repository

@@ -1,0 +1,1 @@
+"""What every part stands on: storage, leases, events, signals, the console and the connection to Ray."""

@@ -1,0 +1,147 @@
+"""Find the cluster that RAY_ADDRESS names and look at it first: Ray itself would try for minutes, deaf to signals."""
+
+import os
+import re
+import time
+from typing import Any
+
+from trainer.runtime.errors import InputError
+
+_ALONE = "or unset RAY_ADDRESS to work on this machine alone"
+_FORM = "give the address of the head, HOST:PORT (Ray's default port is 6379)"
+_TOKEN = "set RAY_AUTH_MODE=token and give the cluster's ~/.ray/auth_token"
+_POLL_SECONDS = 0.2
+
+
+def find_cluster(*, timeout_seconds: float = 5.0) -> str | None:
+    """Return the address of the cluster that RAY_ADDRESS names, HOST:PORT, or None for this machine alone.
+
+    RAY_ADDRESS has the forms that Ray knows: HOST:PORT with a name, an IPv4 address or an IPv6 address in brackets;
+    ``auto`` for the one that ``ray start`` started last on this machine; ``local``, or nothing, for none.
+
+    Args:
+        timeout_seconds: how long to wait for an answer.
+
+    Raises:
+        InputError: a job cannot work there: the form is another one, or no head of a cluster answers, or it has another
+            version of Ray or refuses the token, or this machine is no part of the cluster.
+    """
+    given = os.environ.get("RAY_ADDRESS", "").strip()
+    if given in ("", "local"):
+        return None
+    # Not at the top: a job without a cluster spares itself the time.
+    from ray._private import services
+
+    address = _find_running() if given == "auto" else _parse(given)
+    try:
+        _look_at(address, timeout_seconds)
+        # Ray replaces a name of this machine by that which its nodes know.
+        if (known := services.canonicalize_bootstrap_address(address)) != address:
+            _look_at(known, timeout_seconds)
+    except _UnusableError as error:
+        named = f"auto ({address})" if given == "auto" else given
+        raise InputError(f"RAY_ADDRESS {named}: {error}") from error
+    return address
+
+
+class _UnusableError(Exception):
+    """The message says why a cluster cannot be used, and what to do."""
+
+
+def _parse(given: str) -> str:
+    """Return an address if it has the form HOST:PORT."""
+    scheme, separator, rest = given.partition("://")
+    if separator and scheme in ("http", "https"):
+        raise InputError(
+            f"RAY_ADDRESS {given} is that of a job server: send the job there (RAY_API_SERVER_ADDRESS={given} ray job "
+            f"submit -- python jobs/...), {_ALONE}"
+        )
+    if separator and scheme == "ray":
+        raise InputError(
+            f"RAY_ADDRESS {given} is that of a Ray Client server, and a job runs inside its cluster: send it there "
+            f"(RAY_API_SERVER_ADDRESS=http://{rest.rpartition(':')[0] or rest}:8265 ray job submit -- python "
+            f"jobs/...), {_ALONE}"
+        )
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/@\[\]]+):(\d{1,5})", given)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise InputError(f"RAY_ADDRESS {given!r} is none: {_FORM}, an IPv6 address in brackets, or auto; {_ALONE}")
+    return given
+
+
+def _find_running() -> str:
+    from ray._private import services
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    # Not all that runs on this machine, as ray.init would: that may be the cluster of another job.
+    address: str | None = services.find_bootstrap_address(None)
+    if address is None:
+        raise InputError(
+            f"RAY_ADDRESS auto: no cluster was started on this machine; start one (ray start --head), {_FORM}, {_ALONE}"
+        )
+    # As ray.init does for this form alone.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return address
+
+
+def _look_at(address: str, timeout_seconds: float) -> None:
+    """Raise _UnusableError where `ray.init` could not connect."""
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    # As Ray's own connections, which pass by the proxies of http_proxy.
+    with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        head = NodeInfoGcsServiceStub(channel)
+        try:
+            version = head.CheckAlive(CheckAliveRequest(), timeout=timeout_seconds).ray_version
+            if version != ray.__version__:
+                raise _UnusableError(f"it has Ray {version}, this program {ray.__version__}; install the same version")
+            _wait_for_node_here(head, timeout_seconds)
+        except grpc.RpcError as error:
+            raise _UnusableError(_explain(error.code(), error.details() or "", timeout_seconds)) from error
+
+
+def _wait_for_node_here(head: Any, timeout_seconds: float) -> None:
+    """Look for a node of the cluster on this machine, as `ray.init` does for a minute: a job works through it."""
+    from ray._private import services
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        here = [
+            GetAllNodeInfoRequest.NodeSelector(node_id=bytes.fromhex(number)) for number in services.find_node_ids()
+        ]
+        if here:
+            request = GetAllNodeInfoRequest(node_selectors=here, state_filter=GcsNodeInfo.ALIVE, limit=1)
+            if head.GetAllNodeInfo(request, timeout=timeout_seconds).node_info_list:
+                return
+        if time.monotonic() > deadline:
+            raise _UnusableError(
+                "no node of that cluster runs on this machine; start one here (ray start --address HOST:PORT), send "
+                f"the job to the cluster (ray job submit), {_ALONE}"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _explain(code: Any, details: str, timeout_seconds: float) -> str:
+    """Return why there was no answer, or not one of a cluster, and what to do.
+
+    Args:
+        code: of gRPC.
+        details: of gRPC, the cause last.
+        timeout_seconds: how long it was waited for.
+    """
+    import grpc
+
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return f"it refuses the token; {_TOKEN}"
+    if code == grpc.StatusCode.UNIMPLEMENTED or "parsing HTTP/2" in details:
+        return f"what answers there is not the head of a cluster, but such as Ray's dashboard; {_FORM}, {_ALONE}"
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        reason = f"no answer within {timeout_seconds:g} s"
+    else:
+        reason = details.rpartition(": ")[2].rstrip("]") or code.name
+    return f"{reason}; start Ray there, {_ALONE}"

@@ -1,0 +1,275 @@
+"""What a job works on: the cluster that RAY_ADDRESS names, as in a submitted job, one of our own, or no cluster."""
+
+import contextlib
+import logging
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+from ray._private.utils import get_num_cpus
+
+from trainer.runtime.address import find_cluster
+from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.folders import hold_folder, keep_folder
+from trainer.runtime.markdown import format_count
+from trainer.runtime.signals import call_deferring_signals, defer_signals_of_start
+from trainer.runtime.storage import ANSWERED_VARIABLE
+
+# Set in every process of the job before it can import TensorFlow.
+WORKER_ENVIRONMENT = {
+    # tf.keras is tf_keras: Keras 3 cannot train under MultiWorkerMirroredStrategy.
+    "TF_USE_LEGACY_KERAS": "1",
+    # Errors only.
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    # Where a CPU has no AVX-512, TensorFlow leaves it off and takes 1.7 to 4.6 times as long (docs/performance.md).
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+    # The job looked at it before.
+    ANSWERED_VARIABLE: "1",
+}
+
+# What Ray would tell the user is told by the job; these hold for the driver and what it starts.
+_RAY_ENVIRONMENT = {
+    # How soon the controller notices that the workers have ended or died.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A warning about a default of a later version.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A batch job on somebody's cluster reports nothing to anybody else.
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+_POLL_SECONDS = 0.5
+# What the name of a socket may have, of which Ray adds the second part.
+_SOCKET_CHARACTERS = 107
+_LONGEST_SOCKET = "/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the connected cluster has in all."""
+
+    num_nodes: int
+    num_cpus: float
+    num_gpus: int
+    free_gpus: int
+    """Of these, that no job held when it was looked."""
+    devices: str
+    """What a worker computes on: the kinds of GPU, or the cores of the smallest node."""
+    node_memory_gib: float
+    """For workers, of the node that has least; Ray leaves out the object store and what ran before it."""
+    folder: str = ""
+    """For the logs and temporary files of a job on this machine; empty on a cluster that RAY_ADDRESS names."""
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether one worker is simply a process of this machine, with its GPU if it has one."""
+        return bool(self.folder) and self.num_gpus <= 1
+
+    @property
+    def hardware(self) -> str:
+        """The nodes in words."""
+        nodes, cpus = format_count(self.num_nodes, "node"), format_count(self.num_cpus, "CPU")
+        gpus = f", {format_count(self.num_gpus, 'GPU')}" if self.num_gpus else ""
+        return f"{nodes}, {cpus}{gpus}, {self.devices}, {self.node_memory_gib:.0f} GiB a node"
+
+
+@contextlib.contextmanager
+def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Iterator[Resources]:
+    """Connect to Ray for the time of the context and yield what the cluster has.
+
+    Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
+    happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
+    the job itself.
+
+    Args:
+        wait_seconds: how long to wait for a node where none works yet, of a cluster that grows by itself. With None the
+            job knows what to do with such a cluster.
+        one_process: whether the job needs no cluster of its own: all that it starts is one process at a time, with
+            `trainer.workers.groups`. Without RAY_ADDRESS, and with at most one GPU, none is started then.
+
+    Raises:
+        InputError: no cluster can be used at RAY_ADDRESS (`trainer.runtime.address`), or no node of it works, or there
+            is no folder for temporary files.
+        JobError: Ray does not start here, or that of the context; says where the logs are.
+    """
+    # Before its first line: what Ray would log is told by the job.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if address := find_cluster():
+        with _connected_ray(WORKER_ENVIRONMENT, wait_seconds, address=address):
+            yield read_resources()
+        return
+    with _job_folder() as folder:
+        machine = read_machine(folder)
+        if one_process and machine.is_one_machine:
+            yield machine
+            return
+        _check_socket_names(folder)
+        # TensorFlow leaves files of traced functions in a worker that is killed.
+        environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
+        # Its nodes are not taken away by a cloud.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        options = {"address": "local", "num_cpus": int(machine.num_cpus), "include_dashboard": False}
+        with _own_token(folder), _connected_ray(environment, wait_seconds, _temp_dir=folder, **options):
+            yield read_resources(folder)
+
+
+@contextlib.contextmanager
+def _job_folder() -> Iterator[str]:
+    """Yield a folder for logs and temporary files that goes with the context, unless the job failed."""
+    parent = _temporary_folder()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(hold_folder("ray-", parent))
+        except OSError as error:
+            raise InputError(
+                f"{parent}: {error.strerror}; set RAY_TMPDIR to a folder that can be written, with a short name"
+            ) from error
+        try:
+            yield folder
+        except JobError as error:
+            keep_folder(folder)
+            raise JobError(f"{error}; logs are in {folder}") from error
+
+
+def _temporary_folder() -> str:
+    # Not in TMPDIR, which may be long: Ray makes sockets there, and the name of a socket is short.
+    if folder := os.environ.get("RAY_TMPDIR"):
+        return os.path.abspath(folder)
+    return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+
+
+def _check_socket_names(folder: str) -> None:
+    too_long = len((folder + _LONGEST_SOCKET.format(pid=os.getpid())).encode()) - _SOCKET_CHARACTERS
+    if too_long > 0:
+        parent = os.path.dirname(folder)
+        raise InputError(
+            f"{parent} is {too_long} characters too long for the names of the sockets that Ray makes there; set "
+            f"RAY_TMPDIR to a folder with at most {len(parent.encode()) - too_long} characters, such as /tmp"
+        )
+
+
+@contextlib.contextmanager
+def _own_token(folder: str) -> Iterator[None]:
+    """Let a cluster that is started in the context have a token of its own: Ray would write one into the home."""
+    path = Path(folder, "auth_token")
+    path.write_text(secrets.token_hex(32))
+    # Ray sets the mode itself.
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")}
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **options: Any) -> Iterator[None]:
+    # Not at the top: a job without a cluster spares itself the half second.
+    from ray.data import DataContext
+
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        # What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back.
+        with defer_signals_of_start():
+            try:
+                ray.init(
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": environment},
+                    **options,
+                )
+            # Ray has no class of its own for most of what can be wrong.
+            except Exception as error:
+                raise _explain_start(error, options["address"]) from error
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        DataContext.get_current().enable_progress_bars = False
+        if wait_seconds is not None:
+            _wait_for_node(wait_seconds)
+        yield
+    finally:
+        call_deferring_signals(ray.shutdown)
+
+
+def _explain_start(error: Exception, address: str) -> InputError | JobError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if address == "local":
+        return JobError(f"Ray did not start on this machine: {reason}")
+    return InputError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: {reason}")
+
+
+def _wait_for_node(seconds: float) -> None:
+    started = time.monotonic()
+    try:
+        while not ray.cluster_resources().get("CPU"):
+            if time.monotonic() - started > seconds:
+                raise InputError(
+                    "no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`), or give "
+                    "--wait SECONDS where the cluster grows by itself"
+                )
+            request_nodes([{"CPU": 1}])
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if seconds:
+            request_nodes([])
+
+
+def request_nodes(bundles: list[dict[str, float]]) -> None:
+    """Ask the autoscaler, where there is one, for nodes that hold these resources; for nothing more with none."""
+    if ray.is_initialized():
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
+
+
+def read_machine(folder: str = "") -> Resources:
+    """Return what Ray would say that this machine has, without starting it."""
+    # What `ray.init` itself calls; there is no public form. It would give a container with less than a core none.
+    spec = ResourceAndLabelSpec(num_cpus=max(1, int(get_num_cpus())))
+    spec.resolve(is_head=True, node_ip_address="127.0.0.1")
+    return Resources(
+        num_nodes=1,
+        num_cpus=float(spec.num_cpus),
+        num_gpus=int(spec.num_gpus),
+        free_gpus=int(spec.num_gpus),
+        devices=_name_devices(spec.resources, spec.num_cpus),
+        node_memory_gib=spec.memory / 2**30,
+        folder=folder,
+    )
+
+
+def read_resources(folder: str = "") -> Resources:
+    """Return what the connected cluster has now; ``folder`` is that of the `Resources` of one on this machine."""
+    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # A head without work has no CPUs: no worker will run there.
+    working = [node for node in nodes if node.get("CPU")] or nodes
+    return Resources(
+        num_nodes=len(nodes),
+        num_cpus=total.get("CPU", 0.0),
+        num_gpus=int(total.get("GPU", 0)),
+        free_gpus=int(ray.available_resources().get("GPU", 0)),
+        devices=_name_devices(total, min(node.get("CPU", 0) for node in working)),
+        node_memory_gib=min(node.get("memory", 0.0) for node in working) / 2**30,
+        folder=folder,
+    )
+
+
+def _name_devices(resources: Mapping[str, float], num_cpus: float) -> str:
+    # Ray names each kind of GPU by a resource of its own.
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
+    return " ".join(kinds) or format_count(num_cpus, "core")

@@ -1,0 +1,103 @@
+"""How every job speaks and ends: progress on stderr, results on stdout, and the exit codes.
+
+On a terminal there are progress bars; piped or in a job log there are plain lines without control characters.
+"""
+
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.events import Event, OnEvent, StageProgressed
+from trainer.runtime.signals import defer_signals, failure_reason, raise_on_signals, received_signal
+
+# Where output is declared ASCII or Latin-1, as under cron, a name in another script is escaped: it must not fail a job.
+# Here, and not when a job starts: wrong arguments are told before that. Rich draws its tables in ASCII there.
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")
+
+# Tables of a job log are not cut to the width of a terminal that is not there.
+_PLAIN_WIDTH = 160
+# Without emoji: the port of an address is none.
+stdout = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+# A job log gets a line about an unfinished stage at most this often.
+_PLAIN_INTERVAL_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr.
+
+    SIGINT and SIGTERM end it with 130 and 143.
+    """
+    try:
+        with raise_on_signals():
+            yield
+    except InputError as error:
+        stderr.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except JobError as error:
+        stderr.print(f"failed: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if reason := failure_reason():
+            stderr.print(f"failed: {reason}", markup=False)
+            sys.exit(1)
+        number = received_signal()
+        stderr.print(f"stopped by {number.name}; the same command continues", markup=False)
+        sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def show_events() -> Iterator[OnEvent]:
+    """Yields a function that shows each event: the current stage as a bar, anything else as a line."""
+    if not stderr.is_terminal:
+        yield _uninterrupted(_plain_lines())
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bars:
+        bar = bars.add_task("", visible=False)
+
+        def show(event: Event) -> None:
+            if isinstance(event, StageProgressed):
+                if event.stage != bars.tasks[0].description:
+                    bars.reset(bar, description=event.stage, total=event.total)
+                bars.update(bar, completed=event.done, visible=event.done < event.total)
+            else:
+                bars.print(str(event), markup=False, soft_wrap=True)
+
+        yield _uninterrupted(show)
+
+
+def _uninterrupted(show: OnEvent) -> OnEvent:
+    """Rich, interrupted in the middle of a line, keeps all further ones to itself."""
+
+    def show_whole(event: Event) -> None:
+        with defer_signals():
+            show(event)
+
+    return show_whole
+
+
+def _plain_lines() -> OnEvent:
+    stage, last_line = "", 0.0
+
+    def show(event: Event) -> None:
+        nonlocal stage, last_line
+        if not isinstance(event, StageProgressed):
+            stderr.print(str(event), markup=False)
+        elif event.stage != stage:
+            stage, last_line = event.stage, time.monotonic()
+        elif time.monotonic() - last_line >= _PLAIN_INTERVAL_SECONDS:
+            stderr.print(f"{event.stage}: {event.done} of {event.total}", markup=False)
+            last_line = time.monotonic()
+
+    return show

@@ -1,0 +1,234 @@
+"""The S3 side of the storage: names are taken as they are, waits are bounded, errors say what happened."""
+
+import contextlib
+import http
+import logging
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync_wrapper
+from s3fs import S3FileSystem
+from s3fs.core import set_custom_error_handler
+
+from trainer.runtime.errors import InputError, JobError, UnreachableError
+
+# s3fs tries each request again, waiting 0.1 x 1.7**n seconds, at most 15; botocore's one retry below it adds jitter. A
+# storage that has never answered is likely misnamed: 3 s of waiting. One that has is worth two minutes.
+_TRIES_BEFORE_FIRST_ANSWER = 6
+_TRIES = 16
+_KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
+# Of the store, or of the way to it.
+_ERRORS = (OSError, BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError)
+
+
+class NoAnswerError(OSError):
+    """No answer of the store to a request; the cause says why."""
+
+
+class S3(S3FileSystem):
+    """s3fs without a meaning for any character of a name, and with errors that tell an answer from none.
+
+    Paths are ``bucket/key``. Of the methods of s3fs use only those of one name, such as `pipe_file` and `rm_file`, and
+    the listings `find` and `ls`: all others expand ``*``, ``?`` and ``[``, and are closed here.
+    """
+
+    cachable = False
+
+    def __init__(self, *, has_answered: bool = False, **options: Any) -> None:
+        retries = {"mode": "standard", "max_attempts": 2}
+        config = {"retries": retries, "connect_timeout": 5, "read_timeout": 60}
+        super().__init__(**{"use_listings_cache": False, "config_kwargs": config, **options})
+        set_custom_error_handler(_is_transient)
+        # What they warn of before they raise it is in the error.
+        for name in ("credentials", "tokens"):
+            logging.getLogger(f"aiobotocore.{name}").setLevel(logging.CRITICAL)
+        self.has_answered = has_answered
+        self.retries = _TRIES if has_answered else _TRIES_BEFORE_FIRST_ANSWER
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        """Return bucket and key; s3fs would take ``?versionId=`` in a key for a version of another one."""
+        bucket, _, key = path.partition("/")
+        return bucket, key, None
+
+    async def _expand_path(self, path: str, *arguments: Any, **options: Any) -> list[str]:
+        raise NotImplementedError(f"{path}: names are taken as they are")
+
+    _glob = _expand_path
+
+    async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super()._call_s3(method, *arguments, **options)
+        # Credentials and endpoint are looked for in files, by processes and by requests, which fail in more ways.
+        except (*_ERRORS, ValueError, EOFError) as error:
+            if _is_answer(error, method):
+                raise
+            raise NoAnswerError(str(error)) from error
+
+    call_s3 = sync_wrapper(_call_s3)
+
+    def has(self, path: str) -> bool:
+        """Return whether there is an object, or at least one below a prefix."""
+        try:
+            self.info(path)
+        except FileNotFoundError as error:
+            if error_code(error) == "NoSuchBucket":
+                raise
+            return False
+        return True
+
+    def read(self, path: str, start: int, end: int | None) -> bytes:
+        """Read one object from ``start`` to ``end``; beyond its end there is nothing, as in a file."""
+        try:
+            content: bytes = self.cat_file(path, start=start, end=end)
+        except OSError as error:
+            # Of an empty object not even the range from 0 can be had.
+            if error_code(error) == "InvalidRange":
+                return b""
+            raise
+        return content
+
+    def write(self, path: str, content: bytes, *, create: bool = False) -> bool:
+        """Write one object and return whether that was done: with ``create`` not where it exists."""
+        try:
+            self.pipe_file(path, content, mode="create" if create else "overwrite")
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:
+            # A write needs no object: what is not there is more than that.
+            raise OSError(*error.args) from error.__cause__
+        except OSError as error:
+            # Of Ceph's answer, which has no message, s3fs makes a plain OSError.
+            if error_code(error) == "PreconditionFailed":
+                return False
+            raise
+        return True
+
+    def write_in_parts(self, path: str, content: bytes) -> None:
+        """Write one object as `pipe_file` writes a large one, in a single part."""
+        bucket, key, _ = self.split_path(path)
+        place = {"Bucket": bucket, "Key": key}
+        place["UploadId"] = self.call_s3("create_multipart_upload", **place)["UploadId"]
+        try:
+            tag = self.call_s3("upload_part", **place, PartNumber=1, Body=content)["ETag"]
+            parts = {"Parts": [{"PartNumber": 1, "ETag": tag}]}
+            self.call_s3("complete_multipart_upload", **place, MultipartUpload=parts)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.call_s3("abort_multipart_upload", **place)
+            raise
+
+    def try_briefly(self) -> None:
+        """Try for seconds in place of minutes, until there is an answer."""
+        self.retries = _TRIES_BEFORE_FIRST_ANSWER
+
+    @contextlib.contextmanager
+    def clear_errors(self, uri: str) -> Iterator[None]:
+        """Turn what can happen into one line with the place and what to set, never with a secret.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            InputError: the store refuses, or has no such bucket.
+            UnreachableError: no request could be made, or nobody has answered any.
+            JobError: the store had answered before, and did not for two minutes.
+        """
+        try:
+            yield
+            self._note_answer()
+        except FileNotFoundError as error:
+            self._note_answer()
+            if error_code(error) == "NoSuchBucket":
+                raise InputError(self._describe_answer(uri, error)) from error
+            raise FileNotFoundError(f"{uri}: not found") from error
+        except _ERRORS as error:
+            silent = isinstance(error, NoAnswerError)
+            message = self._describe_no_answer(uri, error) if silent else self._describe_answer(uri, error)
+            if self.has_answered and _is_transient(_reason(error)):
+                # Waited for long enough.
+                self.try_briefly()
+                raise JobError(f"{message}; when it is back, the same command continues") from error
+            raise (UnreachableError if silent else InputError)(message) from error
+
+    def _note_answer(self) -> None:
+        self.has_answered = True
+        self.retries = _TRIES
+
+    def _describe_answer(self, uri: str, error: Exception) -> str:
+        bucket = self.split_path(uri.removeprefix("s3://"))[0]
+        text = f"{uri}: bucket {bucket!r} at {self._endpoint} answered {_first_line(error)!r}"
+        return f"{text}; check AWS_ENDPOINT_URL_S3, {_KEYS} on every node"
+
+    def _describe_no_answer(self, uri: str, error: Exception) -> str:
+        reason = _reason(error)
+        if isinstance(reason, BotoConnectionError | HTTPClientError):
+            return self.describe_silence(uri, *_describe_connection(reason))
+        text = f"{uri}: no request was made: {_first_line(reason)}"
+        return f"{text}; check {_KEYS}, and the files in ~/.aws, on every node"
+
+    def describe_silence(self, uri: str, reason: str, server: str = "") -> str:
+        """Return one line about a store, or another server that gives credentials, that does not answer."""
+        text = f"{uri}: no answer from {server or self._endpoint}: {reason}"
+        return f"{text}; check AWS_ENDPOINT_URL_S3 and AWS_PROFILE on every node, and the network"
+
+    @property
+    def _endpoint(self) -> str:
+        """The endpoint in use, from a variable, a file or the region."""
+        return str(self._s3.meta.endpoint_url) if self._s3 else "its endpoint"
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Return whether s3fs, which knows some of these itself, shall try a failed request again."""
+    if isinstance(error, ClientError):
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        return status >= 500 and status != http.HTTPStatus.NOT_IMPLEMENTED
+    if isinstance(error, BotoCoreError):
+        return isinstance(error, BotoConnectionError | HTTPClientError)
+    return isinstance(error, TimeoutError | ConnectionError)
+
+
+def _is_answer(error: BaseException, method: str) -> bool:
+    """Return whether the store itself has answered to a method of the client, such as ``list_objects_v2``."""
+    reason = _reason(error)
+    if isinstance(reason, ClientError):
+        # That of another service, which gives credentials, has another operation.
+        return bool(reason.operation_name.lower() == method.replace("_", ""))
+    return isinstance(reason, ResponseParserError)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Return the error of botocore from which s3fs or this module made its own, or the error itself."""
+    cause = error.__cause__
+    if isinstance(cause, ClientError) or (cause and isinstance(error, NoAnswerError)):
+        return _reason(cause)
+    return error
+
+
+def error_code(error: BaseException) -> str:
+    """Return the code of an answer of S3, such as AccessDenied; empty for another error."""
+    response = getattr(_reason(error), "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _first_line(error: BaseException) -> str:
+    reason = _reason(error)
+    if error_code(reason) == "NoSuchBucket":
+        return "no such bucket"
+    if isinstance(reason, ClientError):
+        # Ceph sends no message with its codes.
+        message = reason.response.get("Error", {}).get("Message")
+        text = str(message) if message and message != "None" else error_code(reason)
+    else:
+        text = str(reason)
+    return text.strip().partition("\n")[0] or type(reason).__name__
+
+
+def _describe_connection(error: BotoCoreError) -> tuple[str, str]:
+    """Return why there is no connection, and to what server."""
+    server = urlsplit(error.kwargs.get("endpoint_url") or "")
+    # With the name of the server in place of the whole path of an object.
+    reason = str(error.kwargs.get("error") or "") or type(error).__name__
+    return reason.partition("\n")[0], f"{server.scheme}://{server.netloc}" if server.netloc else ""

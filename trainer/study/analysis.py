@@ -1,0 +1,260 @@
+"""What the trials of a study say: the checks of the tuning playbook, each one line with its evidence.
+
+Everything here is arithmetic on records; `trainer.study.report` writes it down.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.config.options import format_value
+from trainer.record.evaluation_result import accuracy_interval
+from trainer.study.file import Choice, Parameter, Range, Study
+from trainer.study.folder import Trial
+
+# A best value so near to an end of its range may have better ones beyond it.
+_EDGE_SHARE = 0.1
+# A best learning rate so near below one that diverged is held down by instability.
+_UNSTABLE_SHARE = 0.1
+# In the reason of a trial that diverged (`trainer.training.loop`); other infeasible ones were too large for the memory.
+_DIVERGED = "nan or inf"
+_BUCKETS = 4
+_BOOTSTRAP_SAMPLES = 2000
+# Relative difference of a loss that says nothing.
+_SAME_LOSS_SHARE = 0.05
+_TOO_EARLY, _TOO_LATE = 0.1, 0.75
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The best trial with one value of a scientific parameter."""
+
+    label: str
+    best: Trial | None
+    trials: int
+    """With that value, those without result included."""
+
+
+@dataclass(frozen=True)
+class Repetitions:
+    """The same config with several seeds."""
+
+    name: str
+    objectives: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean objective."""
+        return float(np.mean(self.objectives))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation between seeds: the trial variance of the tuning playbook."""
+        return float(np.std(self.objectives, ddof=1))
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{one:.4f}" for one in self.objectives)
+        return f"{self.name}: mean {self.mean:.4f}, standard deviation {self.deviation:.4f} ({values})"
+
+
+def find_best(study: Study, trials: Sequence[Trial]) -> Trial | None:
+    """Returns the trial of the search with the best objective, the earliest of equals; None where none completed."""
+    ranked = rank_trials(study, trials)
+    return ranked[0] if ranked else None
+
+
+def rank_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
+    """Returns the completed trials of the search, best first."""
+    completed = [one for one in trials if one.kind == "search" and one.status == "completed"]
+    return sorted(completed, key=lambda one: (-_score(study, one), one.index))
+
+
+def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list[BestOf]:
+    """Returns the best trial for each value of a scientific parameter, or for each quarter of its range."""
+    groups: dict[str, list[Trial]] = {}
+    if isinstance(parameter.domain, Choice):
+        groups = {format_value(value): [] for value in parameter.domain.values}
+    else:
+        ends = [parameter.domain.at(share) for share in np.linspace(0, 1, _BUCKETS + 1)]
+        groups = {f"{low:.3g} to {high:.3g}": [] for low, high in itertools.pairwise(ends)}
+    names = list(groups)
+    for trial in trials:
+        if trial.kind != "search" or not trial.ended or not _varies(trial, parameter):
+            continue
+        value = trial.values[parameter.name]
+        if isinstance(parameter.domain, Choice):
+            groups[format_value(value)].append(trial)
+        else:
+            groups[names[min(int(parameter.domain.position(value) * _BUCKETS), _BUCKETS - 1)]].append(trial)
+    return [BestOf(name, find_best(study, of_group), len(of_group)) for name, of_group in groups.items()]
+
+
+def check_boundaries(study: Study, trials: Sequence[Trial]) -> list[str]:
+    """Returns one line for each range that the best trial lies at the edge of, with a range to try next."""
+    best = find_best(study, trials)
+    if best is None:
+        return []
+    lines = []
+    for one in study.parameters:
+        if not isinstance(one.domain, Range) or not _varies(best, one):
+            continue
+        value = best.values[one.name]
+        position = one.domain.position(value)
+        # Below zero, where a range begins with it, there is nothing.
+        if _EDGE_SHARE <= position <= 1 - _EDGE_SHARE or (position < _EDGE_SHARE and one.domain.low == 0):
+            continue
+        low, high = _shift(one.domain, at_low=position < 0.5)
+        end = "low" if position < 0.5 else "high"
+        lines.append(
+            f"{one.label}: the best value {value:.3g} is at the {end} end of {one.domain}; expand it to {low:.3g} to "
+            f"{high:.3g} and run again (--new-round)"
+        )
+    return lines
+
+
+def best_of_k(
+    study: Study, trials: Sequence[Trial]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Returns what the best of k trials would have been, by bootstrap.
+
+    Returns:
+        k from 1 to the number of trials; the mean objective of the best of k; float64 ``[2, k]`` of its 5th and 95th
+        percentile. A trial without result counts as the worst. All empty where none completed.
+    """
+    completed = rank_trials(study, trials)
+    if not completed:
+        return np.zeros(0, np.int64), np.zeros(0), np.zeros((2, 0))
+    ended = [one for one in trials if one.kind == "search" and one.ended]
+    worst = min(_score(study, one) for one in completed)
+    scores = np.array([_score(study, one) if one.status == "completed" else worst for one in ended])
+    draws = np.random.default_rng(0).choice(scores, (_BOOTSTRAP_SAMPLES, len(scores)))
+    running = np.maximum.accumulate(draws, axis=1)
+    sign = 1 if study.maximises else -1
+    band = np.sort(sign * np.percentile(running, [5, 95], axis=0), axis=0)
+    return np.arange(1, len(scores) + 1), sign * running.mean(axis=0), band
+
+
+def check_points(study: Study, trials: Sequence[Trial]) -> str:
+    """Returns whether there were enough trials: how many are as good as the best, and what half of them would give."""
+    best = find_best(study, trials)
+    if best is None:
+        return "no trial has completed"
+    completed = rank_trials(study, trials)
+    tolerance = _tolerance(study, best)
+    good = sum(_score(study, best) - _score(study, one) <= tolerance for one in completed)
+    _, means, _ = best_of_k(study, trials)
+    gain = abs(means[-1] - means[(len(means) - 1) // 2])
+    verdict = "enough" if good > 1 and gain <= tolerance else "too few: add trials to the study and run it again"
+    return (
+        f"{good} of {len(completed)} completed trials are as good as the best within {tolerance:.3g}; half of the "
+        f"trials would have given {gain:.3g} less on average: {verdict}"
+    )
+
+
+def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
+    """Returns how many trials gave no result, and whether the best learning rate is next to those that diverged."""
+    ended = [one for one in trials if one.kind == "search" and one.ended]
+    bad = [one for one in ended if one.status == "infeasible"]
+    failed = [one for one in ended if one.status == "failed"]
+    stopped = [one for one in ended if one.status == "stopped"]
+    lines = [
+        f"{len(bad)} of {len(ended)} trials were infeasible, {len(failed)} failed"
+        + (f", {len(stopped)} were stopped early" if stopped else "")
+    ]
+    lines += [f"{one.run_name} {one.status}: {one.reason}" for one in (*bad, *failed)]
+    best = find_best(study, trials)
+    for one in study.parameters:
+        if one.name != "base_learning_rate" or not isinstance(one.domain, Range) or not best or not _varies(best, one):
+            continue
+        diverged = [trial for trial in bad if _DIVERGED in trial.reason and _varies(trial, one)]
+        position = one.domain.position(best.values[one.name])
+        distances = [one.domain.position(trial.values[one.name]) - position for trial in diverged]
+        if any(0 <= distance < _UNSTABLE_SHARE for distance in distances):
+            lines.append(
+                f"{one.label}: the best value {best.values[one.name]:.3g} is at the edge of those that diverge: the "
+                "optimum is held down by instability; try clip_norm, longer warmup_epochs, or normalisation"
+            )
+    return lines
+
+
+def check_steps(study: Study, trials: Sequence[Trial]) -> str:
+    """Returns where in training the best checkpoints fell, and whether the budget suits (playbook, max_train_steps)."""
+    shares = [one.best_step / one.steps for one in rank_trials(study, trials) if one.steps]
+    if not shares:
+        return "no trial has completed"
+    text = f"the best checkpoint fell at {np.median(shares):.0%} of the steps in the median trial"
+    if max(shares) <= _TOO_EARLY:
+        return f"{text}, never after the first tenth: the budget is far too long"
+    if min(shares) >= _TOO_LATE:
+        return f"{text}, never before the last quarter: the budget is too short, try twice of it in another round"
+    return f"{text}, between {min(shares):.0%} and {max(shares):.0%}"
+
+
+def find_repetitions(study: Study, trials: Sequence[Trial]) -> tuple[Repetitions | None, Repetitions | None]:
+    """Returns the repetitions of the best trial and those of the incumbent; None where there are fewer than two."""
+    best = find_best(study, trials)
+    groups = (
+        ("best", [one for one in trials if one.kind == "best" and best is not None and one.index == best.index]),
+        ("incumbent", [one for one in trials if one.kind == "incumbent"]),
+    )
+    of_group = [
+        Repetitions(
+            name, tuple(one.objective for one in group if one.status == "completed" and one.objective is not None)
+        )
+        for name, group in groups
+    ]
+    best_again, incumbent = (one if len(one.objectives) > 1 else None for one in of_group)
+    return best_again, incumbent
+
+
+def decide_adoption(study: Study, trials: Sequence[Trial]) -> str:
+    """Returns whether to adopt the best config, and by what evidence.
+
+    It must beat the incumbent by more than both vary between seeds (playbook, whether to adopt a change).
+    """
+    best, incumbent = find_repetitions(study, trials)
+    if best is None:
+        return "not decided: --characterize 5 repeats the best trial and the incumbent with other seeds"
+    if incumbent is None:
+        return f"{best}; there is no incumbent to compare it with: base names no architecture"
+    gain = (best.mean - incumbent.mean) * (1 if study.maximises else -1)
+    noise = best.deviation + incumbent.deviation
+    verdict = "adopt" if gain > noise else "do not adopt"
+    return (
+        f"{verdict}: the best config is {abs(gain):.4f} {'better' if gain > 0 else 'worse'} than the incumbent, the "
+        f"two deviations between seeds add up to {noise:.4f}; {best}; {incumbent}"
+    )
+
+
+def _score(study: Study, trial: Trial) -> float:
+    """Returns the objective, so that more is better; worst where it is no number."""
+    value = trial.objective
+    if value is None or math.isnan(value):
+        return -math.inf
+    return value if study.maximises else -value
+
+
+def _varies(trial: Trial, parameter: Parameter) -> bool:
+    return parameter.name in trial.values and parameter.applies(trial.values)
+
+
+def _tolerance(study: Study, best: Trial) -> float:
+    """Returns which difference from the best says nothing: its sampling error, or a small share of a loss."""
+    if study.maximises and best.total:
+        return best.correct / best.total - accuracy_interval(best.correct, best.total)[0]
+    return _SAME_LOSS_SHARE * abs(best.objective or 0.0)
+
+
+def _shift(domain: Range, *, at_low: bool) -> tuple[float, float]:
+    """Returns a range as wide, with the end that was hit in its middle."""
+    low, high = (math.log(one) if domain.scale == "log" else one for one in (domain.low, domain.high))
+    half = (high - low) / 2
+    centre = low if at_low else high
+    ends = (centre - half, centre + half)
+    if domain.scale == "log":
+        return math.exp(ends[0]), math.exp(ends[1])
+    return (max(0.0, ends[0]), ends[1]) if domain.low >= 0 else ends

@@ -1,0 +1,127 @@
+"""The pictures of a study (tuning playbook, extracting insight from experimental results)."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trainer.config.options import format_value
+from trainer.notes.plots import COLOURS
+from trainer.study.analysis import BestOf, best_of_k, find_best
+from trainer.study.file import Choice, Parameter, Range, Study
+from trainer.study.folder import Trial
+
+_IN_A_ROW = 3
+_MARGIN = 0.05
+_PLOT_WIDTH, _PLOT_HEIGHT = 4.0, 3.2
+
+
+def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
+    """Draws the objective against each parameter, one point a trial; those without result are red crosses below."""
+    parameters = study.parameters
+    ended = [one for one in trials if one.kind == "search" and one.ended]
+    best = find_best(study, trials)
+    figure, places = _grid(len(parameters))
+    for axes, parameter in zip(places, parameters, strict=False):
+        of_parameter = [one for one in ended if parameter.name in one.values and parameter.applies(one.values)]
+        completed = [one for one in of_parameter if one.status == "completed"]
+        axes.plot(
+            [_place(parameter, one) for one in completed],
+            np.array([one.objective for one in completed], np.float64),
+            linestyle="none",
+            marker="o",
+            markersize=4,
+            color=COLOURS[0],
+        )
+        if best is not None and best in completed:
+            axes.plot(
+                [_place(parameter, best)],
+                np.array([best.objective], np.float64),
+                marker="*",
+                markersize=13,
+                color=COLOURS[1],
+            )
+        bad = [_place(parameter, one) for one in of_parameter if one.status != "completed"]
+        if bad:
+            bottom = axes.get_xaxis_transform()
+            axes.plot(
+                bad, [0.02] * len(bad), transform=bottom, linestyle="none", marker="x", color="red", clip_on=False
+            )
+        axes.set(xlabel=parameter.label, ylabel=study.objective)
+        if isinstance(parameter.domain, Choice):
+            names = [format_value(value) for value in parameter.domain.values]
+            axes.set_xticks(range(len(names)), names, parse_math=False)
+            axes.set_xlim(-0.5, len(names) - 0.5)
+        else:
+            _set_range(axes, parameter.domain)
+    return figure
+
+
+def draw_isolation(study: Study, groups: Mapping[str, Sequence[BestOf]]) -> Figure:
+    """Draws the best objective for each value of the scientific parameters."""
+    figure, places = _grid(len(groups))
+    for axes, (label, of_parameter) in zip(places, groups.items(), strict=False):
+        known = [(index, one.best.objective) for index, one in enumerate(of_parameter) if one.best]
+        axes.plot(*zip(*known, strict=True), linestyle="none", marker="o", markersize=9, color=COLOURS[0])
+        names = [f"{one.label}\n({one.trials})" for one in of_parameter]
+        axes.set_xticks(range(len(names)), names, fontsize=8, parse_math=False)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set(xlabel=f"{label} (trials)", ylabel=f"best {study.objective}")
+        axes.grid(axis="y", color="0.9")
+    return figure
+
+
+def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
+    """Draws what the best of k trials would have been: flat at its end where there were enough."""
+    k, means, band = best_of_k(study, trials)
+    figure, (axes, *_) = _grid(1, width=1.6)
+    axes.fill_between(k, *band, color=COLOURS[0], alpha=0.2, label="5% to 95%")
+    axes.plot(k, means, color=COLOURS[0], marker=".", label="mean")
+    axes.set(xlabel="trials", ylabel=f"best {study.objective}")
+    axes.legend()
+    return figure
+
+
+def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Draws the training curves of some trials: loss and accuracy of both splits by epoch."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for (run, history), colour in zip(histories.items(), COLOURS, strict=False):
+            epochs = [row["epoch"] for row in history]
+            axes.plot(epochs, [row[name] for row in history], color=colour, linestyle="--", linewidth=0.9)
+            axes.plot(epochs, [row[f"val_{name}"] for row in history], color=colour, marker=".", label=run)
+        axes.set(xlabel="epoch", ylabel=f"{name} (dashed: train)")
+        axes.legend()
+    return figure
+
+
+def _set_range(axes: Axes, domain: Range) -> None:
+    """Shows the whole of a range, with its ends, however few of its values were tried."""
+    if domain.scale == "log":
+        margin = (domain.high / domain.low) ** _MARGIN
+        axes.set_xscale("log")
+        axes.set_xlim(domain.low / margin, domain.high * margin)
+    else:
+        margin = (domain.high - domain.low) * _MARGIN
+        axes.set_xlim(domain.low - margin, domain.high + margin)
+    for end in (domain.low, domain.high):
+        axes.axvline(end, color="0.8", linestyle=":")
+
+
+def _place(parameter: Parameter, trial: Trial) -> float:
+    value = trial.values[parameter.name]
+    if isinstance(parameter.domain, Choice):
+        return parameter.domain.values.index(value)
+    return float(value)
+
+
+def _grid(count: int, width: float = 1.0) -> tuple[Figure, list[Axes]]:
+    columns = min(count, _IN_A_ROW)
+    rows = -(-count // _IN_A_ROW)
+    size = (_PLOT_WIDTH * columns * width, _PLOT_HEIGHT * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    places = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+    for axes in places[count:]:
+        axes.set_axis_off()
+    return figure, places

@@ -1,0 +1,171 @@
+"""The report of a study: the answer and its evidence, as Markdown and as one HTML page."""
+
+from collections.abc import Sequence
+
+from trainer.config.options import format_value
+from trainer.notes.comparison import compare_predictions
+from trainer.notes.fonts import fonts_for
+from trainer.notes.plots import to_png
+from trainer.record.evaluation_result import describe_accuracy
+from trainer.runtime import storage
+from trainer.runtime.errors import DamagedError
+from trainer.runtime.events import GlyphsMissing
+from trainer.runtime.html import Section, Table, render_sections
+from trainer.runtime.markdown import format_count, format_table
+from trainer.study.analysis import (
+    BestOf,
+    check_boundaries,
+    check_infeasible,
+    check_points,
+    check_steps,
+    decide_adoption,
+    isolate,
+    rank_trials,
+)
+from trainer.study.file import Study
+from trainer.study.folder import StudyFolder, Trial
+from trainer.study.plots import draw_axes, draw_best_of_k, draw_curves, draw_isolation
+
+_CURVES_OF = 3
+
+
+def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> None:
+    """Writes ``study.md``, ``study.html`` and their plots of a round, finished or not.
+
+    Args:
+        folder: of the round.
+        study: of the round.
+        trials: all that have started.
+    """
+    # Values such as the path of --init-from stand at the axes.
+    with fonts_for("".join(format_value(value) for one in trials for value in one.values.values())) as missing:
+        plots = _draw(folder, study, trials)
+    for name, content in plots.items():
+        storage.write_bytes(folder.path("plots", f"{name}.png"), content)
+    sections = [one for one in _describe(folder, study, trials) if not one.picture or one.picture in plots]
+    if missing and plots:
+        sections.append(Section("Pictures", [str(GlyphsMissing(missing))]))
+    ended = sum(one.ended and one.kind == "search" for one in trials)
+    of_all = f"{ended} of {format_count(study.trials, 'trial')}"
+    subtitle = f"{of_all}, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
+    page = render_sections(study.goal, subtitle, sections, plots)
+    markdown = _format_markdown(study.goal, subtitle, sections)
+    for name, text in (("study.md", markdown), ("study.html", page)):
+        storage.write_bytes(folder.path(name), text.encode())
+
+
+def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[str, bytes]:
+    ranked = rank_trials(study, trials)
+    if not ranked:
+        return {}
+    scientific = {one.label: isolate(study, one, trials) for one in study.parameters if one.role == "scientific"}
+    histories = {one.run_name: folder.run(one).read_metrics() for one in ranked[:_CURVES_OF]}
+    figures = {
+        "axes": draw_axes(study, trials),
+        "best_of_k": draw_best_of_k(study, trials),
+        "curves": draw_curves(histories),
+    }
+    if scientific:
+        figures["isolation"] = draw_isolation(study, scientific)
+    return {name: to_png(figure) for name, figure in figures.items()}
+
+
+def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> list[Section]:
+    ranked = rank_trials(study, trials)
+    sections = [_describe_best(folder, study, ranked)]
+    for one in study.parameters:
+        if one.role == "scientific":
+            sections.append(_describe_isolation(folder, study, one.label, isolate(study, one, trials), ranked))
+    sections += [
+        Section("Adopt it?", [decide_adoption(study, trials)]),
+        Section(
+            "Ranges", check_boundaries(study, trials) or ["the best values lie inside their ranges"], picture="axes"
+        ),
+        Section("Enough trials?", [check_points(study, trials)], picture="best_of_k"),
+        Section("Trials without result", check_infeasible(study, trials)),
+        Section("Steps", [check_steps(study, trials), *_describe_symptoms(folder, ranked)], picture="curves"),
+        Section("These conclusions hold only for", study.caveats),
+        Section("All trials", [], _list_trials(study, trials)),
+    ]
+    return sections
+
+
+def _describe_best(folder: StudyFolder, study: Study, ranked: Sequence[Trial]) -> Section:
+    if not ranked:
+        return Section("Answer", ["no trial has completed yet"])
+    best = ranked[0]
+    lines = [
+        f"{best.run_name}: {study.objective} {best.objective:.4f}; {describe_accuracy(best.correct, best.total)}",
+        *(f"{name} = {format_value(value)}" for name, value in best.values.items()),
+    ]
+    record = folder.run(best).read_record()
+    return Section("Answer", lines, command=record.command if record else "")
+
+
+def _describe_isolation(
+    folder: StudyFolder, study: Study, label: str, groups: Sequence[BestOf], ranked: Sequence[Trial]
+) -> Section:
+    """Describes the best trial for each scientific value, and which of them differ beyond chance."""
+    rows, lines = [], []
+    for group in groups:
+        if group.best is None:
+            rows.append((group.label, str(group.trials), "", "none completed", ""))
+            continue
+        best = group.best
+        accuracy = describe_accuracy(best.correct, best.total).removeprefix("accuracy: ")
+        rows.append((group.label, str(group.trials), best.run_name, f"{best.objective:.4f}", accuracy))
+        if best.index != ranked[0].index:
+            lines.append(f"{label} {group.label}: {_compare(folder, ranked[0], best)}")
+    table = Table((label, "trials", "best trial", study.objective, "accuracy"), rows)
+    return Section(f"Best for each {label}", lines, table, picture="isolation")
+
+
+def _compare(folder: StudyFolder, one: Trial, other: Trial) -> str:
+    try:
+        tables = [folder.run(trial).read_predictions() for trial in (one, other)]
+    except DamagedError as error:
+        return str(error)
+    if tables[0] is None or tables[1] is None:
+        return "its predictions are gone"
+    return compare_predictions(tables[0], tables[1]).describe(one.run_name, other.run_name)
+
+
+def _describe_symptoms(folder: StudyFolder, ranked: Sequence[Trial]) -> list[str]:
+    """Returns what the training curves of the best trials say."""
+    results = [(one.run_name, folder.run(one).read_result()) for one in ranked[:_CURVES_OF]]
+    return [f"{name}: {finding}" for name, result in results if result for finding in result.findings]
+
+
+def _list_trials(study: Study, trials: Sequence[Trial]) -> Table:
+    names = list(dict.fromkeys(name for one in trials for name in one.values))
+    rows = [
+        (
+            one.run_name,
+            one.status,
+            "" if one.objective is None else f"{one.objective:.4f}",
+            f"{one.correct} of {one.total}" if one.total else "",
+            *(_shorten(one.values[name]) if name in one.values else "" for name in names),
+            f"{one.steps}" if one.steps else "",
+            f"{one.seconds:.0f}",
+        )
+        for one in trials
+    ]
+    return Table(("trial", "status", study.objective, "k of n", *names, "steps", "seconds"), rows)
+
+
+def _shorten(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
+
+
+def _format_markdown(goal: str, subtitle: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {goal}", "", subtitle]
+    for one in sections:
+        lines += ["", f"## {one.title}", ""]
+        lines += [f"- {line}" for line in one.lines]
+        if one.command:
+            lines += ["", "```sh", one.command, "```"]
+        if one.table:
+            lines += ["", *format_table(one.table.header, one.table.rows)]
+        if one.picture:
+            lines += ["", f"![{one.title}](plots/{one.picture}.png)"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""What a worker does: data, step, loop, evaluation and export."""

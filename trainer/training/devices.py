@@ -1,0 +1,95 @@
+"""A worker's share of its node: cores, GPU and memory, how much of the memory it uses, and how much it may."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import ray
+import tensorflow as tf
+from ray._private.utils import get_num_cpus
+
+from trainer.runtime.cluster import read_machine
+
+_GIB = 2**30
+_GUARD_INTERVAL_SECONDS = 0.02
+
+
+def share_devices(workers_on_node: int) -> None:
+    """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    # Ray counts what a container may use, of which the kernel's affinity knows nothing.
+    cores = min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True)))
+    threads = max(1, cores // workers_on_node)
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    if workers_on_node > 1:
+        # As many operations at once too: with two on one core the workers were slower (docs/performance.md).
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def has_gpu() -> bool:
+    """Returns whether this worker drives a GPU."""
+    # Not the logical devices: listing them would set up TensorFlow before the strategy can.
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def memory_limit_gib(workers_on_node: int) -> float:
+    """Returns what this worker may use: its GPU's memory, else its share of what Ray calls the node's memory.
+
+    Ray allows for a container's limit, the object store and what ran before it; `ray start --memory` changes it.
+    """
+    if has_gpu():
+        import pynvml
+
+        pynvml.nvmlInit()
+        # The first of these, a number or a UUID, is TensorFlow's GPU:0; Ray sets the variable of its workers.
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        )
+        return float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / _GIB
+    if not ray.is_initialized():
+        return read_machine().node_memory_gib / workers_on_node
+    own_node = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_node)
+    return float(resources["memory"]) / workers_on_node / _GIB
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that this worker has used since the last reset: of its GPU, or resident."""
+    if has_gpu():
+        return float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / _GIB
+    return _resident_gib("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Starts `peak_memory_gib` anew."""
+    if has_gpu():
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    else:
+        # proc(5): 5 resets the peak resident set size.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def kill_beyond(limit_gib: float) -> None:
+    """Ends this process as the kernel would, by SIGKILL, as soon as it holds more memory than its limit.
+
+    Before it takes the memory of others: without a container the kernel acts only when the machine has none left.
+    """
+
+    def watch() -> None:
+        while _resident_gib("VmRSS") <= limit_gib:
+            time.sleep(_GUARD_INTERVAL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="memory guard", daemon=True).start()
+
+
+def _resident_gib(field: str) -> float:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) * 1024 / _GIB

@@ -1,0 +1,39 @@
+"""Dropout that is a function of seed and optimizer step, so that a run can be continued and shared among workers.
+
+Keras' own masks depend on how many were drawn before in this process, and on nothing that a checkpoint could hold.
+"""
+
+import functools
+from typing import Any
+
+import tensorflow as tf
+import tf_keras as keras
+
+from trainer.config.config import TrainConfig
+
+
+def fix_dropout(model: Any, optimizer: Any, config: TrainConfig) -> None:
+    """Makes every Dropout layer of a model draw its mask for the global batch, of which each replica takes its share.
+
+    The layers themselves stay as they are, so an architecture needs nothing of this, and an export neither.
+
+    Args:
+        model: a `tf_keras.Model`, before it is first called with ``training=True``.
+        optimizer: its ``iterations`` are the step.
+        config: says seed and batch.
+    """
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    for number, layer in enumerate(layers):
+        # Keras has no public way to give a layer its random numbers.
+        layer._random_generator.dropout = functools.partial(_drop, number, optimizer, config)
+
+
+def _drop(number: int, optimizer: Any, config: TrainConfig, inputs: Any, rate: float, noise_shape: Any = None) -> Any:
+    share = config.per_replica_batch_size
+    first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
+    # A seed of its own for each layer and step; augmentation draws from (seed, step).
+    layer_seed = tf.constant((config.seed + 1) * 1_000_003 + number + 1, tf.int64)
+    seed = tf.stack([layer_seed, tf.cast(optimizer.iterations, tf.int64)])
+    drawn = tf.random.stateless_uniform([config.global_batch_size, *inputs.shape[1:]], seed)[first : first + share]
+    kept = tf.cast(drawn >= rate, inputs.dtype)
+    return inputs * kept / tf.cast(1 - rate, inputs.dtype)

@@ -1,0 +1,237 @@
+"""The compiled computations of a run: one training step, one evaluation batch, one gather over the workers.
+
+All run under MultiWorkerMirroredStrategy with one replica a worker. They take and return this worker's own tensors;
+what the workers share they share inside.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from data_prep.manifest import Manifest
+from trainer.architectures import build_model
+from trainer.config.config import TrainConfig
+from trainer.runtime.errors import InputError
+from trainer.training.augment import augment
+from trainer.training.dropout import fix_dropout
+from trainer.training.schedule import build_schedule
+from trainer.training.transfer import LayerWeights, freeze_trunk, transfer_weights
+from trainer.workers.backend import tolerate_silence
+
+# Without a size all gradients are one pack, which is exchanged when the backward pass has ended; the last layers' go
+# while it computes those of the first (docs/performance.md).
+_COMMUNICATION = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
+# Columns of what a training step returns, over the global batch.
+STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED = range(4)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with its optimizer, made in the strategy's scope."""
+
+    strategy: Any
+    model: Any
+    optimizer: Any
+    transferred: str
+    """Which layers started from other weights, in words; empty where none did."""
+
+    @property
+    def optimizer_variables(self) -> list[Any]:
+        """All that the optimizer goes on from, of which Keras leaves out the loss scale."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
+            return [*optimizer.variables, optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+        return list(optimizer.variables)
+
+
+def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float], list[float]]:
+    """Returns (scale, offset), one value a channel: the network sees ``pixel * scale + offset``."""
+    if config.input_scaling == "unit":
+        return [1 / 255] * manifest.channels, [0.0] * manifest.channels
+    scale = [1 / max(std, 1.0) for std in manifest.pixel_std]
+    return scale, [-mean * factor for mean, factor in zip(manifest.pixel_mean, scale, strict=True)]
+
+
+def build_network(
+    manifest: Manifest, config: TrainConfig, steps_per_epoch: int, initial_weights: LayerWeights | None = None
+) -> Network:
+    """Builds the model and its optimizer with all variables, the same on every worker.
+
+    Args:
+        manifest: of the dataset.
+        config: of the run.
+        steps_per_epoch: optimizer steps.
+        initial_weights: of another network, which the layers of the same name start from.
+
+    Raises:
+        InputError: the network cannot be built with these arguments, or not from these weights.
+    """
+    strategy, model = _build_distributed_model(manifest, config)
+    with strategy.scope():
+        transferred = str(transfer_weights(model, initial_weights)) if initial_weights else ""
+        if config.freeze_trunk:
+            freeze_trunk(model)
+        optimizer = _build_optimizer(config, build_schedule(config, steps_per_epoch))
+        optimizer.build(model.trainable_variables)
+    return Network(strategy, model, optimizer, transferred)
+
+
+def build_network_for_evaluation(manifest: Manifest, config: TrainConfig) -> Network:
+    """Builds the model without an optimizer, whose variables may take twice as much memory as its own."""
+    return Network(*_build_distributed_model(manifest, config), optimizer=None, transferred="")
+
+
+def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[Any, Any]:
+    keras.utils.set_random_seed(config.seed)
+    keras.mixed_precision.set_global_policy(config.precision)
+    tolerate_silence()
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        try:
+            model = build_model(
+                config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
+            )
+        except ValueError as error:
+            raise InputError(
+                f"--arch {config.arch} with --arch-argument {config.arch_arguments} cannot be built for images of "
+                f"{manifest.image_size} pixels: {str(error).splitlines()[0]}"
+            ) from error
+    return strategy, model
+
+
+def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
+    if config.optimizer == "sgd":
+        optimizer_class, options = keras.optimizers.SGD, {"momentum": config.momentum, "nesterov": config.nesterov}
+    else:
+        # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
+        optimizer_class = keras.optimizers.Nadam if config.optimizer == "nadam" else keras.optimizers.Adam
+        options = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
+    if config.ema_momentum:
+        # `swap_averages` says when the averages are used.
+        options |= {"use_ema": True, "ema_momentum": config.ema_momentum}
+    optimizer = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
+    if config.weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    if config.precision == "mixed_float16":
+        # Small gradients vanish in float16; a step whose scaled gradients overflow is left out.
+        return keras.mixed_precision.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
+def swap_averages(network: Network) -> None:
+    """Exchanges the trainable weights with their moving averages, which the optimizer keeps; again undoes it.
+
+    A checkpoint is read in the exchanged state: its model holds what was validated, its optimizer what trains on.
+    """
+    optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
+    if optimizer.use_ema:
+        # Keras has no public name for them.
+        averages = optimizer._model_variables_moving_average
+        for variable, average in zip(network.model.trainable_variables, averages, strict=True):
+            weights = variable.numpy()
+            variable.assign(average.numpy())
+            average.assign(weights)
+
+
+def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
+    """Returns the weight of each class; over the train split they average to 1."""
+    rows = manifest.splits["train"].rows_per_class
+    if config.class_weights == "none":
+        return [1.0] * len(rows)
+    present = sum(count > 0 for count in rows)
+    return [sum(rows) / (present * count) if count else 0.0 for count in rows]
+
+
+def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
+    """Returns ``train_step(images, labels)``, which updates the model once.
+
+    It takes uint8 ``[per_replica_batch_size, height, width, channels]`` and int32 ``[per_replica_batch_size]``. It
+    returns float32 ``[4]``: mean cross-entropy, accuracy, L2 norm of the unclipped gradient and whether it was clipped,
+    all over the global batch.
+    """
+    model, optimizer = network.model, network.optimizer
+    scale, offset = map(tf.constant, pixel_scaling(manifest, config))
+    smoothing, classes = config.label_smoothing, manifest.num_classes
+    scales_loss = config.precision == "mixed_float16"
+    class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
+
+    def replica_step(images: Any, labels: Any) -> Any:
+        fix_dropout(model, optimizer, config)  # while tracing: of this batch size
+        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, config)
+        with tf.GradientTape() as tape:
+            logits = model(augmented * scale + offset, training=True)
+            targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
+            # Divided by the global batch, so that the sum over the workers is its mean.
+            objective = tf.reduce_sum(losses) / config.global_batch_size
+            if scales_loss:
+                objective = optimizer.get_scaled_loss(objective)
+        gradients = tape.gradient(objective, model.trainable_variables)
+        if scales_loss:
+            gradients = optimizer.get_unscaled_gradients(gradients)
+        cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
+        means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size
+        *gradients, means = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM, [*gradients, means], options=_COMMUNICATION
+        )
+        norm = tf.linalg.global_norm(gradients)
+        clipped = tf.constant(0.0)
+        if config.clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm, use_norm=norm)
+            clipped = tf.cast(norm > config.clip_norm, tf.float32)
+        optimizer.apply_gradients(
+            zip(gradients, model.trainable_variables, strict=True), skip_gradients_aggregation=True
+        )
+        return tf.stack([means[0], means[1], norm, clipped])
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def train_step(images: Any, labels: Any) -> Any:
+        return network.strategy.run(replica_step, args=(images, labels))
+
+    compiled: Callable[[Any, Any], Any] = train_step
+    return compiled
+
+
+def compile_eval_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
+    """Returns ``eval_step(images, labels)``, which says of each row how the model judged it.
+
+    It takes one batch of this worker's own and returns float32 ``[batch, 4]``, the columns of
+    `trainer.training.evaluation`: cross-entropy, predicted label, its probability, and how many labels were thought
+    likelier than the true one.
+    """
+    scale, offset = map(tf.constant, pixel_scaling(manifest, config))
+
+    def replica_step(images: Any, labels: Any) -> Any:
+        logits = network.model(tf.cast(images, tf.float32) * scale + offset, training=False)
+        cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
+        confidence = tf.reduce_max(tf.nn.softmax(logits), axis=1)
+        true_logit = tf.gather(logits, labels, axis=1, batch_dims=1)
+        likelier = tf.reduce_sum(tf.cast(logits > true_logit[:, None], tf.float32), axis=1)
+        return tf.stack([cross_entropy, tf.cast(predicted, tf.float32), confidence, likelier], axis=1)
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def eval_step(images: Any, labels: Any) -> Any:
+        return network.strategy.run(replica_step, args=(images, labels))
+
+    compiled: Callable[[Any, Any], Any] = eval_step
+    return compiled
+
+
+def compile_gather(network: Network) -> Callable[[Any], Any]:
+    """Returns ``gather(values)``: float32 ``[rows, columns]`` of every worker, stacked by rank, on every worker."""
+
+    def replica_gather(values: Any) -> Any:
+        # The identity is on the replica's device, which is how the strategy learns where to gather to.
+        return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def gather(values: Any) -> Any:
+        return network.strategy.run(replica_gather, args=(values,))
+
+    return lambda values: np.asarray(gather(tf.constant(values, tf.float32)))

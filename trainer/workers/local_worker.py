@@ -1,0 +1,123 @@
+"""Runs a function in one process of this machine: the worker of a job that needs no cluster.
+
+Ray Train's local mode trains in it, so the function sees the same world as on a cluster, of one worker.
+"""
+
+import multiprocessing
+import os
+import platform
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
+
+from trainer.runtime.cluster import WORKER_ENVIRONMENT
+from trainer.runtime.errors import InputError, JobError, WorkerDiedError
+from trainer.runtime.events import OnEvent
+from trainer.workers.pulse import Pulse, Watch, describe_signal, keep_pulse, read_traces
+
+_LOG_NAME = "worker.log"
+_POLL_SECONDS = 1.0
+
+
+def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEvent) -> Any:
+    """Calls a function in a fresh process and returns what it returns.
+
+    Args:
+        function: gets a function that sends an event to this process. It may be a closure.
+        folder: gets what the process prints, in ``worker.log``, and its temporary files.
+        on_event: told of the events, until the process has ended.
+
+    Raises:
+        InputError, JobError, MemoryError: that of the function.
+        RuntimeError: the function raised something else, which the message names.
+        WorkerDiedError: the process has ended without an answer.
+    """
+    watch = Watch(on_event)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(cloudpickle.dumps(function), folder, sender), daemon=True)
+    process.start()
+    # The other end is the process's alone, so that its death is the end of what can be received.
+    sender.close()
+    try:
+        while True:
+            if not receiver.poll(_POLL_SECONDS):
+                watch.look()
+                continue
+            kind, value = cloudpickle.loads(receiver.recv_bytes())
+            if kind == "pulse":
+                watch.hear(value)
+            elif kind == "event":
+                on_event(value)
+            elif kind == "error":
+                raise value
+            else:
+                return value
+    except EOFError:
+        process.join()
+        raise _describe_end(process, watch.last_of(0), folder) from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _describe_end(process: SpawnProcess, pulse: Pulse | None, folder: str) -> WorkerDiedError:
+    log = str(Path(folder, _LOG_NAME))
+    traces, code = read_traces(log), process.exitcode or 0
+    how = f"ended with exit code {code}" if code >= 0 else describe_signal(signal.Signals(-code).name, pulse, traces)
+    worker = pulse or f"worker 0 (process {process.pid})"
+    return WorkerDiedError(f"{worker} {how}", f"{platform.node()}:{log}", traces.tail)
+
+
+def _main(content: bytes, folder: str, sender: Connection) -> None:
+    """Is the process."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    # What the kernel kills first when memory runs out, as Ray does.
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    # The driver ends this process; a terminal sends the signal to both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # No variable keeps all of TensorFlow's messages from a user's terminal.
+    log = os.open(Path(folder, _LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.update(WORKER_ENVIRONMENT, TMPDIR=folder)
+    lock = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        message = cloudpickle.dumps((kind, value))
+        with lock:
+            sender.send_bytes(message)
+
+    keep_pulse(lambda pulse: send("pulse", pulse), rank=0)
+    try:
+        send("result", _train(cloudpickle.loads(content), lambda event: send("event", event)))
+    except (InputError, JobError, MemoryError) as error:
+        send("error", type(error)(*error.args))
+    except Exception as error:
+        traceback.print_exc()
+        # The driver may not know its class, or would have to import TensorFlow for it.
+        send("error", RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _train(function: Callable[[OnEvent], Any], send_event: OnEvent) -> Any:
+    from ray.train import ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    # No workers: in this process.
+    trainer = DataParallelTrainer(lambda: function(send_event), scaling_config=ScalingConfig(num_workers=0))
+    return trainer.fit().return_value

@@ -1,0 +1,213 @@
+"""What each worker tells of itself every few seconds, and what the driver makes of its silence and of its death."""
+
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_cgroup_used_memory, get_used_memory
+
+from trainer.runtime.events import OnEvent, WorkerHeardAgain, WorkerSilent
+
+_GIB = 2**30
+_PULSE_SECONDS = 3.0
+_SILENCE_SECONDS = 10.0
+# The last that a worker printed: the stack of a crash fits.
+_TAIL_BYTES = 65_536
+# A process that vanishes when its node has less memory left than this share was probably killed for that.
+_SCARCE_SHARE = 0.1
+# By the controllers of a line of /proc/self/cgroup, versions 1 and 2: root, usage, limit, and the caches of files.
+_MEMORY_FILES = {
+    "memory": (
+        "/sys/fs/cgroup/memory",
+        *("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file", "total_active_file"),
+    ),
+    "": ("/sys/fs/cgroup", "memory.current", "memory.max", "inactive_file", "active_file"),
+}
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A sign of life of one worker, and all that can be known of it when it is gone."""
+
+    rank: int
+    host: str
+    node_id: str
+    """Ray's; empty without a cluster."""
+    pid: int
+    log: str
+    """The file on its host that holds what it prints."""
+    used_gib: float
+    """Memory of its container or machine, by whatever runs there."""
+    limit_gib: float
+    oom_kills: int
+    """How many processes of the machine the kernel has killed for lack of memory so far."""
+
+    def __str__(self) -> str:
+        return f"worker {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def log_place(self) -> str:
+        """Host and path of what it prints."""
+        return f"{self.host}:{self.log}"
+
+
+def keep_pulse(send: Callable[[Pulse], None], rank: int, node_id: str = "") -> None:
+    """Send a pulse of this process now and every few seconds, from a thread, as long as the process lives."""
+
+    def beat() -> None:
+        while True:
+            send(_take_pulse(rank, node_id))
+            time.sleep(_PULSE_SECONDS)
+
+    threading.Thread(target=beat, name="pulse", daemon=True).start()
+
+
+def _take_pulse(rank: int, node_id: str) -> Pulse:
+    used, limit = _read_memory()
+    return Pulse(
+        rank=rank,
+        host=platform.node(),
+        node_id=node_id,
+        pid=os.getpid(),
+        log=os.readlink("/proc/self/fd/2"),
+        used_gib=used / _GIB,
+        limit_gib=limit / _GIB,
+        oom_kills=count_oom_kills(),
+    )
+
+
+def _read_memory() -> tuple[int, int]:
+    """Return how much memory is used and how much there may be, in bytes, in the control group of this process.
+
+    Ray, which counts the same without the cache of files, knows that of a container, but none within.
+    """
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _MEMORY_FILES:
+            continue
+        root, usage, limit, inactive, active = _MEMORY_FILES[controllers]
+        folder = Path(root, path.lstrip("/"))
+        try:
+            most = int((folder / limit).read_text())
+            used = get_cgroup_used_memory(str(folder / "memory.stat"), str(folder / usage), inactive, active)
+        except (OSError, ValueError):
+            continue  # "max" is no number: there is no limit
+        if used is not None and most < get_system_memory():
+            return used, most
+    return get_used_memory(), get_system_memory()
+
+
+def count_oom_kills() -> int:
+    """Return how many processes of this machine, those of containers included, the kernel has killed for memory."""
+    found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+class Watch:
+    """Hears the pulses of a group of workers, and tells of one that is silent and of its return."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._heard: dict[int, tuple[Pulse, float]] = {}
+        self._silent: set[int] = set()
+        self._gone: set[tuple[str, int]] = set()
+        self._looked = time.monotonic()
+
+    def hear(self, pulse: Pulse) -> None:
+        """Take note of a pulse, unless it was on its way when its worker was given up."""
+        if (pulse.host, pulse.pid) in self._gone:
+            return
+        known = self.last_of(pulse.rank)
+        if known is not None and known.pid != pulse.pid:
+            self.forget()  # another group has started
+        if pulse.rank in self._silent:
+            self._silent.remove(pulse.rank)
+            self._on_event(WorkerHeardAgain(str(pulse), time.monotonic() - self._heard[pulse.rank][1]))
+        self._heard[pulse.rank] = pulse, time.monotonic()
+
+    def look(self) -> None:
+        """Tell of each worker that has become silent; to be called more often than workers send pulses."""
+        now = time.monotonic()
+        pause, self._looked = now - self._looked, now
+        if pause > _PULSE_SECONDS:
+            # The driver itself was busy or stood still: what was sent meanwhile is still to be heard.
+            self._heard = {rank: (pulse, heard + pause) for rank, (pulse, heard) in self._heard.items()}
+        for rank, (pulse, heard) in self._heard.items():
+            seconds = time.monotonic() - heard
+            if seconds > _SILENCE_SECONDS and rank not in self._silent:
+                self._silent.add(rank)
+                self._on_event(WorkerSilent(str(pulse), seconds))
+
+    def forget(self) -> None:
+        """Take note that the workers have ended: nothing more is heard of them."""
+        self._gone |= {(pulse.host, pulse.pid) for pulse, _ in self._heard.values()}
+        self._heard.clear()
+        self._silent.clear()
+
+    def last_of(self, rank: int) -> Pulse | None:
+        """Return the last pulse of a worker, or None before its first."""
+        return self._heard[rank][0] if rank in self._heard else None
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a process has left behind on its node."""
+
+    tail: bytes = b""
+    """Of what it printed."""
+    oom_kills: int = 0
+    """As in `Pulse`, after its death."""
+
+
+def read_traces(log: str) -> Traces:
+    """Return what a process that printed into a file of this machine has left behind."""
+    try:
+        tail = Path(log).read_bytes()[-_TAIL_BYTES:]
+    except OSError:
+        tail = b""
+    return Traces(tail, count_oom_kills())
+
+
+def describe_signal(name: str, pulse: Pulse | None, traces: Traces) -> str:
+    """Return how a process ended that a signal has killed, with its node's memory where that may be the cause.
+
+    Args:
+        name: of the signal.
+        pulse: its last one.
+        traces: of the process.
+    """
+    ended = f"was killed by {name}"
+    if name != "SIGKILL" or pulse is None:
+        return ended
+    used = f"{pulse.used_gib:.1f} of {pulse.limit_gib:.1f} GiB used"
+    if traces.oom_kills > pulse.oom_kills or pulse.used_gib > (1 - _SCARCE_SHARE) * pulse.limit_gib:
+        return f"{ended}, probably out of memory: {used}"
+    return f"{ended} ({used} shortly before)"
+
+
+def describe_death(error: str, pulse: Pulse | None, traces: Traces) -> str:
+    """Return how a worker ended of which Ray says that it died.
+
+    Ray's own words name possible causes of all kinds. Its workers print which signal they die of, but for SIGKILL.
+
+    Args:
+        error: Ray's words.
+        pulse: the last one of the worker.
+        traces: of the worker.
+    """
+    if "low on memory" in error:
+        used = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", error)
+        how_much = f": {used[1]} of {used[2]} GiB used" if used else ""
+        return f"was killed by Ray's memory monitor, out of memory{how_much}"
+    if "node has died" in error:
+        return "was lost with its node"
+    if "receives a SIGTERM" in error:
+        return describe_signal("SIGTERM", pulse, traces)
+    printed = re.findall(rb"^\*\*\* (SIG[A-Z]+) received", traces.tail, re.MULTILINE)
+    return describe_signal(printed[-1].decode() if printed else "SIGKILL", pulse, traces)
