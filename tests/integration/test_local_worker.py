@@ -20,7 +20,8 @@ from trainer.record.run_folder import RunFolder
 from trainer.runtime.cluster import read_machine
 from trainer.runtime.errors import InputError, WorkerDiedError
 from trainer.runtime.events import StageProgressed, WorkerHeardAgain, WorkerSilent
-from trainer.workers.groups import WorkerCount, pulse, run_workers
+from trainer.workers import pulse
+from trainer.workers.groups import WorkerCount, run_workers
 from trainer.workers.local_worker import run_process
 
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 40"

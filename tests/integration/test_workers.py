@@ -5,14 +5,14 @@ import ray
 
 from trainer.runtime.errors import JobError
 from trainer.runtime.events import WorkersAwaited
+from trainer.workers import groups
 from trainer.workers.groups import WorkerCount, run_workers
-from trainer.workers.groups import groups as workers
 
 
 def test_workers_without_room_are_waited_for_aloud_and_not_for_ever(resources, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "4")
-    monkeypatch.setattr(workers, "_ROOM_TRIES", 1)
-    monkeypatch.setattr(workers, "_SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(groups, "_ROOM_TRIES", 1)
+    monkeypatch.setattr(groups, "_SILENCE_SECONDS", 1.0)
 
     @ray.remote(num_cpus=2)
     class Holder:

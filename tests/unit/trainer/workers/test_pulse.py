@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from trainer.runtime.events import WorkerHeardAgain, WorkerSilent
-from trainer.workers.groups import pulse as pulses
+from trainer.workers import pulse as pulses
 from trainer.workers.pulse import Pulse, Traces, Watch, describe_death, describe_signal, keep_pulse, read_traces
 
 PULSE = Pulse(rank=1, host="node-a", node_id="", pid=77, log="/x/worker.err", used_gib=3.9, limit_gib=8.0, oom_kills=2)
