@@ -13,6 +13,7 @@ import pytest
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import write_stripes
 from trainer import launch
+from trainer.config.request import parse_request
 from trainer.record.run_folder import RunFolder
 from trainer.runtime.cluster import Resources, connect
 from trainer.runtime.events import EpochFinished, WorkerHeardAgain, WorkerSilent
@@ -58,7 +59,8 @@ def test_a_worker_that_stands_still_for_twenty_seconds_costs_no_attempt(resource
             threading.Timer(20, os.kill, (stopped, signal.SIGCONT)).start()
 
     with launch.open_run(str(tmp_path / "runs"), "stopped", "cnn_softmax", resources) as opened:
-        plan = launch.plan_run({**OPTIONS, "dataset": str(tmp_path / "dataset")}, opened, resources)
+        request = parse_request({**OPTIONS, "dataset": str(tmp_path / "dataset")})
+        plan = launch.plan_run(request, opened, resources)
         result = launch.launch(plan, opened, resources, on_event=watch)
     assert (result.attempts, result.lost_attempts) == (1, ())
     (silent,) = (event for event in events if isinstance(event, WorkerSilent))
