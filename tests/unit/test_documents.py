@@ -10,7 +10,9 @@ import typer
 
 from tests.conftest import REPOSITORY
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+# Those that say where to look in the code of now.
+MAPS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 EXAMPLES = [*DOCUMENTS, REPOSITORY / "cluster.yaml", *sorted((REPOSITORY / "jobs" / "schedule").iterdir())]
 
 
@@ -58,3 +60,12 @@ def test_links_within_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
         if "://" not in target:
             assert Path(document.parent, target).exists(), target
+
+
+@pytest.mark.parametrize("document", MAPS, ids=lambda path: path.name)
+def test_paths_in_the_repository_are_there(document):
+    named = re.findall(r"`((?:data_prep|trainer|jobs|tests|docs|benchmarks)/[\w./-]+)`(?! \(new)", document.read_text())
+    # A name in capitals, as in FAMILY.py, stands for any.
+    paths = {path for path in named if not re.search(r"/(test_)?[A-Z]+\.py$", path)}
+    assert paths
+    assert [path for path in sorted(paths) if not (REPOSITORY / path).exists()] == []
