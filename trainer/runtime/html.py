@@ -43,7 +43,7 @@ def render_page(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("trainer"),
+        loader=PackageLoader("trainer.runtime"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

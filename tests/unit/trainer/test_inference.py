@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from trainer.explain.page import page as explain
+from trainer.explain import page as explain
 from trainer.inference import (
     _record_test_read,
     check_output,
