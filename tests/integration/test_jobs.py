@@ -53,7 +53,7 @@ def object_names(prefix: str) -> list[str]:
 def test_a_job_log_has_one_line_of_arithmetic_and_one_an_epoch(finished):
     lines = finished.stderr.splitlines()
     assert lines[0] == (
-        "global batch 20 = 2 replicas x 10; 66 images = 3 steps an epoch + 6 left out (others each epoch); "
+        "global batch 20 = 2 replicas x 10; 66 images: 3 steps per epoch, 6 dropped (different images each epoch); "
         "2 epochs = 6 steps"
     )
     assert [line.partition(" - ")[0] for line in lines[1:]] == ["epoch 1/2", "epoch 2/2"]
@@ -136,7 +136,7 @@ def test_the_embedded_dataset_is_prepared_once(tmp_path):
     first = run_job("train.py", *options, XDG_CACHE_HOME=str(tmp_path / "cache"), HOME=str(home))
     assert first.returncode == 0, first.stderr
     assert list(home.iterdir()) == []
-    assert "3500 images = 7 steps an epoch" in first.stderr
+    assert "3500 images: 7 steps per epoch" in first.stderr
     (manifest,) = Path(tmp_path / "cache").rglob("manifest.json")
     assert json.loads(manifest.read_text())["splits"]["val"]["rows_per_class"] == [75] * 10
 

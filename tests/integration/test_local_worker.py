@@ -74,9 +74,9 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options
     errors = job.communicate(timeout=120)[1]
     assert job.returncode == 0, errors
     worker = f"worker 0 (process {worker_pid(run)} on {platform.node()}) was killed by SIGKILL"
-    assert re.search(rf"{re.escape(worker)}.*; what it printed: {platform.node()}:/.*/worker\.log\n", errors)
-    assert "failure 1 of the 3 that --max-failures allows" in errors
-    went_on = re.search(r"attempt 2 goes on after step (\d+), in epoch \d+, with 1 worker\n", errors)
+    assert re.search(rf"{re.escape(worker)}.*; its log: {platform.node()}:/.*/worker\.log\n", errors)
+    assert "failure 1 of 3 allowed by --max-failures" in errors
+    went_on = re.search(r"attempt 2 continues after step (\d+), in epoch \d+, with 1 worker\n", errors)
     result = run.read_result()
     assert result.attempts == 2
     (lost,) = result.lost_attempts

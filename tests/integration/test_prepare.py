@@ -222,7 +222,7 @@ def test_a_given_split_is_kept_and_its_leaks_are_listed(tmp_path):
     (source / "train" / "down" / "Thumbs.db").touch()
     events = []
     manifest = prepare(str(source), str(tmp_path / "dataset"), CONFIG, on_event=events.append)
-    assert str(events[0]) == "37 files to read, 3 classes; passed over: 1 Thumbs.db"
+    assert str(events[0]) == "37 files to read, 3 classes; ignored: 1 Thumbs.db"
     assert [manifest.splits[split].rows for split in SPLITS] == [18, 19, 0]
     duplicates = pq.read_table(tmp_path / "dataset" / "duplicates.parquet").to_pydict()
     leaked = [path for path, leaks in zip(duplicates["path"], duplicates["leaks"], strict=True) if leaks]
@@ -388,7 +388,7 @@ def test_images_of_12_bits_are_decoded_when_their_range_is_known_and_resumed(tmp
 
     with pytest.raises(KeyboardInterrupt):
         prepare(str(folder), str(target), CONFIG, on_event=interrupt_the_second_pass)
-    assert any("in 8 of the images" in event and "0 to 4095 become gray levels 0 to 255" in event for event in events)
+    assert any("8 images with" in event and "0 to 4095 becomes gray levels 0 to 255" in event for event in events)
     again = []
     manifest = prepare(str(folder), str(target), CONFIG, on_event=again.append)
     first_of_stage = {event.stage: event for event in reversed(again) if isinstance(event, StageProgressed)}

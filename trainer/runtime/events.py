@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it."""
+"""Events: what a job reports while it runs, each with its line for the log."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _MOST_CHARACTERS = 8
 
 @dataclass(frozen=True)
 class StageProgressed:
-    """Some of a stage is finished: of preparing a dataset, or of an epoch."""
+    """Part of a stage is finished, such as preparing a dataset or an epoch."""
 
     stage: str
     done: int
@@ -19,18 +19,18 @@ class StageProgressed:
 
 @dataclass(frozen=True)
 class SourceListed:
-    """What a source of images holds by the names of its files, before any of them is read."""
+    """What a source of images holds, judged by file names before any file is read."""
 
     images: int
     classes: int
     not_tried: str = ""
-    """Files that are no images by their names, counted by suffix."""
+    """Files whose names are not those of images, counted by suffix."""
     left_behind: str = ""
-    """Files that systems have left there, counted by kind."""
+    """Files left behind by operating systems, counted by kind."""
     unused_tables: str = ""
-    """Tables beside folders of images."""
+    """Tables next to folders of images."""
     empty_classes: str = ""
-    """Classes that the source declares and has no image of."""
+    """Classes that the source declares but has no image of."""
 
     @property
     def is_notable(self) -> bool:
@@ -40,19 +40,19 @@ class SourceListed:
     def __str__(self) -> str:
         parts = [f"{format_count(self.images, 'file')} to read, {format_count(self.classes, 'class')}"]
         if self.not_tried:
-            parts.append(f"no images by their names: {self.not_tried}")
+            parts.append(f"not images by name: {self.not_tried}")
         if self.left_behind:
-            parts.append(f"passed over: {self.left_behind}")
+            parts.append(f"ignored: {self.left_behind}")
         if self.empty_classes:
-            parts.append(f"left out, without an image: {self.empty_classes}")
+            parts.append(f"classes left out because they have no image: {self.empty_classes}")
         if self.unused_tables:
-            parts.append(f"classes are taken from the folders, not from {self.unused_tables}")
+            parts.append(f"classes come from the folders, not from {self.unused_tables}")
         return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class ValueRangeFound:
-    """Images of a dataset have more than 8 bits a pixel; the range of their values is decided for all of them."""
+    """Images of a dataset have more than 8 bits per pixel; one range of values was chosen for all of them."""
 
     images: int
     found: str
@@ -60,32 +60,33 @@ class ValueRangeFound:
     used: str
     """The values that become 0 and 255."""
     dark: int
-    """Images that have no value above a tenth of the largest that is used."""
+    """Images whose values all stay below a tenth of the largest value used."""
 
     def __str__(self) -> str:
         return (
-            f"more than 8 bits a pixel in {self.images} of the images, with values {self.found}: {self.used} become "
-            "gray levels 0 to 255, in all of them (--value-range LOW:HIGH for another range)"
-            + (f"; {self.dark} of them stay below a tenth of that" if self.dark else "")
+            f"{format_count(self.images, 'image')} with more than 8 bits per pixel, values {self.found}: the range "
+            f"{self.used} becomes gray levels 0 to 255 in every image; set another range with --value-range LOW:HIGH"
+            + (f"; {self.dark} of them stay below a tenth of the range" if self.dark else "")
         )
 
 
 @dataclass(frozen=True)
 class WorkersAwaited:
-    """The cluster has no room for the workers of a run, at its start or since it lost some."""
+    """The cluster has no free resources for the workers of a run, at its start or after it lost some."""
 
     least: int
-    """Workers without which it does not go on."""
+    """The fewest workers that the run can continue with."""
     seconds: float
-    """Since one was last heard of."""
+    """Time since the driver last heard from a worker."""
 
     def __str__(self) -> str:
-        return f"waiting for room for {format_count(self.least, 'worker')}, {self.seconds:.0f} s since one was heard of"
+        workers = format_count(self.least, "worker")
+        return f"waiting for resources for {workers}; no worker has answered for {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The workers are about to start; the numbers say how the images are cut into steps."""
+    """The workers are about to start; the numbers say how the images are divided into steps."""
 
     global_batch_size: int
     num_replicas: int
@@ -95,15 +96,15 @@ class RunStarted:
     """Images of the train split."""
     epochs: int
     finished_epochs: int
-    """More than 0 where a run is continued."""
+    """Greater than 0 if a run is continued."""
 
     def __str__(self) -> str:
-        left_out = self.rows - self.steps_per_epoch * self.global_batch_size
+        dropped = self.rows - self.steps_per_epoch * self.global_batch_size
         text = (
             f"global batch {self.global_batch_size} = {format_count(self.num_replicas, 'replica')} x "
-            f"{self.per_replica_batch_size}; {format_count(self.rows, 'image')} = "
-            f"{format_count(self.steps_per_epoch, 'step')} an epoch"
-            + (f" + {left_out} left out (others each epoch)" if left_out else "")
+            f"{self.per_replica_batch_size}; {format_count(self.rows, 'image')}: "
+            f"{format_count(self.steps_per_epoch, 'step')} per epoch"
+            + (f", {dropped} dropped (different images each epoch)" if dropped else "")
             + f"; {format_count(self.epochs, 'epoch')} = {format_count(self.epochs * self.steps_per_epoch, 'step')}"
         )
         return text + (f"; continuing after epoch {self.finished_epochs}" if self.finished_epochs else "")
@@ -111,76 +112,76 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class WorkerSilent:
-    """A worker stands still, or the way to it is broken; the others wait for it."""
+    """A worker is stopped or cannot be reached; the others wait for it."""
 
     worker: str
-    """Which one, in words."""
+    """Description of the worker."""
     seconds: float
-    """Since it was last heard of."""
+    """Time since the driver last heard from it."""
 
     def __str__(self) -> str:
-        return f"nothing heard of {self.worker} for {self.seconds:.0f} s; training waits for it"
+        return f"{self.worker} has not answered for {self.seconds:.0f} s; training waits for it"
 
 
 @dataclass(frozen=True)
 class WorkerHeardAgain:
-    """A worker that was silent goes on."""
+    """A worker that was silent answers again."""
 
     worker: str
-    """Which one, in words."""
+    """Description of the worker."""
     seconds: float
-    """For which nothing was heard of it."""
+    """Time for which it was silent."""
 
     def __str__(self) -> str:
-        return f"{self.worker} is heard of again, after {self.seconds:.0f} s"
+        return f"{self.worker} answers again after {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
 class WorkersLost:
-    """Workers died or failed; all are started again."""
+    """Workers died or failed; all of them are restarted."""
 
     reason: str
-    """Which ones, and how."""
+    """Which workers failed, and how."""
     log: str
-    """Host and path of what the first of them printed; empty where that is lost, too."""
+    """Host and path of the log of the first of them; empty if it is lost too."""
     tail: bytes
-    """The end of it."""
+    """The end of that log."""
     failures: int
-    """With this one."""
+    """Failures so far, including this one."""
     max_failures: int
 
     def __str__(self) -> str:
-        log = f"; what it printed: {self.log}" if self.log else ""
+        log = f"; its log: {self.log}" if self.log else ""
         return (
-            f"{self.reason}{log}\nthe workers start again from the last checkpoint: failure {self.failures} of the "
-            f"{self.max_failures} that --max-failures allows"
+            f"{self.reason}{log}\nthe workers restart from the last checkpoint: failure {self.failures} of "
+            f"{self.max_failures} allowed by --max-failures"
         )
 
 
 @dataclass(frozen=True)
 class AttemptStarted:
-    """The workers have started once more and go on."""
+    """The workers have restarted and continue."""
 
     attempt: int
-    """2 and more."""
+    """Number of the attempt, 2 or more."""
     step: int
-    """Optimizer steps that need not be taken again."""
+    """Optimizer steps that are already done."""
     epoch: int
-    """In which it goes on."""
+    """Epoch in which it continues."""
     num_workers: int
     previous_num_workers: int = 0
-    """In the attempt before; 0 where that is not known."""
+    """Workers of the previous attempt; 0 if unknown."""
 
     def __str__(self) -> str:
         workers = format_count(self.num_workers, "worker")
         if self.previous_num_workers not in (0, self.num_workers):
-            workers += f" in place of {self.previous_num_workers}"
-        return f"attempt {self.attempt} goes on after step {self.step}, in epoch {self.epoch}, with {workers}"
+            workers += f" instead of {self.previous_num_workers}"
+        return f"attempt {self.attempt} continues after step {self.step}, in epoch {self.epoch}, with {workers}"
 
 
 @dataclass(frozen=True)
 class WeightsTransferred:
-    """The network does not start from random weights alone."""
+    """Part of the network starts from transferred weights."""
 
     transferred: str
     """Which layers were loaded and which were not."""
@@ -191,10 +192,10 @@ class WeightsTransferred:
 
 @dataclass(frozen=True)
 class EpochFinished:
-    """An epoch is trained and evaluated."""
+    """An epoch has been trained and evaluated."""
 
     row: dict[str, float]
-    """As in ``metrics.parquet``."""
+    """Metrics by name, as in ``metrics.parquet``."""
     epochs: int
 
     def __str__(self) -> str:
@@ -209,7 +210,7 @@ class EpochFinished:
 
 @dataclass(frozen=True)
 class GlyphsMissing:
-    """No font of this machine has some characters of the names in pictures."""
+    """No font on this machine has some of the characters that pictures need."""
 
     characters: str
 
@@ -217,110 +218,109 @@ class GlyphsMissing:
         named = " ".join(self.characters[:_MOST_CHARACTERS])
         more = " ..." if len(self.characters) > _MOST_CHARACTERS else ""
         return (
-            f"no font of this machine has {named}{more}: the pictures have boxes there; install a font with these "
+            f"no font on this machine has {named}{more}: pictures show boxes instead; install a font with these "
             "characters on every node, such as the package fonts-noto-cjk for Chinese, Japanese and Korean"
         )
 
 
 @dataclass(frozen=True)
 class CheckpointsSetAside:
-    """Checkpoints are damaged; the run goes on with what is whole."""
+    """Checkpoints are damaged; the run continues from an intact one."""
 
     damaged: tuple[str, ...]
     """What is wrong with each."""
     instead: str
-    """What is used in their place."""
+    """What is used instead."""
 
     def __str__(self) -> str:
-        return f"{'; '.join(self.damaged)}; set aside: delete it when you have looked at it; {self.instead}"
+        return f"{'; '.join(self.damaged)}; set aside, delete it after you have looked at it; {self.instead}"
 
 
 @dataclass(frozen=True)
 class StepProfiled:
-    """Where the time of a training step goes, on the first worker; operations run beside each other."""
+    """Where the time of a training step goes, on the first worker; operations run in parallel."""
 
     steps: int
-    """That were traced."""
+    """Number of traced steps."""
     step_ms: float
     input_ms: float
-    """Waiting for the batch."""
+    """Time spent waiting for the batch."""
     all_reduce_ms: float
-    """Adding up gradients, waiting for the others included."""
+    """Time spent adding up gradients, including the wait for other workers."""
     compute_ms: float
-    """All other operations, summed over threads."""
+    """Time of all other operations, summed over threads."""
     slowest_ms: tuple[tuple[str, float], ...]
-    """The types of operations that take most."""
+    """The types of operations that take the most time."""
 
     def __str__(self) -> str:
         slowest = ", ".join(f"{kind} {spent:.1f}" for kind, spent in self.slowest_ms)
         return (
-            f"profile of {format_count(self.steps, 'step')}, ms a step: {self.step_ms:.1f} in all; "
+            f"profile of {format_count(self.steps, 'step')}, ms per step: {self.step_ms:.1f} in total; "
             f"input {self.input_ms:.1f}, all-reduce {self.all_reduce_ms:.1f}, compute {self.compute_ms:.1f} over all "
-            f"threads (most: {slowest}); "
-            f"{self.advice}"
+            f"threads (most: {slowest}); {self.advice}"
         )
 
     @property
     def advice(self) -> str:
-        """What to do about the largest part."""
+        """How to shorten the largest part."""
         if not self.slowest_ms:
             return "the trace names no operation: look at it in TensorBoard"
         if self.input_ms > 0.2 * self.step_ms:
             return "the device waits for images: keep the cache folder (XDG_CACHE_HOME) on a fast disk"
         if self.all_reduce_ms > 0.5 * self.step_ms:
-            return "the workers wait for each other: use a larger batch a worker, or fewer workers"
+            return "the workers wait for each other: use a larger batch per worker, or fewer workers"
         return "the device computes: try --precision auto, a smaller image or network, or more workers"
 
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """One worker of a trial of batch sizes has started."""
+    """One worker of a batch size trial has started."""
 
     memory_limit_gib: float
-    """What this worker may use."""
+    """Memory that this worker may use."""
 
 
 @dataclass(frozen=True)
 class LossesMeasured:
-    """A trial took a few first steps of training."""
+    """A trial took the first few steps of training."""
 
     precision: str
     losses: tuple[float, ...]
-    """By step, from the seeded weights and in the order of the first epoch: comparable between precisions."""
+    """Loss of each step, from the seeded weights and in the order of the first epoch, so that precisions compare."""
 
 
 @dataclass(frozen=True)
 class SizeMeasured:
-    """A trial took training steps of one batch size."""
+    """A trial took training steps with one batch size."""
 
     precision: str
     size: int
-    """Images a step on one replica."""
+    """Images per step on one replica."""
     num_replicas: int
     seconds_per_step: float
-    """Median, input included; compilation and the first step left out."""
+    """Median, including input, without compilation and the first step."""
     seconds_spread: float
-    """Slowest step less the fastest."""
+    """Slowest step minus the fastest."""
     synthetic_seconds_per_step: float
-    """Median with the same images again and again, which cost nothing to make."""
+    """Median when every step uses the same batch, so that input costs nothing."""
     peak_memory_gib: float
-    """Of the worker that used most."""
+    """Peak memory of the worker that used the most."""
 
     @property
     def images_per_second(self) -> float:
-        """Over all replicas."""
+        """Images per second over all replicas."""
         return self.size * self.num_replicas / self.seconds_per_step
 
     def __str__(self) -> str:
         return (
             f"batch {self.num_replicas} x {self.size}, {self.precision}: {self.images_per_second:.0f} images/s, "
-            f"{self.seconds_per_step * 1000:.0f} ms a step, {self.peak_memory_gib:.2f} GiB a worker"
+            f"{self.seconds_per_step * 1000:.0f} ms per step, {self.peak_memory_gib:.2f} GiB per worker"
         )
 
 
 @dataclass(frozen=True)
 class BatchChosen:
-    """The batch and the precision of a run are settled."""
+    """The batch and the precision of a run have been chosen."""
 
     explanation: str
 
@@ -334,7 +334,7 @@ class StudyTrialEnded:
 
     name: str
     outcome: str
-    """What it tried and what came of it, in one line."""
+    """What it tried and the result, in one line."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.outcome}"
@@ -364,4 +364,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore_event(event: Event) -> None:
-    """Watches nothing."""
+    """Ignore an event."""

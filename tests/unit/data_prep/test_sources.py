@@ -16,8 +16,7 @@ def test_hidden_files_and_folders_are_passed_over(write_files):
     assert rows_of(source, "path") == [("a/1.png",), ("b/2.png",)]
     assert ignored_in(source) == {}
     assert str(find_images(source).listed) == (
-        "2 files to read, 2 classes; "
-        "passed over: 3 hidden, 2 Thumbs.db, 1 __MACOSX, 1 @eaDir, 1 .DS_Store, 1 desktop.ini"
+        "2 files to read, 2 classes; ignored: 3 hidden, 2 Thumbs.db, 1 __MACOSX, 1 @eaDir, 1 .DS_Store, 1 desktop.ini"
     )
 
 
@@ -129,8 +128,7 @@ def test_a_table_beside_folders_of_images_is_named_and_not_used(write_files):
     source = write_files("a/1.png", "b/2.png", "metadata.csv", "b/notes.txt")
     assert find_images(source).class_names == ["a", "b"]
     assert str(find_images(source).listed) == (
-        "2 files to read, 2 classes; no images by their names: 1 .txt; "
-        "classes are taken from the folders, not from metadata.csv"
+        "2 files to read, 2 classes; not images by name: 1 .txt; classes come from the folders, not from metadata.csv"
     )
 
 

@@ -27,18 +27,18 @@ STARTED = {
     [
         (
             {},
-            "global batch 20 = 2 replicas x 10; 66 images = 3 steps an epoch + 6 left out (others each epoch); "
+            "global batch 20 = 2 replicas x 10; 66 images: 3 steps per epoch, 6 dropped (different images each epoch); "
             "2 epochs = 6 steps",
         ),
         (
             {"num_replicas": 1, "per_replica_batch_size": 1, "global_batch_size": 1, "rows": 1, "steps_per_epoch": 1}
             | {"epochs": 1},
-            "global batch 1 = 1 replica x 1; 1 image = 1 step an epoch; 1 epoch = 1 step",
+            "global batch 1 = 1 replica x 1; 1 image: 1 step per epoch; 1 epoch = 1 step",
         ),
-        ({"rows": 60}, "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps"),
+        ({"rows": 60}, "global batch 20 = 2 replicas x 10; 60 images: 3 steps per epoch; 2 epochs = 6 steps"),
         (
             {"rows": 60, "finished_epochs": 1},
-            "global batch 20 = 2 replicas x 10; 60 images = 3 steps an epoch; 2 epochs = 6 steps; "
+            "global batch 20 = 2 replicas x 10; 60 images: 3 steps per epoch; 2 epochs = 6 steps; "
             "continuing after epoch 1",
         ),
     ],
@@ -65,9 +65,9 @@ def test_an_epoch_is_one_line_in_the_words_of_the_notes():
 
 
 def test_a_few_of_many_missing_characters_are_named():
-    assert "has 猫: the pictures have boxes there; install a font" in str(GlyphsMissing("猫"))
+    assert "has 猫: pictures show boxes instead; install a font" in str(GlyphsMissing("猫"))
     line = str(GlyphsMissing("".join(map(chr, range(0x4E00, 0x4F00)))))
-    assert "has 一 丁 丂 七 丄 丅 丆 万 ...: the" in line
+    assert "has 一 丁 丂 七 丄 丅 丆 万 ...: pictures" in line
 
 
 def test_what_was_left_out_of_a_source_is_one_line():
@@ -75,28 +75,28 @@ def test_what_was_left_out_of_a_source_is_one_line():
     listed = SourceListed(5, 2, "3 .txt", "1 Thumbs.db", "labels.csv", "owl")
     assert listed.is_notable
     assert str(listed) == (
-        "5 files to read, 2 classes; no images by their names: 3 .txt; passed over: 1 Thumbs.db; "
-        "left out, without an image: owl; classes are taken from the folders, not from labels.csv"
+        "5 files to read, 2 classes; not images by name: 3 .txt; ignored: 1 Thumbs.db; "
+        "classes left out because they have no image: owl; classes come from the folders, not from labels.csv"
     )
 
 
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        (WorkerSilent("worker 1", 12.3), "nothing heard of worker 1 for 12 s; training waits for it"),
-        (WorkerHeardAgain("worker 1", 21.0), "worker 1 is heard of again, after 21 s"),
+        (WorkerSilent("worker 1", 12.3), "worker 1 has not answered for 12 s; training waits for it"),
+        (WorkerHeardAgain("worker 1", 21.0), "worker 1 answers again after 21 s"),
         (
             WorkersLost("worker 1 was killed by SIGKILL", "a:/x/1.err", b"", 2, 3),
-            "worker 1 was killed by SIGKILL; what it printed: a:/x/1.err\nthe workers start again from the last "
-            "checkpoint: failure 2 of the 3 that --max-failures allows",
+            "worker 1 was killed by SIGKILL; its log: a:/x/1.err\nthe workers restart from the last checkpoint: "
+            "failure 2 of 3 allowed by --max-failures",
         ),
         (
             WorkersLost("worker 1 was lost with its node", "", b"", 1, 1),
-            "worker 1 was lost with its node\nthe workers start again from the last checkpoint: failure 1 of the 1 "
-            "that --max-failures allows",
+            "worker 1 was lost with its node\nthe workers restart from the last checkpoint: failure 1 of 1 "
+            "allowed by --max-failures",
         ),
-        (AttemptStarted(2, 30, 3, 2, 2), "attempt 2 goes on after step 30, in epoch 3, with 2 workers"),
-        (AttemptStarted(2, 30, 3, 1, 3), "attempt 2 goes on after step 30, in epoch 3, with 1 worker in place of 3"),
+        (AttemptStarted(2, 30, 3, 2, 2), "attempt 2 continues after step 30, in epoch 3, with 2 workers"),
+        (AttemptStarted(2, 30, 3, 1, 3), "attempt 2 continues after step 30, in epoch 3, with 1 worker instead of 3"),
     ],
 )
 def test_what_is_told_of_lost_workers(event, text):

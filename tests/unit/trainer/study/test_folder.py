@@ -67,7 +67,7 @@ def test_values_in_a_script_that_no_font_has_are_told_once_in_the_report(folder,
         warnings.simplefilter("error")
         write_study_report(folder, study, [trial("trial-0000", "search", 0).model_copy(update={"values": values})])
     report = storage.read_bytes(folder.path("study.md")).decode()
-    assert report.count("no font of this machine has \U00012000:") == 1
+    assert report.count("no font on this machine has \U00012000:") == 1
 
 
 def test_a_study_that_cannot_be_read_says_how_to_go_on(folder, study):
