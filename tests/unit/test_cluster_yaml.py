@@ -141,6 +141,8 @@ def test_the_image_is_built_from_that_of_the_nodes(written):
     assert f"\nFROM {written['docker']['image']}\n" in text
     for name in re.search(r"^COPY --chown=ray (.*) \./$", text, re.MULTILINE)[1].split():
         assert (REPOSITORY / name).is_file()
+    packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tests"}
+    assert set(re.findall(r"(\w+)/__init__\.py", text)) == packages
 
 
 def test_no_secret_is_in_the_file():
