@@ -6,14 +6,13 @@ How many there are, and whether the cluster has room for them, is decided here t
 """
 
 import contextlib
-import io
 import itertools
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from trainer.runtime.cluster import Resources, read_resources, request_nodes
+from trainer.runtime.compat import mute_worker_messages
 from trainer.runtime.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.runtime.events import OnEvent, StageProgressed, WorkersAwaited, WorkersLost, ignore_event
 from trainer.runtime.folders import hold_folder
@@ -31,6 +31,9 @@ from trainer.workers.pulse import Pulse, Watch
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig, TrainingFailedError
+    from ray.util.queue import Queue
+
+    from trainer.workers.failures import Failures
 
 _POLL_SECONDS = 0.2
 # What a job that has just ended held is free this much later at the latest.
@@ -184,17 +187,44 @@ def run_workers(
     """
     if workers.most == 1 and resources.is_one_machine:
         return _run_alone(function, resources, max_failures, on_event)
-    # Not at the top: a job without a cluster spares itself the second.
-    from ray.train import FailureConfig, RunConfig, TrainingFailedError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    # Not at the top: a job without a cluster saves the second that it takes.
+    from ray.train import TrainingFailedError
+
+    from trainer.workers.failures import Failures
+
+    watch = Watch(on_event)
+    failures = Failures(watch, max_failures)
+    try:
+        with _start_group(function, name, workers, resources, max_failures) as group:
+            return _follow_group(group, watch, failures, _Silence(workers, resources, on_event), on_event)
+    except TrainingFailedError as error:
+        raise _explain_failure(error, workers, failures.death) from error
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Workers that Ray Train has been asked for."""
+
+    events: "Queue"
+    """What the workers, and Ray Train's controller, send to the driver."""
+    result: Future[Any]
+    """What the first worker returns."""
+
+
+@contextlib.contextmanager
+def _start_group(
+    function: Callable[[OnEvent], Any], name: str, workers: WorkerCount, resources: Resources, max_failures: int
+) -> Iterator[_Group]:
+    """Start the workers, and remove the queue and the folders of the group at the end of the context."""
+    from ray.train import FailureConfig, RunConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-    from ray.util.queue import Empty, Queue
+    from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from trainer.workers.backend import TensorFlowConfig
-    from trainer.workers.failures import Failures, FailureSender, GroupFailed, call_in_group
+    from trainer.workers.failures import FailureSender, call_in_group
 
-    # With the driver, like Ray Train's controller: any other node may be lost.
+    # On the node of the driver, like Ray Train's controller: any other node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
@@ -204,86 +234,122 @@ def run_workers(
     driver = this_process()
 
     def work() -> Any:
-        # Ray ends it 2 to 3 seconds after the driver was killed.
+        # Ray would take 2 to 3 seconds to end this process after the driver was killed.
         end_with(driver)
-        # TensorFlow leaves files when a worker is killed, as Ray ends it.
+        # TensorFlow leaves files behind when a worker is killed, which is how Ray ends it.
         with hold_folder("training-notes-", tempfile.gettempdir()) as folder:
             os.environ["TMPDIR"] = tempfile.tempdir = folder
             return call_in_group(function, send_event)
 
-    # Ray's own bookkeeping: the state of a run is in the run folder (docs/decisions/0003).
-    folders = contextlib.ExitStack()
-    bookkeeping = folders.enter_context(hold_folder("ray-train-", resources.folder or tempfile.gettempdir()))
-    trainer = DataParallelTrainer(
-        work,
-        backend_config=TensorFlowConfig(),
-        scaling_config=_scaling(workers, resources),
-        run_config=RunConfig(
+    # Ray Train's own records: the state of a run is in the run folder (docs/decisions/0003).
+    with hold_folder("ray-train-", resources.folder or tempfile.gettempdir()) as records:
+        run_config = RunConfig(
             name=name,
-            storage_path=bookkeeping,
-            # Ray's own limit of tries to find room is none: a run that lost a node would wait for ever.
+            storage_path=records,
+            # By default Ray looks for room without a limit: a run that lost a node would wait forever.
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=_ROOM_TRIES * (max_failures + 1)
             ),
             callbacks=[FailureSender(send_event)],
-        ),
-    )
-    fitted: Future[Any] = Future()
-
-    def fit() -> None:
+        )
+        trainer = DataParallelTrainer(
+            work, backend_config=TensorFlowConfig(), scaling_config=_scaling(workers, resources), run_config=run_config
+        )
         try:
-            # Ray prints a paragraph for each worker that dies; what it means is told by whoever asked for the workers.
-            with contextlib.redirect_stdout(io.StringIO()):
-                fitted.set_result(trainer.fit().return_value)
-        except BaseException as error:
-            fitted.set_exception(error)
+            yield _Group(queue, _call_in_thread(lambda: trainer.fit().return_value))
+        finally:
+            queue.shutdown()
 
-    # In a thread of its own Ray leaves the handler of SIGINT alone: a signal interrupts the loop below, and the workers
-    # end with the connection to Ray.
-    threading.Thread(target=fit, daemon=True).start()
-    heard = told = time.monotonic()
-    watch = Watch(on_event)
-    failures = Failures(watch, max_failures)
-    try:
-        while True:
-            # Before the look into the queue: an event may arrive just after the workers have ended.
-            ended = fitted.done()
-            try:
-                event = queue.get(timeout=_POLL_SECONDS)
-                heard = time.monotonic()
-                if isinstance(event, Pulse):
-                    watch.hear(event)
-                elif isinstance(event, GroupFailed):
-                    if (lost := failures.describe(event)) is not None:
-                        on_event(lost)
-                else:
-                    on_event(event)
-                watch.look()
-            except Empty:
-                watch.look()
-                if ended:
-                    return fitted.result()
-                now = time.monotonic()
-                if min(now - heard, now - told) > _SILENCE_SECONDS:
-                    told = now
-                    if _waits_for_room(workers, resources):
-                        on_event(WorkersAwaited(workers.least, now - heard))
-    except TrainingFailedError as error:
-        if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-            raise JobError(
-                f"{format_count(workers.least, 'worker')} found no room: {read_resources().hardware}; start nodes or "
-                "wait for other jobs to end, or give a smaller --num-workers or a range, MIN:MAX"
-            ) from error
-        causes = _find_causes(error)
-        for cause in causes:
-            if isinstance(cause, InputError | JobError):
-                raise cause from error
-        if failures.death is not None:
-            causes = [failures.death, *(one for one in causes if not isinstance(one, WorkerDiedError))]
-        raise WorkersFailedError(causes) from error
-    finally:
-        queue.shutdown()
-        folders.close()
+
+def _call_in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function of Ray Train that waits for workers in a thread.
+
+    There Ray leaves the handler of SIGINT alone: a signal interrupts the main thread, and the workers end with the
+    connection to Ray.
+    """
+    called: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            # What the death of a worker means is said by the caller of `run_workers`.
+            with mute_worker_messages():
+                called.set_result(function())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return called
+
+
+def _follow_group(group: _Group, watch: Watch, failures: "Failures", silence: "_Silence", on_event: OnEvent) -> Any:
+    """Pass on what the workers send until they have ended, and return what the first one returned."""
+    from ray.util.queue import Empty
+
+    from trainer.workers.failures import GroupFailed
+
+    while True:
+        watch.look()
+        # Before the queue is read: an event may arrive just after the workers have ended.
+        ended = group.result.done()
+        try:
+            event = group.events.get(timeout=_POLL_SECONDS)
+        except Empty:
+            if ended:
+                return group.result.result()
+            silence.check()
+            continue
+        silence.end()
+        if isinstance(event, Pulse):
+            watch.hear(event)
+        elif not isinstance(event, GroupFailed):
+            on_event(event)
+        elif (lost := failures.describe(event)) is not None:
+            on_event(lost)
+
+
+class _Silence:
+    """The time without a message from any worker; reports every few seconds of it that they wait for room."""
+
+    def __init__(self, workers: WorkerCount, resources: Resources, on_event: OnEvent) -> None:
+        self._workers, self._resources, self._on_event = workers, resources, on_event
+        self._heard = self._reported = time.monotonic()
+
+    def end(self) -> None:
+        """Record that a message has arrived."""
+        self._heard = time.monotonic()
+
+    def check(self) -> None:
+        """Report that the workers wait for room, if they do and it is time to say so."""
+        now = time.monotonic()
+        if min(now - self._heard, now - self._reported) <= _SILENCE_SECONDS:
+            return
+        self._reported = now
+        if _waits_for_room(self._workers, self._resources):
+            self._on_event(WorkersAwaited(self._workers.least, now - self._heard))
+
+
+def _explain_failure(error: "TrainingFailedError", workers: WorkerCount, death: WorkerDiedError | None) -> Exception:
+    """Return the error of `run_workers` for one of Ray Train.
+
+    Args:
+        error: the error of Ray Train.
+        workers: the workers that it was asked for.
+        death: what is known of the last failure, if a worker died in it.
+    """
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return JobError(
+            f"{format_count(workers.least, 'worker')} found no room: {read_resources().hardware}; start nodes or "
+            "wait for other jobs to end, or give a smaller --num-workers or a range, MIN:MAX"
+        )
+    causes = _find_causes(error)
+    for cause in causes:
+        if isinstance(cause, InputError | JobError):
+            return cause
+    if death is not None:
+        causes = [death, *(cause for cause in causes if not isinstance(cause, WorkerDiedError))]
+    return WorkersFailedError(causes)
 
 
 def _waits_for_room(workers: WorkerCount, resources: Resources) -> bool:

@@ -1,0 +1,17 @@
+"""Private names of Ray: what this program relies on holds in the installed version."""
+
+from ray._private import worker
+
+from trainer.runtime import compat
+
+
+def test_ray_prints_nothing_about_workers_while_it_is_muted(capfd):
+    def print_as_the_listener_does(message: str) -> None:
+        worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+
+    with compat.mute_worker_messages():
+        print_as_the_listener_does("A worker died during a run.")
+    print_as_the_listener_does("A worker died during a preparation.")
+    out, err = capfd.readouterr()
+    assert "during a preparation" in out
+    assert "during a run" not in out + err
