@@ -5,6 +5,7 @@ import re
 import time
 from typing import Any
 
+from trainer.runtime import compat
 from trainer.runtime.errors import InputError
 
 _ALONE = "or unset RAY_ADDRESS to work on this machine alone"
@@ -29,14 +30,10 @@ def find_cluster(*, timeout_seconds: float = 5.0) -> str | None:
     given = os.environ.get("RAY_ADDRESS", "").strip()
     if given in ("", "local"):
         return None
-    # Not at the top: a job without a cluster spares itself the time.
-    from ray._private import services
-
     address = _find_running() if given == "auto" else _parse(given)
     try:
         _look_at(address, timeout_seconds)
-        # Ray replaces a name of this machine by that which its nodes know.
-        if (known := services.canonicalize_bootstrap_address(address)) != address:
+        if (known := compat.replace_local_name(address)) != address:
             _look_at(known, timeout_seconds)
     except _UnusableError as error:
         named = f"auto ({address})" if given == "auto" else given
@@ -69,33 +66,26 @@ def _parse(given: str) -> str:
 
 
 def _find_running() -> str:
-    from ray._private import services
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-
-    # Not all that runs on this machine, as ray.init would: that may be the cluster of another job.
-    address: str | None = services.find_bootstrap_address(None)
+    # Not any cluster that runs on this machine, as ray.init would take: it may be that of another job.
+    address = compat.find_running_cluster()
     if address is None:
         raise InputError(
             f"RAY_ADDRESS auto: no cluster was started on this machine; start one (ray start --head), {_FORM}, {_ALONE}"
         )
     # As ray.init does for this form alone.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    compat.use_token_if_available()
     return address
 
 
 def _look_at(address: str, timeout_seconds: float) -> None:
     """Raise _UnusableError where `ray.init` could not connect."""
+    # Not at the top: a job without a cluster saves the time.
     import grpc
     import ray
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-    # As Ray's own connections, which pass by the proxies of http_proxy.
-    with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        head = NodeInfoGcsServiceStub(channel)
+    with compat.open_head(address) as head:
         try:
-            version = head.CheckAlive(CheckAliveRequest(), timeout=timeout_seconds).ray_version
+            version = head.read_version(timeout_seconds)
             if version != ray.__version__:
                 raise _UnusableError(f"it has Ray {version}, this program {ray.__version__}; install the same version")
             _wait_for_node_here(head, timeout_seconds)
@@ -103,21 +93,10 @@ def _look_at(address: str, timeout_seconds: float) -> None:
             raise _UnusableError(_explain(error.code(), error.details() or "", timeout_seconds)) from error
 
 
-def _wait_for_node_here(head: Any, timeout_seconds: float) -> None:
+def _wait_for_node_here(head: compat.Head, timeout_seconds: float) -> None:
     """Look for a node of the cluster on this machine, as `ray.init` does for a minute: a job works through it."""
-    from ray._private import services
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
-    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
-
     deadline = time.monotonic() + timeout_seconds
-    while True:
-        here = [
-            GetAllNodeInfoRequest.NodeSelector(node_id=bytes.fromhex(number)) for number in services.find_node_ids()
-        ]
-        if here:
-            request = GetAllNodeInfoRequest(node_selectors=here, state_filter=GcsNodeInfo.ALIVE, limit=1)
-            if head.GetAllNodeInfo(request, timeout=timeout_seconds).node_info_list:
-                return
+    while not head.has_living_node(compat.find_local_nodes(), timeout_seconds):
         if time.monotonic() > deadline:
             raise _UnusableError(
                 "no node of that cluster runs on this machine; start one here (ray start --address HOST:PORT), send "

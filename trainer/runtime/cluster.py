@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
-from ray._private.resource_and_label_spec import ResourceAndLabelSpec
-from ray._private.utils import get_num_cpus
 
+from trainer.runtime import compat
 from trainer.runtime.address import find_cluster
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.folders import hold_folder, keep_folder
@@ -163,7 +161,7 @@ def _own_token(folder: str) -> Iterator[None]:
     # Ray sets the mode itself.
     before = {name: os.environ.get(name) for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")}
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    AuthenticationTokenLoader.instance().reset_cache()
+    compat.forget_token()
     try:
         yield
     finally:
@@ -171,8 +169,8 @@ def _own_token(folder: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        compat.reload_configuration()
+        compat.forget_token()
 
 
 @contextlib.contextmanager
@@ -238,9 +236,8 @@ def request_nodes(bundles: list[dict[str, float]]) -> None:
 
 def read_machine(folder: str = "") -> Resources:
     """Return what Ray would say that this machine has, without starting it."""
-    # What `ray.init` itself calls; there is no public form. It would give a container with less than a core none.
-    spec = ResourceAndLabelSpec(num_cpus=max(1, int(get_num_cpus())))
-    spec.resolve(is_head=True, node_ip_address="127.0.0.1")
+    # Ray would give a container with less than one core none.
+    spec = compat.measure_machine(max(1, compat.count_cores()))
     return Resources(
         num_nodes=1,
         num_cpus=float(spec.num_cpus),

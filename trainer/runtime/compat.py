@@ -1,17 +1,214 @@
-"""Every use of a name that Ray keeps private, in one place: what to look at when its version changes.
+"""Every use of a name that Ray or TensorFlow keeps private, in one place: what to look at when a version changes.
 
-Each function says which lines of Ray 2.60.0 it relies on, and which test fails first where they have changed.
+Each function names what it relies on, by file and line of Ray 2.60.0 (in the folder ``ray``) or TensorFlow 2.21.0, and
+the test that fails first where that has changed.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
+
+
+def find_running_cluster() -> str | None:
+    """Return the address of the cluster that ``ray start`` started last on this machine, or None."""
+    # _private/services.py, line 407: find_bootstrap_address.
+    # test_address.py: test_auto_is_what_was_started_here_for_anybody_and_no_other_job_s_cluster
+    from ray._private import services
+
+    address: str | None = services.find_bootstrap_address(None)
+    return address
+
+
+def replace_local_name(address: str) -> str:
+    """Replace a name of this machine in an address by the one that the nodes of a cluster know, as `ray.init` does."""
+    # _private/services.py, line 686: canonicalize_bootstrap_address.
+    # test_submit.py: test_the_command_as_typed_trains_in_the_checkout_of_the_head
+    from ray._private import services
+
+    known: str = services.canonicalize_bootstrap_address(address)
+    return known
+
+
+def find_local_nodes() -> list[str]:
+    """Return the hexadecimal ids of the nodes, of any cluster, that run on this machine."""
+    # _private/services.py, line 374: find_node_ids.
+    # test_address.py: test_a_cluster_without_a_node_on_this_machine_is_sent_jobs
+    from ray._private import services
+
+    return list(services.find_node_ids())
+
+
+def use_token_if_available() -> None:
+    """Turn on authentication by token where this user has a token and has not chosen a mode."""
+    # _private/authentication/authentication_token_setup.py, line 92; `ray.init` calls it for the address "auto" alone.
+    # test_submit.py: test_the_command_as_typed_trains_in_the_checkout_of_the_head
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def forget_token() -> None:
+    """Make Ray read the token again, from the place that RAY_AUTH_TOKEN_PATH names now."""
+    # _raylet.pyx: AuthenticationTokenLoader, as _private/authentication/authentication_token_setup.py, line 21, has it.
+    # Any test of tests/integration/test_train.py.
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def reload_configuration() -> None:
+    """Make Ray read its configuration again, RAY_AUTH_MODE included."""
+    # _raylet.pyx: Config, as _private/authentication/authentication_token_setup.py, line 22, has it.
+    # Any test of tests/integration/test_train.py.
+    from ray._private.authentication.authentication_token_setup import Config
+
+    Config.initialize("")
+
+
+class Head:
+    """The head of a cluster, to ask without connecting to the cluster; the methods raise `grpc.RpcError`."""
+
+    # core/generated: NodeInfoGcsServiceStub and the messages of its methods, made from protobuf/gcs_service.proto.
+    # test_address.py: test_another_version_is_named_with_this_one
+
+    def __init__(self, channel: Any) -> None:
+        from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+        self._stub = NodeInfoGcsServiceStub(channel)
+
+    def read_version(self, timeout_seconds: float) -> str:
+        """Return the version of Ray that runs there."""
+        from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+
+        version: str = self._stub.CheckAlive(CheckAliveRequest(), timeout=timeout_seconds).ray_version
+        return version
+
+    def has_living_node(self, node_ids: Sequence[str], timeout_seconds: float) -> bool:
+        """Return whether one of these nodes is alive and part of the cluster."""
+        from ray.core.generated.gcs_pb2 import GcsNodeInfo
+        from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+
+        if not node_ids:
+            return False  # with no selector all nodes would be found
+        selectors = [GetAllNodeInfoRequest.NodeSelector(node_id=bytes.fromhex(node_id)) for node_id in node_ids]
+        request = GetAllNodeInfoRequest(node_selectors=selectors, state_filter=GcsNodeInfo.ALIVE, limit=1)
+        return bool(self._stub.GetAllNodeInfo(request, timeout=timeout_seconds).node_info_list)
+
+
+@contextlib.contextmanager
+def open_head(address: str) -> Iterator[Head]:
+    """Open a channel to the head of a cluster, with the token and the certificates that Ray itself would use."""
+    # _private/grpc_utils.py, line 13: init_grpc_channel.
+    # test_address.py: test_a_missing_token_is_asked_for
+    from ray._private.grpc_utils import init_grpc_channel
+
+    # Ray's own connections ignore the proxies of http_proxy, too.
+    with init_grpc_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        yield Head(channel)
+
+
+def count_cores() -> int:
+    """Return the number of cores of this machine or container, rounded down: 0 for a container with half a core."""
+    # _private/utils.py, line 432: get_num_cpus.
+    # test_local_worker.py: test_no_cluster_is_started
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus(override_docker_cpu_warning=True))
+
+
+def measure_machine(num_cpus: int) -> Any:
+    """Return what `ray.init` would say that this machine has: num_cpus, num_gpus, memory (bytes) and resources."""
+    # _private/resource_and_label_spec.py, line 27: ResourceAndLabelSpec.
+    # test_cluster.py: test_a_container_with_half_a_core_has_one
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    spec = ResourceAndLabelSpec(num_cpus=num_cpus)
+    spec.resolve(is_head=True, node_ip_address="127.0.0.1")
+    return spec
+
+
+def total_memory() -> int:
+    """Return the memory of this machine or container, in bytes."""
+    # _common/utils.py, line 375: get_system_memory.
+    # test_pulse.py: test_a_pulse_is_sent_at_once_and_again_and_says_what_this_process_uses
+    from ray._common.utils import get_system_memory
+
+    memory: int = get_system_memory()
+    return memory
+
+
+def used_memory() -> int:
+    """Return the used memory of this machine or container without the cache of files, in bytes."""
+    # _private/utils.py, line 653: get_used_memory.
+    # test_pulse.py: test_a_pulse_is_sent_at_once_and_again_and_says_what_this_process_uses
+    from ray._private.utils import get_used_memory
+
+    memory: int = get_used_memory()
+    return memory
+
+
+def used_memory_of_group(stat: str, usage: str, inactive: str, active: str) -> int | None:
+    """Return the used memory of a control group without the cache of files, in bytes, or None where it is not known.
+
+    Args:
+        stat: path of its file of statistics.
+        usage: path of its file with the memory in use.
+        inactive: key of the inactive part of the cache in ``stat``.
+        active: key of the active part.
+    """
+    # _private/utils.py, line 504: get_cgroup_used_memory.
+    # test_compat.py: test_the_memory_of_a_group_is_counted_without_the_cache_of_files
+    from ray._private.utils import get_cgroup_used_memory
+
+    memory: int | None = get_cgroup_used_memory(stat, usage, inactive, active)
+    return memory
+
+
+def choose_address() -> tuple[str, int]:
+    """Return the address of this node and a free port, in a worker of Ray Train."""
+    # train/_internal/utils.py, line 72: get_address_and_port.
+    # test_train.py: test_two_workers_train_like_one
+    from ray.train._internal.utils import get_address_and_port
+
+    address: tuple[str, int] = get_address_and_port()
+    return address
+
+
+def cause_of_death(error: Exception) -> Exception | None:
+    """Return why Ray Train found a worker dead; None for another error than this finding."""
+    # train/v2/_internal/exceptions.py, line 33: WorkerHealthCheckFailedError.
+    # test_failures.py: test_the_controller_sends_what_died_apart_from_what_failed
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    cause: Exception | None = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else None
+    return cause
+
+
+def error_of_function(error: Exception) -> Exception:
+    """Return the error that a training function raised, which Ray Train may have wrapped with its traceback."""
+    # train/v2/_internal/exceptions.py, line 158: UserExceptionWithTraceback._base_exc.
+    # test_train.py: test_a_run_that_diverges_in_its_first_epoch_says_so
+    raised: Exception = getattr(error, "_base_exc", error)
+    return raised
+
+
+def found_no_room(error: "TrainingFailedError") -> bool:
+    """Return whether Ray Train gave up because the workers never found a place."""
+    # train/v2/_internal/exceptions.py, line 48: WorkerGroupStartupTimeoutError.
+    # test_workers.py: test_workers_without_room_are_waited_for_aloud_and_not_for_ever
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 @contextlib.contextmanager
 def mute_worker_messages() -> Iterator[None]:
     """Keep Ray from printing in this process, during the context, a paragraph for each worker that dies."""
-    # ray/_private/worker.py, line 2311: the listener of the driver prints nothing while this is False.
-    # tests/unit/trainer/runtime/test_compat.py: test_ray_prints_nothing_about_workers_while_it_is_muted
+    # _private/worker.py, line 2311: _worker_logs_enabled; while it is False, the listener of the driver prints nothing.
+    # test_compat.py: test_ray_prints_nothing_about_workers_while_it_is_muted
     from ray._private import worker
 
     before = worker._worker_logs_enabled
@@ -20,3 +217,22 @@ def mute_worker_messages() -> Iterator[None]:
         yield
     finally:
         worker._worker_logs_enabled = before
+
+
+def set_heartbeat_timeout(num_workers: int, milliseconds: int) -> None:
+    """Make TensorFlow's coordination service wait this long for a heartbeat of one of the workers.
+
+    Must be called before the strategy is made; has no effect when one has been made already.
+    """
+    # tensorflow/python/eager/context.py, line 903: configure_coordination_service.
+    # test_train.py: test_two_workers_train_like_one
+    from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+    from tensorflow.python.eager import context
+
+    if context.context().coordination_service is None:
+        context.context().configure_coordination_service(
+            service_type="standalone",
+            service_leader="/job:worker/replica:0/task:0",
+            coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=num_workers)],
+            heartbeat_timeout_in_ms=milliseconds,
+        )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import ray
 import tensorflow as tf
-from ray._private.utils import get_num_cpus
 
 from trainer.runtime.cluster import read_machine
+from trainer.runtime.compat import count_cores
 
 _GIB = 2**30
 _GUARD_INTERVAL_SECONDS = 0.02
@@ -22,7 +22,7 @@ def share_devices(workers_on_node: int) -> None:
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
     # Ray counts what a container may use, of which the kernel's affinity knows nothing.
-    cores = min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True)))
+    cores = min(len(os.sched_getaffinity(0)), count_cores())
     threads = max(1, cores // workers_on_node)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     if workers_on_node > 1:

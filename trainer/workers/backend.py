@@ -9,15 +9,16 @@ import os
 from dataclasses import dataclass
 
 import ray
-from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+
+from trainer.runtime.compat import choose_address, set_heartbeat_timeout
 
 _HEARTBEAT_MILLISECONDS = 15 * 60 * 1000
 
 
 class _TensorFlowBackend(Backend):
     def on_start(self, worker_group, backend_config) -> None:  # type: ignore[no-untyped-def]
-        addresses = [f"{host}:{port}" for host, port in worker_group.execute(get_address_and_port)]
+        addresses = [f"{host}:{port}" for host, port in worker_group.execute(choose_address)]
         ray.get(
             [
                 worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
@@ -50,15 +51,5 @@ def tolerate_silence() -> None:
     Must be called before the strategy is made; does nothing for one worker alone, or when it is made already.
     """
     workers = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {}).get("worker", [])
-    if len(workers) < 2:
-        return
-    from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
-    from tensorflow.python.eager import context  # there is no public form
-
-    if context.context().coordination_service is None:
-        context.context().configure_coordination_service(
-            service_type="standalone",
-            service_leader="/job:worker/replica:0/task:0",
-            coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(workers))],
-            heartbeat_timeout_in_ms=_HEARTBEAT_MILLISECONDS,
-        )
+    if len(workers) > 1:
+        set_heartbeat_timeout(len(workers), _HEARTBEAT_MILLISECONDS)

@@ -8,9 +8,9 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainer.runtime.compat import cause_of_death
 from trainer.runtime.errors import WorkerDiedError
 from trainer.runtime.events import OnEvent, WorkersLost
 from trainer.workers.pulse import Pulse, Traces, Watch, describe_death, keep_pulse, read_traces
@@ -41,10 +41,9 @@ class FailureSender(ray.train.UserCallback):
         """Send what happened to the driver."""
         died, raised, is_preempted = {}, {}, False
         for rank, error in worker_exceptions.items():
-            if isinstance(error, WorkerHealthCheckFailedError):
-                died[rank] = str(error.health_check_failure)
-                failure = error.health_check_failure
-                is_preempted |= isinstance(failure, RayActorError) and failure.preempted
+            if (cause := cause_of_death(error)) is not None:
+                died[rank] = str(cause)
+                is_preempted |= isinstance(cause, RayActorError) and cause.preempted
             else:
                 raised[rank] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self._send(GroupFailed(died, raised, is_preempted))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from trainer.runtime.cluster import Resources, read_resources, request_nodes
-from trainer.runtime.compat import mute_worker_messages
+from trainer.runtime.compat import cause_of_death, error_of_function, found_no_room, mute_worker_messages
 from trainer.runtime.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.runtime.events import OnEvent, StageProgressed, WorkersAwaited, WorkersLost, ignore_event
 from trainer.runtime.folders import hold_folder
@@ -336,9 +336,7 @@ def _explain_failure(error: "TrainingFailedError", workers: WorkerCount, death: 
         workers: the workers that it was asked for.
         death: what is known of the last failure, if a worker died in it.
     """
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-
-    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+    if found_no_room(error):
         return JobError(
             f"{format_count(workers.least, 'worker')} found no room: {read_resources().hardware}; start nodes or "
             "wait for other jobs to end, or give a smaller --num-workers or a range, MIN:MAX"
@@ -378,12 +376,8 @@ def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_fai
 
 def _find_causes(error: "TrainingFailedError") -> list[Exception]:
     """Returns what ended each worker of the last attempt, or Ray Train itself."""
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-
-    causes = [getattr(one, "_base_exc", one) for one in getattr(error, "worker_failures", {}).values()]
-    return [WorkerDiedError(str(one)) if isinstance(one, WorkerHealthCheckFailedError) else one for one in causes] or [
-        error
-    ]
+    causes = [error_of_function(one) for one in getattr(error, "worker_failures", {}).values()]
+    return [WorkerDiedError(str(one)) if cause_of_death(one) else one for one in causes] or [error]
 
 
 def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Resources) -> Any:

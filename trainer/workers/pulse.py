@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray._common.utils import get_system_memory
-from ray._private.utils import get_cgroup_used_memory, get_used_memory
-
+from trainer.runtime.compat import total_memory, used_memory, used_memory_of_group
 from trainer.runtime.events import OnEvent, WorkerHeardAgain, WorkerSilent
 
 _GIB = 2**30
@@ -95,12 +93,12 @@ def _read_memory() -> tuple[int, int]:
         folder = Path(root, path.lstrip("/"))
         try:
             most = int((folder / limit).read_text())
-            used = get_cgroup_used_memory(str(folder / "memory.stat"), str(folder / usage), inactive, active)
+            used = used_memory_of_group(str(folder / "memory.stat"), str(folder / usage), inactive, active)
         except (OSError, ValueError):
             continue  # "max" is no number: there is no limit
-        if used is not None and most < get_system_memory():
+        if used is not None and most < total_memory():
             return used, most
-    return get_used_memory(), get_system_memory()
+    return used_memory(), total_memory()
 
 
 def count_oom_kills() -> int:

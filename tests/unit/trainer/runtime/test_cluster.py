@@ -38,5 +38,5 @@ def test_logs_of_a_failed_job_are_kept_and_named(monkeypatch, tmp_path):
 
 def test_a_container_with_half_a_core_has_one(monkeypatch):
     # What Ray makes of a limit of 0.5 cores.
-    monkeypatch.setattr(cluster, "get_num_cpus", lambda: 0)
+    monkeypatch.setattr(cluster.compat, "count_cores", lambda: 0)
     assert read_machine().num_cpus == 1

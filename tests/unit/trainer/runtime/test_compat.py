@@ -15,3 +15,12 @@ def test_ray_prints_nothing_about_workers_while_it_is_muted(capfd):
     out, err = capfd.readouterr()
     assert "during a preparation" in out
     assert "during a run" not in out + err
+
+
+def test_the_memory_of_a_group_is_counted_without_the_cache_of_files(tmp_path):
+    stat, usage = tmp_path / "memory.stat", tmp_path / "memory.current"
+    stat.write_text("anon 500\ninactive_file 300\nactive_file 200\n")
+    usage.write_text("1100\n")
+    assert compat.used_memory_of_group(str(stat), str(usage), "inactive_file", "active_file") == 600
+    stat.write_text("anon 500\n")
+    assert compat.used_memory_of_group(str(stat), str(usage), "inactive_file", "active_file") is None
