@@ -59,7 +59,7 @@ def main(
 def print_table(table: "BatchTable") -> None:
     """Print what was measured, the chosen precision last."""
     is_terminal = console.stdout.is_terminal
-    columns = ["precision", "per replica", "global", "images/s", "ms a step", "spread", "GiB a worker", "verdict"]
+    columns = ["precision", "per replica", "global", "images/s", "ms per step", "spread", "GiB per worker", "verdict"]
     printed = Table(*columns, *(["throughput"] if is_terminal else []))
     order = sorted(table.measurements, key=lambda name: name == table.precision)
     best = max(one.images_per_second for rows in table.measurements.values() for one in rows)

@@ -1,4 +1,4 @@
-"""Says what is wrong with this machine, the cluster and the storage, and how to mend it."""
+"""Says what is wrong with this machine, the cluster and the storage, and how to fix it."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,14 +25,14 @@ def main(
 
         findings = check_packages()
         print_findings(findings)
-        if not any(one.mend for one in findings):
+        if not any(one.fix for one in findings):
             from trainer.runtime.cluster import connect
 
             with connect(wait_seconds=wait or None) as resources:
                 of_cluster = check_cluster(storage, resources)
             print_findings(of_cluster)
             findings += of_cluster
-    if any(one.mend for one in findings):
+    if any(one.fix for one in findings):
         raise typer.Exit(2)
 
 

@@ -48,12 +48,12 @@ def print_evaluation(request: "EvaluationRequest", evaluation: "EvaluationResult
     """Print the figures, and whether they are those of the run where they are of its own dataset."""
     from trainer.inference import describe_test_reads
 
-    table = Table("class", "right", "of")
+    table = Table("class", "correct", "of")
     for one in evaluation.listed:
         table.add_row(Text(one.name), str(one.correct), str(one.total))
     console.stdout.print(table)
     if len(evaluation.listed) < len(evaluation.per_class):
-        console.stdout.print(f"lowest shares right of {len(evaluation.per_class)} classes; --json prints all")
+        console.stdout.print(f"lowest accuracies of {len(evaluation.per_class)} classes; --json prints all")
     console.stdout.print(f"{request.split}  {evaluation}", markup=False)
     console.stdout.print(
         f"top {evaluation.top_k}: {evaluation.top_k_correct} of {evaluation.total}; "

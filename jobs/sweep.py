@@ -75,7 +75,7 @@ def main(
 
 def print_trials(study: "Study", trials: "list[Trial]") -> None:
     """Print what became of each trial."""
-    table = Table("trial", "status", study.objective, "right", Column("values", overflow="fold"), box=None)
+    table = Table("trial", "status", study.objective, "correct", Column("values", overflow="fold"), box=None)
     for trial in trials:
         values = ", ".join(f"{name}={_shorten(value)}" for name, value in trial.values.items())
         objective = "" if trial.objective is None else f"{trial.objective:.4f}"

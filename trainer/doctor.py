@@ -33,12 +33,12 @@ class Finding:
 
     what: str
     found: str
-    mend: str = ""
+    fix: str = ""
     """What to do about it; empty where nothing is wrong."""
 
     def __str__(self) -> str:
-        verdict, mend = ("wrong", f"; {self.mend}") if self.mend else ("ok   ", "")
-        return f"{verdict}  {self.what}: {self.found}{mend}"
+        verdict, fix = ("wrong", f"; {self.fix}") if self.fix else ("ok   ", "")
+        return f"{verdict}  {self.what}: {self.found}{fix}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_packages() -> list[Finding]:
     series = {versions.get(name, "").rpartition(".")[0] for name in ("tensorflow", "tf_keras")}
     keras = Finding(
         "keras",
-        "tf_keras goes with tensorflow" if len(series) == 1 else "tf_keras and tensorflow are of different series",
+        "tf_keras matches tensorflow" if len(series) == 1 else "tf_keras and tensorflow have different minor versions",
         "" if len(series) == 1 else "pip install -c requirements.lock -e .",
     )
     return [python, packages, keras]
@@ -129,7 +129,7 @@ def explain_silence(name: str, error: ray.exceptions.RayError, gpus: int) -> Fin
     look_there = "look at Ray's logs there"
     if isinstance(error, ray.exceptions.GetTimeoutError):
         if gpus:
-            return Finding(f"node {name}", "its GPUs are in use", "look again when the job that has them ends")
+            return Finding(f"node {name}", "its GPUs are in use", "run this again when the job that has them ends")
         return Finding(f"node {name}", f"no answer within {_NODE_SECONDS:.0f} s", look_there)
     lacks_project = isinstance(error, ImportError) or _NOT_IMPORTED in str(error)
     return Finding(
@@ -185,7 +185,7 @@ def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: in
         Finding(
             "tf.keras",
             report.keras,
-            "" if report.keras == "tf_keras" else "set TF_USE_LEGACY_KERAS=1: it has to be tf_keras",
+            "" if report.keras == "tf_keras" else "set TF_USE_LEGACY_KERAS=1: it must be tf_keras",
         ),
         Finding(
             "gpus",
@@ -196,7 +196,7 @@ def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: in
         Finding("storage", "cannot be used", report.storage_error),
         Finding("cache", "cannot be used", report.cache_error),
     ]
-    found = [Finding(f"node {name}, {one.what}", one.found, one.mend) for one in wrong if one.mend]
+    found = [Finding(f"node {name}, {one.what}", one.found, one.fix) for one in wrong if one.fix]
     room = min(report.free_gib.values())
     seen = format_count(report.gpus, "GPU")
     summary = f"tf.keras is {report.keras}, {seen}, {room:.0f} GiB of disk, storage can be written"

@@ -59,7 +59,7 @@ def read_finished_run(uri: str) -> tuple[RunFolder, TrainConfig, RunResult]:
     run = RunFolder(storage.resolve_uri(uri))
     record, result = run.read_record(), run.read_result()
     if record is None:
-        raise InputError(f"RUN {uri} is no run: it has no config.json; give a folder that jobs/train.py wrote")
+        raise InputError(f"RUN {uri} is not a run: it has no config.json; give a folder that jobs/train.py wrote")
     if result is None:
         raise InputError(f"RUN {uri} is not finished: it has no result.json; run its command again to finish it")
     return run, record.config, result
@@ -103,8 +103,8 @@ def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: st
     manifest = load_manifest(dataset_uri)
     if not dataset and manifest.fingerprint != trained_on.fingerprint:
         raise InputError(
-            f"{config.dataset} was prepared again since {uri} was trained on it; name it with --dataset to evaluate "
-            "the run on what it holds"
+            f"{config.dataset} was prepared again after {uri} was trained on it; give it as --dataset to evaluate the "
+            "run on its present images"
         )
     _check_fits(dataset_uri, manifest, trained_on)
     if not manifest.splits[split].rows:
@@ -141,7 +141,7 @@ def describe_test_reads(request: EvaluationRequest) -> str:
     text = request.run.describe_test_reads()
     if elsewhere := RunFolder(request.output).count_test_reads():
         reads = format_count(elsewhere, "time")
-        text += f", and {reads} more that {request.output} records: the run may only be read"
+        text += f", and {reads} more as recorded in {request.output}, because the run is read-only"
     return text
 
 

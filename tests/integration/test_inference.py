@@ -145,7 +145,7 @@ def test_a_run_that_is_not_there_is_refused(run, work):
     for job in (["evaluate.py", "runs/none"], ["predict.py", "runs/none", "source", "out"]):
         finished = run(*job, cwd=work)
         assert finished.returncode == 2
-        assert "RUN runs/none is no run" in finished.stderr
+        assert "RUN runs/none is not a run" in finished.stderr
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_model_file_of_somebody_else_is_not_opened(copied_run):
 def test_a_dataset_that_is_not_the_runs_own_any_more_is_refused(resources, copied_run):
     manifest = RunFolder(str(copied_run)).read_manifest()
     RunFolder(str(copied_run)).write_manifest(manifest.model_copy(update={"fingerprint": "f00d"}))
-    with pytest.raises(InputError, match=r"was prepared again since .* --dataset"):
+    with pytest.raises(InputError, match=r"was prepared again after .* --dataset"):
         request_evaluation(str(copied_run), "val")
 
 

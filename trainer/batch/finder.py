@@ -162,9 +162,9 @@ def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
     measured = ", ".join(f"{one.peak_memory_gib:.2f} GiB for {format_count(one.size, 'image')}" for one in table.rows)
     died = f"{table.failed[table.precision]} ran out of memory" if table.precision in table.failed else ""
     return (
-        f"--global-batch-size {request.global_batch_size}: no such batch fits into {table.memory_limit_gib:.2f} GiB a "
-        f"worker, of which {SAFETY_MARGIN:.0%} stay free ({', '.join(filter(None, (measured, died)))}); give a smaller "
-        "number, prepare smaller images, or give the workers more memory"
+        f"--global-batch-size {request.global_batch_size}: no such batch fits into {table.memory_limit_gib:.2f} GiB "
+        f"per worker, of which {SAFETY_MARGIN:.0%} stay free ({', '.join(filter(None, (measured, died)))}); give a "
+        "smaller number, prepare smaller images, or give the workers more memory"
     )
 
 

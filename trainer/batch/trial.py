@@ -67,7 +67,7 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> None:
                     send_event(LossesMeasured(job.config.precision, losses))
             measured.append(trial.measure(size))
         except tf.errors.ResourceExhaustedError as error:
-            raise MemoryError(f"batch {size} a replica: {error.message}") from error
+            raise MemoryError(f"batch {size} per replica: {error.message}") from error
         if rank == 0:
             send_event(measured[-1])
         if is_far_slower(measured[-1], job.reference):

@@ -59,7 +59,7 @@ def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
     manifest = run.read_manifest()
     predictions = run.read_predictions()
     if predictions is None:
-        raise InputError(f"RUN {uri} has no checkpoint any more; give --images")
+        raise InputError(f"RUN {uri} has no predictions: its checkpoint is gone; choose images with --images")
     split = open_split(config.dataset, manifest, "val")
     worst = np.argsort(-predictions["loss"].to_numpy(), kind="stable")[:count]
     return [
@@ -146,15 +146,16 @@ def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str],
         Section(
             "Do the maps mean anything?",
             [
-                "Blanked with the mean pixel, on validation images and for the class that the network names. Each "
-                "method has to pass on its own; the threshold is divided by their number.",
+                "Tested on validation images, for the class that the network predicts, by setting pixels to the mean "
+                "pixel. Each method is tested on its own; the threshold is divided by the number of methods.",
                 *map(str, tests),
             ],
         )
     ]
     for index, one in enumerate(images):
         predicted = manifest.class_names[labels[index]]
-        title = f"{one.name}: {predicted} ({confidence[index]:.2f} sure)" + (f", is {one.label}" if one.label else "")
+        title = f"{one.name}: {predicted} (confidence {confidence[index]:.2f})"
+        title += f", true class {one.label}" if one.label else ""
         name = f"image-{index:03d}"
         pictures[name] = to_png(_draw_maps(one.pixels, {method: maps[method][index] for method in methods}))
         sections.append(Section(title, [], picture=name))

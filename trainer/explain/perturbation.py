@@ -41,7 +41,7 @@ class PerturbationTest:
 
     def __str__(self) -> str:
         verdict = (
-            "it predicts this network's behaviour better than chance"
+            "it predicts this network's behavior better than chance"
             if self.passed
             else "no better than chance here: do not read its maps as reasons"
         )

@@ -24,7 +24,9 @@ class Comparison(BaseModel):
 
     def describe(self, first: str, second: str) -> str:
         """Returns the verdict in words, given the names of the runs."""
-        counts = f"{self.first_only} only {first} told right, {self.second_only} only {second}, p = {self.p_value:.2g}"
+        counts = (
+            f"correct only in {first}: {self.first_only}, only in {second}: {self.second_only}; p = {self.p_value:.2g}"
+        )
         images = format_count(self.total, "image")
         if self.p_value >= _SIGNIFICANCE:
             return f"not distinguishable on {images} ({counts})"

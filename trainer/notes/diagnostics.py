@@ -48,9 +48,10 @@ def _did_not_train(val: EvaluationResult) -> str:
     if low > chance or val.loss < _CHANCE_LOSS_SHARE * prior_loss:
         return ""
     return (
-        f"did not train: {val.correct} of {val.total} right ({low:.2f}-{high:.2f}) is not above always naming the most "
-        f"frequent class ({chance:.2f}), and the loss {val.loss:.3f} is near that of guessing by class frequency "
-        f"({prior_loss:.3f}); try --recipe modern, a --base-learning-rate ten times lower or higher, or batch_norm=true"
+        f"did not train: {val.correct} of {val.total} correct ({low:.2f}-{high:.2f}) is no better than always "
+        f"predicting the most frequent class ({chance:.2f}), and the loss {val.loss:.3f} is close to that of guessing "
+        f"by class frequency ({prior_loss:.3f}); try --recipe modern, a --base-learning-rate ten times "
+        "lower or higher, or batch_norm=true"
     )
 
 
@@ -60,7 +61,7 @@ def _training_loss_rose(history: History) -> str:
         return ""
     return (
         f"training loss rose from {first:.3f} (epoch 1) to {last:.3f} (epoch {len(history)}): the learning rate is too "
-        "high, or the labels are not those of the images; try a --base-learning-rate ten times lower, then look at the "
+        "high, or the labels do not match the images; try a --base-learning-rate ten times lower, then look at the "
         "dataset's contact sheet"
     )
 
@@ -111,7 +112,7 @@ def _unsteady(history: History, val: EvaluationResult) -> str:
     if spread <= max(4 * sampling_error, 0.05):
         return ""
     return (
-        f"unsteady: val_accuracy went between {min(late):.3f} and {max(late):.3f} in the last quarter of the epochs, "
+        f"unsteady: val_accuracy ranged from {min(late):.3f} to {max(late):.3f} in the last quarter of the epochs, "
         f"{spread / max(sampling_error, 1 / val.total):.0f} times the sampling error; try --schedule cosine, a lower "
         "--base-learning-rate, a larger batch or --ema-momentum 0.99"
     )

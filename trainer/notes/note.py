@@ -83,9 +83,9 @@ def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
     config = run.record.config
     previous = [one for one in runs[: runs.index(run)] if one.record.config.arch == config.arch]
     if not previous:
-        return f"the first {config.arch} here"
+        return f"the first {config.arch} run here"
     changes = find_differences(previous[-1].record.config, config)
-    return f"after {previous[-1].folder.name}: {'; '.join(changes) or 'the same again'}"
+    return f"after {previous[-1].folder.name}: {'; '.join(changes) or 'no changes'}"
 
 
 def describe_unfinished(ending: RunInterruption | None) -> str:
@@ -179,17 +179,19 @@ def _format_classes(val: EvaluationResult) -> list[str]:
     """Return how many images of each class are right, or the worst of many classes."""
     lines = []
     if len(val.per_class) > MOST_CLASSES:
-        confused = format_table(("class", "taken for", "images"), val.most_confused)
-        lines = ["", *confused, "", f"lowest shares right of {len(val.per_class)} classes; result.json has all:"]
+        confused = format_table(("class", "predicted as", "images"), val.most_confused)
+        lines = ["", *confused, "", f"lowest accuracies of {len(val.per_class)} classes; result.json lists all:"]
     counts = [(one.name, one.correct, one.total) for one in val.listed]
-    return [*lines, "", *format_table(("class", "right", "of"), counts)]
+    return [*lines, "", *format_table(("class", "correct", "of"), counts)]
 
 
 def _format_losses(result: RunResult) -> list[str]:
     """Return why the run took more than one attempt."""
     lost = result.lost_attempts
-    more = [f"\n{len(lost) - _MOST_LOSSES} more attempts were lost: result.json"] if len(lost) > _MOST_LOSSES else []
-    return [*(f"\n{one}" for one in lost[:_MOST_LOSSES]), *more]
+    lines = [f"\n{one}" for one in lost[:_MOST_LOSSES]]
+    if len(lost) > _MOST_LOSSES:
+        lines.append(f"\n{len(lost) - _MOST_LOSSES} more attempts were lost; result.json lists all")
+    return lines
 
 
 def _format_batch(record: RunRecord) -> list[str]:
@@ -210,5 +212,5 @@ def _format_batch(record: RunRecord) -> list[str]:
         for measured in table.measurements.values()
         for one in measured
     ]
-    columns = ("precision", "batch", "images/s", "ms a step", "GiB a worker", "verdict")
+    columns = ("precision", "batch", "images/s", "ms per step", "GiB per worker", "verdict")
     return [*lines, "", *format_table(columns, rows)]

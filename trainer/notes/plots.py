@@ -68,11 +68,11 @@ def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_na
     worst = wrong[np.argsort(-losses[wrong], kind="stable")][:_MOST_MISTAKES]
     rows = max(1, -(-len(worst) // _MISTAKES_IN_A_ROW))
     figure = Figure(figsize=(8, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"{len(wrong)} of {len(labels)} wrong" + (", worst first" if len(worst) else ""))
+    figure.suptitle(f"{len(wrong)} of {len(labels)} wrong" + (", highest loss first" if len(worst) else ""))
     for axes, row in zip(figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).flat, worst, strict=False):
         axes.imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=255)
         label, other = (shorten_name(class_names[one]) for one in (labels[row], predicted[row]))
-        axes.set_title(f"{label},\nnot {other}\n({confidence[row]:.2f} sure)", fontsize=8, parse_math=False)
+        axes.set_title(f"{label},\nnot {other}\n(confidence {confidence[row]:.2f})", fontsize=8, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
     return figure
@@ -93,7 +93,7 @@ def draw_batch_sizes(table: BatchTable) -> Figure:
         of_memory.plot(sizes, [one.peak_memory_gib for one in rows], color=colour, marker=".", label=name)
     of_memory.axhline(table.target_gib, color="0.4", linestyle=":", label="most that is used")
     of_speed.set(ylabel="images/s", ylim=(0, None))
-    of_memory.set(ylabel="GiB a worker", ylim=(0, None))
+    of_memory.set(ylabel="GiB per worker", ylim=(0, None))
     for axes in (of_speed, of_memory):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="global batch")
@@ -183,11 +183,11 @@ def _draw_confusion_overview(evaluation: EvaluationResult) -> Figure:
     # Few images are a share that can be seen.
     shares = axes.imshow(matrix, cmap="Blues", norm=PowerNorm(0.4, 0, 1), extent=(0, blocks * block, blocks * block, 0))
     figure.colorbar(shares, ax=axes, label="share of the images of the true class")
-    axes.set(xlabel="predicted, by number of the class", ylabel="true, by number of the class")
+    axes.set(xlabel="predicted, by class number", ylabel="true, by class number")
     axes.set_title(_title(evaluation))
     listed.set_axis_off()
     lines = [
-        f"{shorten_name(name)}, taken for {shorten_name(other)}: {count}"
+        f"{shorten_name(name)}, predicted as {shorten_name(other)}: {count}"
         for name, other, count in evaluation.most_confused
     ]
     title = f"{format_count(num_classes, 'class')}; images most often confused:"

@@ -14,7 +14,7 @@ WELL = NodeReport(
 
 
 def test_this_machine_is_well():
-    assert [one.mend for one in check_packages()] == ["", "", ""]
+    assert [one.fix for one in check_packages()] == ["", "", ""]
 
 
 def test_a_node_that_is_well_is_one_line():
@@ -51,7 +51,7 @@ NOT_IMPORTED = f"RuntimeError: The remote function failed to import on the worke
 @pytest.mark.parametrize(
     ("error", "gpus", "expected"),
     [
-        (GetTimeoutError(), 2, "its GPUs are in use; look again when the job that has them ends"),
+        (GetTimeoutError(), 2, "its GPUs are in use; run this again when the job that has them ends"),
         (GetTimeoutError(), 0, "no answer within 120 s; look at Ray's logs there"),
         (raised_by_a_task(RuntimeError(), NOT_IMPORTED), 0, f"{LACKING}; install this version of the project there"),
         (raised_by_a_task(ImportError(), "ImportError: libcuda"), 0, "ImportError: libcuda; install this version of"),

@@ -82,8 +82,8 @@ def test_a_run_that_may_only_be_read_is_evaluated_to_another_place(others_run, p
     written = {path.relative_to(public / "out").as_posix() for path in (public / "out").rglob("*") if path.is_file()}
     assert written == {f"{name}.json", f"{name}.parquet", "test_reads/0001.json"}
     assert describe_test_reads(request) == (
-        f"the test split has been read 0 times for this run, and 1 time more that {public / 'out'} records: the run "
-        "may only be read"
+        f"the test split has been read 0 times for this run, and 1 time more as recorded in {public / 'out'}, "
+        "because the run is read-only"
     )
     assert explain.check_output(others_run.uri, str(public / "out")) == str(public / "out")
     written, _ = write_notes_and_report(str(public / "runs"), str(public / "out"))

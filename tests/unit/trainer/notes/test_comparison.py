@@ -27,14 +27,14 @@ def test_the_test_is_exact_and_counts_only_images_on_which_they_differ(first_onl
 
 def test_a_difference_names_the_better_run():
     assert compare(50, 1, 9).describe("old", "new") == (
-        "new is better than old on 60 images (1 only old told right, 9 only new, p = 0.021)"
+        "new is better than old on 60 images (correct only in old: 1, only in new: 9; p = 0.021)"
     )
     assert compare(50, 6, 0).describe("old", "new").startswith("old is better than new on 56 images")
 
 
 def test_a_few_images_do_not_tell_runs_apart():
     assert compare(60, 2, 4).describe("old", "new") == (
-        "not distinguishable on 66 images (2 only old told right, 4 only new, p = 0.69)"
+        "not distinguishable on 66 images (correct only in old: 2, only in new: 4; p = 0.69)"
     )
 
 

@@ -39,7 +39,7 @@ def test_a_sound_run_has_no_symptom():
 @pytest.mark.parametrize(("right", "loss"), [(10, 2.2375), (10, 2.2358), (5, 2.9)])
 def test_chance_is_told(right, loss):
     (line,) = find_symptoms(history([2.3] * 6), judge(right, loss))
-    assert line.startswith(f"did not train: {right} of 66 right")
+    assert line.startswith(f"did not train: {right} of 66 correct")
     assert "2.30" in line
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_was_best_at_once_is_told():
 
 def test_a_validation_accuracy_that_jumps_late_is_told():
     (line,) = find_symptoms(history(SOUND, val_accuracy=[0.8] * 10 + [0.5, 0.9]), judge(600, 0.68, total=660))
-    assert line.startswith("unsteady: val_accuracy went between 0.500 and 0.900")
+    assert line.startswith("unsteady: val_accuracy ranged from 0.500 to 0.900")
 
 
 def test_a_training_loss_that_rises_is_told():

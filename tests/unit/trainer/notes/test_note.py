@@ -43,7 +43,7 @@ def test_the_note_has_the_form_of_the_users_own(start, make_result):
         == """\
 ### 2023-04-12
 #### alexnet: first
-the first alexnet here
+the first alexnet run here
 
 ```python
 model = Sequential([
@@ -66,7 +66,7 @@ best epoch 7 of 10, 61 s, attempts: 1; top 1: 51 of 66; calibration error 0.073
 
 overfitting: try less
 
-| class | right | of |
+| class | correct | of |
 |---|---|---|
 | cat | 22 | 22 |
 | dog | 20 | 22 |
@@ -84,7 +84,7 @@ def test_the_note_of_many_classes_has_the_worst_of_them(start, make_result):
     val = summarise("val", pa.table(columns), [f"class {label}" for label in range(1000)])
     note = note_of(start("first"), make_result(val=val))
     assert "| class 999 | class 7 | 3 |" in note
-    assert "lowest shares right of 1000 classes; result.json has all:" in note
+    assert "lowest accuracies of 1000 classes; result.json lists all:" in note
     assert "| class 999 | 0 | 3 |\n| class 0 | 3 | 3 |" in note
     assert len(note) < 5000
 
@@ -135,7 +135,7 @@ def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     runs, _ = find_runs(storage.parent(third.uri))
     assert [run.folder.name for run in runs] == ["first", "other", "second", "third"]
     assert describe_change(runs[2], runs) == "after first: seed: 3 -> 4; epochs: 50 -> 20"
-    assert describe_change(runs[3], runs) == "after second: the same again"
+    assert describe_change(runs[3], runs) == "after second: no changes"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_resu
     run, neighbour = start("first", 12), start("another", 11)
     storage.write_bytes(neighbour.path("config.json"), b'{"model_type": "bert"}')
     write_note(run, make_result())
-    assert "the first alexnet here" in storage.read_bytes(run.path("note.md")).decode()
+    assert "the first alexnet run here" in storage.read_bytes(run.path("note.md")).decode()
 
 
 def test_the_notebook_has_all_runs_by_date(start, make_result):
@@ -233,4 +233,4 @@ def test_lost_attempts_stand_beside_their_number(start, make_result):
     assert after[2] == "attempt 1 was lost: reason 1; the run went on after step 8"
     assert "attempt 10 was lost" in note
     assert "attempt 11 was lost" not in note
-    assert "2 more attempts were lost: result.json" in after
+    assert "2 more attempts were lost; result.json lists all" in after

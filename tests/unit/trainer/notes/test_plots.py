@@ -140,7 +140,7 @@ def test_many_classes_are_an_overview_with_the_most_confused_as_a_list(num_class
     last = f"a class with…{f'long name {num_classes - 1}'[-11:]}"
     assert text.get_text().splitlines()[::2] == [
         f"{num_classes} classes; images most often confused:",
-        f"a class with…long name 3, taken for {last}: 4",
+        f"a class with…long name 3, predicted as {last}: 4",
     ]
 
 
@@ -179,7 +179,7 @@ def test_the_worst_mistakes_come_first(run):
 
 def test_a_mistake_says_what_it_is_what_it_was_taken_for_and_how_surely():
     figure = draw_mistakes(np.zeros((1, 8, 8, 1), np.uint8), predictions([1], [1.0]), ["cat", "$dog^"])
-    assert figure.axes[0].get_title() == "cat,\nnot $dog^\n(0.90 sure)"
+    assert figure.axes[0].get_title() == "cat,\nnot $dog^\n(confidence 0.90)"
 
 
 def test_batch_sizes_are_drawn_with_their_speed_and_memory():
@@ -188,7 +188,7 @@ def test_batch_sizes_are_drawn_with_their_speed_and_memory():
     assert lines_of(of_speed)["float32"] == [(16, 160), (32, pytest.approx(32 / 0.12))]
     assert lines_of(of_memory)["float32"] == [(16, 1.08), (32, 1.16)]
     assert of_speed.get_ylabel() == "images/s"
-    assert of_memory.get_ylabel() == "GiB a worker"
+    assert of_memory.get_ylabel() == "GiB per worker"
 
 
 def test_a_run_without_mistakes_says_so_in_an_empty_picture(run):

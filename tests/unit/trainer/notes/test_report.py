@@ -139,7 +139,7 @@ def test_the_rows_of_the_confusion_matrix_are_true_classes(write_run, tmp_path):
     write_run("first")
     *_, matrix = write_report(tmp_path).tables
     assert matrix == [
-        ["", "cat", "dog", "eel", "right"],
+        ["", "cat", "dog", "eel", "correct"],
         ["cat", "22", "", "", "22 of 22"],
         ["dog", "2", "20", "", "20 of 22"],
         ["eel", "", "13", "9", "9 of 22"],
@@ -155,8 +155,8 @@ def test_a_run_of_many_classes_has_the_most_confused_and_the_weakest(write_run, 
     columns |= {"loss": np.ones(3000), "confidence": np.ones(3000)}
     run.write_ending(make_result(val=summarise("val", pa.table(columns), [f"class {label}" for label in range(1000)])))
     *_, confused, weakest = write_report(tmp_path).tables
-    assert confused == [["class", "taken for", "images"], ["class 999", "class 7", "3"]]
-    assert weakest[:3] == [["class", "right"], ["class 999", "0 of 3"], ["class 0", "3 of 3"]]
+    assert confused == [["class", "predicted as", "images"], ["class 999", "class 7", "3"]]
+    assert weakest[:3] == [["class", "correct"], ["class 999", "0 of 3"], ["class 0", "3 of 3"]]
     assert len(weakest) == 21
     assert (tmp_path / "out" / "report.html").stat().st_size < 50_000
 
