@@ -1,4 +1,4 @@
-"""Looks at everything that a job needs before one is started: one line a finding, and how to mend what is wrong."""
+"""Check everything that a job needs before one is started: one line for each finding, and how to fix what is wrong."""
 
 import os
 import platform
@@ -19,22 +19,22 @@ from trainer.runtime.markdown import format_count
 
 _PACKAGES = ("ray", "tensorflow", "tf_keras", "pyarrow", "s3fs")
 _PYTHON = ((3, 11), (3, 14))
-# A dataset and Ray's own objects need more than this before long.
+# A dataset and Ray's objects soon need more than this.
 _LEAST_DISK_GIB = 2.0
 _NODE_SECONDS = 120.0
 _NO_NODE = "start a node that has CPUs, or give --wait SECONDS where the cluster grows by itself"
-# How Ray begins its RuntimeError on a node that lacks this project.
+# Start of the RuntimeError that Ray raises for a node that lacks this project.
 _NOT_IMPORTED = "The remote function failed to import"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     found: str
     fix: str = ""
-    """What to do about it; empty where nothing is wrong."""
+    """How to fix it; empty if nothing is wrong."""
 
     def __str__(self) -> str:
         verdict, fix = ("wrong", f"; {self.fix}") if self.fix else ("ok   ", "")
@@ -43,22 +43,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node says of itself."""
+    """What a node reports about itself."""
 
     python: str
     packages: dict[str, str]
     keras: str
-    """Package that ``tf.keras`` is."""
+    """Package that provides ``tf.keras``."""
     gpus: int
-    """That TensorFlow can use."""
+    """Number of GPUs that TensorFlow can use."""
     free_gib: dict[str, float]
-    """Of the folders that a job fills."""
+    """Free disk space in GiB, by folder that jobs write to."""
     storage_error: str
     cache_error: str = ""
 
 
 def check_packages() -> list[Finding]:
-    """Returns what is wrong with this Python and its packages, without importing them."""
+    """Check this Python and its packages, without importing them."""
     found = platform.python_version()
     (low, high) = _PYTHON
     fits = low <= tuple(map(int, platform.python_version_tuple()[:2])) < high
@@ -82,11 +82,11 @@ def check_packages() -> list[Finding]:
 
 
 def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
-    """Returns what is wrong with the connected cluster, looked at on every node.
+    """Check the connected cluster, on every node.
 
     Args:
-        storage_uri: where runs go.
-        resources: of the cluster.
+        storage_uri: storage for runs.
+        resources: resources of the cluster.
     """
     uri = storage.resolve_uri(storage_uri)
     works = resources.num_cpus >= 1
@@ -119,12 +119,12 @@ def check_cluster(storage_uri: str, resources: Resources) -> list[Finding]:
 
 
 def explain_silence(name: str, error: ray.exceptions.RayError, gpus: int) -> Finding:
-    """Returns why a node has said nothing of itself.
+    """Explain why a node did not report.
 
     Args:
-        name: of the node.
-        error: in place of its report.
-        gpus: that Ray counts there.
+        name: name of the node.
+        error: error that Ray raised instead of the report.
+        gpus: number of GPUs that Ray counts on the node.
     """
     look_there = "look at Ray's logs there"
     if isinstance(error, ray.exceptions.GetTimeoutError):
@@ -140,11 +140,11 @@ def explain_silence(name: str, error: ray.exceptions.RayError, gpus: int) -> Fin
 
 
 def inspect_node(uri: str) -> NodeReport:
-    """Returns what the node that this runs on says of itself."""
+    """Return the report of the node that this runs on."""
     import tensorflow as tf
 
     folders = [Path(tempfile.gettempdir())]
-    # This node may be the one that cannot reach it.
+    # Check again from here: this may be the node that cannot reach the storage.
     os.environ.pop(storage.ANSWERED_VARIABLE, None)
     storage_error = cache_error = ""
     try:
@@ -167,13 +167,13 @@ def inspect_node(uri: str) -> NodeReport:
 
 
 def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: int) -> list[Finding]:
-    """Returns what is wrong with a node.
+    """Check the report of a node; return its problems, or one finding that says that it is well.
 
     Args:
-        name: of the node.
-        report: of the node.
-        versions: of the driver's packages, which the node must have too.
-        gpus: that Ray counts there.
+        name: name of the node.
+        report: report of the node.
+        versions: versions of the driver's packages, which the node must have too.
+        gpus: number of GPUs that Ray counts on the node.
     """
     others = {one: number for one, number in report.packages.items() if versions.get(one) != number}
     full = {folder: free for folder, free in report.free_gib.items() if free < _LEAST_DISK_GIB}

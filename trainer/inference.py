@@ -1,4 +1,4 @@
-"""Uses the best checkpoint of a finished run: evaluates it on a split, or predicts images."""
+"""Use the best checkpoint of a finished run: evaluate it on a split, or predict images."""
 
 import itertools
 from collections import Counter
@@ -28,30 +28,30 @@ from trainer.workers.groups import call_in_worker
 
 # The underscore hides it from readers of the folder as one Parquet dataset.
 SUMMARY_NAME = "_summary.json"
-# A name that no source has: replacing predictions never deletes images.
+# No source has files of this name, so that replacing predictions never deletes images.
 _FILE_PREFIX = "predictions-"
 _ROWS_PER_FILE = 10_000
-# Of the probabilities of a file, so fewer rows of many classes.
+# Largest size of the probabilities in a file: with many classes a file has fewer rows.
 _BYTES_PER_FILE = 128 * 2**20
 
 
 class PredictionSummary(Record):
-    """What ``_summary.json`` holds."""
+    """Contents of ``_summary.json``."""
 
     run: str
     checkpoint: str
     class_names: list[str]
     images: int
     rejected: dict[str, int]
-    """Number of images by the reason why they could not be decoded."""
+    """Number of images that could not be decoded, by reason."""
     labelled: int
-    """Images that were predicted and have a class that the run knows."""
+    """Images that were predicted and whose label is a class of the run."""
     correct: int
-    """Of the labelled ones."""
+    """Labeled images that were predicted correctly."""
 
 
 def read_finished_run(uri: str) -> tuple[RunFolder, TrainConfig, RunResult]:
-    """Returns a run that has a result.
+    """Read a run that has a result.
 
     Raises:
         InputError: there is no such run, or it is not finished.
@@ -67,7 +67,7 @@ def read_finished_run(uri: str) -> tuple[RunFolder, TrainConfig, RunResult]:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """An evaluation of which all is known to be there, and to be allowed, before anything is started."""
+    """An evaluation whose inputs and output have been checked before anything is started."""
 
     run: RunFolder
     config: TrainConfig
@@ -76,25 +76,25 @@ class EvaluationRequest:
     checkpoint: Checkpoint
     split: SplitName
     dataset: str
-    """URI of the prepared dataset that is evaluated on."""
+    """URI of the prepared dataset to evaluate on."""
     manifest: Manifest
-    """Of that dataset."""
+    """Manifest of that dataset."""
     output: str
-    """URI of the folder that the figures and predictions go to."""
+    """URI of the folder for the metrics and predictions."""
 
 
 def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: str = "") -> EvaluationRequest:
-    """Check all that an evaluation of the best checkpoint of a run needs.
+    """Check everything that an evaluation of the best checkpoint of a run needs.
 
     Args:
-        uri: of the run, which is only read.
-        split: one of the dataset.
+        uri: URI of the run, which is only read.
+        split: split to evaluate on.
         dataset: URI of another prepared dataset; empty for the run's own.
         output: folder or s3:// prefix; empty for the folder evaluations of the run.
 
     Raises:
-        InputError: the run is not finished or its checkpoint is gone, or the dataset does not fit it, or the output
-            cannot be written.
+        InputError: the run is not finished or its checkpoint is gone, or the dataset does not match it, or the
+            output cannot be written.
     """
     run, config, result = read_finished_run(uri)
     checkpoint = checkpoints.find_named(run.checkpoints, result.best_checkpoint)
@@ -114,10 +114,10 @@ def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: st
 
 
 def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[EvaluationResult, pa.Table]:
-    """Evaluate a run over every row of a split once, and return the figures and a row of predictions an image.
+    """Evaluate a run on every row of a split once, and return the metrics and one row of predictions per image.
 
-    With the run's own dataset and split val, the figures are exactly those of its result on the same kind of machine:
-    batch size, precision and computation are the same. Nothing is written but that the test split has been read.
+    With the run's own dataset and split val, the metrics are exactly those of its result on the same kind of machine:
+    batch size, precision and computation are the same. Nothing is written except that the test split has been read.
 
     Raises:
         InputError: a file of the checkpoint or the dataset is damaged.
@@ -130,14 +130,14 @@ def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[Eval
 
 
 def save_evaluation(request: EvaluationRequest, evaluation: EvaluationResult, predictions: pa.Table) -> None:
-    """Write what `evaluate_run` has found to the output."""
+    """Write the metrics and predictions of `evaluate_run` to the output."""
     name = f"{request.split}-{request.manifest.fingerprint[:12]}"
     storage.write_bytes(storage.join(request.output, f"{name}.parquet"), storage.parquet_bytes(predictions))
     storage.write_bytes(storage.join(request.output, f"{name}.json"), evaluation.to_json())
 
 
 def describe_test_reads(request: EvaluationRequest) -> str:
-    """Say how often the test split has been read for a run, as far as that could be recorded."""
+    """Describe how often the test split has been read for a run, as far as that could be recorded."""
     text = request.run.describe_test_reads()
     if elsewhere := RunFolder(request.output).count_test_reads():
         reads = format_count(elsewhere, "time")
@@ -146,7 +146,7 @@ def describe_test_reads(request: EvaluationRequest) -> str:
 
 
 def _record_test_read(request: EvaluationRequest) -> None:
-    """Record in the run that its test split is read, or beside the figures where the run may only be read."""
+    """Record in the run that its test split is read; if the run is read-only, record it in the output."""
     try:
         request.run.record_test_read("evaluate.py")
     except InputError:
@@ -155,7 +155,7 @@ def _record_test_read(request: EvaluationRequest) -> None:
 
 def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
     fields = ["image_size", "channels"]
-    # Either has none: 8 bits a pixel, which mean the same in both.
+    # Without a value range images have 8 bits per pixel, which mean the same in any dataset.
     if manifest.value_range and trained_on.value_range:
         fields.append("value_range")
     for name in fields:
@@ -174,7 +174,7 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
 
 
 def _evaluate(request: EvaluationRequest) -> pa.Table:
-    # In a worker: the driver must not import TensorFlow.
+    # Runs in a worker: the driver must not import TensorFlow.
     from trainer.training.step import build_network_for_evaluation, compile_eval_step
 
     config, trained_on = request.config, request.trained_on
@@ -189,18 +189,18 @@ def _evaluate(request: EvaluationRequest) -> pa.Table:
 
 
 def check_output(output: str, *, overwrite: bool = False) -> str:
-    """Return the URI of a place for predictions, which can be written and has none, or those of an interrupted job.
+    """Return the URI to write predictions to: a folder that is empty or has those of an interrupted job.
 
     Args:
         output: folder or s3:// prefix.
-        overwrite: whether it may hold predictions and other files.
+        overwrite: allow a folder that has predictions or other files.
 
     Raises:
-        InputError: it is not empty, or cannot be written.
+        InputError: the folder is not empty, or cannot be written.
     """
     uri = storage.resolve_uri(output)
     found = storage.find_files(uri)
-    # Without its summary, which is written last, a prediction was interrupted.
+    # Predictions without the summary, which is written last, were interrupted.
     interrupted = SUMMARY_NAME not in found and all(name.startswith(_FILE_PREFIX) for name in found)
     if found and not overwrite and not interrupted:
         raise InputError(
@@ -220,20 +220,20 @@ def predict_images(
     batch_size: int = 64,
     on_event: OnEvent = ignore_event,
 ) -> PredictionSummary:
-    """Writes what a run's best weights say of each image, as Parquet files and a summary, which is written last.
+    """Write the predictions of a run's best weights as Parquet files, and a summary, which is written last.
 
-    The columns are path, label (null where there is none), predicted (null where the image could not be decoded),
-    confidence, probabilities (float32 ``[num_classes]``, by class_names) and error (null, or why it could not be
-    decoded).
+    The columns are path, label (null if there is none), predicted (null if the image could not be decoded),
+    confidence, probabilities (float32 ``[num_classes]``, in the order of class_names) and error (null, or why the image
+    could not be decoded).
 
     Args:
         images: a `ray.data.Dataset` with the columns of `data_prep.images.read_images`, of the run's size and channels.
-        num_images: how many there are, to tell of progress.
-        uri: of the run.
-        output: from `check_output`, whose earlier predictions are deleted.
-        resources: of the cluster; one network is loaded a GPU, or one in all.
-        batch_size: images that go through the network together.
-        on_event: told about predicted images.
+        num_images: number of images, to report progress.
+        uri: URI of the run.
+        output: URI from `check_output`; earlier predictions there are deleted.
+        resources: resources of the cluster; one network is loaded per GPU, or one without GPUs.
+        batch_size: number of images that go through the network together.
+        on_event: called with the progress.
 
     Raises:
         InputError: the run is not finished or its checkpoint is gone.
@@ -241,7 +241,7 @@ def predict_images(
     """
     run, _, result = read_finished_run(uri)
     checkpoints.find_named(run.checkpoints, result.best_checkpoint)
-    # The summary first: without it a prediction is an interrupted one.
+    # Delete the summary first: without it, predictions count as interrupted.
     for name in (SUMMARY_NAME, *storage.find_files(output)):
         if name == SUMMARY_NAME or name.startswith(_FILE_PREFIX):
             storage.delete_file(storage.join(output, name))
@@ -251,7 +251,7 @@ def predict_images(
         fn_constructor_args=(run.uri, class_names),
         batch_size=batch_size,
         concurrency=max(1, resources.num_gpus),
-        # No core of its own: it must not keep the decoders from running on a small machine.
+        # Reserve no core: on a small machine the decoders need it.
         num_cpus=0,
         num_gpus=min(1, resources.num_gpus),
     )
@@ -286,7 +286,7 @@ def _iterate(predicted: Any, rows: int) -> Iterator[pa.Table]:
     try:
         yield from predicted.iter_batches(batch_size=rows, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
-        # Ray keeps the task's own error as text only, above its own.
+        # Ray keeps the error of the task only as text, above its own message.
         own = str(error).partition("\n\n")[0].splitlines()[-1]
         raise JobError(f"a task of Ray Data failed: {own}; start it again with --overwrite") from error
 

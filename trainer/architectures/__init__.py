@@ -1,7 +1,7 @@
-"""The registry of architectures: a literal table from the name to how the network is built.
+"""The registry of architectures: a table from the name to how the network is built.
 
-Importing this package does not import TensorFlow, so that arguments are checked at once. The families import Keras
-inside their build functions for the same reason.
+Importing this package does not import TensorFlow, so that arguments are checked at once. For the same reason the
+families import Keras inside their build functions.
 """
 
 import inspect
@@ -18,13 +18,13 @@ from trainer.architectures.vgg import build_vgg
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One architecture: a family's build function and the data that makes it this variant."""
+    """One architecture: the build function of a family, and the arguments that make it this variant."""
 
     build: Callable[..., Any]
     """``build(image_size, channels, num_classes, **arguments)`` returns a `tf_keras.Model` from float32
     ``[batch, image_size, image_size, channels]`` to float32 logits ``[batch, num_classes]``."""
     min_image_size: int
-    """Smallest height and width in pixels that leaves every layer at least one pixel, padding not counted."""
+    """Smallest height and width in pixels that leave every layer at least one pixel, not counting padding."""
     source: str
     head: Literal["softmax", "sigmoid"] = "softmax"
     """The activation that turns logits into the scores of an export. Training uses the logits: Keras does the same
@@ -78,27 +78,27 @@ ARCHITECTURES: Mapping[str, ModelSpec] = {
 def build_model(
     arch: str, image_size: int, channels: int, num_classes: int, arguments: Mapping[str, Any] | None = None
 ) -> Any:
-    """Returns a new `tf_keras.Model` from float32 ``[batch, image_size, image_size, channels]`` to float32 logits.
+    """Build a new `tf_keras.Model` from float32 ``[batch, image_size, image_size, channels]`` to float32 logits.
 
     Args:
         arch: a key of ARCHITECTURES.
         image_size: height and width of the input in pixels.
         channels: 1 or 3.
         num_classes: width of the last layer.
-        arguments: of the family, in place of the architecture's own; see `family_arguments`.
+        arguments: arguments of the family that replace the architecture's own; see `family_arguments`.
     """
     spec = ARCHITECTURES[arch]
     return spec.build(image_size, channels, num_classes, **{**spec.arguments, **(arguments or {})})
 
 
 def family_arguments(arch: str) -> dict[str, Any]:
-    """Returns the type of what can be set besides the architecture's name, such as ``width`` or ``dropout``."""
+    """Return the types of the arguments of an architecture's family, such as ``width`` or ``dropout``, by name."""
     parameters = inspect.signature(ARCHITECTURES[arch].build).parameters.values()
     return {one.name: one.annotation for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def count_parameters(arch: str, image_size: int, channels: int, num_classes: int) -> int:
-    """Returns the number of weights, trainable or not, without allocating any."""
+    """Return the number of weights, trainable or not, without allocating any."""
     import tensorflow as tf
 
     # In a graph of its own a variable is only a symbol: VGG19 is counted without its 558 MB.

@@ -1,7 +1,7 @@
-"""AlexNet (Krizhevsky, Sutskever, Hinton 2012, section 3.5) as the training notes wrote it.
+"""AlexNet (Krizhevsky, Sutskever, Hinton 2012, section 3.5) as in the training notes.
 
-Departures from the paper, all from the notes: BatchNorm after each convolution in place of local response
-normalisation after the first two, and no split of the layers over two GPUs.
+The notes differ from the paper: BatchNorm after each convolution in place of local response
+normalization after the first two, and the layers are not split over two GPUs.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def build_alexnet(
     kernel_initializer: str = "glorot_uniform",
     batch_norm_momentum: Fraction = 0.99,
 ) -> Any:
-    """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
+    """Build a `tf_keras.Model` that returns logits ``[batch, num_classes]``.
 
     Args:
         image_size: height and width of the input in pixels, 67 or more.
@@ -38,9 +38,9 @@ def build_alexnet(
         width: factor on the filters of every convolution; 1 is the paper's.
         dense_units: width of the two hidden dense layers.
         dropout: fraction of the dense units that is dropped in training.
-        kernel_initializer: of all layers but the last; the notes' is Keras' default.
-        batch_norm_momentum: of the moving averages; 0.99, Keras' default and so the notes', needs hundreds of steps
-            before the averages are those of the data.
+        kernel_initializer: initializer of all layers except the last; the notes use the default of Keras.
+        batch_norm_momentum: momentum of the moving averages of BatchNorm; with 0.99, the default of Keras and so of the
+            notes, the averages need hundreds of steps to reach those of the data.
     """
     from tf_keras import Input, Sequential, layers
 
@@ -57,7 +57,7 @@ def build_alexnet(
                 name=f"conv{block}",
             )
         )
-        # Statistics over the global batch: the result does not depend on how many workers share it.
+        # Statistics over the global batch, so that the result does not depend on how many workers share it.
         model.add(layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name=f"batch_norm{block}"))
         if pooled:
             model.add(layers.MaxPooling2D(3, 2, name=f"pool{block}"))

@@ -1,10 +1,10 @@
-"""What several families are made of."""
+"""Building blocks that several families share."""
 
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
-# What an argument of a family may be; checked before any worker starts.
+# Allowed values of the families' arguments, checked before any worker starts.
 Count = Annotated[int, Ge(1)]
 Width = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -21,11 +21,11 @@ def convolution(
     batch_norm: bool = False,
     batch_norm_momentum: Fraction = 0.9,
 ) -> list[Any]:
-    """Returns the layers of a convolution with ReLU, to be applied one after another.
+    """Return the layers of a convolution with ReLU, to be applied one after another.
 
-    With ``batch_norm`` they are convolution, BatchNorm, ReLU (Ioffe & Szegedy 2015, section 3.2) and the convolution
-    has no bias, which BatchNorm would remove again. Statistics are over the global batch: the result does not depend on
-    how many workers share it.
+    With ``batch_norm`` they are convolution, BatchNorm and ReLU (Ioffe & Szegedy 2015, section 3.2). The convolution
+    then has no bias, which BatchNorm would cancel. Statistics are over the global batch, so that the result does not
+    depend on how many workers share it.
     """
     from tf_keras import layers
 
@@ -40,7 +40,7 @@ def convolution(
 
 
 def apply_layers(layers: list[Any], tensor: Any) -> Any:
-    """Returns the tensor behind layers that follow one another."""
+    """Apply layers one after another, and return the last output."""
     for layer in layers:
         tensor = layer(tensor)
     return tensor

@@ -18,7 +18,7 @@ def build_cnn(
     batch_norm: bool = False,
     batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
-    """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
+    """Build a `tf_keras.Model` that returns logits ``[batch, num_classes]``.
 
     Args:
         image_size: height and width of the input in pixels.
@@ -28,10 +28,10 @@ def build_cnn(
         first_filters: filters of the first convolution; the notes used as many as the image is wide, which is what
             None means.
         dense_units: width of the hidden dense layer.
-        dropout: fraction of the dense units that is dropped in training; the notes have no such layer, nor does 0.
-        kernel_initializer: of all layers but the last; the notes' is Keras' default.
-        batch_norm: normalise behind each convolution, which the notes did not.
-        batch_norm_momentum: of the moving averages.
+        dropout: fraction of the dense units that is dropped in training; 0, as in the notes, adds no such layer.
+        kernel_initializer: initializer of all layers except the last; the notes use the default of Keras.
+        batch_norm: add BatchNorm after each convolution, which the notes do not.
+        batch_norm_momentum: momentum of the moving averages of BatchNorm.
     """
     from tf_keras import Input, Sequential, layers
 

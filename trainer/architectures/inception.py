@@ -4,10 +4,10 @@ from typing import Any
 
 from trainer.architectures.blocks import Count, Fraction, Width, apply_layers, convolution
 
-# Filters of a module: 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection. Table 1 of the paper.
+# Filters of a module (table 1 of the paper): 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
 _INCEPTION_3A = (64, 96, 128, 16, 32, 32)
 _INCEPTION_3B = (128, 128, 192, 32, 96, 64)
-# The modules between two poolings.
+# The modules between two pooling layers.
 _STAGES: dict[str, dict[str, tuple[int, ...]]] = {
     "3": {"a": _INCEPTION_3A, "b": _INCEPTION_3B},
     "4": {
@@ -32,9 +32,9 @@ def build_googlenet(
     batch_norm: bool = False,
     batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
-    """Returns GoogLeNet (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, table 1) that gives logits.
+    """Build GoogLeNet (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, table 1), which returns logits.
 
-    Departures from the paper: no auxiliary classifiers and no local response normalisation.
+    Unlike the paper, it has no auxiliary classifiers and no local response normalization.
 
     Args:
         image_size: height and width of the input in pixels, 32 or more.
@@ -42,9 +42,9 @@ def build_googlenet(
         num_classes: width of the last layer.
         width: factor on the filters of every convolution; 1 is the paper's.
         dropout: fraction of the pooled features that is dropped in training.
-        kernel_initializer: of all convolutions.
-        batch_norm: normalise behind each convolution (Ioffe & Szegedy 2015), which the paper does not.
-        batch_norm_momentum: of the moving averages.
+        kernel_initializer: initializer of all convolutions.
+        batch_norm: add BatchNorm after each convolution (Ioffe & Szegedy 2015), which the paper does not.
+        batch_norm_momentum: momentum of the moving averages of BatchNorm.
     """
     from tf_keras import Input, Model, layers
 
@@ -98,9 +98,9 @@ def build_inception_notes(
     batch_norm: bool = False,
     batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
-    """Returns the notes' InceptionNet that gives logits ``[batch, num_classes]``.
+    """Build the InceptionNet of the notes, which returns logits ``[batch, num_classes]``.
 
-    It is kept as it stands in the notes: the layers of two modules one after another. Unlike GoogLeNet it has no
+    It is exactly as in the notes: the layers of two modules one after another. Unlike GoogLeNet it has no
     parallel branches and no concatenation, and nothing reduces the image before the last layer.
 
     Args:
@@ -108,10 +108,10 @@ def build_inception_notes(
         channels: 1 or 3.
         num_classes: width of the last layer.
         width: factor on the filters of every convolution; 1 is the notes'.
-        dropout: fraction of the last features that is dropped in training; the notes have no such layer, nor does 0.
-        kernel_initializer: of all convolutions; the notes' is Keras' default.
-        batch_norm: normalise behind each convolution, which the notes did not.
-        batch_norm_momentum: of the moving averages.
+        dropout: fraction of the last features that is dropped in training; 0, as in the notes, adds no such layer.
+        kernel_initializer: initializer of all convolutions; the notes use the default of Keras.
+        batch_norm: add BatchNorm after each convolution, which the notes do not.
+        batch_norm_momentum: momentum of the moving averages of BatchNorm.
     """
     from tf_keras import Input, Sequential, layers
 

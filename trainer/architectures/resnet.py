@@ -1,7 +1,7 @@
 """ResNet (He et al. 2015, https://arxiv.org/abs/1512.03385, table 1).
 
-Layers are named as in `tf_keras.applications`, so that its ResNet50 weight file can be loaded by layer. Where the
-stride of a bottleneck is, in its first 1x1 convolution, and that its convolutions have biases follow it too.
+Layers are named as in `tf_keras.applications`, so that its ResNet50 weight file can be loaded by layer. As
+there, the stride of a bottleneck is in its first 1x1 convolution, and its convolutions have biases.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def build_resnet(
     kernel_initializer: str = "glorot_uniform",
     batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
-    """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
+    """Build a `tf_keras.Model` that returns logits ``[batch, num_classes]``.
 
     Args:
         image_size: height and width of the input in pixels, 32 or more.
@@ -34,9 +34,10 @@ def build_resnet(
         bottleneck: blocks of three convolutions (figure 5, right) instead of two.
         convolution_bias: whether convolutions have biases, although BatchNorm follows.
         width: factor on the filters of every convolution; 1 is the paper's.
-        zero_init_residual: begin with blocks that pass on their input (Goyal et al. 2017, section 5.1).
-        kernel_initializer: of all convolutions.
-        batch_norm_momentum: of the moving averages.
+        zero_init_residual: start each block as its shortcut alone, by a last BatchNorm with zero scale (Goyal et al.
+            2017, section 5.1).
+        kernel_initializer: initializer of all convolutions.
+        batch_norm_momentum: momentum of the moving averages of BatchNorm.
     """
     from tf_keras import Input, Model, layers
 
@@ -51,7 +52,7 @@ def build_resnet(
         relu: bool = True,
         gamma_initializer: str = "ones",
     ) -> Any:
-        """Convolution and BatchNorm over the global batch."""
+        """Apply a convolution and BatchNorm over the global batch."""
         tensor = layers.Conv2D(
             filters,
             kernel,
@@ -89,7 +90,7 @@ def build_resnet(
         return layers.Activation("relu", name=f"{name}_out")(tensor)
 
     images = Input((image_size, image_size, channels), name="images")
-    # Padded on all sides alike, as the published weights expect; "same" pads an even image on two.
+    # The published weights expect equal padding on all sides; "same" pads an even image on two sides only.
     x = layers.ZeroPadding2D(3, name="conv1_pad")(images)
     x = convolve(x, round(64 * width), 7, "conv1", strides=2, padding="valid")
     x = layers.ZeroPadding2D(1, name="pool1_pad")(x)

@@ -3,12 +3,12 @@
 import inspect
 from typing import Any
 
-# Said by the position in the network, or the same for every layer.
+# Given by the position in the network, or the same for every layer.
 _NOT_SHOWN = {"name", "trainable", "dtype", "data_format", "axis"}
 
 
 def format_layers(model: Any) -> str:
-    """Returns one statement a layer, with the arguments that differ from Keras' defaults.
+    """Return one statement per layer, with the arguments that differ from the defaults of Keras.
 
     Args:
         model: a built `tf_keras.Model`. A chain of layers becomes a `Sequential`; any other network becomes calls of
@@ -43,7 +43,7 @@ def _format_call(layer: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a config value as one would write it: (3, 3) as 3, a serialised object by its name."""
+    """Return a config value as one would write it: (3, 3) as 3, and a serialized object as its name."""
     if value == "linear":
         return None
     if isinstance(value, list | tuple) and value and all(one == value[0] for one in value):

@@ -21,7 +21,7 @@ def build_vgg(
     batch_norm: bool = False,
     batch_norm_momentum: Fraction = 0.9,
 ) -> Any:
-    """Returns a `tf_keras.Model` that gives logits ``[batch, num_classes]``.
+    """Build a `tf_keras.Model` that returns logits ``[batch, num_classes]``.
 
     Args:
         image_size: height and width of the input in pixels, 32 or more.
@@ -31,9 +31,9 @@ def build_vgg(
         filters: filters of each block.
         dense_units: width of the two hidden dense layers.
         dropout: fraction of the dense units that is dropped in training.
-        kernel_initializer: of all layers but the last.
-        batch_norm: normalise behind each convolution, which the paper does not.
-        batch_norm_momentum: of the moving averages.
+        kernel_initializer: initializer of all layers except the last.
+        batch_norm: add BatchNorm after each convolution, which the paper does not.
+        batch_norm_momentum: momentum of the moving averages of BatchNorm.
     """
     from tf_keras import Input, Sequential, layers
 

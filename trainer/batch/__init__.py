@@ -1,1 +1,1 @@
-"""Batch sizes by measurement on the workers."""
+"""The batch size and precision of a run, found by measuring on the workers."""

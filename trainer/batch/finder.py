@@ -1,4 +1,4 @@
-"""Finds batch and precision by trials on the workers' own resources, and remembers what it found in the storage."""
+"""Find batch and precision by trials on the workers' own resources, and keep the measurements in the storage."""
 
 import hashlib
 import json
@@ -38,15 +38,15 @@ from trainer.runtime.markdown import format_count
 from trainer.training.job import TrialJob
 from trainer.workers.groups import WorkerCount, run_workers
 
-# By exception, or as a worker that is gone: killed by the kernel or by `trainer.training.devices.kill_beyond`.
+# An exception, or a worker that died: killed by the kernel or by `trainer.training.devices.kill_beyond`.
 _OUT_OF_MEMORY = (MemoryError, WorkerDiedError)
-# What the other workers say of one that is gone, by name: the driver does not import TensorFlow.
+# What the other workers raise when one dies, by name: the driver does not import TensorFlow.
 _LOST_PEER = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")
 _MOST_TRIALS = 8
 _FIRST_SIZE = 8
-# A cached table is used as long as the nodes have about the memory that it was measured with.
+# A cached table is used if the memory of the nodes differs by at most this share from when it was measured.
 _MEMORY_TOLERANCE = 0.1
-# What a training step takes neither time nor memory for.
+# Settings that change neither time nor memory of a training step.
 _NOT_IN_STEP = {
     "init_from",
     "tuned_batch_size",
@@ -70,20 +70,20 @@ def choose_batch(
     probe_again: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> BatchChoice:
-    """Returns the batch and the precision of a run, from the cache or by trials.
+    """Choose the batch and the precision of a run, from the cache or by trials.
 
     Args:
-        run: what is asked of the run.
-        manifest: of its dataset.
-        num_workers: that share the batch.
-        storage_uri: where tables are kept.
-        resources: of the cluster, which is connected.
-        probe_again: do not use the cache.
-        on_event: told of every size that is measured, and of the choice.
+        run: request for the run.
+        manifest: manifest of its dataset.
+        num_workers: number of workers that share the batch.
+        storage_uri: storage that keeps the tables.
+        resources: resources of the connected cluster.
+        probe_again: measure without using the cache.
+        on_event: called with every size that is measured, and with the choice.
 
     Raises:
-        BatchError: no batch fits, or not the one that was given.
-        JobError: the workers failed for another reason than memory.
+        BatchError: no batch fits, or the given one does not.
+        JobError: the workers failed for a reason other than memory.
     """
     if given := _given_choice(run.batch, num_workers):
         return given
@@ -106,12 +106,12 @@ def choose_batch(
 def recall_batch(
     run: RunRequest, manifest: Manifest, num_workers: int, storage_uri: str, resources: Resources
 ) -> BatchChoice | None:
-    """Find the batch of a run without trials: the given one, or that of a table in the storage; None where neither is.
+    """Find the batch of a run without trials: the given one, or the choice from a table in the storage, else None.
 
-    The arguments are those of `choose_batch`, which may still measure more sizes where the dataset has grown.
+    The arguments are those of `choose_batch`, which may still measure more sizes if the dataset has grown.
 
     Raises:
-        BatchError: no batch fits, or not the one that was given.
+        BatchError: no batch fits, or the given one does not.
     """
     if given := _given_choice(run.batch, num_workers):
         return given
@@ -120,7 +120,7 @@ def recall_batch(
 
 
 def trial_sizes(run: RunRequest, manifest: Manifest, num_workers: int) -> tuple[int, ...]:
-    """List the per-replica batch sizes that the first trial of each precision measures, ascending."""
+    """Return the per-replica batch sizes that the first trial of each precision measures, in ascending order."""
     if run.batch.given_size is not None:
         return (run.batch.given_size // num_workers,)
     rows = manifest.splits["train"].rows
@@ -152,7 +152,7 @@ def _choose(request: BatchRequest, table: BatchTable, manifest: Manifest) -> Bat
 def measure_size(
     run: RunRequest, manifest: Manifest, num_workers: int, size: int, precision: str, resources: Resources
 ) -> SizeMeasured | None:
-    """Returns what one per-replica size needs, in fresh processes; None where it runs out of memory."""
+    """Measure one per-replica batch size in fresh processes; return None if it runs out of memory."""
     finder = _Finder(run, manifest, num_workers, resources, ignore_event)
     finder.run_trial((size,), precision)
     return next(iter(finder.measured[precision]), None)
@@ -169,11 +169,11 @@ def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
 
 
 def table_uri(run: RunRequest, manifest: Manifest, num_workers: int, storage_uri: str, resources: Resources) -> str:
-    """Return where a table is kept: another place for all that it depends on, but for the rows of the dataset."""
+    """Return the URI of the table for a run: it depends on all that changes a step, but not on the number of images."""
     settings = run.settings.model_dump(exclude=_NOT_IN_STEP)
     key: dict[str, Any] = {
         "arch": run.arch,
-        # A step takes as long whatever a number is, unless it is zero and turns something off.
+        # The value of a float does not change the time of a step, unless it is zero and turns something off.
         **{name: bool(value) if isinstance(value, float) else value for name, value in settings.items()},
         "num_workers": num_workers,
         "image_size": manifest.image_size,
@@ -193,13 +193,13 @@ def _read_table(uri: str, resources: Resources) -> BatchTable | None:
     try:
         table = BatchTable.parse(storage.read_bytes(uri), uri)
     except (FileNotFoundError, RecordError):
-        return None  # of another version: measured anew
+        return None  # a table of another version is measured again
     change = abs(resources.node_memory_gib / table.node_memory_gib - 1)
     return table if change <= _MEMORY_TOLERANCE else None
 
 
 class _Finder:
-    """The state of one search."""
+    """State of one search."""
 
     def __init__(
         self, run: RunRequest, manifest: Manifest, num_workers: int, resources: Resources, on_event: OnEvent
@@ -209,24 +209,24 @@ class _Finder:
         self.measured: dict[str, tuple[SizeMeasured, ...]] = {}
         self._failed: dict[str, int] = {}
         self._losses: dict[str, tuple[float, ...]] = {}
-        # A worker may be killed before it says what it may use.
+        # A worker may be killed before it reports its limit.
         self._memory_limit_gib = run.batch.memory_limit_gib or math.inf
         self._chosen: tuple[str, str] | None = None
         self.trials = 0
 
     def use(self, table: BatchTable) -> None:
-        """Begins with what a table holds."""
+        """Start from the measurements of a table."""
         self.measured, self._failed, self.trials = dict(table.measurements), dict(table.failed), table.trials
         self._memory_limit_gib, self._chosen = table.memory_limit_gib, (table.precision, table.precision_reason)
 
     def find(self, most: int, sizes: tuple[int, ...]) -> BatchTable:
-        """Measures sizes in each precision that is asked for, then looks for the largest that fits in the best one."""
+        """Measure sizes in each requested precision, then search for the largest that fits in the best one."""
         if self._chosen is None:
             for precision in self._precisions():
                 self.run_trial(sizes, precision, compare_losses=True)
             self._chosen = self._choose_precision()
         precision, first = self._chosen[0], self.trials
-        # The most that a search may start; what a table from the cache still lacks is searched anew.
+        # The limit applies to the trials of this search, not to those of a table from the cache.
         while self.trials < first + _MOST_TRIALS - len(self.measured):
             size = next_size(self.measured[precision], self._failed.get(precision), most, self._memory_limit_gib)
             if size is None or self._request.global_batch_size == "knee" or self._request.given_size:
@@ -254,11 +254,11 @@ class _Finder:
     def _precisions(self) -> tuple[str, ...]:
         if self._request.precision != "auto":
             return (self._request.precision,)
-        # float16 has units of its own on GPUs only.
+        # Only GPUs have hardware for float16.
         return ("float32", "mixed_bfloat16", *(("mixed_float16",) if self._resources.num_gpus else ()))
 
     def run_trial(self, sizes: tuple[int, ...], precision: str, *, compare_losses: bool = False) -> None:
-        """Runs one group of fresh processes through some sizes, and keeps what they sent before they ended or died."""
+        """Measure some sizes in one group of fresh processes, and keep what they sent before they ended or died."""
         self.trials += 1
         seen: list[SizeMeasured] = []
 
@@ -296,7 +296,7 @@ class _Finder:
         except WorkersFailedError as error:
             if not _ran_out_of_memory(error):
                 raise JobError(f"a trial of batch sizes {sizes} failed: {error}") from error
-            # Seen in order; none failed where the workers died after the last one.
+            # Sizes are measured in order; if the workers died after the last one, none of them failed.
             if len(seen) < len(sizes):
                 failed = sizes[len(seen)]
                 self._failed[precision] = min(failed, self._failed.get(precision, failed))

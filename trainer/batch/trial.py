@@ -1,6 +1,6 @@
-"""One trial of batch sizes: real training steps in fresh worker processes, which memory may end at any time.
+"""One trial of batch sizes: real training steps in fresh worker processes, which may run out of memory at any time.
 
-What is learned is sent as events while it is learned, since a process that is killed returns nothing.
+Measurements are sent as events as soon as they are made, since a process that is killed returns nothing.
 """
 
 import time
@@ -28,20 +28,20 @@ from trainer.training.devices import (
 from trainer.training.job import TrialJob
 from trainer.training.step import STEP_LOSS, Network, build_network, compile_gather, compile_train_step
 
-# Losses of this many first steps say whether a precision trains like another.
+# Number of first steps whose losses show whether a precision trains like another.
 _LOSS_STEPS = 8
-# Timed steps of each kind: as many as fit into the seconds, at least one.
+# Timed steps with real and with synthetic input: as many as fit into the seconds, at least one.
 _MOST_TIMED_STEPS = 5
 _TIMED_SECONDS = 1.5
-# A size that would take longer than this, compilation aside, is left to a trial of its own.
+# A size that would take longer than this, without compilation, is left to a trial of its own.
 _LONGEST_SIZE_SECONDS = 20.0
 
 
 def run_trial(job: TrialJob, send_event: OnEvent) -> None:
-    """Measures each size in turn, as long as the next one promises to fit, to be quick and to be of use.
+    """Measure each size in turn, as long as the next one is expected to fit, to be fast enough and to be useful.
 
     Raises:
-        MemoryError: a size needs more memory than there is, and TensorFlow could say so.
+        MemoryError: a size needs more memory than there is, and TensorFlow reported it.
     """
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
@@ -52,7 +52,7 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> None:
         kill_beyond(limit)
     split = open_split(job.config.dataset, job.manifest, "train")
     trial = _Trial(job, split, rank, num_workers)
-    # All must stop at the same size.
+    # All workers must stop at the same size.
     limit = -float(trial.gather([[-limit]]).max())
     measured: list[SizeMeasured] = []
     for size in job.sizes:
@@ -80,11 +80,11 @@ def _promises_to_fit(measured: list[SizeMeasured], size: int, target_gib: float)
 
 
 class _Trial:
-    """A network that takes steps of any batch size."""
+    """A network that takes training steps of any batch size."""
 
     def __init__(self, job: TrialJob, split: ImageSplit, rank: int, num_workers: int) -> None:
         self._job, self._split, self._rank, self._num_workers = job, split, rank, num_workers
-        # At its full rate from the first step on, so that the losses move.
+        # The full learning rate from the first step on, so that the losses change.
         config = replace_values(
             job.config, schedule="constant", warmup_epochs=0.0, global_batch_size=job.sizes[0] * num_workers
         )
@@ -93,12 +93,12 @@ class _Trial:
         self._order = epoch_order(len(split), job.config.seed, 1)
 
     def first_losses(self, size: int) -> tuple[float, ...]:
-        """Returns the losses of the first steps from the seeded weights."""
+        """Return the losses of the first steps from the seeded weights."""
         step, batch_of_step = self._compile(size)
         return tuple(float(np.asarray(step(*batch_of_step(number)))[STEP_LOSS]) for number in range(_LOSS_STEPS))
 
     def measure(self, size: int) -> SizeMeasured:
-        """Returns time and memory of training steps: every number is that of the slowest or largest replica."""
+        """Measure time and memory of training steps; each number is the largest of all replicas."""
         step, batch_of_step = self._compile(size)
         reset_peak_memory()
         held = self._checkpoint_copy()
@@ -140,7 +140,7 @@ class _Trial:
         return step, batch_of_step
 
     def _checkpoint_copy(self) -> list[Any]:
-        """Returns what a checkpoint that is being written holds beside the network: on a CPU, in the same memory."""
+        """Return copies as large as those held while a checkpoint is written: on a CPU they take the same memory."""
         if has_gpu():
             return []
         network = self._network

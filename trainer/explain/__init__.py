@@ -1,1 +1,1 @@
-"""What a network looks at, and whether such maps mean anything."""
+"""Attribution maps of a network, and a test of whether they mean anything."""

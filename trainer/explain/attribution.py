@@ -1,7 +1,7 @@
-"""Attribution maps: which pixels of an image a network's score for a class comes from. Pure Keras.
+"""Attribution maps: which pixels of an image contribute to a network's score for a class. Pure Keras.
 
-A network takes float32 ``[batch, height, width, channels]``, with zero for "nothing to see" (the mean pixel), and gives
-logits ``[batch, num_classes]``. Every method returns float32 ``[batch, height, width]``.
+A network takes float32 ``[batch, height, width, channels]``, in which zero is the mean pixel, and returns logits
+``[batch, num_classes]``. Every method returns float32 ``[batch, height, width]``.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,13 +18,13 @@ Labels = npt.NDArray[np.int64]
 
 _INTEGRATION_STEPS = 32
 _NOISY_COPIES = 16
-# Of the range of an image's values (Smilkov et al. 2017, section 3.1).
+# Standard deviation of the noise, as a share of the range of an image's values (Smilkov et al. 2017, section 3.1).
 _NOISE_SHARE = 0.1
 _OCCLUDED_SHARE = 0.15
 
 
 def grad_cam(network: Any, images: Images, labels: Labels) -> Maps:
-    """Returns where the last feature map speaks for the class (Selvaraju et al. 2017, section 3); never negative.
+    """Return where the last feature map raises the class's logit (Selvaraju et al. 2017, section 3); never negative.
 
     Raises:
         ValueError: the network has no feature map.
@@ -33,7 +33,7 @@ def grad_cam(network: Any, images: Images, labels: Labels) -> Maps:
     model = keras.Model(network.inputs, [features, network.output])
     watched = tf.constant(images)
     with tf.GradientTape() as tape:
-        # What follows from the images is recorded, though no weight may be trainable.
+        # Record the operations on the images even if no weight is trainable.
         tape.watch(watched)
         activations, logits = model(watched, training=False)
         score = tf.reduce_sum(tf.gather(logits, labels, axis=1, batch_dims=1))
@@ -43,9 +43,9 @@ def grad_cam(network: Any, images: Images, labels: Labels) -> Maps:
 
 
 def integrated_gradients(network: Any, images: Images, labels: Labels) -> Maps:
-    """Returns each pixel's share of the class's logit above that of the zero image (Sundararajan et al. 2017).
+    """Return each pixel's share of the class's logit above that of the zero image (Sundararajan et al. 2017).
 
-    The shares of an image add up to that difference, up to the error of the trapezoid rule.
+    The shares of an image add up to that difference, within the error of the trapezoid rule.
     """
     total = np.zeros_like(images)
     for step in range(_INTEGRATION_STEPS + 1):
@@ -56,7 +56,7 @@ def integrated_gradients(network: Any, images: Images, labels: Labels) -> Maps:
 
 
 def smooth_grad(network: Any, images: Images, labels: Labels) -> Maps:
-    """Returns the size of the logit's gradient, averaged over noisy copies (Smilkov et al. 2017); never negative."""
+    """Return the size of the logit's gradient, averaged over noisy copies (Smilkov et al. 2017); never negative."""
     random = np.random.default_rng(0)
     spread = np.ptp(images, axis=(1, 2, 3), keepdims=True) * _NOISE_SHARE
     total = np.zeros_like(images)
@@ -68,7 +68,7 @@ def smooth_grad(network: Any, images: Images, labels: Labels) -> Maps:
 
 
 def occlusion(network: Any, images: Images, labels: Labels) -> Maps:
-    """Returns how far the logit falls when a square around the pixel is blanked (Zeiler & Fergus 2014, section 4.2)."""
+    """Return how far the logit falls when a square around the pixel is blanked (Zeiler & Fergus 2014, section 4.2)."""
     height, width = images.shape[1:3]
     side = max(1, round(_OCCLUDED_SHARE * height))
     stride = max(1, side // 2)
@@ -93,7 +93,7 @@ METHODS: Mapping[str, Callable[[Any, Images, Labels], Maps]] = {
 
 
 def find_last_features(network: Any) -> Any:
-    """Returns the symbolic output of the last layer that still has a height and a width.
+    """Return the symbolic output of the last layer that still has a height and a width.
 
     Raises:
         ValueError: there is none.
@@ -106,7 +106,7 @@ def find_last_features(network: Any) -> Any:
 
 
 def _gradients(network: Any, images: Images, labels: Labels) -> Images:
-    """Returns the gradient of each image's own logit, in the shape of the images."""
+    """Return the gradient of each image's own logit, in the shape of the images."""
     watched = tf.constant(images)
     with tf.GradientTape() as tape:
         tape.watch(watched)

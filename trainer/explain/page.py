@@ -1,4 +1,4 @@
-"""Shows what a run's network looks at: attribution maps, a test of whether they mean anything, and its first layer."""
+"""Explain a run's network: attribution maps, a test of whether they mean anything, and the first layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from trainer.runtime.html import Section, render_sections
 from trainer.training.dataset import open_split
 from trainer.workers.groups import call_in_worker
 
-# Of `trainer.explain.attribution.METHODS`, which takes TensorFlow to import.
+# The keys of `trainer.explain.attribution.METHODS`, which imports TensorFlow.
 METHOD_NAMES = ("grad_cam", "integrated_gradients", "smooth_grad", "occlusion")
 REPORT_NAME = "report.html"
 _SIGNIFICANCE = 0.05
@@ -28,21 +28,21 @@ _MOST_FILTERS = 64
 
 @dataclass(frozen=True)
 class ExplainedImage:
-    """An image whose maps are wanted."""
+    """An image to explain."""
 
     name: str
     pixels: npt.NDArray[np.uint8]
     """``[height, width, channels]``."""
     label: str = ""
-    """Its true class, where that is known."""
+    """Its true class; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is found out about a network."""
+    """Tests and page that explain a network."""
 
     tests: list[PerturbationTest]
-    """One a method."""
+    """One for each method."""
     page: str
     """HTML, with its pictures inside."""
     pictures: dict[str, bytes]
@@ -50,7 +50,7 @@ class Explanation:
 
 
 def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
-    """Returns the validation images that a finished run predicts worst, by loss.
+    """Return the ``count`` validation images with the highest loss in a finished run.
 
     Raises:
         InputError: the run is not finished, or its dataset or predictions are gone.
@@ -76,14 +76,14 @@ def explain_run(
     *,
     tested_images: int = 64,
 ) -> Explanation:
-    """Return maps of some images and the test of each method, which are written by `save_explanation`.
+    """Compute maps of some images and test each method; `save_explanation` writes the result.
 
     Args:
-        uri: of a finished run.
-        images: of the run's size and channels.
-        methods: some of METHOD_NAMES; none for all.
-        resources: of the cluster, which is connected.
-        tested_images: of the validation split, drawn with a fixed seed, that the methods are tested on.
+        uri: URI of a finished run.
+        images: images of the run's size and channels.
+        methods: some of METHOD_NAMES; empty for all.
+        resources: resources of the connected cluster.
+        tested_images: number of validation images, drawn with a fixed seed, that the methods are tested on.
 
     Raises:
         InputError: the run is not finished, or its model or its dataset is gone, or a method is unknown.
@@ -98,16 +98,16 @@ def explain_run(
 
 
 def check_output(uri: str, output: str) -> str:
-    """Return the URI of a place for an explanation that can be written: ``output``, or else a folder of the run.
+    """Return the URI to write an explanation to: ``output``, or the folder explanations of the run if that is empty.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the folder cannot be written.
     """
     return storage.choose_output(output, storage.join(storage.resolve_uri(uri), "explanations"))
 
 
 def save_explanation(explanation: Explanation, output: str) -> str:
-    """Write the pictures and the page below a URI, and return that of the page."""
+    """Write the pictures and the page below a URI, and return the URI of the page."""
     for name, content in explanation.pictures.items():
         storage.write_bytes(storage.join(output, f"{name}.png"), content)
     report = storage.join(output, REPORT_NAME)
@@ -116,7 +116,7 @@ def save_explanation(explanation: Explanation, output: str) -> str:
 
 
 def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], tested_images: int) -> Explanation:
-    # In a worker: the driver must not import TensorFlow.
+    # Runs in a worker: the driver must not import TensorFlow.
     from trainer.explain.attribution import METHODS
 
     run, config, _ = read_finished_run(uri)
@@ -167,7 +167,7 @@ def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str],
 
 
 class _Network:
-    """The best weights of a run, taken apart into the scaling of pixels and the network that gives logits."""
+    """The exported network of a run, split into the scaling of pixels, the layers up to the logits, and the scores."""
 
     def __init__(self, run: RunFolder) -> None:
         from trainer.training.export import load_export
@@ -175,20 +175,20 @@ class _Network:
         _, self._scaling, self.logits, self._head = load_export(run).layers
 
     def scale(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Returns images as the network sees them."""
+        """Return images as the network sees them, scaled to float32."""
         return np.asarray(self._scaling(pixels.astype(np.float32)), np.float32)
 
     def predict(self, images: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Returns the class that each image is taken for, and the score."""
+        """Return the predicted class of each image, and its score."""
         scores = self._scores(images)
         return scores.argmax(axis=1), scores.max(axis=1)
 
     def score(self, images: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Returns the score of one class of each image."""
+        """Return the score of one class for each image."""
         return self._scores(images)[np.arange(len(labels)), labels]
 
     def draw_first_layer(self, images: npt.NDArray[np.float32]) -> dict[str, Figure]:
-        """Draws the kernels of the first convolution, and what they make of the first image."""
+        """Draw the kernels of the first convolution, and their activations for the first image."""
         import tf_keras
 
         layer = next((one for one in self.logits.layers if isinstance(one, tf_keras.layers.Conv2D)), None)
@@ -210,10 +210,10 @@ def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any]) -> Figure:
     first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     first.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
     first.set_title("image", fontsize=9)
-    grey = pixels.mean(axis=-1)
+    gray = pixels.mean(axis=-1)
     for axes, (name, values) in zip(others, maps.items(), strict=True):
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        # One outlier must not wash out the rest.
+        axes.imshow(gray, cmap="gray", vmin=0, vmax=255)
+        # A percentile, so that one outlier does not wash out the rest.
         limit = max(float(np.percentile(np.abs(values), 99)), 1e-12)
         axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
         axes.set_title(name, fontsize=9)

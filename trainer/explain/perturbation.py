@@ -1,7 +1,7 @@
-"""Whether attribution maps predict what a network does: the cells that they mark are blanked, and random ones.
+"""A test of whether attribution maps predict what a network does: marked cells are blanked, and random ones.
 
-Complete and linear methods of attribution can fail to do better than guessing at this (Bilodeau et al. 2024,
-"Impossibility theorems for feature attribution"), so it is tested for each network and each method.
+Complete and linear attribution methods can be no better than guessing at this (Bilodeau et al. 2024, "Impossibility
+theorems for feature attribution"), so each method is tested for each network.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,25 @@ _RANDOM_DRAWS = 8
 
 @dataclass(frozen=True)
 class PerturbationTest:
-    """The outcome for one method."""
+    """The result for one method."""
 
     method: str
     wins: int
-    """Images whose score falls more without the marked cells than without random ones."""
+    """Images whose score falls more when the marked cells are blanked than when random ones are."""
     images: int
-    """Without ties."""
+    """Images tested, without ties."""
     marked_fall: float
-    """Mean fall of the class's probability without the marked cells."""
+    """Mean fall of the class's probability when the marked cells are blanked."""
     random_fall: float
+    """Mean fall of the class's probability when as many random cells are blanked."""
     p_value: float
-    """Of as many wins or more if the marks were random: exact, one-sided."""
+    """Probability of at least as many wins if the marks were random: exact, one-sided."""
     threshold: float
-    """Below which the p-value counts."""
+    """The p-value below which the method passes."""
 
     @property
     def passed(self) -> bool:
-        """Whether the maps predict the network's behaviour better than chance."""
+        """Whether the maps predict the network's behavior better than chance."""
         return self.p_value < self.threshold
 
     def __str__(self) -> str:
@@ -59,14 +60,14 @@ def check_attribution(
     score: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
     threshold: float = 0.05,
 ) -> PerturbationTest:
-    """Returns whether blanking what the maps mark lowers the scores more than blanking as much at random.
+    """Test whether blanking the cells that the maps mark lowers the scores more than blanking as many at random.
 
     Args:
-        method: name of what made the maps.
+        method: name of the method that made the maps.
         maps: float32 ``[images, height, width]``.
-        images: float32 ``[images, height, width, channels]``, zero where there is nothing to see.
-        score: gives each image's score, float32 ``[images]``.
-        threshold: of the p-value; smaller where several methods are tested.
+        images: float32 ``[images, height, width, channels]``; zero is the mean pixel.
+        score: returns the score of each image, float32 ``[images]``.
+        threshold: the p-value below which the method passes; smaller if several methods are tested.
     """
     from scipy.stats import binomtest
 

@@ -1,1 +1,1 @@
-"""What is said about runs: notes, report, pictures and findings."""
+"""Notes, report, plots and findings about runs."""

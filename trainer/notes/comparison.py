@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.runtime.markdown import format_count
 
-# Rarer than this by chance is called a difference.
+# A difference that is rarer than this by chance counts.
 _SIGNIFICANCE = 0.05
 
 
@@ -16,14 +16,14 @@ class Comparison(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     first_only: int
-    """Images that only the first run told right."""
+    """Images that only the first run classified correctly."""
     second_only: int
-    """Images that only the second run told right."""
+    """Images that only the second run classified correctly."""
     total: int
     p_value: float
 
     def describe(self, first: str, second: str) -> str:
-        """Returns the verdict in words, given the names of the runs."""
+        """Return the verdict in words, given the names of the runs."""
         counts = (
             f"correct only in {first}: {self.first_only}, only in {second}: {self.second_only}; p = {self.p_value:.2g}"
         )
@@ -35,14 +35,14 @@ class Comparison(BaseModel):
 
 
 def compare_predictions(first: pa.Table, second: pa.Table) -> Comparison:
-    """Returns the exact test of McNemar (1947) on two runs' predictions of the same images in the same order.
+    """Apply the exact test of McNemar (1947) to two runs' predictions of the same images in the same order.
 
-    Only images that one of them told right and the other did not count: if the runs were equally good, each would be as
-    likely to be on either side.
+    Only images that exactly one of the runs classified correctly count: if the runs were equally good, each such image
+    would be as likely to be on either side.
 
     Args:
-        first: columns label and predicted.
-        second: the same, of the other run.
+        first: columns label and predicted of one run.
+        second: the same columns of the other run, in the same order.
     """
     from scipy.stats import binomtest
 

@@ -1,4 +1,4 @@
-"""What the numbers of a run say about it, in words: one line a finding, with its evidence and what to try."""
+"""Findings from the metrics of a run: one line for each, with its evidence and what to try."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from trainer.record.evaluation_result import EvaluationResult
 
 History = Sequence[dict[str, float]]
 
-# A loss this close to that of guessing by class frequency has learned nothing from the images.
+# With a loss this close to that of guessing by class frequency, nothing was learned from the images.
 _CHANCE_LOSS_SHARE = 0.95
 # Relative rise of the validation loss over its lowest value that is more than noise between epochs.
 _OVERFITTING_RISE = 0.15
-# Relative fall of the validation loss over the last quarter of the epochs that promises more.
+# Relative fall of the validation loss over the last quarter of the epochs that suggests more epochs.
 _STILL_FALLING = 0.05
-# A change of the validation loss, in nats, that changes no answer: a loss near zero moves by large factors.
+# A change of the validation loss, in nats, too small to matter: a loss near zero changes by large factors.
 _NEGLIGIBLE_CHANGE = 0.02
-# Trends are not read from fewer epochs.
+# Trends are not judged from fewer epochs.
 _LEAST_EPOCHS = 8
 
 
 def find_symptoms(history: History, val: EvaluationResult, reason: str = "") -> list[str]:
-    """Returns one line for each symptom: a run without any trained as it should.
+    """Return one line for each symptom of a run; none if it trained as it should.
 
     Args:
-        history: one row of metrics an epoch.
+        history: one row of metrics per epoch.
         val: evaluation of the best checkpoint.
         reason: why the run ended early; empty if it did not.
     """
@@ -105,7 +105,7 @@ def _saturated_early(history: History) -> str:
 
 
 def _unsteady(history: History, val: EvaluationResult) -> str:
-    """Tuning playbook: high step-to-step variance late in training."""
+    """Describe a validation accuracy that varies late in training, as the tuning playbook advises to look for."""
     late = [row["val_accuracy"] for row in history[-(len(history) // 4) :]]
     spread = max(late) - min(late)
     sampling_error = (val.accuracy * (1 - val.accuracy) / val.total) ** 0.5

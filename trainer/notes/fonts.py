@@ -1,4 +1,4 @@
-"""Fonts for names in any script: those of this machine that a picture takes, and the characters that none has."""
+"""Fonts for names in any script: which fonts of this machine a picture uses, and which characters none of them has."""
 
 import contextlib
 import warnings
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import matplotlib
 from matplotlib import font_manager
 
-# Matplotlib's own, with a box in place of every character.
+# Matplotlib's own font, which has a box for every character.
 _PLACEHOLDER = "Last Resort"
 
 
 @contextlib.contextmanager
 def fonts_for(text: str) -> Iterator[str]:
-    """Make pictures with fonts that have the characters of a text, and yield those that no font of this machine has.
+    """Use fonts that have the characters of a text, and yield the characters that no font of this machine has.
 
-    Both the labels and the file of a picture have to be made within the context. Matplotlib's warning for each missing
-    glyph and picture is kept back: `trainer.runtime.events.GlyphsMissing` says it once.
+    Both the labels and the file of a picture must be made within the context. Matplotlib's warning for each missing
+    glyph and picture is suppressed: `trainer.runtime.events.GlyphsMissing` reports them once.
     """
     families, missing = _find_families(text)
     with warnings.catch_warnings(), matplotlib.rc_context({"font.family": families}):
@@ -25,7 +25,7 @@ def fonts_for(text: str) -> Iterator[str]:
 
 
 def _find_families(text: str) -> tuple[list[str], str]:
-    """Return font families for a text, that of Matplotlib's settings first, and the characters that none has."""
+    """Return font families for a text, configured ones first, and the characters that none of them has."""
     families = list(matplotlib.rcParams["font.family"])
     missing = {character for character in text if character.isprintable()}
     missing -= _read_characters(font_manager.findfont(font_manager.FontProperties()))
@@ -48,7 +48,7 @@ def _find_families(text: str) -> tuple[list[str], str]:
 def _read_characters(path: str) -> set[str]:
     try:
         font = font_manager.get_font(path)
-        # Fonts of coloured bitmaps, as for emoji, have no such size.
+        # Fonts of colored bitmaps, such as emoji, do not have this size.
         font.set_size(10, 100)
         return {chr(code) for code in font.get_charmap()}
     except (OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The notes, in the form of the user's own: one of each run, and the notebook of all."""
+"""Notes in the form of the user's own: one for each run, and a notebook of all runs."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from trainer.runtime import storage
 from trainer.runtime.errors import InputError, RecordError
 from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table
 
-# That a note lists; result.json has all.
+# Most lost attempts that a note lists; result.json lists all.
 _MOST_LOSSES = 10
 NOTEBOOK_NAME = "NOTES.md"
 _CONTINUES = "the same command continues"
-# In the sentence before the other options, in another part of the note, or of no effect on what is learned.
+# Options that another part of the sentence or of the note states, or that do not change what is learned.
 _SAID_ELSEWHERE = {
     *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
     *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint", "tuned_batch_size"),
@@ -25,7 +25,7 @@ _SAID_ELSEWHERE = {
 
 
 def write_note(run: RunFolder, result: RunResult) -> None:
-    """Writes ``note.md``."""
+    """Write ``note.md`` into the folder of a run."""
     runs, _ = find_runs(storage.parent(run.uri))
     own = next(one for one in runs if one.folder.uri == run.uri)
     run.write(format_note(own, runs, result).encode(), "note.md")
@@ -35,7 +35,7 @@ def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) ->
     """Format the notes of all runs as Markdown.
 
     Args:
-        runs: of one storage, in the order in which they were started.
+        runs: all runs of one storage, in the order in which they were started.
         left_out: a line for each run that cannot be read.
     """
     notes = ["# Training notes", "", *(_format_readable_note(run, runs) for run in runs)]
@@ -45,7 +45,7 @@ def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) ->
 
 
 def _format_readable_note(run: StartedRun, runs: Sequence[StartedRun]) -> str:
-    """Format the note of a run, or the reason why how it ended cannot be read."""
+    """Format the note of a run; if the record of its end cannot be read, with the reason."""
     try:
         return format_note(run, runs, run.folder.read_ending())
     except InputError as error:
@@ -57,8 +57,8 @@ def format_note(run: StartedRun, runs: Sequence[StartedRun], ending: RunResult |
 
     Args:
         run: the run.
-        runs: of the same storage, in the order in which they were started.
-        ending: how it ended; None where it has not.
+        runs: all runs of the same storage, in the order in which they were started.
+        ending: how the run ended; None if it has not ended.
     """
     lines = _format_head(run, runs)
     if isinstance(ending, RunResult):
@@ -74,11 +74,11 @@ def _format_head(run: StartedRun, runs: Sequence[StartedRun]) -> list[str]:
 
 
 def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
-    """Returns how the config differs from that of the previous run of the same architecture.
+    """Describe how the config differs from that of the previous run of the same architecture.
 
     Args:
-        run: one of the runs.
-        runs: in the order in which they were started.
+        run: one of ``runs``.
+        runs: all runs of one storage, in the order in which they were started.
     """
     config = run.record.config
     previous = [one for one in runs[: runs.index(run)] if one.record.config.arch == config.arch]
@@ -89,7 +89,7 @@ def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
 
 
 def describe_unfinished(ending: RunInterruption | None) -> str:
-    """Say why a run has no result, and how it gets one."""
+    """Describe why a run has no result, and how to get one."""
     match ending:
         case RunInterruption(status="diverged", reason=reason):
             return f"diverged in its first epoch: {reason}; try half the --base-learning-rate, or --clip-norm 1"
@@ -105,9 +105,9 @@ def describe_unfinished(ending: RunInterruption | None) -> str:
 
 
 def describe_training(config: TrainConfig, steps: int) -> str:
-    """Describe how a run was trained, in one line; the learning rate belongs to the batch beside it.
+    """Describe how a run was trained, in one line, with the learning rate for its global batch.
 
-    Every option that is not at its default is in it, but for those that the note says elsewhere.
+    The line has every option that is not at its default, except those that the note states elsewhere.
     """
     values = config.model_dump()
     defaults = {name: field.default for name, field in type(config).model_fields.items()}
@@ -145,7 +145,7 @@ def _describe_dataset(run: RunFolder) -> str:
 
 def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> list[str]:
     config = record.config
-    # The architecture, the layers and the calibration are not known of every version's runs.
+    # Runs of earlier versions may lack the architecture, the layers or the calibration.
     source = f"{ARCHITECTURES[config.arch].source}; " if config.arch in ARCHITECTURES else ""
     calibration = result.val.calibration_error
     lines = [
@@ -176,7 +176,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
 
 
 def _format_classes(val: EvaluationResult) -> list[str]:
-    """Return how many images of each class are right, or the worst of many classes."""
+    """Format how many images of each class are correct; of many classes, only the worst."""
     lines = []
     if len(val.per_class) > MOST_CLASSES:
         confused = format_table(("class", "predicted as", "images"), val.most_confused)
@@ -186,7 +186,7 @@ def _format_classes(val: EvaluationResult) -> list[str]:
 
 
 def _format_losses(result: RunResult) -> list[str]:
-    """Return why the run took more than one attempt."""
+    """Format why the run took more than one attempt."""
     lost = result.lost_attempts
     lines = [f"\n{one}" for one in lost[:_MOST_LOSSES]]
     if len(lost) > _MOST_LOSSES:
@@ -195,7 +195,7 @@ def _format_losses(result: RunResult) -> list[str]:
 
 
 def _format_batch(record: RunRecord) -> list[str]:
-    """Returns how the batch was found, and what it means for values that were tuned at another."""
+    """Format how the batch was found, and how values tuned at another batch were scaled."""
     lines, config = [], record.config
     if record.batch is not None and record.batch.explanation:
         lines += ["", record.batch.explanation]

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, confusion matrix, gradient norms, and the worst mistakes."""
+"""Plots of a run: curves, confusion matrix, gradient norms, and the worst mistakes."""
 
 import io
 
@@ -15,14 +15,14 @@ from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime.markdown import MOST_CLASSES, format_count
 
-# Okabe-Ito: told apart with any colour vision.
+# Okabe-Ito: distinguishable with any color vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _TRAIN_COLOUR, _VAL_COLOUR, _ = COLOURS
 _MISTAKES_IN_A_ROW, _MOST_MISTAKES = 4, 16
 _DPI = 110
-# 2,000 pixels.
+# Inches; 2,000 pixels at _DPI.
 _LARGEST_SIDE = 18.0
-# Of the overview of a large matrix, each side.
+# Blocks on each side of the overview of a large matrix.
 _MOST_BLOCKS = 400
 _LONGEST_NAME = 24
 
@@ -32,7 +32,8 @@ def write_plots(
 ) -> str:
     """Write ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``.
 
-    Returns the characters of class names that no font of this machine has.
+    Returns:
+        The characters of class names that no font of this machine has.
     """
     with fonts_for("".join(one.name for one in result.val.per_class)) as missing:
         figures = {
@@ -48,19 +49,19 @@ def write_plots(
 def write_mistakes(
     run: RunFolder, images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]
 ) -> None:
-    """Write ``plots/mistakes.png``, as `draw_mistakes` makes it."""
+    """Write ``plots/mistakes.png``, as drawn by `draw_mistakes`."""
     with fonts_for("".join(class_names)):
         figure = draw_mistakes(images, predictions, class_names)
         run.write(to_png(figure), "plots", "mistakes.png")
 
 
 def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]) -> Figure:
-    """Draw the wrong predictions with the highest loss, as pictures.
+    """Draw the images with the wrong predictions of the highest loss.
 
     Args:
         images: uint8 ``[rows, height, width, channels]`` of the validation split.
-        predictions: one row an image, as from `trainer.training.evaluation.predictions_table`.
-        class_names: by label.
+        predictions: one row per image, as from `trainer.training.evaluation.predictions_table`.
+        class_names: names of the classes, by label.
     """
     labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
     confidence, losses = predictions["confidence"].to_numpy(), predictions["loss"].to_numpy()
@@ -123,7 +124,7 @@ def draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
 def draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
     """Draw the norm of the full unclipped gradient by step and as a histogram, and where it is clipped.
 
-    Tuning playbook: to choose a threshold, look at the 90th percentile.
+    The 90th percentile is marked, since the tuning playbook chooses the clipping threshold by it.
     """
     norms = steps["grad_norm"].to_numpy()
     norms = np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
@@ -146,7 +147,7 @@ def draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
 
 
 def draw_confusion(evaluation: EvaluationResult) -> Figure:
-    """Draw how many images of each class were taken for which: all counts, or an overview of many classes."""
+    """Draw how many images of each class were predicted as which: all counts, or an overview of many classes."""
     few = len(evaluation.per_class) <= MOST_CLASSES
     return _draw_confusion_counts(evaluation) if few else _draw_confusion_overview(evaluation)
 
@@ -170,7 +171,7 @@ def _draw_confusion_counts(evaluation: EvaluationResult) -> Figure:
 
 
 def _draw_confusion_overview(evaluation: EvaluationResult) -> Figure:
-    """Draw the matrix with neighbouring classes added up where there are many, and list what is confused most."""
+    """Draw the matrix, with neighboring classes added up if there are many, and list the most confused classes."""
     num_classes = len(evaluation.per_class)
     block = -(-num_classes // _MOST_BLOCKS)
     blocks = -(-num_classes // block)
@@ -180,7 +181,7 @@ def _draw_confusion_overview(evaluation: EvaluationResult) -> Figure:
     matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(_LARGEST_SIDE, 10), layout="constrained")
     axes, listed = figure.subplots(1, 2, width_ratios=(3, 2))
-    # Few images are a share that can be seen.
+    # The power makes small shares visible.
     shares = axes.imshow(matrix, cmap="Blues", norm=PowerNorm(0.4, 0, 1), extent=(0, blocks * block, blocks * block, 0))
     figure.colorbar(shares, ax=axes, label="share of the images of the true class")
     axes.set(xlabel="predicted, by class number", ylabel="true, by class number")
@@ -200,7 +201,7 @@ def _title(evaluation: EvaluationResult) -> str:
 
 
 def shorten_name(name: str) -> str:
-    """Return a name without line breaks and, where it is long, with its middle left out: names differ at their ends."""
+    """Return a name without line breaks and, if it is long, without its middle: names often differ at their ends."""
     name = " ".join(name.split())
     if len(name) <= _LONGEST_NAME:
         return name

@@ -1,4 +1,4 @@
-"""The report: all runs of a storage on one HTML page that needs nothing from outside."""
+"""The report: all runs of a storage on one self-contained HTML page."""
 
 import itertools
 import json
@@ -22,10 +22,10 @@ from trainer.runtime.markdown import MOST_CLASSES
 from trainer.runtime.pages import check_place
 
 REPORT_NAME = "report.html"
-# The second is of pages from before there was the first.
+# Pages of earlier versions have only the second mark.
 _MARKS = ('<meta name="generator" content="training-notes notes">', "<caption>All runs. A heading sorts by its column.")
 _MOST_POINTS = 300
-# Of the drawing area of a chart; the template scales it.
+# Size of the drawing area of a chart; the template scales it.
 _CHART_WIDTH, _CHART_HEIGHT = 300, 120
 
 
@@ -35,12 +35,12 @@ class Line:
 
     name: str
     points: str
-    """Of an SVG polyline."""
+    """Points of an SVG polyline."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One small chart: lines over epochs or steps, and the labels of its axes."""
+    """A small chart: lines over epochs or steps, and the labels of its axes."""
 
     title: str
     lines: list[Line]
@@ -51,37 +51,37 @@ class Chart:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the page shows of one run."""
+    """The parts of the page for one run."""
 
     name: str
     record: RunRecord
     result: RunResult | None
     status: str
     unfinished: str
-    """Why it has no result; empty where it has one."""
+    """Why it has no result; empty if it has one."""
     change: str
     training: str
     images_per_second: float
     charts: list[Chart]
     confusion: list[list[int]]
-    """Rows are true labels, columns predicted ones; empty where there are too many."""
+    """Rows are true labels, columns predicted ones; empty if there are too many classes."""
     mistakes: str
-    """Data URI, or empty."""
+    """Data URI of the worst mistakes, or empty."""
 
 
 def write_notes_and_report(storage_uri: str, output: str = "") -> tuple[list[str], list[str]]:
     """Write ``NOTES.md`` and ``report.html`` of all runs below a storage.
 
     Args:
-        storage_uri: where the runs are; it is only read where there is another output.
+        storage_uri: where the runs are; only read if there is another output.
         output: folder or s3:// prefix; empty for the storage.
 
     Returns:
-        Their URIs; one line for each run that cannot be read.
+        The URIs of both files, and one line for each run that cannot be read.
 
     Raises:
-        InputError: there are no runs, or the output cannot be written, or holds files of these names that this program
-            has not written.
+        InputError: there are no runs, or the output cannot be written or holds files of these names that this program
+            did not write.
     """
     root = storage.resolve_uri(storage_uri)
     folder = storage.choose_output(output, root)
@@ -116,7 +116,7 @@ def format_report(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> s
 
 
 def _to_script_json(value: Any) -> str:
-    """Returns JSON that cannot end the script element that it stands in."""
+    """Return JSON that cannot close the script element around it."""
     return json.dumps(value).replace("<", "\\u003c")
 
 
@@ -167,7 +167,7 @@ def _fill_matrix(evaluation: EvaluationResult) -> list[list[int]]:
 
 
 def _read(run: RunFolder) -> tuple[RunResult | RunInterruption | None, list[dict[str, float]], pa.Table | None, str]:
-    """Read what the page shows of a run; or nothing, and the reason why it cannot be read."""
+    """Read what the page shows of a run; if it cannot be read, return nothing and the reason."""
     try:
         return run.read_ending(), run.read_metrics(), run.read_steps(), ""
     except InputError as error:
@@ -191,7 +191,7 @@ def _draw(
     *,
     logarithmic: bool = False,
 ) -> Chart:
-    """Returns a chart of values by position; of logarithmic values where the labels are to be their powers of ten."""
+    """Return a chart of values by position; if they are logarithms, the labels are their powers of ten."""
     known = np.concatenate([values[np.isfinite(values)] for values in lines.values()])
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     stride = -(-len(positions) // _MOST_POINTS)
@@ -223,7 +223,7 @@ def _read_predictions(run: RunFolder) -> pa.Table | None:
 
 
 def _compare(runs: Sequence[StartedRun], views: list[RunView]) -> dict[str, str]:
-    """Returns the verdict on each pair of finished runs, by ``first,second``."""
+    """Return the verdict on each pair of finished runs, by ``first,second``."""
     predictions = {
         index: table
         for index, (run, view) in enumerate(zip(runs, views, strict=True))
