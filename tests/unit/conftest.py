@@ -9,7 +9,7 @@ from data_prep.manifest import SPLITS, Manifest, Split
 from data_prep.shards import write_data_file
 from trainer.config.config import TrainConfig
 from trainer.record.evaluation_result import EvaluationResult, summarise
-from trainer.record.run_folder import RunResult
+from trainer.record.run_folder import RunFolder, RunResult, describe_run
 from trainer.runtime import storage
 
 CLASS_NAMES = ["cat", "dog", "eel"]
@@ -116,7 +116,7 @@ def make_config():
 
 @pytest.fixture
 def evaluation() -> EvaluationResult:
-    """51 of 66 right, as the last note of the user's own: cat 22 of 22, dog 20 of 22, eel 9 of 22."""
+    """51 of 66 correct, as in the last note of the user's own: cat 22 of 22, dog 20 of 22, eel 9 of 22."""
     labels = np.repeat([0, 1, 2], 22)
     predicted = np.array([0] * 22 + [1] * 20 + [0] * 2 + [2] * 9 + [1] * 13)
     table = {"label": labels, "predicted": predicted, "loss": np.full(66, 0.9315)}
@@ -147,3 +147,29 @@ def make_result(evaluation):
         return RunResult(**{**required, **values})
 
     return make
+
+
+@pytest.fixture
+def trained_run(tmp_path, write_dataset, make_config, make_result) -> RunFolder:
+    """A finished run of a tiny network with its checkpoint, on a dataset of 22 x 22 pixels."""
+    from trainer.record import checkpoint as checkpoints
+    from trainer.training.step import build_network_for_evaluation
+
+    written = write_dataset(rows=(6, 5, 3), image_size=22)
+    arguments = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
+    config = make_config(
+        dataset=written.uri, dataset_fingerprint=written.manifest.fingerprint, arch_arguments=arguments
+    )
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_manifest(written.manifest)
+    run.write_record(describe_run(config, "1 node"))
+    network = build_network_for_evaluation(written.manifest, config)
+    weights = checkpoints.to_safetensors(checkpoints.read_variables(network.model.variables))
+    columns = {"label": written.labels["val"], "predicted": [0] * 5, "loss": [0.2, 0.9, 0.1, 0.7, 0.3]}
+    predictions = storage.parquet_bytes(pa.table({**columns, "confidence": pa.array([0.5] * 5, pa.float32())}))
+    row = {"epoch": 7, "val_accuracy": 1.0, "val_loss": 0.1}
+    position = checkpoints.Position(epoch=7, epoch_rows=0, step=70, global_batch_size=4, history=[row])
+    files = {checkpoints.MODEL_NAME: weights, checkpoints.PREDICTIONS_NAME: predictions}
+    checkpoints.save_checkpoint(run.checkpoints, position, files)
+    run.write_ending(make_result())
+    return run

@@ -1,4 +1,4 @@
-"""What the doctor says of nodes that are well, and of each thing that can be wrong."""
+"""Findings of the doctor about healthy nodes, and about each thing that can be wrong."""
 
 from dataclasses import replace
 

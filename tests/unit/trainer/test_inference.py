@@ -1,25 +1,32 @@
-"""Runs that belong to somebody else: what may not be written is known before anything is computed."""
+"""Evaluations and predictions of a finished run, among them of one that belongs to somebody else."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from trainer.explain import page as explain
 from trainer.inference import (
+    _evaluate,
+    _Predictor,
     _record_test_read,
     check_output,
     describe_test_reads,
+    read_finished_run,
     request_evaluation,
     save_evaluation,
 )
 from trainer.notes.report import write_notes_and_report
 from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder, describe_run
+from trainer.runtime import storage
 from trainer.runtime.errors import InputError
+from trainer.training.dataset import open_split
+from trainer.training.export import load_export
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def run(public, write_dataset, make_config, make_result):
 
 @pytest.fixture
 def others_run(public, run):
-    """That run for one who may only read it."""
+    """The run as seen by a user who may only read it."""
     folders = (public / "runs", public / "runs" / "first")
     for folder in folders:
         folder.chmod(0o555)
@@ -106,3 +113,65 @@ def test_predictions_go_to_an_empty_place_or_replace_others_when_told(public):
         check_output(str(output))
     assert check_output(str(output), overwrite=True) == str(output)
     assert sorted(os.listdir(output)) == ["_summary.json", "predictions-00000.parquet"]
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path, make_config):
+    with pytest.raises(InputError, match=r"RUN .*none is not a run: it has no config.json; give a folder that"):
+        read_finished_run(str(tmp_path / "none"))
+    begun = RunFolder(str(tmp_path / "begun"))
+    begun.write_record(describe_run(make_config(), "1 node"))
+    with pytest.raises(InputError, match=r"RUN .*begun is not finished: it has no result.json; run its command"):
+        read_finished_run(begun.uri)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 24}, "has image_size 24, the run was trained with 22; they must agree"),
+        ({"channels": 3}, "has channels 3, the run was trained with 1; they must agree"),
+        ({"class_names": ["cat", "dog", "owl"]}, "class 2 is 'owl', not 'eel'; they must agree"),
+    ],
+)
+def test_a_dataset_that_does_not_match_the_run_is_refused(trained_run, tmp_path, change, message):
+    other = trained_run.read_manifest().model_copy(update=change)
+    storage.write_bytes(str(tmp_path / "other" / "manifest.json"), other.model_dump_json().encode())
+    with pytest.raises(InputError, match=message):
+        request_evaluation(trained_run.uri, "val", str(tmp_path / "other"))
+
+
+def test_a_dataset_that_was_prepared_again_is_refused(trained_run):
+    uri = trained_run.read_record().config.dataset
+    again = trained_run.read_manifest().model_copy(update={"fingerprint": "beef"})
+    storage.write_bytes(storage.join(uri, "manifest.json"), again.model_dump_json().encode())
+    with pytest.raises(InputError, match=r"was prepared again after .* give it as --dataset"):
+        request_evaluation(trained_run.uri, "val")
+    assert request_evaluation(trained_run.uri, "val", uri).manifest.fingerprint == "beef"
+
+
+def test_an_evaluation_has_a_row_for_each_image_as_the_export_predicts_it(trained_run):
+    request = request_evaluation(trained_run.uri, "val")
+    rows = open_split(request.dataset, request.manifest, "val")
+    predictions = _evaluate(request)
+    scores = load_export(trained_run).predict_on_batch(np.asarray(rows.images))
+    assert predictions["label"].to_pylist() == list(rows.labels)
+    assert predictions["predicted"].to_pylist() == list(scores.argmax(axis=1))
+    np.testing.assert_allclose(predictions["confidence"], scores.max(axis=1), atol=1e-5)
+
+
+def test_an_image_that_cannot_be_decoded_has_no_prediction(trained_run):
+    images = np.random.default_rng(0).integers(0, 256, (2, 22, 22, 1), np.uint8)
+    batch = {"image": images, "path": np.array(["a.png", "b.png"]), "label": np.array(["cat", ""])}
+    table = _Predictor(trained_run.uri, ["cat", "dog", "eel"])({**batch, "error": np.array(["", "damaged"])})
+    scores = load_export(trained_run).predict_on_batch(images)[0]
+    first, second = table.to_pylist()
+    assert first["predicted"] == ["cat", "dog", "eel"][scores.argmax()]
+    np.testing.assert_allclose(first.pop("probabilities"), scores, atol=1e-6)
+    assert (first["path"], first["label"], first["error"]) == ("a.png", "cat", None)
+    assert second == {
+        "path": "b.png",
+        "label": None,
+        "predicted": None,
+        "confidence": None,
+        "probabilities": None,
+        "error": "damaged",
+    }

@@ -40,7 +40,7 @@ def ancient_font(tmp_path, monkeypatch) -> str:
 
 
 def draw(text: str) -> tuple[np.ndarray, str]:
-    """Returns the pixels of a picture of a text, and what is missing; a warning is an error."""
+    """Return the pixels of a picture of a text, and what is missing; a warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with fonts_for(text) as missing:

@@ -17,7 +17,7 @@ PAST = Path(__file__).parents[2] / "past_records"
 
 @pytest.fixture
 def start(tmp_path, make_config, write_dataset, monkeypatch):
-    """Returns a function that starts a run: its record and its dataset's manifest."""
+    """Return a function that starts a run: its record and its dataset's manifest."""
     monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--arch", "alexnet"])
     manifest = write_dataset(rows=(7, 4, 3)).manifest
 

@@ -50,7 +50,7 @@ def make_history(epochs: int) -> list[dict[str, float]]:
 
 
 def lines_of(axes) -> dict[str, list[tuple[float, float]]]:
-    """Returns the points of each curve of a drawing, by its label."""
+    """Return the points of each curve of a drawing, by its label."""
     return {line.get_label(): list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines}
 
 
@@ -99,7 +99,7 @@ def test_a_gradient_that_is_not_a_number_is_left_out(run, make_result):
 
 def test_the_rows_of_the_matrix_are_true_classes_and_its_columns_what_they_were_taken_for(evaluation):
     (axes,) = draw_confusion(evaluation).axes
-    # Of 22 each: 2 dogs were taken for cats, 13 eels for dogs.
+    # 22 images of each class: 2 dogs were predicted as cats, 13 eels as dogs.
     expected = [[22, 0, 0], [2, 20, 0], [0, 13, 9]]
     assert axes.images[0].get_array().tolist() == expected
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
@@ -112,7 +112,7 @@ def test_the_rows_of_the_matrix_are_true_classes_and_its_columns_what_they_were_
 
 
 def evaluate_many(num_classes: int) -> EvaluationResult:
-    """Ten images of each class; of class 3 four are taken for the last class, all others are right."""
+    """Ten images of each class; of class 3 four are predicted as the last class, all others are correct."""
     labels = np.arange(num_classes).repeat(10)
     predicted = labels.copy()
     predicted[30:34] = num_classes - 1

@@ -58,7 +58,7 @@ class _Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def write_run(tmp_path, make_config, make_result, write_dataset):
-    """Returns a function that writes a finished run, or one that has only begun."""
+    """Return a function that writes a finished run, or one that has only begun."""
     manifest = write_dataset().manifest
 
     def write(name: str, right: int = 51, finished: bool = True, **values) -> RunFolder:

@@ -1,0 +1,62 @@
+"""The page that explains a run, made in this process instead of a worker's."""
+
+import re
+
+import numpy as np
+import pytest
+
+from trainer.explain.page import _explain, check_output, choose_worst, explain_run, save_explanation
+from trainer.runtime import storage
+from trainer.runtime.cluster import Resources
+from trainer.runtime.errors import InputError
+from trainer.training.dataset import open_split
+
+RESOURCES = Resources(num_nodes=1, num_cpus=1, num_gpus=0, free_gpus=0, devices="1 core", node_memory_gib=1)
+
+
+def test_the_worst_images_are_those_with_the_highest_loss(trained_run):
+    worst = choose_worst(trained_run.uri, 2)
+    assert [one.name for one in worst] == ["val row 1", "val row 3"]
+    manifest = trained_run.read_manifest()
+    split = open_split(trained_run.read_record().config.dataset, manifest, "val")
+    for row, one in zip((1, 3), worst, strict=True):
+        np.testing.assert_array_equal(one.pixels, split.images[row])
+        assert one.label == manifest.class_names[split.labels[row]]
+
+
+def test_a_run_without_its_predictions_is_refused_with_what_to_do(trained_run):
+    for name in storage.find_files(trained_run.checkpoints):
+        storage.delete_file(storage.join(trained_run.checkpoints, name))
+    with pytest.raises(InputError, match=r"first has no predictions: its checkpoint is gone; .* --images"):
+        choose_worst(trained_run.uri, 2)
+
+
+def test_an_unknown_method_is_refused_before_anything_is_started(trained_run):
+    with pytest.raises(InputError, match="--method 'lime' is unknown; choose from grad_cam, integrated_gradients"):
+        explain_run(trained_run.uri, [], ["grad_cam", "lime"], RESOURCES)
+
+
+def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(trained_run, tmp_path):
+    methods = ("grad_cam", "integrated_gradients")
+    images = choose_worst(trained_run.uri, 2)
+    explanation = _explain(trained_run.uri, images, methods, 5)
+    assert [(one.method, one.threshold) for one in explanation.tests] == [(name, 0.025) for name in methods]
+    names = ["image-000", "image-001", "filters of the first convolution", "their activations for the first image"]
+    assert list(explanation.pictures) == names
+    assert all(content.startswith(b"\x89PNG") for content in explanation.pictures.values())
+    titles = re.findall(r"<h2>(.*)</h2>", explanation.page)
+    assert titles[0] == "Do the maps mean anything?"
+    for title, one in zip(titles[1:3], images, strict=True):
+        assert re.fullmatch(rf"{one.name}: (cat|dog|eel) \(confidence 0\.\d\d\), true class {one.label}", title)
+    assert set(re.findall(r'src="(.{10})', explanation.page)) == {"data:image"}
+    for test in explanation.tests:
+        assert f"{test.method}: blanking the quarter of the image that it marks" in explanation.page
+
+    output = check_output(trained_run.uri, str(tmp_path / "out"))
+    report = save_explanation(explanation, output)
+    assert storage.read_bytes(report).decode() == explanation.page
+    assert set(storage.find_files(output)) == {"report.html", *(f"{name}.png" for name in names)}
+
+
+def test_an_explanation_goes_into_the_run_unless_told_otherwise(trained_run):
+    assert check_output(trained_run.uri, "") == trained_run.path("explanations")
