@@ -254,7 +254,7 @@ class _Finder:
     def _precisions(self) -> tuple[str, ...]:
         if self._request.precision != "auto":
             return (self._request.precision,)
-        # Only GPUs have hardware for float16.
+        # CPUs rarely have hardware for float16.
         return ("float32", "mixed_bfloat16", *(("mixed_float16",) if self._resources.num_gpus else ()))
 
     def run_trial(self, sizes: tuple[int, ...], precision: str, *, compare_losses: bool = False) -> None:
