@@ -8,8 +8,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -31,7 +31,7 @@ from trainer.runtime.lease import Lease, hold_lease
 from trainer.runtime.markdown import format_count
 from trainer.study.analysis import find_best
 from trainer.study.file import Study
-from trainer.study.folder import StudyFolder, Trial, TrialStatus, sort_trials
+from trainer.study.folder import StudyFolder, Trial, sort_trials
 from trainer.study.report import write_study_report
 from trainer.study.search import OptunaSearch, Values, merge_options, suggest_values
 from trainer.workers.groups import parse_num_workers
@@ -185,17 +185,32 @@ def _conclude(study: Study, folder: StudyFolder, trials: list[Trial]) -> list[Tr
     return trials
 
 
-@dataclass
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended; the fields are those of `Trial`."""
+
+    status: Literal["completed", "infeasible", "stopped", "failed"]
+    reason: str = ""
+    objective: float | None = None
+    correct: int = 0
+    total: int = 0
+    best_step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
 class _Running:
     trial: Trial
     actor: Any
     started: float
-    last_objective: float | None = None
-    """Of its latest epoch."""
+    """Monotonic clock, in seconds."""
 
 
 class _Sweep:
-    """The trials of a round on their way."""
+    """The trials of a round: which have started, which are running, and what became of the others.
+
+    `_start` and `_settle` are the only methods that change the state of a trial.
+    """
 
     def __init__(
         self,
@@ -212,6 +227,8 @@ class _Sweep:
         self._job_folder = resources.folder
         self._max_failures, self._on_event = max_failures, on_event
         self._known = {one.run_name: one for one in folder.read_trials()}
+        self._running: dict[Any, _Running] = {}
+        """By the reference to what its actor returns."""
         if retry_failed:
             self._known |= {
                 name: one.model_copy(update={"status": "running"})
@@ -265,29 +282,28 @@ class _Sweep:
 
     def run(self, trials: Iterator[Trial]) -> None:
         """Runs trials, as many at once as fit, until all have ended."""
-        running: dict[Any, _Running] = {}
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
         try:
             while True:
-                while len(running) < self._concurrency and (trial := next(trials, None)):
-                    reference, started = self._start(trial, queue)
-                    running[reference] = started
-                if not running:
+                while len(self._running) < self._concurrency and (trial := next(trials, None)):
+                    self._start(trial, queue)
+                if not self._running:
                     return
-                self._handle_events(queue, running)
-                for reference in ray.wait(list(running), timeout=0)[0]:
-                    self._end(running.pop(reference), reference)
+                self._handle_events(queue)
+                for reference in ray.wait(list(self._running), timeout=0)[0]:
+                    self._settle(reference, _read_outcome(reference))
         finally:
-            # A process takes all that it started with it.
-            for actor in (*self._idle, *(one.actor for one in running.values())):
+            # Killing an actor also ends every process that it started.
+            for actor in (*self._idle, *(one.actor for one in self._running.values())):
                 ray.kill(actor)
             self._idle.clear()
+            self._running.clear()
             queue.shutdown()
 
     def _has_ended(self, run_name: str) -> bool:
         return run_name in self._known and self._known[run_name].ended
 
-    def _start(self, trial: Trial, queue: Queue) -> tuple[Any, _Running]:
+    def _start(self, trial: Trial, queue: Queue) -> None:
         self._keep(trial)
         actor = (
             self._idle.pop()
@@ -298,48 +314,16 @@ class _Sweep:
         reference = actor.run.remote(
             options, self._study.objective, self._folder.uri, trial, self._job_folder, self._max_failures, queue
         )
-        return reference, _Running(trial, actor, time.monotonic())
+        self._running[reference] = _Running(trial, actor, time.monotonic())
 
-    def _handle_events(self, queue: Queue, running: dict[Any, _Running]) -> None:
-        """Listens to the trials for a moment, and ends those that asha would end."""
-        deadline = time.monotonic() + _POLL_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                name, event = queue.get(timeout=left)
-            except Empty:
-                return
-            references = [reference for reference, one in running.items() if one.trial.run_name == name]
-            if not references or not isinstance(event, EpochFinished):
-                continue
-            one, epoch = running[references[0]], int(event.row["epoch"])
-            one.last_objective = event.row[self._study.objective]
-            if self._search is None or one.trial.kind != "search":
-                continue
-            if self._search.report(one.trial.index, epoch, one.last_objective):
-                ray.kill(running.pop(references[0]).actor)
-                self._finish(
-                    one,
-                    _end_without_result(
-                        one.trial, "stopped", f"worse than others after {format_count(epoch, 'epoch')}"
-                    ),
-                )
-
-    def _end(self, one: _Running, reference: Any) -> None:
-        try:
-            trial = ray.get(reference)
-        except RayError as error:
-            trial = _end_without_result(one.trial, "failed", str(error).strip().splitlines()[-1])
-        if trial.status == "completed":
+    def _settle(self, reference: Any, outcome: Outcome) -> None:
+        """End a running trial: take its actor back, tell the search, and record and report the outcome."""
+        one = self._running.pop(reference)
+        if outcome.status == "completed":
             self._idle.append(one.actor)
         else:
             ray.kill(one.actor)
-        self._finish(one, trial)
-
-    def _finish(self, one: _Running, trial: Trial) -> None:
-        seconds = time.monotonic() - one.started
-        if trial.status == "stopped":
-            trial = trial.model_copy(update={"objective": one.last_objective})
-        trial = trial.model_copy(update={"seconds": seconds})
+        trial = one.trial.model_copy(update={**asdict(outcome), "seconds": time.monotonic() - one.started})
         if self._search is not None and trial.kind == "search":
             self._search.end(trial.index, trial.objective if trial.status == "completed" else None)
         self._keep(trial)
@@ -347,6 +331,26 @@ class _Sweep:
         if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
             write_study_report(self._folder, self._study, self.trials)
             self._reported = time.monotonic()
+
+    def _handle_events(self, queue: Queue) -> None:
+        """Listen to the trials for a moment, and stop those that asha would stop."""
+        deadline = time.monotonic() + _POLL_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                name, event = queue.get(timeout=left)
+            except Empty:
+                return
+            if isinstance(event, EpochFinished):
+                self._stop_if_worse(name, int(event.row["epoch"]), event.row[self._study.objective])
+
+    def _stop_if_worse(self, run_name: str, epoch: int, objective: float) -> None:
+        reference = next((key for key, one in self._running.items() if one.trial.run_name == run_name), None)
+        if self._search is None or reference is None:
+            return
+        trial = self._running[reference].trial
+        if trial.kind == "search" and self._search.report(trial.index, epoch, objective):
+            reason = f"worse than others after {format_count(epoch, 'epoch')}"
+            self._settle(reference, Outcome("stopped", reason, objective))
 
     def _keep(self, trial: Trial) -> None:
         self._known[trial.run_name] = trial
@@ -381,8 +385,8 @@ class _TrialActor:
         job_folder: str,
         max_failures: int,
         queue: Queue,
-    ) -> Trial:
-        """Returns the trial with what became of it."""
+    ) -> Outcome:
+        """Run a trial, or continue it, and return how it ended."""
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         resources = read_resources(job_folder)
 
@@ -397,25 +401,33 @@ class _TrialActor:
                 plan = replace(plan, command=_describe_command(options, plan.config, run))
                 result = launch.launch(plan, run, resources, max_failures=max_failures, on_event=send_event)
         except BatchError as error:
-            return _end_without_result(trial, "infeasible", str(error))
+            return Outcome("infeasible", str(error))
         except InputError as error:
-            return _end_without_result(trial, "failed", str(error))
+            return Outcome("failed", str(error))
         except JobError as error:
             ending = run.read_ending()
             diverged = isinstance(ending, RunInterruption) and ending.status == "diverged"
-            return _end_without_result(trial, "infeasible" if diverged else "failed", str(error))
+            return Outcome("infeasible" if diverged else "failed", str(error))
         if result.status == "diverged":
-            return _end_without_result(trial, "infeasible", result.reason)
+            return Outcome("infeasible", result.reason)
         best = next(row for row in run.read_metrics() if row["epoch"] == result.best_epoch)
-        found = {
-            "status": "completed",
-            "objective": best[objective],
-            "correct": result.val.correct,
-            "total": result.val.total,
-            "best_step": int(best["step"]),
-            "steps": result.steps,
-        }
-        return trial.model_copy(update=found)
+        return Outcome(
+            "completed",
+            objective=best[objective],
+            correct=result.val.correct,
+            total=result.val.total,
+            best_step=int(best["step"]),
+            steps=result.steps,
+        )
+
+
+def _read_outcome(reference: Any) -> Outcome:
+    """Return what the actor of a trial returned; the trial has failed where the actor was lost."""
+    try:
+        outcome: Outcome = ray.get(reference)
+    except RayError as error:
+        return Outcome("failed", str(error).strip().splitlines()[-1])
+    return outcome
 
 
 def _options(study: Study, values: Values) -> dict[str, Any]:
@@ -431,10 +443,6 @@ def _describe_command(options: Values, config: TrainConfig, run: RunFolder) -> s
     settled = {name: getattr(config, name) for name in ("epochs", "global_batch_size", "precision")}
     place = {"storage": storage.parent(run.uri), "run_name": run.name}
     return format_command("train.py", {**options, **settled, **place, "steps": None})
-
-
-def _end_without_result(trial: Trial, status: TrialStatus, reason: str) -> Trial:
-    return trial.model_copy(update={"status": status, "reason": reason})
 
 
 def _describe_trial(trial: Trial, study: Study) -> str:

@@ -1,13 +1,16 @@
+import dataclasses
+import time
+
 import pytest
 
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import LeaseLostError
-from trainer.runtime.events import ignore_event
+from trainer.runtime.events import StudyTrialEnded, ignore_event
 from trainer.runtime.lease import hold_lease
 from trainer.study.file import parse_study
 from trainer.study.folder import StudyFolder, Trial
-from trainer.study.sweep import _Sweep
+from trainer.study.sweep import Outcome, _Running, _Sweep
 
 STUDY = parse_study(
     """
@@ -35,3 +38,27 @@ def test_a_study_that_was_taken_over_records_no_trial(tmp_path):
         with pytest.raises(LeaseLostError):
             sweep._keep(second)
     assert folder.read_trials() == [first]
+
+
+def test_a_settled_trial_is_settled_everywhere_at_once(tmp_path):
+    study, folder, events = STUDY.model_copy(update={"algorithm": "tpe"}), StudyFolder(str(tmp_path / "round")), []
+    outcome = Outcome("completed", objective=0.75, correct=15, total=20, best_step=40, steps=80)
+    with hold_lease(folder.path("lease.json"), "study") as lease:
+        sweep = _Sweep(study, folder, lease, ONE_MACHINE, retry_failed=False, max_failures=0, on_event=events.append)
+        first, second = sweep.search_trials()
+        for trial in (first, second):
+            sweep._running[trial.run_name] = _Running(trial, f"actor of {trial.run_name}", time.monotonic() - 9)
+        sweep._settle(first.run_name, outcome)
+
+    (settled,) = folder.read_trials()
+    assert settled == first.model_copy(update={**dataclasses.asdict(outcome), "seconds": settled.seconds})
+    assert settled.seconds >= 9
+    assert sweep.trials == [settled]
+    assert list(sweep._running) == [second.run_name]
+    assert sweep._idle == ["actor of trial-0000"]
+    (ended,) = (event for event in events if isinstance(event, StudyTrialEnded))
+    assert "val_accuracy 0.7500 (15 of 20)" in ended.outcome
+    # The search takes a result once, and the trial is not run again.
+    with pytest.raises(KeyError):
+        sweep._search.end(0, 0.75)
+    assert [trial.index for trial in sweep.search_trials()] == [1]
