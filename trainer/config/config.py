@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from trainer.config.optimizers import complete_arguments
 from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import shorten_digest
 
@@ -61,14 +62,8 @@ class Settings(BaseModel):
     the others: a starting guess."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of sgd."""
-    nesterov: bool = True
-    """Of sgd."""
-    beta_1: float = Field(0.9, ge=0, lt=1)
-    """Of adam, adamw and nadam."""
-    beta_2: float = Field(0.999, ge=0, lt=1)
-    """Of adam, adamw and nadam."""
-    epsilon: float = Field(1e-7, gt=0)
-    """Of adam, adamw and nadam."""
+    optimizer_arguments: dict[str, bool | float] = Field({}, validate_default=True)
+    """Other arguments of the optimizer: nesterov of SGD; beta_1, beta_2 and epsilon of the others."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled, on kernels only (not on biases and BatchNorm)."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -105,6 +100,13 @@ class Settings(BaseModel):
     """Evaluate the best checkpoint once on the test split."""
     export: Literal["keras", "saved_model"] = "keras"
     """What the best weights are written to for use elsewhere: model.keras, or a SavedModel beside it."""
+
+    @field_validator("optimizer_arguments", mode="before")
+    @classmethod
+    def _complete_optimizer_arguments(cls, value: Any, info: ValidationInfo) -> Any:
+        # An optimizer that is not allowed is refused for itself.
+        optimizer = info.data.get("optimizer")
+        return complete_arguments(optimizer, value) if optimizer and isinstance(value, Mapping) else value
 
 
 class TrainConfig(Settings):
@@ -197,7 +199,8 @@ def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).removesuffix("_gib").replace("_", "-")
+        name = str(first["loc"][0]).removesuffix("_gib").replace("_arguments", "_argument")
+        option = "--" + name.replace("_", "-")
         raise InputError(f"{option} {first['input']}: {first['msg']}") from error
 
 

@@ -10,18 +10,16 @@ import typer
 from typer.core import TyperCommand
 
 from trainer.config.recipes import RECIPES
-from trainer.config.request import OPTIONS, RunRequest, parse_request, read_options
+from trainer.config.request import ARGUMENTS, OPTIONS, RunRequest, merge_options, parse_request, read_options
 from trainer.runtime.errors import InputError
 
 Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a node, where none works yet.")]
 
-# Given in a form of its own.
-_ARGUMENTS = "arch_arguments"
 _GROUPS = {
     "Network": {"arch", "init_from", "freeze_trunk"},
     "Batch": {"global_batch_size", "precision", "min_steps_per_epoch", "memory_limit_gib", "tuned_batch_size"},
     "Optimizer": {
-        *("optimizer", "base_learning_rate", "momentum", "nesterov", "beta_1", "beta_2", "epsilon", "weight_decay"),
+        *("optimizer", "base_learning_rate", "momentum", "weight_decay"),
         *("schedule", "warmup_epochs", "clip_norm", "label_smoothing", "class_weights", "ema_momentum"),
     },
     "Augmentation": {name for name in OPTIONS if name.startswith("augment_")} | {"input_scaling"},
@@ -31,6 +29,12 @@ _OTHERS = "Run"
 _OWN = {
     "config": (str, _OTHERS, "TOML file, or config.json of a run; options beside it replace what it says."),
     "arch_argument": (list[str], "Network", "NAME=VALUE of the architecture's family, such as dropout=0.3."),
+    "optimizer_argument": (
+        list[str],
+        "Optimizer",
+        "NAME=VALUE: nesterov (true or false; default true) of sgd; beta_1 (default 0.9), beta_2 (default 0.999) and "
+        "epsilon (default 1e-7) of the others.",
+    ),
 }
 
 
@@ -67,7 +71,7 @@ def add_run_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
         )
         for name, field in OPTIONS.items()
-        if name != _ARGUMENTS and name not in signature.parameters
+        if name not in ARGUMENTS and name not in signature.parameters
     }
     for name, (kind, group, text) in _OWN.items():
         described[name] = (kind | None, typer.Option(help=text, rich_help_panel=group))
@@ -89,9 +93,11 @@ def parse_command(options: Mapping[str, Any]) -> RunRequest:
     of_file = read_options(given.pop("config")) if given.get("config") else {}
     if {"epochs", "steps"} & given.keys():
         of_file = {name: value for name, value in of_file.items() if name not in ("epochs", "steps")}
-    arguments = {**of_file.get(_ARGUMENTS, {}), **dict(map(parse_assignment, given.pop("arch_argument", [])))}
     given.pop("config", None)
-    return parse_request({**of_file, **given, _ARGUMENTS: arguments})
+    for table in ARGUMENTS:
+        flag = table.removesuffix("s")
+        given[table] = dict(parse_assignment(text, flag) for text in given.pop(flag, []))
+    return parse_request(merge_options(of_file, given))
 
 
 def _describe_default(name: str) -> str:
@@ -103,18 +109,26 @@ def _describe_default(name: str) -> str:
 
 def _option_names(field: str) -> tuple[str, ...]:
     """Return the option of a field where it is not its name: the help says the unit."""
-    return ("--" + field.removesuffix("_gib").replace("_", "-"),) if field.endswith("_gib") else ()
+    return (_flag(field.removesuffix("_gib")),) if field.endswith("_gib") else ()
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """Returns the name and the value of ``NAME=VALUE``: JSON where it is JSON, else text.
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_assignment(text: str, flag: str = "arch_argument") -> tuple[str, Any]:
+    """Return the name and the value of ``NAME=VALUE``: JSON where it is JSON, else text.
+
+    Args:
+        text: what was given.
+        flag: the name of the option, for the message.
 
     Raises:
         InputError: there is no ``=``.
     """
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"--arch-argument {text!r}: give NAME=VALUE, such as dropout=0.3")
+        raise InputError(f"{_flag(flag)} {text!r}: give NAME=VALUE, such as dropout=0.3")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -125,13 +139,13 @@ def format_command(job: str, options: Mapping[str, Any]) -> str:
     """Returns the command line of a job with these options by field name; those that are None are left out."""
     words = ["python", f"jobs/{job}"]
     for name, value in options.items():
-        if name == "arch_arguments":
+        if name in ARGUMENTS:
             for argument, of_argument in value.items():
-                words += ["--arch-argument", f"{argument}={format_value(of_argument)}"]
+                words += [_flag(name.removesuffix("s")), f"{argument}={format_value(of_argument)}"]
         elif isinstance(value, bool):
             words.append("--" + "no-" * (not value) + name.replace("_", "-"))
         elif value is not None:
-            words += [*(_option_names(name) or ("--" + name.replace("_", "-"),)), format_value(value)]
+            words += [*(_option_names(name) or (_flag(name),)), format_value(value)]
     return shlex.join(words)
 
 

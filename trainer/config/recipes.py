@@ -23,7 +23,7 @@ _NOTES_SGD = {
     "optimizer": "sgd",
     "base_learning_rate": 0.001 * 256 / 32,
     "momentum": 0.0,
-    "nesterov": False,
+    "optimizer_arguments": {"nesterov": False},
 }
 
 # Found by ablation: docs/LOG.md has the numbers, failures included. Nothing is mirrored: digits have a left side.

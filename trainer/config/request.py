@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.architectures import ARCHITECTURES, family_arguments
 from trainer.config.config import BatchRequest, Settings, TrainConfig, validate
+from trainer.config.optimizers import drop_foreign_arguments, upgrade_options
 from trainer.config.recipes import RECIPES, recipe_epochs
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
@@ -64,6 +65,8 @@ OPTIONS: Mapping[str, FieldInfo] = {
     **{name: field for part in _PARTS.values() for name, field in part.model_fields.items()},
 }
 """Every option of a run by its name."""
+ARGUMENTS = ("arch_arguments", "optimizer_arguments")
+"""Options that are tables of NAME = VALUE."""
 # What config.json of a run says beside its options.
 _NO_OPTIONS = {"dataset_fingerprint"}
 
@@ -88,10 +91,9 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
     if "arch" not in given:
         raise InputError(f"--arch is missing; choose from {', '.join(ARCHITECTURES)}")
     arch, recipe = given["arch"], given.get("recipe", "modern")
-    check_arch(arch, given.get("arch_arguments", {}))
-    defaults = _recipe_of(recipe, arch)
-    values = {**defaults, **given}
-    values["arch_arguments"] = {**defaults.get("arch_arguments", {}), **given.get("arch_arguments", {})}
+    check_arch(arch)
+    values = merge_options(_recipe_of(recipe, arch), given)
+    check_arch(arch, values["arch_arguments"])
     for name in ("dataset", "init_from"):
         if values.get(name):
             values[name] = storage.resolve_uri(values[name])
@@ -106,6 +108,26 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
     return validate(RunRequest, own | parts)
 
 
+def merge_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in which the given ones replace the defaults; their arguments are merged one by one.
+
+    Default arguments of an optimizer do not apply to another one that is given.
+
+    Raises:
+        InputError: the arguments are not a table.
+    """
+    merged = {**defaults, **given}
+    for table in ARGUMENTS:
+        for options in (defaults, given):
+            if not isinstance(options.get(table, {}), Mapping):
+                raise InputError(f"{table} {options[table]!r} is no table; give [{table}] with one NAME = VALUE a line")
+        arguments = defaults.get(table, {})
+        if table == "optimizer_arguments" and given.get("optimizer") not in (None, defaults.get("optimizer")):
+            arguments = drop_foreign_arguments(given["optimizer"], arguments)
+        merged[table] = {**arguments, **given.get(table, {})}
+    return merged
+
+
 def read_options(path: str) -> dict[str, Any]:
     """Read the options of a TOML file, or those in the ``config.json`` of a run.
 
@@ -118,12 +140,12 @@ def read_options(path: str) -> dict[str, Any]:
     uri = storage.resolve_uri(path)
     try:
         text = storage.read_bytes(uri).decode()
-        options = json.loads(text)["config"] if uri.endswith(".json") else tomllib.loads(text)
+        options = upgrade_options(json.loads(text)["config"]) if uri.endswith(".json") else tomllib.loads(text)
     except FileNotFoundError as error:
         raise InputError(
             f"--config {path}: there is no such file; give a TOML file or the config.json of a run"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--config {path} is neither TOML nor the config.json of a run ({error}); write one NAME = VALUE a line"
         ) from error
@@ -132,19 +154,20 @@ def read_options(path: str) -> dict[str, Any]:
 
 def format_options(values: Mapping[str, Any]) -> str:
     """Format options as a TOML file that `read_options` reads back."""
-    plain = {name: value for name, value in values.items() if name in OPTIONS and name != "arch_arguments"}
+    plain = {name: value for name, value in values.items() if name in OPTIONS and name not in ARGUMENTS}
     lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
-    if arguments := values.get("arch_arguments"):
-        lines += ["", "[arch_arguments]", *(f"{name} = {json.dumps(value)}" for name, value in arguments.items())]
+    for table in ARGUMENTS:
+        if arguments := values.get(table):
+            lines += ["", f"[{table}]", *(f"{name} = {json.dumps(value)}" for name, value in arguments.items())]
     return "\n".join(lines)
 
 
-def check_arch(arch: str, arguments: Mapping[str, Any]) -> None:
+def check_arch(arch: str, arguments: Mapping[str, Any] | None = None) -> None:
     """Raise InputError where there is no such architecture, or its family has no such arguments."""
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch {arch!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
     types = family_arguments(arch)
-    for name, value in arguments.items():
+    for name, value in (arguments or {}).items():
         if name not in types:
             raise InputError(f"--arch-argument {name!r} is unknown; {arch} has {', '.join(types)}")
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.architectures import ARCHITECTURES
 from trainer.config.config import TrainConfig, describe_rescaling, find_differences
+from trainer.config.optimizers import complete_arguments
 from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
@@ -111,6 +112,8 @@ def describe_training(config: TrainConfig, steps: int) -> str:
     """
     values = config.model_dump()
     defaults = {name: field.default for name, field in type(config).model_fields.items()}
+    values |= values.pop("optimizer_arguments")
+    defaults |= complete_arguments(config.optimizer, {})
     used = [
         _describe_value(name, value)
         for name, value in values.items()

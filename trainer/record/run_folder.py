@@ -39,6 +39,7 @@ import pyarrow as pa
 from data_prep.manifest import Manifest
 from trainer.config.batch_table import BatchChoice
 from trainer.config.config import TrainConfig
+from trainer.config.optimizers import find_former_arguments
 from trainer.record import checkpoint as checkpoints
 from trainer.record.evaluation_result import EvaluationResult
 from trainer.runtime import storage
@@ -62,6 +63,8 @@ InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 class RunRecord(Record):
     """What ``config.json`` holds: the config and the circumstances."""
 
+    # 2: the arguments of the optimizer are a table.
+    FORMAT: ClassVar[int] = 2
     # What a run did before there was such an option. A run goes on as it began, so it is not always the default of now.
     ADDED: ClassVar[Mapping[str, Any]] = {
         "batch": None,
@@ -69,6 +72,7 @@ class RunRecord(Record):
         "config.init_from": "",
         "config.freeze_trunk": False,
         "config.tuned_batch_size": 64,
+        "config.optimizer_arguments": lambda record: find_former_arguments(record["config"]),
         "config.class_weights": "none",
         "config.ema_momentum": 0.0,
         "config.augment_flip": False,

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from trainer.config.request import OPTIONS
+from trainer.config.request import ARGUMENTS, OPTIONS
 from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import format_count
 from trainer.runtime.record_format import Record
@@ -22,7 +22,6 @@ _NOT_IN_BASE = {
     "steps": "the budget stands beside goal: epochs or steps",
     "evaluate_test": "trials are chosen by validation; evaluate.py --split test reads the chosen one once",
 }
-_ARGUMENTS = "arch_arguments"
 # Why the playbook does not let a study vary these.
 _NEVER_VARIED = {
     "epochs": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
@@ -219,7 +218,12 @@ def find_warnings(study: Study) -> list[str]:
     """Returns what the playbook advises against, for what a file asks: one line each."""
     per_value = study.trials // study.num_combinations
     # Tuning playbook, "what are the update rules ... and how should they be tuned".
-    least_trials = {"base_learning_rate": 1, "beta_1": 10, "epsilon": 25, "beta_2": 50}
+    least_trials = {
+        "base_learning_rate": 1,
+        "optimizer_arguments.beta_1": 10,
+        "optimizer_arguments.epsilon": 25,
+        "optimizer_arguments.beta_2": 50,
+    }
     return [
         f"{one.label} is worth tuning from {format_count(least_trials[one.name], 'trial')} a scientific value, "
         f"there are {per_value}"
@@ -245,8 +249,8 @@ def _parse_parameters(table: Mapping[str, Any], role: Role) -> list[Parameter]:
 def _flatten(table: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in (table if isinstance(table, dict) else {"": table}).items():
-        if name == _ARGUMENTS and isinstance(value, dict):
-            flat |= {f"{_ARGUMENTS}.{argument}": domain for argument, domain in value.items()}
+        if name in ARGUMENTS and isinstance(value, dict):
+            flat |= {f"{name}.{argument}": domain for argument, domain in value.items()}
         else:
             flat[name] = value
     return flat

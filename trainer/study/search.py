@@ -6,7 +6,7 @@ concurrency, after any interruption, and when more trials are added (tuning play
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -148,13 +148,13 @@ def _to_choice(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def merge_options(base: Mapping[str, Any], values: Values) -> dict[str, Any]:
-    """Returns the options of a trial: those of the study's base and its own; dotted names are of a nested table."""
-    options = {**base, "arch_arguments": dict(base.get("arch_arguments", {}))}
+def nest_values(values: Values) -> dict[str, Any]:
+    """Return the values of a trial as options of a run, in which those with dotted names are in a table."""
+    options: dict[str, Any] = {}
     for name, value in values.items():
         table, dot, argument = name.partition(".")
         if dot:
-            options[table][argument] = value
+            options.setdefault(table, {})[argument] = value
         else:
             options[name] = value
     return options

@@ -21,7 +21,7 @@ from trainer import launch
 from trainer.batch.finder import measure_size
 from trainer.config.config import TrainConfig
 from trainer.config.options import format_command, format_value
-from trainer.config.request import parse_request
+from trainer.config.request import merge_options, parse_request
 from trainer.record.run_folder import RunFolder, RunInterruption
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources, read_resources
@@ -33,7 +33,7 @@ from trainer.study.analysis import find_best
 from trainer.study.file import Study
 from trainer.study.folder import StudyFolder, Trial, sort_trials
 from trainer.study.report import write_study_report
-from trainer.study.search import OptunaSearch, Values, merge_options, suggest_values
+from trainer.study.search import OptunaSearch, Values, nest_values, suggest_values
 from trainer.workers.groups import parse_num_workers
 
 _POLL_SECONDS = 0.2
@@ -432,7 +432,7 @@ def _read_outcome(reference: Any) -> Outcome:
 
 def _options(study: Study, values: Values) -> dict[str, Any]:
     """Return the options of a trial as `trainer.config.request` takes them."""
-    options = merge_options(study.base, values)
+    options = merge_options(study.base, nest_values(values))
     # The process of a trial has a current folder of its own.
     options |= {name: storage.resolve_uri(options[name]) for name in ("dataset", "init_from") if options.get(name)}
     return {**options, "epochs": study.epochs, "steps": study.steps}

@@ -104,12 +104,13 @@ def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[A
 
 
 def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
+    # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
+    optimizer_class = {"sgd": keras.optimizers.SGD, "nadam": keras.optimizers.Nadam}.get(
+        config.optimizer, keras.optimizers.Adam
+    )
+    options: dict[str, Any] = dict(config.optimizer_arguments)
     if config.optimizer == "sgd":
-        optimizer_class, options = keras.optimizers.SGD, {"momentum": config.momentum, "nesterov": config.nesterov}
-    else:
-        # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
-        optimizer_class = keras.optimizers.Nadam if config.optimizer == "nadam" else keras.optimizers.Adam
-        options = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
+        options["momentum"] = config.momentum
     if config.ema_momentum:
         # `swap_averages` says when the averages are used.
         options |= {"use_ema": True, "ema_momentum": config.ema_momentum}

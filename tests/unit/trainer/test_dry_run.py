@@ -18,7 +18,7 @@ def test_a_run_with_nothing_to_measure_is_described_as_its_config_and_arithmetic
     options = {"arch": "cnn_softmax", "dataset": dataset.uri, "global_batch_size": 30, "precision": "float32"}
     request = parse_request(options)
     text = describe_run(request, str(tmp_path), ONE_MACHINE)
-    assert "# global batch 30 = 1 replica x 30; 100 images = 3 steps" in text
+    assert "# global batch 30 = 1 replica x 30; 100 images: 3 steps per epoch" in text
     (tmp_path / "run.toml").write_text(text)
     again = parse_request(read_options(str(tmp_path / "run.toml")))
     batch = recall_batch(request, dataset.manifest, 1, str(tmp_path), ONE_MACHINE)

@@ -1,9 +1,10 @@
+import json
 from dataclasses import replace
 
 import pytest
 
 from trainer.config.batch_table import BatchChoice
-from trainer.config.request import parse_request
+from trainer.config.request import parse_request, read_options
 from trainer.launch import (
     RunPlan,
     check_dataset,
@@ -177,6 +178,22 @@ def test_a_run_is_continued_with_the_batch_that_it_began_with(plan, options, tmp
     continued = plan_run(request, run, ONE_MACHINE)
     assert (continued.config.global_batch_size, continued.config.precision) == (8, "mixed_bfloat16")
     assert continued.batch == begun
+
+
+def test_a_run_is_continued_whose_optimizer_arguments_were_options_of_their_own(options, tmp_path):
+    options = {**options, "global_batch_size": 50, "precision": "float32"}
+    given = parse_request({**options, "optimizer": "sgd", "optimizer_arguments": {"nesterov": False}})
+    run = RunFolder(str(tmp_path / "runs" / "begun"))
+    begun = plan_run(given, run, ONE_MACHINE)
+    run.write_record(describe_run(begun.config, "1 node", begun.batch))
+    record = json.loads(storage.read_bytes(run.path("config.json")))
+    del record["config"]["optimizer_arguments"]
+    record["config"] |= {"nesterov": False, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7, "tuned_batch_size": 64}
+    storage.write_bytes(run.path("config.json"), json.dumps({**record, "format": 1}).encode())
+    assert plan_run(given, run, ONE_MACHINE).config == begun.config
+    assert plan_run(parse_request(read_options(run.path("config.json"))), run, ONE_MACHINE).config == begun.config
+    with pytest.raises(InputError, match=r"optimizer_arguments: \{'nesterov': False\} -> \{'nesterov': True\}"):
+        plan_run(parse_request({**options, "optimizer": "sgd"}), run, ONE_MACHINE)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,20 @@ def test_a_config_survives_as_json_with_nothing_left_out():
     assert TrainConfig.model_validate_json(written) == config
 
 
+def test_the_arguments_of_the_optimizer_are_complete():
+    adam = {"optimizer": "adam", "optimizer_arguments": {"beta_1": 0.5}}
+    assert validate(TrainConfig, REQUIRED).optimizer_arguments == {"nesterov": True}
+    assert validate(TrainConfig, {**REQUIRED, **adam}).optimizer_arguments == {
+        "beta_1": 0.5,
+        "beta_2": 0.999,
+        "epsilon": 1e-7,
+    }
+    with pytest.raises(
+        InputError, match=r"^--optimizer-argument \{'beta_1': 0.5\}: .*'beta_1' is unknown; sgd has nest"
+    ):
+        validate(TrainConfig, {**REQUIRED, **adam, "optimizer": "sgd"})
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         validate(TrainConfig, REQUIRED).seed = 1
@@ -90,8 +104,6 @@ def test_the_option_of_the_memory_limit_is_named_without_its_unit():
         ("base_learning_rate", 0.0),
         ("base_learning_rate", -1.0),
         ("momentum", 1.0),
-        ("beta_2", 1.0),
-        ("epsilon", 0.0),
         ("weight_decay", -0.1),
         ("warmup_epochs", -1.0),
         ("clip_norm", -1.0),

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from trainer.config.config import TrainConfig
 from trainer.config.options import GroupedCommand, add_run_options, format_command, parse_assignment, parse_command
-from trainer.config.request import OPTIONS, parse_request
+from trainer.config.request import ARGUMENTS, OPTIONS, parse_request
 from trainer.runtime.errors import InputError
 
 
@@ -33,7 +33,7 @@ def test_every_option_of_a_run_is_one_of_its_commands():
     def command(**options) -> None: ...
 
     added = inspect.signature(add_run_options(command)).parameters.keys()
-    assert added == OPTIONS.keys() - {"arch_arguments"} | {"arch_argument", "config"}
+    assert added == OPTIONS.keys() - set(ARGUMENTS) | {"arch_argument", "optimizer_argument", "config"}
     assert TrainConfig.model_fields.keys() - {"dataset_fingerprint"} <= OPTIONS.keys()
 
 
@@ -72,7 +72,7 @@ def test_help_groups_the_options_and_says_each_default(invoke):
         "Network:", "Batch:", "Optimizer:", "Augmentation:", "Cluster:", "Run:"
     ]  # fmt: skip
     texts = " ".join(" ".join(lines).split())
-    assert "[default: 0.999]" in texts
+    assert "beta_2 (default 0.999)" in texts
     assert "Undefined" not in texts
 
 
@@ -87,6 +87,7 @@ def test_options_go_before_those_of_a_config_file(tmp_path):
 
 def test_a_command_line_gives_the_request_that_its_options_give(tmp_path):
     options = {"arch": "alexnet", "arch_arguments": {"dropout": 0.25}, "augment_flip": False, "memory_limit_gib": 2.5}
+    options |= {"optimizer_arguments": {"beta_1": 0.5, "epsilon": 1e-3}}
     words = shlex.split(format_command("train.py", options))[2:]
     received = {}
     app = typer.Typer()
@@ -115,5 +116,5 @@ def test_an_assignment_is_json_where_it_is_json(text, value):
 
 
 def test_an_assignment_without_a_value_is_refused():
-    with pytest.raises(InputError, match="'width': give NAME=VALUE"):
-        parse_assignment("width")
+    with pytest.raises(InputError, match="--optimizer-argument 'epsilon': give NAME=VALUE"):
+        parse_assignment("epsilon", "optimizer_argument")

@@ -7,7 +7,15 @@ from data_prep.manifest import Manifest
 from trainer.architectures import ARCHITECTURES
 from trainer.config.batch_table import given_batch
 from trainer.config.config import TrainConfig
-from trainer.config.request import OPTIONS, check_arch, format_options, parse_request, read_options, resolve
+from trainer.config.request import (
+    OPTIONS,
+    check_arch,
+    format_options,
+    merge_options,
+    parse_request,
+    read_options,
+    resolve,
+)
 from trainer.record.run_folder import describe_run
 from trainer.runtime.errors import InputError
 
@@ -129,6 +137,55 @@ def test_what_is_left_open_is_settled_by_recipe_dataset_and_batch(manifest, opti
 def test_arguments_of_the_recipe_and_of_an_option_are_put_together():
     request = parse_request({"arch": "alexnet", "arch_arguments": {"dropout": 0.1}})
     assert request.settings.arch_arguments == {"batch_norm_momentum": 0.9, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "given", "arguments"),
+    [
+        ({}, {"nesterov": False}, {"nesterov": False}),
+        ({"optimizer": "sgd", "nesterov": True}, {"nesterov": False}, {"nesterov": False}),
+        ({"optimizer": "adam", "beta_1": 0.5}, {"beta_2": 0.9}, {"beta_1": 0.5, "beta_2": 0.9}),
+        ({"optimizer": "adam", "beta_1": 0.5}, {"optimizer": "nadam"}, {"beta_1": 0.5}),
+        ({"optimizer": "sgd", "nesterov": True}, {"optimizer": "adam", "beta_1": 0.5}, {"beta_1": 0.5}),
+        # As the base of a study that compares optimizers.
+        ({"nesterov": True}, {"optimizer": "adam"}, {}),
+        # What no optimizer has, or not the one that was given, is left to be refused.
+        ({"optimizer": "sgd", "nestrov": True}, {"optimizer": "adam"}, {"nestrov": True}),
+        ({}, {"optimizer": "adam", "nesterov": True}, {"nesterov": True}),
+    ],
+)
+def test_default_arguments_do_not_apply_to_another_optimizer(defaults, given, arguments):
+    def nest(values: dict[str, Any]) -> dict[str, Any]:
+        own = {name: value for name, value in values.items() if name == "optimizer"}
+        return {**own, "optimizer_arguments": {name: value for name, value in values.items() if name not in own}}
+
+    assert merge_options(nest(defaults), nest(given))["optimizer_arguments"] == arguments
+
+
+def test_another_optimizer_than_that_of_the_recipe_has_its_own_arguments():
+    request = parse_request({"arch": "alexnet", "recipe": "notes", "optimizer": "adam"})
+    assert request.settings.optimizer_arguments == {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7}
+    assert parse_request({"arch": "alexnet", "recipe": "notes"}).settings.optimizer_arguments == {"nesterov": False}
+
+
+@pytest.mark.parametrize("table", ["arch_arguments", "optimizer_arguments"])
+def test_arguments_that_are_no_table_are_refused(table):
+    with pytest.raises(InputError, match=rf"{table} 3 is no table; give \[{table}\] with one NAME = VALUE a line"):
+        parse_request({"arch": "alexnet", table: 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"nesterov": True}, "'nesterov' is unknown; adamw has beta_1, beta_2, epsilon"),
+        ({"beta_2": 1.0}, "beta_2=1.0: Input should be less than 1"),
+        ({"epsilon": 0}, "epsilon=0: Input should be greater than 0"),
+        ({"beta_1": float("nan")}, "beta_1=nan: Input should be a finite number"),
+    ],
+)
+def test_arguments_that_the_optimizer_does_not_take_are_refused(arguments, message):
+    with pytest.raises(InputError, match=rf"^--optimizer-argument .*: .*{message}"):
+        parse_request({"arch": "alexnet", "optimizer_arguments": arguments})
 
 
 @pytest.mark.parametrize("name", ["run.toml", "config.json"])

@@ -143,7 +143,7 @@ def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     [
         ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, augment flip"),
         ({"class_weights": "balanced"}, "seed 3; class weights balanced"),
-        ({"nesterov": False}, "seed 3; no nesterov"),
+        ({"optimizer_arguments": {"nesterov": False}}, "seed 3; no nesterov"),
         ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; init from /runs/old, freeze trunk"),
     ],
 )

@@ -100,6 +100,12 @@ def test_what_a_field_that_was_not_there_meant():
     assert parse_past("e9cf8f1/interruption.json").ended.day == 25
 
 
+def test_the_arguments_of_the_optimizer_were_options_of_their_own():
+    assert parse_past("a9db2b2/config.json").config.optimizer_arguments == {"nesterov": True}
+    adam = parse_past("f4e7dc3/config.json").config.optimizer_arguments
+    assert adam == {"beta_1": 0.5, "beta_2": 0.999, "epsilon": 1e-7}
+
+
 def test_no_option_is_forgotten_that_runs_began_without():
     """A new option needs the value that means what runs did before: RunRecord.ADDED, with a record of today's form."""
     first = json.loads((PAST / "a9db2b2" / "config.json").read_bytes())["config"].keys()

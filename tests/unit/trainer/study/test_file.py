@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from trainer.runtime.errors import InputError
 from trainer.study.file import Range, find_warnings, load_study, parse_study
-from trainer.study.search import merge_options, suggest_values
+from trainer.study.search import suggest_values
 
 STUDY = """
 goal = "Which optimizer?"
@@ -132,13 +132,21 @@ def test_a_grid_has_no_more_trials_than_points():
 
 
 def test_more_parameters_than_trials_can_tune_are_warned_of():
-    text = STUDY.replace("weight_decay = {", "beta_1 = {").replace("1e-2", "0.9")
-    assert find_warnings(parse(text)) == ["beta_1 is worth tuning from 10 trials a scientific value, there are 4"]
+    text = STUDY.replace("weight_decay = {", "optimizer_arguments.beta_1 = {").replace("1e-2", "0.9")
+    assert find_warnings(parse(text)) == [
+        "optimizer_arguments.beta_1 is worth tuning from 10 trials a scientific value, there are 4"
+    ]
     assert find_warnings(parse(text, trials=20)) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("base_learning_rate", 1), ("beta_1", 10), ("epsilon", 25), ("beta_2", 50)]
+    ("name", "least"),
+    [
+        ("base_learning_rate", 1),
+        ("optimizer_arguments.beta_1", 10),
+        ("optimizer_arguments.epsilon", 25),
+        ("optimizer_arguments.beta_2", 50),
+    ],
 )
 def test_each_parameter_has_the_least_trials_of_the_playbook(name, least):
     text = STUDY.partition("[nuisance]")[0] + f"[nuisance]\n{name} = {{ low = 0.1, high = 0.2 }}\n"
@@ -177,13 +185,6 @@ def test_quasi_random_points_fill_the_space_evenly():
 def test_a_grid_is_every_combination_once():
     points = [tuple(suggest_values(parse(GRID), index).values()) for index in range(6)]
     assert points == [(name, pytest.approx(at)) for name in ("sgd", "adam") for at in (0.1, 0.5, 0.9)]
-
-
-def test_arguments_of_the_architecture_are_merged():
-    options = merge_options(parse().base, {"arch_arguments.dense_units": 32, "optimizer": "sgd"})
-    assert options["arch_arguments"] == {"first_filters": 8, "dense_units": 32}
-    assert options["optimizer"] == "sgd"
-    assert parse().base["arch_arguments"] == {"first_filters": 8}
 
 
 def test_integers_and_logarithms_stay_within_their_range():

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.study.file import parse_study
-from trainer.study.search import OptunaSearch
+from trainer.study.search import OptunaSearch, nest_values
 
 STUDY = parse_study(
     """
@@ -96,3 +96,10 @@ def test_a_search_that_is_replayed_goes_on_as_if_it_had_not_ended(algorithm):
     first.start(6)
     second.start(6)
     assert first.report(6, 1, 0.0) is second.report(6, 1, 0.0) is True
+
+
+def test_values_with_dotted_names_are_in_tables():
+    assert nest_values({"arch_arguments.width": 2, "seed": 1, "arch_arguments.dropout": 0.5}) == {
+        "arch_arguments": {"width": 2, "dropout": 0.5},
+        "seed": 1,
+    }

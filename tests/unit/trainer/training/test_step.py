@@ -37,6 +37,9 @@ def float32_afterwards():
     keras.mixed_precision.set_global_policy("float32")
 
 
+NO_NESTEROV = {"nesterov": False}
+
+
 @pytest.fixture
 def manifest(write_dataset):
     return write_dataset(rows=(ROWS, 1, 1), image_size=SIZE).manifest
@@ -121,7 +124,7 @@ def test_a_step_tells_plain_loss_and_accuracy_before_its_update(start, manifest,
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_a_step_goes_down_the_gradient_of_the_mean_loss(start, manifest, batch, label_smoothing):
-    started = start(optimizer="sgd", momentum=0.0, nesterov=False, label_smoothing=label_smoothing)
+    started = start(optimizer="sgd", momentum=0.0, optimizer_arguments=NO_NESTEROV, label_smoothing=label_smoothing)
     before, model = started.weights(), started.network.model
     scale, offset = pixel_scaling(manifest, started.config)
     # A part of each target is spread evenly over the three classes.
@@ -144,7 +147,13 @@ def test_balanced_classes_weigh_their_images_by_rarity(write_dataset, make_confi
     labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
 
     def update(**values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        options = {"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup_epochs": 0}
+        options = {
+            "optimizer": "sgd",
+            "momentum": 0.0,
+            "optimizer_arguments": NO_NESTEROV,
+            "schedule": "constant",
+            "warmup_epochs": 0,
+        }
         config = make_config(global_batch_size=ROWS, arch_arguments=NETWORK, **options, **values)
         network = build_network(manifest, config, steps_per_epoch=10)
         before = read_variables(network.model.variables)
@@ -194,7 +203,7 @@ def test_without_averages_nothing_is_exchanged(start, batch):
 
 
 def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_told(start, batch):
-    started = start(optimizer="sgd", momentum=0.0, nesterov=False, clip_norm=1e-3)
+    started = start(optimizer="sgd", momentum=0.0, optimizer_arguments=NO_NESTEROV, clip_norm=1e-3)
     before = started.weights()
     told, after = started.train(batch)[0], started.weights()
     moved = np.sqrt(sum(((after[name] - before[name]).astype(np.float64) ** 2).sum() for name in before))
