@@ -4,7 +4,7 @@ from typing import Any
 
 from data_prep.manifest import Manifest, read_manifest
 from trainer.batch.finder import recall_batch, trial_sizes
-from trainer.config.config import describe_rescaling
+from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, format_options, resolve
 from trainer.launch import describe_steps, embedded_dataset, load_checked_manifest
 from trainer.runtime.cluster import Resources

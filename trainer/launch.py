@@ -18,7 +18,8 @@ from data_prep.manifest import Manifest, read_manifest
 from trainer.architectures import ARCHITECTURES, count_parameters
 from trainer.batch.finder import choose_batch, measure_size
 from trainer.config.batch_table import BatchChoice, find_bottlenecks, given_batch
-from trainer.config.config import TrainConfig, describe_rescaling, find_differences, replace_values, resize_batch
+from trainer.config.config import TrainConfig, find_differences, replace_values, resize_batch
+from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, resolve
 from trainer.notes.diagnostics import find_symptoms
 from trainer.notes.note import write_note

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY, free_port, run_job, write_stripes
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 TRAINING = [*SMALL, "--num-workers", "2", "--base-learning-rate", "0.05", "--epochs", "2"]
-TRAINING += ["--global-batch-size", "20", "--precision", "float32", "--tuned-batch-size", "20"]
+TRAINING += ["--global-batch-size", "20", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,6 @@ _MEMORY_TOLERANCE = 0.1
 # Settings that change neither time nor memory of a training step.
 _NOT_IN_STEP = {
     "init_from",
-    "tuned_batch_size",
     "schedule",
     "seed",
     "checkpoint_every",

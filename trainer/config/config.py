@@ -53,8 +53,6 @@ class Settings(BaseModel):
     """Run or weights file, local or s3://, whose layers of the same name the network starts from."""
     freeze_trunk: bool = False
     """Train the last layer only."""
-    tuned_batch_size: int = Field(64, ge=1)
-    """Global batch at which the learning rate and the regularisation were tuned; a run at another says so."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
     """adamw is adam by another name: weight decay is decoupled in all of them."""
     base_learning_rate: float = Field(gt=0)
@@ -171,17 +169,6 @@ def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int
     if not shares_evenly:
         values["global_batch_size"] = max(1, per_replica) * num_workers
     return replace_values(config, **values)
-
-
-def describe_rescaling(config: TrainConfig) -> str:
-    """Returns what became of values that were tuned at another batch; empty where they were tuned at this one."""
-    if config.tuned_batch_size == config.global_batch_size:
-        return ""
-    rule = "linearly" if config.optimizer == "sgd" else "by the square root"
-    return (
-        f"learning rate and regularisation were tuned at a batch of {config.tuned_batch_size}, this run uses "
-        f"{config.global_batch_size}: the rate is scaled {rule} to {config.peak_learning_rate:.3g}, a starting guess"
-    )
 
 
 def replace_values(config: TrainConfig, **values: Any) -> TrainConfig:

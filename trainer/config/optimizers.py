@@ -26,6 +26,8 @@ _ARGUMENTS: Mapping[str, type[BaseModel]] = {
     "adamw": _AdamArguments,
     "nadam": _AdamArguments,
 }
+# Fields of earlier configs that nothing follows from any more.
+_NO_OPTIONS_NOW = {"tuned_batch_size"}
 _NAMES = {name for model in _ARGUMENTS.values() for name in model.model_fields}
 
 
@@ -60,7 +62,5 @@ def find_former_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgrade_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in a config of any format by their present names."""
-    if "optimizer_arguments" in config:
-        return dict(config)
-    kept = {name: value for name, value in config.items() if name not in _NAMES}
-    return {**kept, "optimizer_arguments": find_former_arguments(config)}
+    kept = {name: value for name, value in config.items() if name not in _NAMES | _NO_OPTIONS_NOW}
+    return {"optimizer_arguments": find_former_arguments(config), **kept}

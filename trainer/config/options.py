@@ -17,7 +17,7 @@ Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a 
 
 _GROUPS = {
     "Network": {"arch", "init_from", "freeze_trunk"},
-    "Batch": {"global_batch_size", "precision", "min_steps_per_epoch", "memory_limit_gib", "tuned_batch_size"},
+    "Batch": {"global_batch_size", "precision", "min_steps_per_epoch", "memory_limit_gib"},
     "Optimizer": {
         *("optimizer", "base_learning_rate", "momentum", "weight_decay"),
         *("schedule", "warmup_epochs", "clip_norm", "label_smoothing", "class_weights", "ema_momentum"),

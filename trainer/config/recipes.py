@@ -10,7 +10,6 @@ from trainer.config.config import TrainConfig
 # their author compiled with wherever one is named without a rate. 32 is the default batch of `model.fit`.
 _NOTES_COMMON = {
     "global_batch_size": 32,
-    "tuned_batch_size": 32,
     "precision": "float32",
     "schedule": "constant",
     "warmup_epochs": 0.0,
@@ -40,6 +39,9 @@ _MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL, "epochs": 15}
 
 # Small datasets have few steps an epoch, and ten epochs of them teach nothing.
 _LEAST_STEPS = {"notes": 0, "modern": 300}
+
+# Global batch at which the learning rates and the regularization were found.
+_TUNED_BATCH_SIZES = {"notes": 32, "modern": 64}
 
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "notes": {
@@ -80,3 +82,19 @@ def recipe_epochs(recipe: str, arch: str, steps_per_epoch: int) -> int:
     """Returns the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
     epochs: int = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
     return max(epochs, math.ceil(_LEAST_STEPS[recipe] / steps_per_epoch))
+
+
+def describe_rescaling(config: TrainConfig) -> str:
+    """Describe what became of a recipe's values that were tuned at another batch.
+
+    Empty where the batch is the one they were tuned at, and where another learning rate was given.
+    """
+    tuned_at = _TUNED_BATCH_SIZES[config.recipe]
+    tuned_rate = RECIPES[config.recipe].get(config.arch, {}).get("base_learning_rate")
+    if config.global_batch_size == tuned_at or config.base_learning_rate != tuned_rate:
+        return ""
+    rule = "linearly" if config.optimizer == "sgd" else "by the square root"
+    return (
+        f"learning rate and regularization were tuned at a batch of {tuned_at}, this run uses "
+        f"{config.global_batch_size}: the rate is scaled {rule} to {config.peak_learning_rate:.3g}, a starting guess"
+    )

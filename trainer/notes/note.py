@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.architectures import ARCHITECTURES
-from trainer.config.config import TrainConfig, describe_rescaling, find_differences
+from trainer.config.config import TrainConfig, find_differences
 from trainer.config.optimizers import complete_arguments
+from trainer.config.recipes import describe_rescaling
 from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
@@ -20,7 +21,7 @@ _CONTINUES = "the same command continues"
 # Options that another part of the sentence or of the note states, or that do not change what is learned.
 _SAID_ELSEWHERE = {
     *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
-    *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint", "tuned_batch_size"),
+    *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint"),
     *("checkpoint_every", "keep_best", "evaluate_test", "export"),
 }
 

@@ -71,7 +71,6 @@ class RunRecord(Record):
         "config.arch_arguments": {},
         "config.init_from": "",
         "config.freeze_trunk": False,
-        "config.tuned_batch_size": 64,
         "config.optimizer_arguments": lambda record: find_former_arguments(record["config"]),
         "config.class_weights": "none",
         "config.ema_momentum": 0.0,

@@ -6,7 +6,6 @@ from trainer.config.config import (
     BatchRequest,
     TrainConfig,
     check_shares,
-    describe_rescaling,
     find_differences,
     resize_batch,
     validate,
@@ -64,14 +63,6 @@ def test_the_learning_rate_grows_with_the_global_batch(optimizer, peak):
     )
     assert config.peak_learning_rate == pytest.approx(peak)
     assert config.per_replica_batch_size == 32
-
-
-def test_a_batch_that_values_were_not_tuned_at_is_told_with_what_was_done():
-    tuned = {**REQUIRED, "optimizer": "sgd", "tuned_batch_size": 64, "global_batch_size": 64}
-    assert describe_rescaling(validate(TrainConfig, tuned)) == ""
-    told = describe_rescaling(validate(TrainConfig, {**tuned, "global_batch_size": 128}))
-    assert "tuned at a batch of 64, this run uses 128" in told
-    assert "scaled linearly to 0.05, a starting guess" in told
 
 
 @pytest.mark.parametrize("value", ["max", "knee", "1", "4096"])

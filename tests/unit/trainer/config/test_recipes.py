@@ -1,17 +1,18 @@
-from typing import get_args
+import re
+from typing import Any, get_args
 
 import pytest
 
 from trainer.architectures import ARCHITECTURES, family_arguments
 from trainer.config.config import TrainConfig, validate
-from trainer.config.recipes import RECIPES, recipe_epochs
+from trainer.config.recipes import RECIPES, describe_rescaling, recipe_epochs
 
 ROWS = [(recipe, arch) for recipe, rows in RECIPES.items() for arch in rows]
 
 
-def parse(recipe: str, arch: str) -> TrainConfig:
+def parse(recipe: str, arch: str, **given: Any) -> TrainConfig:
     values = {"arch": arch, "recipe": recipe, "dataset": "/d", "dataset_fingerprint": "f00d", "num_workers": 1}
-    return validate(TrainConfig, {"global_batch_size": 64, **RECIPES[recipe][arch], **values})
+    return validate(TrainConfig, {"global_batch_size": 64, **RECIPES[recipe][arch], **values, **given})
 
 
 def test_the_recipes_are_those_that_a_config_allows():
@@ -66,3 +67,25 @@ def test_the_notes_keep_their_epochs_and_optimizer(arch, epochs, optimizer):
 )
 def test_a_small_dataset_gets_more_epochs_unless_the_notes_say_how_many(recipe, arch, steps_per_epoch, epochs):
     assert recipe_epochs(recipe, arch, steps_per_epoch) == epochs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arch", "given", "rule"),
+    [
+        ("modern", "cnn_tapered", {}, ""),
+        (
+            "modern",
+            "cnn_tapered",
+            {"global_batch_size": 256},
+            "tuned at .* 64, .* 256: .* by the square root to 0.002",
+        ),
+        ("modern", "resnet18", {"global_batch_size": 128}, "at a batch of 64, .* 128: .* scaled linearly to 0.04,"),
+        ("notes", "cnn_tapered", {}, ""),
+        ("notes", "cnn_tapered", {"global_batch_size": 64}, "at a batch of 32, this run uses 64: "),
+        # Nobody knows where this one was tuned.
+        ("modern", "resnet18", {"global_batch_size": 128, "base_learning_rate": 0.1}, ""),
+    ],
+)
+def test_a_batch_that_the_recipe_was_not_tuned_at_is_described(recipe, arch, given, rule):
+    described = describe_rescaling(parse(recipe, arch, **given))
+    assert re.search(rule, described) if rule else not described
