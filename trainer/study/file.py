@@ -130,7 +130,7 @@ class Study(Record):
     nuisance: dict[str, Any] = Field(default_factory=dict)
     """What must be tuned anew for each scientific value for a fair comparison."""
     trials: int = Field(ge=1)
-    algorithm: Literal["sobol", "halton", "random", "grid", "tpe"] = "sobol"
+    algorithm: Literal["sobol", "grid", "tpe"] = "sobol"
     """Quasi-random to explore (Bousquet et al. 2017), tpe to exploit (Bergstra et al. 2011)."""
     early_stopping: Literal["none", "asha"] = "none"
     """asha ends the worse part of the trials after 1, 3, 9, ... epochs (Li et al. 2020)."""

@@ -1,6 +1,6 @@
 """Which values each trial of a study tries.
 
-Points of sobol, halton, random and grid depend on the study and the number of the trial alone: the same at any
+Points of sobol and grid depend on the study and the number of the trial alone: the same at any
 concurrency, after any interruption, and when more trials are added (tuning playbook, quasi-random search).
 """
 
@@ -33,7 +33,7 @@ def suggest_values(study: Study, index: int) -> Values:
     combinations = list(itertools.product(*(range(len(one.choices)) for one in turns)))
     combination = combinations[index % len(combinations)]
     others = [one for one in parameters if not one.takes_turns]
-    point = _draw_point(study.algorithm, len(others), study.seed, index // len(combinations)) if others else ()
+    point = _draw_point(len(others), study.seed, index // len(combinations)) if others else ()
     positions = {
         **{one.label: (turn + 0.5) / len(one.choices) for one, turn in zip(turns, combination, strict=True)},
         **dict(zip((one.label for one in others), point, strict=True)),
@@ -112,12 +112,10 @@ class OptunaSearch:
         return trial.suggest_float(one.label, one.domain.low, one.domain.high, log=log)
 
 
-def _draw_point(algorithm: str, dimensions: int, seed: int, index: int) -> Sequence[float]:
+def _draw_point(dimensions: int, seed: int, index: int) -> Sequence[float]:
     from scipy.stats import qmc
 
-    if algorithm == "random":
-        return list(np.random.default_rng([seed, index]).random(dimensions))
-    sequence = {"sobol": qmc.Sobol, "halton": qmc.Halton}[algorithm](dimensions, scramble=True, rng=seed)
+    sequence = qmc.Sobol(dimensions, scramble=True, rng=seed)
     if index:
         sequence.fast_forward(index)
     return list(sequence.random(1)[0])
