@@ -14,19 +14,21 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class BatchRequest(BaseModel):
-    """What is asked of batch and precision, which trials find where they are left open (`trainer.batch.finder`)."""
+    """The requested batch size and precision; what is left open is measured (`trainer.batch.finder`)."""
 
     # The text under each field is its help on the command line, here as below.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     global_batch_size: str = "max"
-    """Images an optimizer step, over all workers: max (what memory holds), knee (as fast, no larger) or a number."""
+    """Images per optimizer step over all workers: max (the most that memory holds), knee (the smallest batch that is
+    about as fast as the fastest), or a number."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
-    """Of the layers; auto measures which is fastest. Variables, logits and losses are float32 always."""
+    """Precision of the layers; auto measures which is fastest. Variables, logits and losses are always float32."""
     min_steps_per_epoch: int = Field(10, ge=1)
-    """A batch of max or knee leaves an epoch at least so many steps."""
+    """Minimum optimizer steps per epoch that a batch of max or knee leaves."""
     memory_limit_gib: float | None = Field(None, gt=0)
-    """Of one worker, in GiB; default: its GPU, or its share of what Ray calls the node's memory."""
+    """Memory limit of one worker in GiB. Default: the memory of its GPU, or its share of the node's memory
+    as Ray reports it."""
 
     @field_validator("global_batch_size", mode="before")
     @classmethod
@@ -43,61 +45,63 @@ class BatchRequest(BaseModel):
 
 
 class Settings(BaseModel):
-    """How a network is trained, whatever the dataset, the cluster and the batch: what recipes and options say."""
+    """How a network is trained, independent of the dataset, the cluster and the batch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     arch_arguments: dict[str, bool | int | float | str | list[int]] = {}
-    """Of the architecture's family (width, dropout, ...), in place of the architecture's own."""
+    """Arguments of the architecture's family (width, dropout, ...) that replace those of the architecture."""
     init_from: str = ""
-    """Run or weights file, local or s3://, whose layers of the same name the network starts from."""
+    """Run folder or weights file, local or s3://, to load initial weights from; layers are matched by name."""
     freeze_trunk: bool = False
     """Train the last layer only."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
-    """adamw is adam by another name: weight decay is decoupled in all of them."""
+    """Optimizer. Weight decay is decoupled in all of them, so adamw is the same as adam."""
     base_learning_rate: float = Field(gt=0)
-    """Peak learning rate for a global batch of 256. Scaled to the actual one, linearly for sgd, by the square root for
-    the others: a starting guess."""
+    """Peak learning rate for a global batch of 256 images. It is scaled to the actual batch: linearly for sgd, by the
+    square root for the others."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of sgd."""
+    """Momentum of SGD; other optimizers ignore it."""
     optimizer_arguments: dict[str, bool | float] = Field({}, validate_default=True)
-    """Other arguments of the optimizer: nesterov of SGD; beta_1, beta_2 and epsilon of the others."""
+    """Other arguments of the optimizer: nesterov for SGD; beta_1, beta_2 and epsilon for the others."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled, on kernels only (not on biases and BatchNorm)."""
+    """Decoupled weight decay of kernels; biases and BatchNorm weights do not decay."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Of the learning rate after the warmup."""
+    """Schedule of the learning rate after the warmup."""
     warmup_epochs: float = Field(1.0, ge=0)
-    """Linear from zero; at most a tenth of the steps is used."""
+    """Epochs in which the learning rate rises linearly from zero, at most a tenth of all steps."""
     clip_norm: float = Field(0.0, ge=0)
-    """Gradients with a larger L2 norm are scaled down to it; 0 does not clip."""
+    """Maximum L2 norm of the gradients; larger ones are scaled down to it. 0 disables clipping."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Of the training objective; reported losses are plain cross-entropies."""
+    """Label smoothing of the training objective; reported losses are plain cross-entropies."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: in the training objective each class counts the same, however many images it has."""
+    """Weights of the classes in the training objective; balanced gives every class the same total weight, however many
+    images it has."""
     ema_momentum: float = Field(0.0, ge=0, lt=1)
-    """Validate and keep an exponential moving average of the weights, per step; 0 does not average."""
+    """Momentum per step of an exponential moving average of the weights, which is validated and kept. 0 disables it."""
     augment_flip: bool = False
-    """Mirror half of the images left to right."""
+    """Flip half of the training images left to right."""
     augment_rotation: float = Field(0.0, ge=0, le=180)
-    """Largest angle in degrees, either way."""
+    """Maximum rotation of training images in degrees, in either direction."""
     augment_translation: float = Field(0.0, ge=0, lt=1)
-    """Largest shift, as a fraction of the image's size, either way."""
+    """Maximum shift of training images as a fraction of their size, in either direction."""
     augment_zoom: float = Field(0.0, ge=0, lt=1)
-    """Largest relative change of size, either way."""
+    """Maximum zoom of training images as a fraction of their size, in or out."""
     augment_contrast: float = Field(0.0, ge=0, lt=1)
-    """Largest relative change of each pixel's difference from the image's mean, either way."""
+    """Maximum change of the contrast of training images, as a fraction, up or down."""
     input_scaling: Literal["standardise", "unit"] = "standardise"
-    """Pixels to zero mean and unit deviation of the train split, or to 0-1."""
+    """Scaling of the pixels: standardise (zero mean and unit standard deviation over the train split) or unit (0 to
+    1)."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of initialisation, dropout, augmentation and data order."""
+    """Seed of initialization, dropout, augmentation and data order."""
     checkpoint_every: int = Field(0, ge=0)
-    """Optimizer steps between checkpoints within an epoch; there is one at the end of each epoch in any case."""
+    """Optimizer steps between checkpoints within an epoch. 0 saves one at the end of each epoch only."""
     keep_best: int = Field(1, ge=1)
-    """Checkpoints kept beside the last one, by validation accuracy, then loss."""
+    """Number of best checkpoints to keep besides the last one, ranked by validation accuracy, then loss."""
     evaluate_test: bool = False
-    """Evaluate the best checkpoint once on the test split."""
+    """Evaluate the best checkpoint once on the test split when training ends."""
     export: Literal["keras", "saved_model"] = "keras"
-    """What the best weights are written to for use elsewhere: model.keras, or a SavedModel beside it."""
+    """Format in which the best weights are exported: model.keras, or a SavedModel in addition."""
 
     @field_validator("optimizer_arguments", mode="before")
     @classmethod
@@ -111,25 +115,26 @@ class TrainConfig(Settings):
     """Everything that the result of a run depends on. ``config.json`` holds it, with nothing left to a default."""
 
     arch: str
-    """Architecture; --list-archs shows them."""
+    """Architecture of the network; --list-archs lists them."""
     recipe: Literal["modern", "notes"] = "modern"
-    """Where the values that the command line leaves open come from."""
+    """Recipe that supplies the values of options that are not given."""
     dataset: str
-    """Prepared dataset, local or s3://."""
+    """URI of the prepared dataset, local or s3://."""
     dataset_fingerprint: str
-    """Of its manifest: the same run name on a changed dataset is refused."""
+    """Fingerprint of the manifest: the same run name on a changed dataset is refused."""
     num_workers: int = Field(ge=1)
-    """Training workers; each drives one GPU, or its share of a machine's cores."""
+    """Number of training workers; each drives one GPU, or its share of a machine's cores."""
     global_batch_size: int = Field(ge=1)
-    """Images an optimizer step, over all workers."""
+    """Images per optimizer step over all workers."""
     epochs: int = Field(10, ge=1)
-    """Passes over the train split; left open, the recipe's, or more where they give a small split too few steps."""
+    """Passes over the train split; by default those of the recipe, or more where a small split would get too few
+    steps."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    """Of the layers; variables, logits and losses are float32 always."""
+    """Precision of the layers; variables, logits and losses are always float32."""
 
     @property
     def per_replica_batch_size(self) -> int:
-        """Images an optimizer step on one worker."""
+        """Images per optimizer step on one worker."""
         return self.global_batch_size // self.num_workers
 
     @property

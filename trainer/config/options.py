@@ -13,7 +13,7 @@ from trainer.config.recipes import RECIPES
 from trainer.config.request import ARGUMENTS, OPTIONS, RunRequest, merge_options, parse_request, read_options
 from trainer.runtime.errors import InputError
 
-Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a node, where none works yet.")]
+Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a node if none has joined yet.")]
 
 _GROUPS = {
     "Network": {"arch", "init_from", "freeze_trunk"},
@@ -27,13 +27,17 @@ _GROUPS = {
 }
 _OTHERS = "Run"
 _OWN = {
-    "config": (str, _OTHERS, "TOML file, or config.json of a run; options beside it replace what it says."),
-    "arch_argument": (list[str], "Network", "NAME=VALUE of the architecture's family, such as dropout=0.3."),
+    "config": (
+        str,
+        _OTHERS,
+        "TOML file, or the config.json of a run, to read options from; options on the command line replace them.",
+    ),
+    "arch_argument": (list[str], "Network", "NAME=VALUE: argument of the architecture's family, such as dropout=0.3."),
     "optimizer_argument": (
         list[str],
         "Optimizer",
-        "NAME=VALUE: nesterov (true or false; default true) of sgd; beta_1 (default 0.9), beta_2 (default 0.999) and "
-        "epsilon (default 1e-7) of the others.",
+        "NAME=VALUE: argument of the optimizer. sgd has nesterov (true or false, default true); the others have beta_1 "
+        "(default 0.9), beta_2 (default 0.999) and epsilon (default 1e-7).",
     ),
 }
 

@@ -34,17 +34,18 @@ class RunRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     arch: str
-    """Architecture; --list-archs shows them."""
+    """Architecture of the network; --list-archs lists them."""
     recipe: Literal["modern", "notes"] = "modern"
-    """Where the values that are not given come from."""
+    """Recipe that supplies the values of options that are not given."""
     dataset: str = ""
-    """Prepared dataset, local or s3://; default: 5,000 MNIST images."""
+    """URI of the prepared dataset, local or s3://. Default: 5,000 MNIST images."""
     num_workers: str = "auto"
-    """Training workers: a number, MIN:MAX, or auto: one per GPU, or one."""
+    """Number of training workers: a number, MIN:MAX, or auto (one per GPU, or one without GPUs)."""
     epochs: int | None = Field(None, ge=1)
-    """Passes over the train split; default: the recipe's, or more where they give a small split too few steps."""
+    """Passes over the train split. Default: those of the recipe, or more where a small split would get too few
+    steps."""
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps, rounded up to whole epochs, in place of --epochs."""
+    """Optimizer steps to train for instead of --epochs, rounded up to whole epochs."""
     batch: BatchRequest
     settings: Settings
 

@@ -63,7 +63,7 @@ def test_a_value_that_is_not_one_of_a_few_is_refused_with_all_of_them(invoke):
 
 def test_the_text_under_a_field_is_its_help(invoke):
     output = " ".join(invoke("--help").output.replace("│", " ").split())
-    assert "Largest angle in degrees, either way. [default: from the recipe]" in output
+    assert "Maximum rotation of training images in degrees, in either direction. [default: from the recipe]" in output
 
 
 def test_help_groups_the_options_and_says_each_default(invoke):
