@@ -1,4 +1,4 @@
-"""Starts a run from the driver: checks everything that can be checked, runs the workers, closes the run folder.
+"""Start a run from the driver: check everything that can be checked, run the workers, close the run folder.
 
 `jobs/train.py` and `jobs/sweep.py` start runs through `launch` alone.
 """
@@ -68,7 +68,7 @@ class ArchitectureDescription:
 
 
 def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
-    """Returns what there is to choose from, counted for a dataset; "" is the embedded one."""
+    """Return what there is to choose from, counted for a dataset; "" is the embedded one."""
     manifest = load_manifest(storage.resolve_uri(dataset)) if dataset else None
     described = []
     for name, spec in ARCHITECTURES.items():
@@ -83,7 +83,7 @@ def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
 
 
 def check_dataset(arch: str, dataset: str) -> Manifest:
-    """Returns the manifest of a dataset that an architecture can be trained on.
+    """Return the manifest of a dataset that an architecture can be trained on.
 
     Raises:
         InputError: there is no committed dataset, or the architecture cannot take it.
@@ -107,7 +107,7 @@ def check_dataset(arch: str, dataset: str) -> Manifest:
 
 
 def embedded_image_size(arch: str) -> int:
-    """Returns the image size of the embedded dataset for an architecture, in pixels.
+    """Return the image size of the embedded dataset for an architecture, in pixels.
 
     It is as small as the architecture allows: enlarged digits take time and tell a network nothing.
     """
@@ -115,7 +115,7 @@ def embedded_image_size(arch: str) -> int:
 
 
 def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
-    """Returns where the embedded dataset of an architecture is kept, and its image size in pixels.
+    """Return where the embedded dataset of an architecture is kept, and its image size in pixels.
 
     Raises:
         InputError: it is kept in the cache of this machine, which cannot be written.
@@ -143,7 +143,7 @@ def needs_one_process(request: RunRequest, storage_uri: str) -> bool:
 def open_run(
     storage_uri: str, run_name: str, arch: str, resources: Resources, *, wait: bool = False
 ) -> Iterator[RunFolder]:
-    """Yields the run folder of a name, new or used, which no other job can open meanwhile.
+    """Yield the run folder of a name, new or used, which no other job can open meanwhile.
 
     Args:
         storage_uri: where run folders are.
@@ -171,7 +171,7 @@ def _check_run_name(name: str) -> None:
 
 
 def check_shared(option: str, uri: str, resources: Resources) -> None:
-    """Raises InputError where the nodes of the cluster do not share a place."""
+    """Raise InputError where the nodes of the cluster do not share a place."""
     if storage.is_local(uri) and resources.num_nodes > 1:
         raise InputError(
             f"{option} {uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not share it; "
@@ -188,7 +188,7 @@ class RunPlan:
     batch: BatchChoice
     workers: WorkerCount
     command: str = ""
-    """That makes the same run; empty for that of this process."""
+    """Command line that makes the same run; empty for the one of this process."""
 
 
 def check_request(request: RunRequest, storage_uri: str, run_name: str = "") -> None:
@@ -333,7 +333,7 @@ def launch(
     profile_steps: int = 0,
     on_event: OnEvent = ignore_event,
 ) -> RunResult:
-    """Starts a run, or continues it from its last checkpoint, and returns its result.
+    """Start a run, or continues it from its last checkpoint, and returns its result.
 
     A run that is finished is not started again: its result is returned.
 
@@ -408,7 +408,7 @@ def _record_failure(run: RunFolder, error: InputError | JobError) -> None:
 
 
 def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, passed_over: list[str]) -> None:
-    """Raises InputError where a run was begun with another config, whatever is in some of its fields."""
+    """Raise InputError where a run was begun with another config, whatever is in some of its fields."""
     same = {name: getattr(begun, name) for name in passed_over}
     if differences := find_differences(begun, replace_values(config, **same)):
         raise InputError(
@@ -464,13 +464,13 @@ def _run_workers(
 
 
 def _load_ending() -> None:
-    """Imports what the end of a run needs while its workers train: a second that neither start nor end waits for."""
+    """Import what the end of a run needs while its workers train: a second that neither start nor end waits for."""
     for name in ("trainer.notes.plots", "scipy.stats"):
         importlib.import_module(name)
 
 
 def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -> RunResult:
-    """Writes what is drawn from a run when its workers have ended: plots, note, result."""
+    """Write what is drawn from a run when its workers have ended: plots, note, result."""
     # Loaded by now, in `_load_ending`.
     from trainer.notes.plots import write_batch_sizes, write_plots
 

@@ -19,9 +19,9 @@ from trainer.runtime.markdown import format_count
 
 # Both fitted to three published figures: Horovod's ResNet-101 and VGG-16 on 512 GPUs, NVIDIA's ResNet-50 on eight.
 HIDDEN_SHARE = 0.6
-"""Of the all-reduce, beside the backward pass."""
+"""Share of the all-reduce that the backward pass hides."""
 STRAGGLER_SHARE = 0.06
-"""Of the computation, where there is more than one worker."""
+"""Share of the computation that is added where there is more than one worker."""
 _BACKWARD_SHARE = 2 / 3
 _HOP_SECONDS = 20e-6
 _GRADIENT_BYTES = 4
@@ -56,7 +56,7 @@ class Machines:
     local_gbit: float = 600.0
     """Between two workers of a node."""
     node_price: float = 0.0
-    """Of one node for an hour, in any currency."""
+    """Price of one node per hour, in any currency."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class Prediction:
     step_seconds: float
     images_per_second: float
     efficiency: float
-    """Of ``workers`` times the speed of one."""
+    """Speed as a fraction of ``workers`` times the speed of one worker."""
     hours: float
     read_gib: float
     """From the storage: each node reads the dataset once."""
     written_gib: float
-    """To the storage: a checkpoint an epoch."""
+    """To the storage: one checkpoint per epoch."""
     cost: float
 
 
 def read_workload(uri: str) -> Workload:
-    """Returns the workload of a finished run, as it was measured.
+    """Return the workload of a finished run, as it was measured.
 
     Raises:
         InputError: the run is not finished.
@@ -104,7 +104,7 @@ def read_workload(uri: str) -> Workload:
 
 
 def predict(workload: Workload, machines: Machines, workers: int) -> Prediction:
-    """Returns what so many workers would take."""
+    """Return what so many workers would take."""
     nodes = math.ceil(workers / machines.workers_per_node)
     compute = workload.image_seconds * workload.per_replica_batch_size
     step = compute
@@ -131,7 +131,7 @@ def predict(workload: Workload, machines: Machines, workers: int) -> Prediction:
 
 
 def all_reduce_seconds(parameters: int, machines: Machines, workers: int) -> float:
-    """Returns how long adding up the float32 gradients of all workers takes on its own."""
+    """Return how long adding up the float32 gradients of all workers takes on its own."""
     gradients = parameters * _GRADIENT_BYTES
     local = min(workers, machines.workers_per_node)
     nodes = math.ceil(workers / machines.workers_per_node)
@@ -143,13 +143,13 @@ def all_reduce_seconds(parameters: int, machines: Machines, workers: int) -> flo
 
 
 def predict_up_to(workload: Workload, machines: Machines, workers: int) -> list[Prediction]:
-    """Returns the predictions for one worker, two, four, ... and the number that is asked for."""
+    """Return the predictions for one worker, two, four, ... and the number that is asked for."""
     numbers = [2**power for power in range(workers.bit_length()) if 2**power < workers]
     return [predict(workload, machines, number) for number in (*numbers, workers)]
 
 
 def find_advice(workload: Workload, machines: Machines, predictions: list[Prediction]) -> list[str]:
-    """Returns what is worth knowing about the largest number of workers: one line each."""
+    """Return what is worth knowing about the largest number of workers: one line each."""
     last = predictions[-1]
     advice = []
     if last.steps_per_epoch < _LEAST_STEPS:

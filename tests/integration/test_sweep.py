@@ -167,5 +167,5 @@ def test_a_study_without_result_fails_each_time_and_one_with_a_result_is_shown(s
 
 def test_what_would_run_is_shown_with_its_time(resources, study_text, tmp_path):
     plan = str(plan_study(parse_study(study_text, "study.toml"), StudyFolder(str(tmp_path)), resources))
-    assert "2 of 2 trials to run, 1 a scientific value, 1 at once" in plan
-    assert "predicted: 1 minutes" in plan
+    assert "2 of 2 trials to run, 1 per scientific value, 1 at once" in plan
+    assert "predicted: 1 minute" in plan

@@ -13,7 +13,7 @@ from trainer.runtime.events import SizeMeasured
 from trainer.runtime.markdown import format_count
 from trainer.runtime.record_format import Record
 
-# Of a worker's memory: evaluation, export and fragmentation are not in a trial.
+# Share of a worker's memory: evaluation, export and fragmentation are not in a trial.
 SAFETY_MARGIN = 0.1
 # Throughput this close to the best is as good (the knee), and a precision must gain more to replace float32.
 _THROUGHPUT_TOLERANCE = 0.05
@@ -37,9 +37,9 @@ class BatchTable(Record):
 
     num_replicas: int
     memory_limit_gib: float
-    """Of the worker that may use least."""
+    """Memory limit of the worker that may use least, in GiB."""
     node_memory_gib: float
-    """Of the node that has least, as Ray gave it when this was measured."""
+    """Memory of the node that has least, in GiB, as Ray reported it when this was measured."""
     precision: str
     """The one to train in."""
     precision_reason: str
@@ -73,7 +73,7 @@ class BatchTable(Record):
         return next(one for one in self.fitting if one.images_per_second >= best * (1 - _THROUGHPUT_TOLERANCE))
 
     def verdict(self, row: SizeMeasured) -> str:
-        """Returns what is to be said of one size."""
+        """Return what is to be said of one size."""
         if row.peak_memory_gib > self.target_gib:
             return "over the margin"
         return "fits, knee" if row == self.knee else "fits"
@@ -107,7 +107,7 @@ def given_batch(request: BatchRequest, global_batch_size: int, precision: str) -
 
 
 def round_size(size: int) -> int:
-    """Returns a per-replica size rounded down to a multiple of up to 8 that a device likes, never by more than 5%."""
+    """Return a per-replica size rounded down to a multiple of up to 8 that a device likes, never by more than 5%."""
     multiple = 1
     while multiple < 8 and size >= 40 * multiple:
         multiple *= 2
@@ -115,12 +115,12 @@ def round_size(size: int) -> int:
 
 
 def largest_for_rows(rows: int, num_replicas: int, min_steps_per_epoch: int) -> int:
-    """Returns the largest per-replica size that leaves an epoch its steps; at least 1."""
+    """Return the largest per-replica size that leaves an epoch its steps; at least 1."""
     return max(1, round_size(rows // min_steps_per_epoch // num_replicas))
 
 
 def ladder(first: int, most: int) -> tuple[int, ...]:
-    """Returns increasing sizes to try in one trial: doubled each time, up to the largest that is of use."""
+    """Return increasing sizes to try in one trial: doubled each time, up to the largest that is of use."""
     sizes = []
     while first < most:
         sizes.append(first)
@@ -129,7 +129,7 @@ def ladder(first: int, most: int) -> tuple[int, ...]:
 
 
 def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
-    """Returns the memory of a size by the line through the two largest that were measured; None where there is none."""
+    """Return the memory of a size by the line through the two largest that were measured; None where there is none."""
     if len(measured) < 2:
         return None
     before, last = measured[-2:]
@@ -138,7 +138,7 @@ def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
 
 
 def usable_gib(measured: Sequence[SizeMeasured], failed: int | None, limit_gib: float) -> float:
-    """Returns what a size may use at most: the safety margin stays free of the limit.
+    """Return what a size may use at most: the safety margin stays free of the limit.
 
     Args:
         measured: so far, by size.
@@ -158,7 +158,7 @@ def _died_early(survivors: Sequence[SizeMeasured], failed: int | None, limit_gib
 
 
 def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, limit_gib: float) -> int | None:
-    """Returns the per-replica size to try next, or None where the largest that fits is known.
+    """Return the per-replica size to try next, or None where the largest that fits is known.
 
     Memory is taken to grow by the same amount with every image, which two sizes tell; the answer is tried in its turn.
 
@@ -194,7 +194,7 @@ def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, l
 
 
 def is_far_slower(row: SizeMeasured, reference: Sequence[SizeMeasured]) -> bool:
-    """Returns whether one size says that its precision is emulated, so that larger ones need not be measured.
+    """Return whether one size says that its precision is emulated, so that larger ones need not be measured.
 
     Args:
         row: the size.
@@ -208,7 +208,7 @@ def is_far_slower(row: SizeMeasured, reference: Sequence[SizeMeasured]) -> bool:
 def choose_precision(
     measurements: dict[str, tuple[SizeMeasured, ...]], losses: dict[str, tuple[float, ...]]
 ) -> tuple[str, str]:
-    """Returns the precision to train in, and why: the fastest whose first losses are not worse than those of float32.
+    """Return the precision to train in, and why: the fastest whose first losses are not worse than those of float32.
 
     Args:
         measurements: by precision, the most exact one first (float32, if it fits); each has at least one.
@@ -232,7 +232,7 @@ def choose_precision(
 
 
 def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:
-    """Returns the batch that a table gives for a request.
+    """Return the batch that a table gives for a request.
 
     Args:
         request: its batch is max or knee.
@@ -266,7 +266,7 @@ def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:
 
 
 def find_bottlenecks(table: BatchTable, alone: SizeMeasured | None) -> list[str]:
-    """Returns what keeps throughput from doubling with the batch, one line each (tuning playbook, B5).
+    """Return what keeps throughput from doubling with the batch, one line each (tuning playbook, B5).
 
     Args:
         table: of all workers.
@@ -289,7 +289,7 @@ def find_bottlenecks(table: BatchTable, alone: SizeMeasured | None) -> list[str]
     if alone is not None:
         efficiency = alone.seconds_per_step / knee.seconds_per_step
         lines.append(
-            f"synchronisation: at {knee.size} a step of one worker alone takes {efficiency:.0%} of a step of all "
+            f"synchronization: at {knee.size} a step of one worker alone takes {efficiency:.0%} of a step of all "
             f"{table.num_replicas}"
         )
     if len(lines) == 1:

@@ -159,7 +159,7 @@ def check_shares(global_batch_size: int, num_workers: int) -> None:
 
 
 def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int | None) -> TrainConfig:
-    """Returns the config for another number of workers: the same global batch if they can share it, else less.
+    """Return the config for another number of workers: the same global batch if they can share it, else less.
 
     Steps and learning rate follow from the batch, as always.
 
@@ -197,7 +197,7 @@ def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
 
 
 def find_differences(old: Model, new: Model) -> list[str]:
-    """Returns ``field: old -> new`` of each field in which two configs differ."""
+    """Return ``field: old -> new`` of each field in which two configs differ."""
     new_values = new.model_dump()
     return [
         f"{name}: {describe_value(name, value)} -> {describe_value(name, new_values[name])}"

@@ -140,7 +140,7 @@ def parse_assignment(text: str, flag: str = "arch_argument") -> tuple[str, Any]:
 
 
 def format_command(job: str, options: Mapping[str, Any]) -> str:
-    """Returns the command line of a job with these options by field name; those that are None are left out."""
+    """Return the command line of a job with these options by field name; those that are None are left out."""
     words = ["python", f"jobs/{job}"]
     for name, value in options.items():
         if name in ARGUMENTS:
@@ -154,5 +154,5 @@ def format_command(job: str, options: Mapping[str, Any]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Returns a value as `parse_assignment` reads it back."""
+    """Return a value as `parse_assignment` reads it back."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a run uses where the command line says nothing: one row an architecture."""
+"""What a run uses where the command line says nothing: one row per architecture."""
 
 import math
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ _HE_NORMAL = {"kernel_initializer": "he_normal"}
 _HE_NORMAL_BATCH_NORM = {**_HE_NORMAL, "batch_norm": True}
 
 _MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.002, "epochs": 20}
-# With Glorot's initialisation, as in the notes, the loss of sixteen layers of ReLU does not move.
+# With Glorot's initialization, as in the notes, the loss of sixteen layers of ReLU does not move.
 _MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0002, "arch_arguments": _HE_NORMAL}
 _MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL, "epochs": 15}
 
-# Small datasets have few steps an epoch, and ten epochs of them teach nothing.
+# Small datasets have few steps per epoch, and ten epochs of them teach nothing.
 _LEAST_STEPS = {"notes": 0, "modern": 300}
 
 # Global batch at which the learning rates and the regularization were found.
@@ -79,7 +79,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def recipe_epochs(recipe: str, arch: str, steps_per_epoch: int) -> int:
-    """Returns the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
+    """Return the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
     epochs: int = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
     return max(epochs, math.ceil(_LEAST_STEPS[recipe] / steps_per_epoch))
 

@@ -62,19 +62,19 @@ class Repetitions:
 
 
 def find_best(study: Study, trials: Sequence[Trial]) -> Trial | None:
-    """Returns the trial of the search with the best objective, the earliest of equals; None where none completed."""
+    """Return the trial of the search with the best objective, the earliest of equals; None where none completed."""
     ranked = rank_trials(study, trials)
     return ranked[0] if ranked else None
 
 
 def rank_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
-    """Returns the completed trials of the search, best first."""
+    """Return the completed trials of the search, best first."""
     completed = [one for one in trials if one.kind == "search" and one.status == "completed"]
     return sorted(completed, key=lambda one: (-_score(study, one), one.index))
 
 
 def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list[BestOf]:
-    """Returns the best trial for each value of a scientific parameter, or for each quarter of its range."""
+    """Return the best trial for each value of a scientific parameter, or for each quarter of its range."""
     groups: dict[str, list[Trial]] = {}
     if isinstance(parameter.domain, Choice):
         groups = {format_value(value): [] for value in parameter.domain.values}
@@ -94,7 +94,7 @@ def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list
 
 
 def check_boundaries(study: Study, trials: Sequence[Trial]) -> list[str]:
-    """Returns one line for each range that the best trial lies at the edge of, with a range to try next."""
+    """Return one line for each range that the best trial lies at the edge of, with a range to try next."""
     best = find_best(study, trials)
     if best is None:
         return []
@@ -119,7 +119,7 @@ def check_boundaries(study: Study, trials: Sequence[Trial]) -> list[str]:
 def best_of_k(
     study: Study, trials: Sequence[Trial]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Returns what the best of k trials would have been, by bootstrap.
+    """Return what the best of k trials would have been, by bootstrap.
 
     Returns:
         k from 1 to the number of trials; the mean objective of the best of k; float64 ``[2, k]`` of its 5th and 95th
@@ -139,7 +139,7 @@ def best_of_k(
 
 
 def check_points(study: Study, trials: Sequence[Trial]) -> str:
-    """Returns whether there were enough trials: how many are as good as the best, and what half of them would give."""
+    """Return whether there were enough trials: how many are as good as the best, and what half of them would give."""
     best = find_best(study, trials)
     if best is None:
         return "no trial has completed"
@@ -156,7 +156,7 @@ def check_points(study: Study, trials: Sequence[Trial]) -> str:
 
 
 def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
-    """Returns how many trials gave no result, and whether the best learning rate is next to those that diverged."""
+    """Return how many trials gave no result, and whether the best learning rate is next to those that diverged."""
     ended = [one for one in trials if one.kind == "search" and one.ended]
     bad = [one for one in ended if one.status == "infeasible"]
     failed = [one for one in ended if one.status == "failed"]
@@ -176,13 +176,13 @@ def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
         if any(0 <= distance < _UNSTABLE_SHARE for distance in distances):
             lines.append(
                 f"{one.label}: the best value {best.values[one.name]:.3g} is at the edge of those that diverge: the "
-                "optimum is held down by instability; try clip_norm, longer warmup_epochs, or normalisation"
+                "optimum is held down by instability; try clip_norm, longer warmup_epochs, or normalization"
             )
     return lines
 
 
 def check_steps(study: Study, trials: Sequence[Trial]) -> str:
-    """Returns where in training the best checkpoints fell, and whether the budget suits (playbook, max_train_steps)."""
+    """Return where in training the best checkpoints fell, and whether the budget suits (playbook, max_train_steps)."""
     shares = [one.best_step / one.steps for one in rank_trials(study, trials) if one.steps]
     if not shares:
         return "no trial has completed"
@@ -195,7 +195,7 @@ def check_steps(study: Study, trials: Sequence[Trial]) -> str:
 
 
 def find_repetitions(study: Study, trials: Sequence[Trial]) -> tuple[Repetitions | None, Repetitions | None]:
-    """Returns the repetitions of the best trial and those of the incumbent; None where there are fewer than two."""
+    """Return the repetitions of the best trial and those of the incumbent; None where there are fewer than two."""
     best = find_best(study, trials)
     groups = (
         ("best", [one for one in trials if one.kind == "best" and best is not None and one.index == best.index]),
@@ -212,7 +212,7 @@ def find_repetitions(study: Study, trials: Sequence[Trial]) -> tuple[Repetitions
 
 
 def decide_adoption(study: Study, trials: Sequence[Trial]) -> str:
-    """Returns whether to adopt the best config, and by what evidence.
+    """Return whether to adopt the best config, and by what evidence.
 
     It must beat the incumbent by more than both vary between seeds (playbook, whether to adopt a change).
     """
@@ -231,7 +231,7 @@ def decide_adoption(study: Study, trials: Sequence[Trial]) -> str:
 
 
 def _score(study: Study, trial: Trial) -> float:
-    """Returns the objective, so that more is better; worst where it is no number."""
+    """Return the objective, so that more is better; worst where it is no number."""
     value = trial.objective
     if value is None or math.isnan(value):
         return -math.inf
@@ -243,18 +243,18 @@ def _varies(trial: Trial, parameter: Parameter) -> bool:
 
 
 def _tolerance(study: Study, best: Trial) -> float:
-    """Returns which difference from the best says nothing: its sampling error, or a small share of a loss."""
+    """Return which difference from the best says nothing: its sampling error, or a small share of a loss."""
     if study.maximises and best.total:
         return best.correct / best.total - accuracy_interval(best.correct, best.total)[0]
     return _SAME_LOSS_SHARE * abs(best.objective or 0.0)
 
 
 def _shift(domain: Range, *, at_low: bool) -> tuple[float, float]:
-    """Returns a range as wide, with the end that was hit in its middle."""
+    """Return a range as wide, with the end that was hit in its middle."""
     low, high = (math.log(one) if domain.scale == "log" else one for one in (domain.low, domain.high))
     half = (high - low) / 2
-    centre = low if at_low else high
-    ends = (centre - half, centre + half)
+    center = low if at_low else high
+    ends = (center - half, center + half)
     if domain.scale == "log":
         return math.exp(ends[0]), math.exp(ends[1])
     return (max(0.0, ends[0]), ends[1]) if domain.low >= 0 else ends

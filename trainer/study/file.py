@@ -49,7 +49,7 @@ class Range(_Strict):
     scale: Literal["linear", "log"] = "linear"
     integer: bool = False
     points: int = Field(5, ge=2)
-    """Of a grid."""
+    """Number of points in a grid."""
 
     @model_validator(mode="after")
     def _check(self) -> "Range":
@@ -63,7 +63,7 @@ class Range(_Strict):
         return f"{self.low:g} to {self.high:g}" + (" (log)" if self.scale == "log" else "")
 
     def at(self, position: float) -> float | int:
-        """Returns the number at a position from 0 (low) to 1 (high)."""
+        """Return the number at a position from 0 (low) to 1 (high)."""
         low, high = (math.log(one) if self.scale == "log" else one for one in (self.low, self.high))
         value = low + position * (high - low)
         # Six digits: a command line is read by people.
@@ -71,7 +71,7 @@ class Range(_Strict):
         return round(value) if self.integer else min(max(value, self.low), self.high)
 
     def position(self, value: float) -> float:
-        """Returns where a number is, from 0 (low) to 1 (high); outside of that beyond the ends."""
+        """Return where a number is, from 0 (low) to 1 (high); outside of that beyond the ends."""
         low, high, at = (math.log(one) if self.scale == "log" else one for one in (self.low, self.high, value))
         return (at - low) / (high - low)
 
@@ -90,7 +90,7 @@ class Parameter:
     """One hyperparameter that a study varies."""
 
     name: str
-    """Of the option; ``arch_arguments.dropout`` for that of an architecture's family."""
+    """Name of the option, or ``arch_arguments.dropout`` for an argument of the architecture's family."""
     role: Role
     domain: Range | Choice
     parent: tuple[str, Scalar] | None = None
@@ -112,7 +112,7 @@ class Parameter:
         return self.role == "scientific" and self.parent is None and bool(self.choices)
 
     def applies(self, values: Mapping[str, Any]) -> bool:
-        """Returns whether it exists beside these values of the other parameters."""
+        """Return whether it exists beside these values of the other parameters."""
         return self.parent is None or values.get(self.parent[0]) == self.parent[1]
 
 
@@ -135,13 +135,13 @@ class Study(Record):
     early_stopping: Literal["none", "asha"] = "none"
     """asha ends the worse part of the trials after 1, 3, 9, ... epochs (Li et al. 2020)."""
     seed: int = 0
-    """Of the search."""
+    """Seed of the search."""
     epochs: int | None = Field(None, ge=1)
     """Budget of a trial."""
     steps: int | None = Field(None, ge=1)
     """Budget of a trial in optimizer steps: compares batch sizes fairly."""
     objective: Literal["val_accuracy", "val_loss"] = "val_accuracy"
-    """Of the best checkpoint of a trial."""
+    """What the trials are ranked by, at the best checkpoint of each."""
     split: Literal["val"] = "val"
     """The test split is read once, on request, when all is decided."""
     concurrency: int | None = Field(None, ge=1)
@@ -172,7 +172,7 @@ class Study(Record):
 
 
 def load_study(path: Path) -> Study:
-    """Returns the study that a file describes.
+    """Return the study that a file describes.
 
     Raises:
         InputError: there is no such file, or `parse_study` refuses it.
@@ -186,7 +186,7 @@ def load_study(path: Path) -> Study:
 
 
 def parse_study(text: str, source: str) -> Study:
-    """Returns the study that a file describes.
+    """Return the study that a file describes.
 
     Args:
         text: TOML.
@@ -215,7 +215,7 @@ def parse_study(text: str, source: str) -> Study:
 
 
 def find_warnings(study: Study) -> list[str]:
-    """Returns what the playbook advises against, for what a file asks: one line each."""
+    """Return what the playbook advises against, for what a file asks: one line each."""
     per_value = study.trials // study.num_combinations
     # Tuning playbook, "what are the update rules ... and how should they be tuned".
     least_trials = {
@@ -225,7 +225,7 @@ def find_warnings(study: Study) -> list[str]:
         "optimizer_arguments.beta_2": 50,
     }
     return [
-        f"{one.label} is worth tuning from {format_count(least_trials[one.name], 'trial')} a scientific value, "
+        f"{one.label} is worth tuning from {format_count(least_trials[one.name], 'trial')} per scientific value, "
         f"there are {per_value}"
         for one in study.parameters
         if one.role == "nuisance" and per_value < least_trials.get(one.name, 0)
@@ -233,7 +233,7 @@ def find_warnings(study: Study) -> list[str]:
 
 
 def _parse_parameters(table: Mapping[str, Any], role: Role) -> list[Parameter]:
-    """Returns what a table of the file varies: ``NAME``, ``arch_arguments.NAME`` and ``"PARENT=VALUE"`` tables."""
+    """Return what a table of the file varies: ``NAME``, ``arch_arguments.NAME`` and ``"PARENT=VALUE"`` tables."""
     found = []
     for key, value in table.items():
         name, conditional, text = key.partition("=")
@@ -289,7 +289,7 @@ def _explain(error: Any) -> str:
 
 
 def _find_problem(study: Study, parameters: list[Parameter]) -> str:
-    """Returns what is wrong with a file of the right form; empty where nothing is."""
+    """Return what is wrong with a file of the right form; empty where nothing is."""
     if (study.epochs is None) == (study.steps is None):
         return "give a budget of a trial: either epochs or steps"
     if not parameters:
@@ -313,7 +313,7 @@ def _find_problem(study: Study, parameters: list[Parameter]) -> str:
         size = math.prod(_grid_size(one) for one in parameters)
         if study.trials > size:
             points = format_count(size, "point")
-            return f"trials: the grid has {points}, not {study.trials}; more points a range, or fewer trials"
+            return f"trials: the grid has {points}, not {study.trials}; give more points per range, or fewer trials"
     return ""
 
 
@@ -342,7 +342,7 @@ def _find_problem_of(one: Parameter, study: Study, seen: Mapping[str, Parameter]
 
 
 def _find_wrong_value(one: Parameter) -> str:
-    """Returns which value of a parameter its option would refuse."""
+    """Return which value of a parameter its option would refuse."""
     if one.name not in OPTIONS:
         return ""
     adapter: TypeAdapter[Any] = TypeAdapter(OPTIONS[one.name].rebuild_annotation())

@@ -31,7 +31,7 @@ class Trial(Record):
 
     run_name: str
     kind: Literal["search", "best", "incumbent"]
-    """Of the search, or a repetition with another seed."""
+    """A trial of the search, or a repetition of one with another seed."""
     index: int
     """Number of the point, from 0; of a repetition, of the trial that it repeats."""
     values: dict[str, Any]
@@ -40,9 +40,9 @@ class Trial(Record):
     """infeasible: diverged, or too large for the memory; stopped: ended early, being worse than others."""
     reason: str = ""
     objective: float | None = None
-    """Of the best checkpoint; of the last epoch where it was stopped."""
+    """Objective of the best checkpoint, or of the last epoch of a trial that was stopped."""
     correct: int = 0
-    """Validation images that the best checkpoint told right."""
+    """Validation images that the best checkpoint classifies correctly."""
     total: int = 0
     best_step: int = 0
     """Optimizer step of the best checkpoint."""
@@ -63,7 +63,7 @@ class StudyFolder:
         self.uri = uri
 
     def path(self, *parts: str) -> str:
-        """Returns the URI of a file in the folder."""
+        """Return the URI of a file in the folder."""
         return storage.join(self.uri, *parts)
 
     @property
@@ -73,15 +73,15 @@ class StudyFolder:
         return uri if storage.exists(uri) else ""
 
     def check_access(self) -> None:
-        """Raises InputError where the storage cannot be used; nothing is left of the round that is looked at."""
+        """Raise InputError where the storage cannot be used; nothing is left of the round that is looked at."""
         storage.check_access(storage.parent(storage.parent(self.uri)))
 
     def run(self, trial: Trial) -> RunFolder:
-        """Returns the run folder of a trial."""
+        """Return the run folder of a trial."""
         return RunFolder(self.path(trial.run_name))
 
     def read_study(self) -> Study | None:
-        """Returns the study of the round, or None where none has begun."""
+        """Return the study of the round, or None where none has begun."""
         uri = self.path("study.json")
         try:
             return Study.parse(storage.read_bytes(uri), uri)
@@ -91,7 +91,7 @@ class StudyFolder:
             raise RecordError(f"{error}; begin another round with --new-round") from error
 
     def write_study(self, study: Study) -> None:
-        """Writes ``study.json``, anew where the number of trials has grown.
+        """Write ``study.json``, anew where the number of trials has grown.
 
         Raises:
             InputError: the round has begun with another study.
@@ -107,11 +107,11 @@ class StudyFolder:
         storage.write_bytes(self.path("study.json"), study.to_json())
 
     def write_trial(self, trial: Trial) -> None:
-        """Writes what is known of a trial."""
+        """Write what is known of a trial."""
         storage.write_bytes(self.path("trials", f"{trial.run_name}.json"), trial.to_json())
 
     def read_trials(self) -> list[Trial]:
-        """Returns the trials that have started; one whose record cannot be read has failed, for that reason."""
+        """Return the trials that have started; one whose record cannot be read has failed, for that reason."""
         found = [self._read_trial(name) for name in storage.find_files(self.path("trials"))]
         return sort_trials(trial for trial in found if trial is not None)
 
@@ -130,12 +130,12 @@ class StudyFolder:
 
 
 def sort_trials(trials: Iterable[Trial]) -> list[Trial]:
-    """Returns the trials of the search by number, then the repetitions."""
+    """Return the trials of the search by number, then the repetitions."""
     return sorted(trials, key=lambda trial: (trial.kind != "search", trial.index, trial.run_name))
 
 
 def find_round(storage_uri: str, name: str, *, new: bool = False) -> StudyFolder:
-    """Returns the latest round of a study, or the next one.
+    """Return the latest round of a study, or the next one.
 
     Args:
         storage_uri: where studies are kept.
@@ -152,7 +152,7 @@ def find_round(storage_uri: str, name: str, *, new: bool = False) -> StudyFolder
 
 
 def find_rounds(study_uri: str) -> list[StudyFolder]:
-    """Returns the rounds of a study in their order."""
+    """Return the rounds of a study in their order."""
     names = [re.fullmatch(r"(\d{4}-\d\d-\d\d)-(\d+)", name) for name in storage.find_folders(study_uri)]
     ordered = sorted((match[1], int(match[2]), match[0]) for match in names if match)
     return [StudyFolder(storage.join(study_uri, name)) for *_, name in ordered]

@@ -18,7 +18,7 @@ _PLOT_WIDTH, _PLOT_HEIGHT = 4.0, 3.2
 
 
 def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
-    """Draws the objective against each parameter, one point a trial; those without result are red crosses below."""
+    """Draw the objective against each parameter, one point a trial; those without result are red crosses below."""
     parameters = study.parameters
     ended = [one for one in trials if one.kind == "search" and one.ended]
     best = find_best(study, trials)
@@ -59,7 +59,7 @@ def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
 
 
 def draw_isolation(study: Study, groups: Mapping[str, Sequence[BestOf]]) -> Figure:
-    """Draws the best objective for each value of the scientific parameters."""
+    """Draw the best objective for each value of the scientific parameters."""
     figure, places = _grid(len(groups))
     for axes, (label, of_parameter) in zip(places, groups.items(), strict=False):
         known = [(index, one.best.objective) for index, one in enumerate(of_parameter) if one.best]
@@ -73,7 +73,7 @@ def draw_isolation(study: Study, groups: Mapping[str, Sequence[BestOf]]) -> Figu
 
 
 def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
-    """Draws what the best of k trials would have been: flat at its end where there were enough."""
+    """Draw what the best of k trials would have been: flat at its end where there were enough."""
     k, means, band = best_of_k(study, trials)
     figure, (axes, *_) = _grid(1, width=1.6)
     axes.fill_between(k, *band, color=COLOURS[0], alpha=0.2, label="5% to 95%")
@@ -84,7 +84,7 @@ def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
 
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Draws the training curves of some trials: loss and accuracy of both splits by epoch."""
+    """Draw the training curves of some trials: loss and accuracy of both splits by epoch."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for (run, history), colour in zip(histories.items(), COLOURS, strict=False):
@@ -97,7 +97,7 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
 
 
 def _set_range(axes: Axes, domain: Range) -> None:
-    """Shows the whole of a range, with its ends, however few of its values were tried."""
+    """Show the whole of a range, with its ends, however few of its values were tried."""
     if domain.scale == "log":
         margin = (domain.high / domain.low) ** _MARGIN
         axes.set_xscale("log")

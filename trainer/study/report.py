@@ -30,7 +30,7 @@ _CURVES_OF = 3
 
 
 def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> None:
-    """Writes ``study.md``, ``study.html`` and their plots of a round, finished or not.
+    """Write ``study.md``, ``study.html`` and their plots of a round, finished or not.
 
     Args:
         folder: of the round.
@@ -105,7 +105,7 @@ def _describe_best(folder: StudyFolder, study: Study, ranked: Sequence[Trial]) -
 def _describe_isolation(
     folder: StudyFolder, study: Study, label: str, groups: Sequence[BestOf], ranked: Sequence[Trial]
 ) -> Section:
-    """Describes the best trial for each scientific value, and which of them differ beyond chance."""
+    """Describe the best trial for each scientific value, and which of them differ beyond chance."""
     rows, lines = [], []
     for group in groups:
         if group.best is None:
@@ -131,7 +131,7 @@ def _compare(folder: StudyFolder, one: Trial, other: Trial) -> str:
 
 
 def _describe_symptoms(folder: StudyFolder, ranked: Sequence[Trial]) -> list[str]:
-    """Returns what the training curves of the best trials say."""
+    """Return what the training curves of the best trials say."""
     results = [(one.run_name, folder.run(one).read_result()) for one in ranked[:_CURVES_OF]]
     return [f"{name}: {finding}" for name, result in results if result for finding in result.findings]
 

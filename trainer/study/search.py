@@ -18,7 +18,7 @@ Values = dict[str, Any]
 
 
 def suggest_values(study: Study, index: int) -> Values:
-    """Returns the values of one trial, by name of the option, without those whose parent has another value.
+    """Return the values of one trial, by name of the option, without those whose parent has another value.
 
     Scientific choices take turns, so each gets as many trials; with the same points of the nuisance parameters.
 
@@ -67,7 +67,7 @@ class OptunaSearch:
         self._trials: dict[int, Any] = {}
 
     def start(self, index: int, values: Values | None = None) -> Values:
-        """Returns the values of a trial that starts: the given ones, or a suggestion."""
+        """Return the values of a trial that starts: the given ones, or a suggestion."""
         if values is None and self._study.algorithm != "tpe":
             values = suggest_values(self._study, index)
         if values is not None:
@@ -81,13 +81,13 @@ class OptunaSearch:
         return values or found
 
     def report(self, index: int, epoch: int, value: float) -> bool:
-        """Returns whether a trial shall end, given its objective after an epoch; the epochs come in their order."""
+        """Return whether a trial shall end, given its objective after an epoch; the epochs come in their order."""
         trial = self._trials[index]
         trial.report(value, epoch)
         return bool(trial.should_prune())
 
     def end(self, index: int, objective: float | None) -> None:
-        """Takes the result of a trial; None for one that diverged, failed or was ended, which counts as bad."""
+        """Take the result of a trial; None for one that diverged, failed or was ended, which counts as bad."""
         states = self._optuna.trial.TrialState
         trial = self._trials.pop(index)
         if objective is None:
@@ -96,7 +96,7 @@ class OptunaSearch:
             self._search.tell(trial, objective)
 
     def replay(self, index: int, values: Values, history: Sequence[float], objective: float | None) -> None:
-        """Takes a trial of an earlier job as if it had been of this one."""
+        """Take a trial of an earlier job as if it had been of this one."""
         self.start(index, values)
         for epoch, value in enumerate(history, start=1):
             self.report(index, epoch, value)
@@ -142,7 +142,7 @@ def _value_at(domain: Range | Choice, position: float) -> Any:
 
 
 def _to_choice(value: Any) -> Any:
-    """Returns a value as Optuna takes it, which knows no lists."""
+    """Return a value as Optuna takes it, which knows no lists."""
     return json.dumps(value) if isinstance(value, list) else value
 
 

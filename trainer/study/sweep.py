@@ -1,6 +1,6 @@
-"""Runs the trials of a study: every trial is a run started by `trainer.launch`, in an actor that runs one at a time.
+"""Run the trials of a study: every trial is a run started by `trainer.launch`, in an actor that runs one at a time.
 
-A study that is run again goes on where it was: what has ended is in the storage, what was interrupted continues from
+A study that is run again continues where it was: what has ended is in the storage, what was interrupted continues from
 its checkpoint, and the values of a trial do not depend on who runs it when.
 """
 
@@ -43,7 +43,7 @@ _SECONDS_BETWEEN_REPORTS = 60.0
 _START_SECONDS = 8.0
 # Where the batch is found by the trial itself.
 _TYPICAL_BATCH = 64
-# Evaluation takes about a third of a training step an image.
+# Evaluation takes about a third of a training step per image.
 _EVALUATION_SHARE = 1 / 3
 
 
@@ -57,7 +57,7 @@ class StudyPlan:
     trials: int
     trials_left: int
     trials_per_value: float
-    """Of each scientific value."""
+    """Number of trials for each scientific value."""
     concurrency: int
     predicted_seconds: float | None
     """For the trials that are left; None where nothing is known."""
@@ -67,7 +67,7 @@ class StudyPlan:
             f"goal: {self.goal}",
             f"scientific: {'; '.join(self.scientific) or 'none'}",
             f"nuisance ({format_count(len(self.nuisance), 'dimension')}): {'; '.join(self.nuisance) or 'none'}",
-            f"{self.trials_left} of {format_count(self.trials, 'trial')} to run, {self.trials_per_value:g} a "
+            f"{self.trials_left} of {format_count(self.trials, 'trial')} to run, {self.trials_per_value:g} per "
             f"scientific value, {self.concurrency} at once",
         ]
         if self.predicted_seconds is not None:
@@ -76,7 +76,7 @@ class StudyPlan:
 
 
 def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> StudyPlan:
-    """Returns what running a study would do; measures a training step where no trial has completed yet.
+    """Return what running a study would do; measures a training step where no trial has completed yet.
 
     Raises:
         InputError: a trial of it can never run: a value is not allowed, or the cluster is too small.
@@ -102,7 +102,7 @@ def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> Study
 
 
 def check_trials(study: Study, resources: Resources) -> None:
-    """Raises InputError where a trial can never run."""
+    """Raise InputError where a trial can never run."""
     indices = range(study.trials) if study.algorithm != "tpe" else range(0)
     for index in indices:
         try:
@@ -114,7 +114,7 @@ def check_trials(study: Study, resources: Resources) -> None:
 
 
 def find_concurrency(study: Study, resources: Resources) -> int:
-    """Returns how many trials run at once: each worker has a GPU, or a node, of its own.
+    """Return how many trials run at once: each worker has a GPU, or a node, of its own.
 
     Raises:
         InputError: more are asked for than the cluster has GPUs.
@@ -142,7 +142,7 @@ def run_study(
     max_failures: int = 3,
     on_event: OnEvent,
 ) -> list[Trial]:
-    """Runs the trials that a round still lacks, writes its report, and returns all its trials.
+    """Run the trials that a round still lacks, writes its report, and returns all its trials.
 
     Args:
         study: as in its file.
@@ -167,7 +167,7 @@ def run_study(
 
 
 def conclude_study(study: Study, folder: StudyFolder) -> list[Trial]:
-    """Writes the report of a round that lacks no trial, and returns all its trials; needs no cluster.
+    """Write the report of a round that lacks no trial, and returns all its trials; needs no cluster.
 
     Raises:
         InputError: the round has begun with another study, or another job works on it.
@@ -246,7 +246,7 @@ class _Sweep:
         return sort_trials(self._known.values())
 
     def search_trials(self) -> Iterator[Trial]:
-        """Yields the trials of the search that have not ended, each when it can start."""
+        """Yield the trials of the search that have not ended, each when it can start."""
         for index in range(self._study.trials):
             name = f"trial-{index:04d}"
             if self._has_ended(name):
@@ -259,13 +259,13 @@ class _Sweep:
                 values = suggest_values(self._study, index)
             trial = Trial(run_name=name, kind="search", index=index, values=values)
             if self._search is not None:
-                # Of an interrupted trial, which goes on after them.
+                # The epochs that an interrupted trial has behind it.
                 for epoch, value in enumerate(self._read_history(trial), start=1):
                     self._search.report(index, epoch, value)
             yield trial
 
     def repetitions(self, count: int) -> Iterator[Trial]:
-        """Yields the best trial and the incumbent with other seeds, as far as they have not ended."""
+        """Yield the best trial and the incumbent with other seeds, as far as they have not ended."""
         best = find_best(self._study, self.trials)
         if best is None:
             return
@@ -281,7 +281,7 @@ class _Sweep:
                 yield Trial(run_name=name, kind="incumbent", index=0, values=of_seed)
 
     def run(self, trials: Iterator[Trial]) -> None:
-        """Runs trials, as many at once as fit, until all have ended."""
+        """Run trials, as many at once as fit, until all have ended."""
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()})
         try:
             while True:
@@ -369,12 +369,12 @@ class _Sweep:
         return search
 
     def _read_history(self, trial: Trial) -> list[float]:
-        """Returns the objective of a trial by epoch, as far as it has come."""
+        """Return the objective of a trial by epoch, as far as it has come."""
         return [row[self._study.objective] for row in self._folder.run(trial).read_metrics()]
 
 
 class _TrialActor:
-    """Runs trials, one after another, in a process of its own on the driver's node."""
+    """Run trials, one after another, in a process of its own on the driver's node."""
 
     def run(
         self,
@@ -439,14 +439,14 @@ def _options(study: Study, values: Values) -> dict[str, Any]:
 
 
 def _describe_command(options: Values, config: TrainConfig, run: RunFolder) -> str:
-    """Returns the command that makes the same run."""
+    """Return the command that makes the same run."""
     settled = {name: getattr(config, name) for name in ("epochs", "global_batch_size", "precision")}
     place = {"storage": storage.parent(run.uri), "run_name": run.name}
     return format_command("train.py", {**options, **settled, **place, "steps": None})
 
 
 def _describe_trial(trial: Trial, study: Study) -> str:
-    """Returns one line: what a trial tried and what came of it."""
+    """Return one line: what a trial tried and what came of it."""
     values = ", ".join(f"{name} {format_value(value)}" for name, value in trial.values.items())
     outcome = f": {trial.reason}" if trial.reason else ""
     if trial.objective is not None:
@@ -457,7 +457,7 @@ def _describe_trial(trial: Trial, study: Study) -> str:
 
 
 def _predict_trial_seconds(study: Study, resources: Resources) -> float | None:
-    """Returns about how long a trial takes, from a few steps of the first one."""
+    """Return about how long a trial takes, from a few steps of the first one."""
     first = suggest_values(study.model_copy(update={"algorithm": "sobol"}), 0)
     request = parse_request(_options(study, first))
     manifest = launch.load_checked_manifest(request, resources)
@@ -476,5 +476,5 @@ def _predict_trial_seconds(study: Study, resources: Resources) -> float | None:
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
-    """Keeps what directs a study on the driver's node: any other may be lost."""
+    """Keep what directs a study on the driver's node: any other may be lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

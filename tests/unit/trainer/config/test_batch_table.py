@@ -214,7 +214,7 @@ def test_waiting_for_input_is_told():
 def test_waiting_for_other_workers_is_told():
     rows = [size(8, 1.0, 1.0, replicas=4), size(16, 1.0, 1.9, replicas=4)]
     lines = find_bottlenecks(make_table(rows, replicas=4), alone=size(8, 1.0, 0.6))
-    assert "synchronisation: at 8 a step of one worker alone takes 60% of a step of all 4" in lines
+    assert "synchronization: at 8 a step of one worker alone takes 60% of a step of all 4" in lines
 
 
 def test_throughput_that_doubles_needs_no_explanation():

@@ -134,7 +134,7 @@ def test_a_grid_has_no_more_trials_than_points():
 def test_more_parameters_than_trials_can_tune_are_warned_of():
     text = STUDY.replace("weight_decay = {", "optimizer_arguments.beta_1 = {").replace("1e-2", "0.9")
     assert find_warnings(parse(text)) == [
-        "optimizer_arguments.beta_1 is worth tuning from 10 trials a scientific value, there are 4"
+        "optimizer_arguments.beta_1 is worth tuning from 10 trials per scientific value, there are 4"
     ]
     assert find_warnings(parse(text, trials=20)) == []
 
@@ -152,7 +152,7 @@ def test_each_parameter_has_the_least_trials_of_the_playbook(name, least):
     text = STUDY.partition("[nuisance]")[0] + f"[nuisance]\n{name} = {{ low = 0.1, high = 0.2 }}\n"
     assert find_warnings(parse(text, trials=2 * least)) == []
     counted = f"{least} trial{'s' * (least > 1)}"
-    fewer = [f"{name} is worth tuning from {counted} a scientific value, there are {least - 1}"]
+    fewer = [f"{name} is worth tuning from {counted} per scientific value, there are {least - 1}"]
     assert find_warnings(parse(text, trials=max(1, 2 * least - 1))) == fewer
 
 
