@@ -21,6 +21,7 @@ from trainer.architectures.source import format_layers
 from trainer.config.config import TrainConfig, resize_batch
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Checkpoint, Position
+from trainer.record.epoch_row import EpochRow
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.events import (
@@ -42,11 +43,11 @@ from trainer.training.step import (
     STEP_GRAD_NORM,
     STEP_LOSS,
     Network,
+    averaged_weights,
     build_network,
     compile_eval_step,
     compile_gather,
     compile_train_step,
-    swap_averages,
 )
 from trainer.training.tracking import write_tensorboard
 from trainer.training.transfer import read_weights
@@ -167,8 +168,8 @@ class _Training:
             self._continue(last, steps_per_epoch)
 
     def _continue(self, last: Checkpoint, steps_per_epoch: int) -> None:
-        _restore(self.network, self._run, last)
-        swap_averages(self.network)
+        with averaged_weights(self.network):
+            _restore(self.network, self._run, last)
         self._history, self._epoch_rows = list(last.history), last.epoch_rows
         self._steps = storage.parquet_table(checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME))
         if last.global_batch_size != self._config.global_batch_size:
@@ -181,29 +182,66 @@ class _Training:
         with _background_writer() as write:
             try:
                 while len(self._history) < self._config.epochs:
-                    started = time.perf_counter()
-                    row = self._train_epoch(write)
-                    swap_averages(self.network)
-                    outcomes = self.evaluate(self.val)
-                    row["val_loss"], row["val_accuracy"] = mean_loss_and_accuracy(outcomes, self.val.labels)
-                    if not np.isfinite(row["val_loss"]):
-                        # The last step of the epoch was still finite, and what it did to the weights is not.
-                        raise DivergedError(f"the validation loss became nan or inf in epoch {row['epoch']}")
-                    waited, peak = self.gather([[row["data_wait_seconds"], peak_memory_gib()]]).max(axis=0)
-                    row["data_wait_seconds"], row["peak_memory_gib"] = float(waited), float(peak)
-                    row["checkpoint_seconds"], self._checkpoint_seconds = self._checkpoint_seconds, 0.0
-                    row["epoch_seconds"] = time.perf_counter() - started
-                    self._history, self._epoch_rows = [*self._history, row], 0
-                    predictions = predictions_table(outcomes, self.val.labels)
-                    self._save(write, {checkpoints.PREDICTIONS_NAME: predictions})
-                    swap_averages(self.network)
+                    row = self._run_epoch(write)
                     if self._rank == 0:
-                        self._job.send_event(EpochFinished(row, self._config.epochs))
+                        self._job.send_event(EpochFinished(row.to_metrics(), self._config.epochs))
             except DivergedError as error:
                 return str(error)
             finally:
                 self._tell(self._profiler.close())
         return ""
+
+    def _run_epoch(self, write: Writer) -> EpochRow:
+        """Take what is left of an epoch's steps, evaluate, save a checkpoint, and return the epoch's metrics."""
+        started = time.perf_counter()
+        images_per_second, wait_seconds = self._take_steps(write)
+        with averaged_weights(self.network):
+            outcomes = self.evaluate(self.val)
+            row = self._summarize_epoch(outcomes, images_per_second, wait_seconds, started)
+            self._history, self._epoch_rows, self._checkpoint_seconds = [*self._history, row.to_metrics()], 0, 0.0
+            self._save(write, {checkpoints.PREDICTIONS_NAME: predictions_table(outcomes, self.val.labels)})
+        return row
+
+    def _summarize_epoch(
+        self, outcomes: npt.NDArray[np.float32], images_per_second: float, wait_seconds: float, started: float
+    ) -> EpochRow:
+        """Return the metrics of the epoch whose steps were taken; all workers must call it.
+
+        Args:
+            outcomes: of the validation split, from `evaluate`.
+            images_per_second: of the steps of this attempt.
+            wait_seconds: that this worker waited for batches.
+            started: when the epoch began, by `time.perf_counter`.
+
+        Raises:
+            DivergedError: the validation loss is not finite.
+        """
+        epoch, config = len(self._history) + 1, self._config
+        val_loss, val_accuracy = mean_loss_and_accuracy(outcomes, self.val.labels)
+        if not np.isfinite(val_loss):
+            # The last step of the epoch was still finite, and what it did to the weights is not.
+            raise DivergedError(f"the validation loss became nan or inf in epoch {epoch}")
+        longest_wait, peak_memory = self.gather([[wait_seconds, peak_memory_gib()]]).max(axis=0)
+        of_epoch = self._steps.slice(int(self._history[-1]["step"]) if self._history else 0)
+        return EpochRow(
+            epoch=epoch,
+            step=self._steps.num_rows,
+            loss=_finite_mean(of_epoch["loss"]),
+            accuracy=_finite_mean(of_epoch["accuracy"]),
+            learning_rate=float(self.network.optimizer.learning_rate.numpy()),
+            grad_norm=_finite_mean(of_epoch["grad_norm"]),
+            clipped_fraction=_finite_mean(of_epoch["clipped"]),
+            images_per_second=images_per_second,
+            data_wait_seconds=float(longest_wait),
+            attempt=self._attempt,
+            num_workers=config.num_workers,
+            global_batch_size=config.global_batch_size,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            peak_memory_gib=float(peak_memory),
+            checkpoint_seconds=self._checkpoint_seconds,
+            epoch_seconds=time.perf_counter() - started,
+        )
 
     def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
         """Returns what the model says of every row of a split, in row order: see `trainer.training.evaluation`."""
@@ -212,15 +250,15 @@ class _Training:
             split, config.per_replica_batch_size, self._rank, config.num_workers, self._eval_step, self.gather
         ).evaluate()
 
-    def _train_epoch(self, write: Writer) -> dict[str, float]:
-        """Takes the optimizer steps of one epoch that were not taken yet, and returns its row of metrics.
+    def _take_steps(self, write: Writer) -> tuple[float, float]:
+        """Take the optimizer steps of an epoch that were not taken yet.
 
-        Loss, accuracy and gradient norm are those of all its steps; times are those of this attempt.
+        Returns:
+            Images per second, and the seconds that this worker waited for batches.
         """
         config, epoch = self._config, len(self._history) + 1
         order = epoch_order(len(self._train), config.seed, epoch)[self._epoch_rows :]
         first_step = self._steps.num_rows
-        epoch_start = int(self._history[-1]["step"]) if self._history else 0
         num_steps = len(order) // config.global_batch_size
 
         def batch_of_step(step: int) -> tuple[Any, Any]:
@@ -244,9 +282,8 @@ class _Training:
             if (is_due and taken < num_steps) or is_traced:
                 _check_finite(stats, first_step, config.precision)
                 self._keep_steps(stats, first_step)
-                swap_averages(self.network)
-                self._save(write, {})
-                swap_averages(self.network)
+                with averaged_weights(self.network):
+                    self._save(write, {})
             if is_traced:
                 # Whatever TensorFlow does while it collects the trace, no step is lost by it.
                 write(_wait_for_checkpoint)
@@ -254,22 +291,7 @@ class _Training:
         _check_finite(stats, first_step, config.precision)
         self._keep_steps(stats, first_step)
         seconds = time.perf_counter() - started
-        of_epoch = self._steps.slice(epoch_start)
-        means = {name: _finite_mean(of_epoch[name]) for name in ("loss", "accuracy", "grad_norm", "clipped")}
-        return {
-            "epoch": epoch,
-            "step": self._steps.num_rows,
-            "loss": means["loss"],
-            "accuracy": means["accuracy"],
-            "learning_rate": float(self.network.optimizer.learning_rate.numpy()),
-            "grad_norm": means["grad_norm"],
-            "clipped_fraction": means["clipped"],
-            "images_per_second": num_steps * config.global_batch_size / seconds,
-            "data_wait_seconds": feed.wait_seconds,
-            "attempt": self._attempt,
-            "num_workers": config.num_workers,
-            "global_batch_size": config.global_batch_size,
-        }
+        return num_steps * config.global_batch_size / seconds, feed.wait_seconds
 
     def _tell(self, profiled: StepProfiled | None) -> None:
         if profiled is not None and self._rank == 0:

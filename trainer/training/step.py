@@ -4,7 +4,8 @@ All run under MultiWorkerMirroredStrategy with one replica a worker. They take a
 what the workers share they share inside.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     if config.ema_momentum:
-        # `swap_averages` says when the averages are used.
+        # `averaged_weights` says when the averages are used.
         options |= {"use_ema": True, "ema_momentum": config.ema_momentum}
     optimizer = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
     if config.weight_decay:
@@ -123,11 +124,21 @@ def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
     return optimizer
 
 
-def swap_averages(network: Network) -> None:
-    """Exchanges the trainable weights with their moving averages, which the optimizer keeps; again undoes it.
+@contextlib.contextmanager
+def averaged_weights(network: Network) -> Iterator[None]:
+    """Exchange the trainable weights with their moving averages, which the optimizer keeps, within the context.
 
-    A checkpoint is read in the exchanged state: its model holds what was validated, its optimizer what trains on.
+    Checkpoints are saved and restored in the context: the model then holds what was validated, and the optimizer what
+    training continues from. Without ``ema_momentum`` there is nothing to exchange.
     """
+    _swap_averages(network)
+    try:
+        yield
+    finally:
+        _swap_averages(network)
+
+
+def _swap_averages(network: Network) -> None:
     optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
     if optimizer.use_ema:
         # Keras has no public name for them.

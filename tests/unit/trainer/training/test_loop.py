@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -8,17 +9,101 @@ import pytest
 from trainer.config.config import TrainConfig
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Position
+from trainer.record.epoch_row import EpochRow
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.errors import LeaseLostError
-from trainer.runtime.events import ignore_event
+from trainer.runtime.events import EpochFinished, ignore_event
 from trainer.training.job import WorkerJob
-from trainer.training.loop import STEPS_SCHEMA, _check_finite, _find_best, _find_last, _write_checkpoint
+from trainer.training.loop import (
+    STEPS_SCHEMA,
+    DivergedError,
+    _check_finite,
+    _find_best,
+    _find_last,
+    _finite_mean,
+    _steps_table,
+    _Training,
+    _write_checkpoint,
+)
 
 
 def test_an_epoch_of_which_less_than_a_batch_is_left_has_no_steps_to_check():
     # Continued by fewer workers, whose batch is larger than the rows that are left.
     _check_finite([], first_step=4, precision="float32")
+
+
+def test_a_step_without_a_finite_loss_stops_training_and_the_message_says_between_which_steps():
+    stats = [np.float32([1.0, 0.5, 2.0, 0.0])] * 51 + [np.float32([np.nan, 0.5, 2.0, 0.0])]
+    # Step 50 of these was checked: the two after it were not.
+    with pytest.raises(DivergedError, match=r"within steps \[55, 56\]"):
+        _check_finite(stats, first_step=4, precision="float32")
+
+
+def test_an_overflow_of_the_gradient_is_an_error_unless_loss_scaling_takes_care_of_it():
+    stats = [np.float32([1.0, 0.5, np.inf, 0.0])]
+    _check_finite(stats, first_step=0, precision="mixed_float16")
+    with pytest.raises(DivergedError, match=r"\[1, 1\]"):
+        _check_finite(stats, first_step=0, precision="float32")
+
+
+def test_steps_are_numbered_from_those_before_and_the_mean_leaves_out_overflows():
+    table = _steps_table([np.float32([1.0, 0.5, norm, 0.0]) for norm in (2.0, np.inf, 4.0)], taken_before=7)
+    assert table.schema == STEPS_SCHEMA
+    assert table["step"].to_pylist() == [8, 9, 10]
+    assert _finite_mean(table["grad_norm"]) == 3.0
+    assert _steps_table([], taken_before=7).num_rows == 0
+
+
+@pytest.fixture
+def start(write_dataset, make_config, tmp_path):
+    """Return a function that starts a run of one worker, or continues it, and returns it and what it tells."""
+    dataset = write_dataset(rows=(14, 5, 1), image_size=22)
+    config = make_config(
+        arch_arguments={"first_filters": 3, "later_filters": [4], "dense_units": 8},
+        dataset=dataset.uri,
+        global_batch_size=4,
+        epochs=1,
+        ema_momentum=0.5,
+        optimizer="sgd",
+        augment_rotation=0.0,
+        augment_translation=0.0,
+        augment_zoom=0.0,
+    )
+
+    def start() -> tuple[RunFolder, _Training, list]:
+        run, events = RunFolder(str(tmp_path / "run")), []
+        job = WorkerJob(config, dataset.manifest, run.uri, None, (), 0, None, events.append)
+        attempt = run.start_attempt()
+        return run, _Training(job, run, config, 0, attempt, checkpoints.find_last(run.checkpoints)), events
+
+    return start
+
+
+def test_an_epoch_leaves_its_metrics_and_the_next_attempt_goes_on_from_the_same_weights(start):
+    run, training, events = start()
+    assert training.run() == ""
+    (row,), last = run.read_metrics(), checkpoints.find_last(run.checkpoints)
+    (event,) = (event for event in events if isinstance(event, EpochFinished))
+    assert list(row) == [field.name for field in dataclasses.fields(EpochRow)]
+    assert event.row == row
+    assert [row[name] for name in ("epoch", "step", "attempt", "global_batch_size")] == [1, 3, 1, 4]
+    assert row["loss"] == pytest.approx(np.mean(run.read_steps()["loss"].to_numpy()))
+    predictions = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.PREDICTIONS_NAME))
+    assert row["val_loss"] == pytest.approx(predictions["loss"].to_numpy().mean())
+    # The weights, and not their averages, which are what was validated.
+    trained = checkpoints.read_variables(training.network.model.variables)
+    averages = checkpoints.from_safetensors(checkpoints.read_file(run.checkpoints, last, checkpoints.MODEL_NAME))
+    assert any(not np.array_equal(trained[name], averages[name]) for name in trained)
+    _, continued, _ = start()
+    for of_first, of_second in (
+        (training.network.model.variables, continued.network.model.variables),
+        (training.network.optimizer_variables, continued.network.optimizer_variables),
+    ):
+        arrays, others = checkpoints.read_variables(of_first), checkpoints.read_variables(of_second)
+        assert arrays.keys() == others.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, others[name], err_msg=name)
 
 
 # The first epoch is the best.

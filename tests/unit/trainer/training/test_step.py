@@ -14,12 +14,12 @@ from trainer.training.step import (
     STEP_GRAD_NORM,
     STEP_LOSS,
     Network,
+    averaged_weights,
     build_network,
     compile_eval_step,
     compile_gather,
     compile_train_step,
     pixel_scaling,
-    swap_averages,
 )
 
 SIZE, ROWS = 22, 6
@@ -185,10 +185,9 @@ def test_averages_follow_the_weights_and_are_exchanged_with_them(start, batch):
         started.train(batch)
         average = {name: 0.75 * average[name] + 0.25 * array for name, array in started.weights().items()}
     trained = started.weights()
-    swap_averages(started.network)
-    for name, array in started.weights().items():
-        np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-7, err_msg=name)
-    swap_averages(started.network)
+    with averaged_weights(started.network):
+        for name, array in started.weights().items():
+            np.testing.assert_allclose(array, average[name], rtol=1e-5, atol=1e-7, err_msg=name)
     for name, array in started.weights().items():
         np.testing.assert_array_equal(array, trained[name])
 
@@ -197,9 +196,19 @@ def test_without_averages_nothing_is_exchanged(start, batch):
     started = start()
     started.train(batch)
     before = started.weights()
-    swap_averages(started.network)
+    with averaged_weights(started.network):
+        for name, array in started.weights().items():
+            np.testing.assert_array_equal(array, before[name])
+
+
+def test_an_error_leaves_the_weights_that_are_trained(start, batch):
+    started = start(ema_momentum=0.75)
+    started.train(batch)
+    trained = started.weights()
+    with pytest.raises(ValueError, match="stop"), averaged_weights(started.network):
+        raise ValueError("stop")
     for name, array in started.weights().items():
-        np.testing.assert_array_equal(array, before[name])
+        np.testing.assert_array_equal(array, trained[name])
 
 
 def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_told(start, batch):

@@ -1,0 +1,37 @@
+import pyarrow.parquet as pq
+
+from trainer.record.epoch_row import EpochRow
+from trainer.record.run_folder import RunFolder
+
+ROW = EpochRow(
+    epoch=2,
+    step=8,
+    loss=1.5,
+    accuracy=0.25,
+    learning_rate=0.125,
+    grad_norm=3.0,
+    clipped_fraction=0.5,
+    images_per_second=640.0,
+    data_wait_seconds=0.75,
+    attempt=1,
+    num_workers=2,
+    global_batch_size=20,
+    val_loss=1.25,
+    val_accuracy=0.625,
+    peak_memory_gib=2.0,
+    checkpoint_seconds=0.0625,
+    epoch_seconds=4.0,
+)
+
+
+def test_the_columns_of_metrics_parquet_keep_their_names_and_their_order(tmp_path):
+    run = RunFolder(str(tmp_path))
+    run.write_metrics([ROW.to_metrics()])
+    table = pq.read_table(run.path("metrics.parquet"))
+    # Notes, plots, plans and the users' own scripts read these.
+    expected = {"epoch": 2, "step": 8, "loss": 1.5, "accuracy": 0.25, "learning_rate": 0.125, "grad_norm": 3.0}
+    expected |= {"clipped_fraction": 0.5, "images_per_second": 640.0, "data_wait_seconds": 0.75, "attempt": 1}
+    expected |= {"num_workers": 2, "global_batch_size": 20, "val_loss": 1.25, "val_accuracy": 0.625}
+    expected |= {"peak_memory_gib": 2.0, "checkpoint_seconds": 0.0625, "epoch_seconds": 4.0}
+    assert table.column_names == list(expected)
+    assert table.to_pylist() == [expected] == run.read_metrics()

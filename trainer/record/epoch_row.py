@@ -1,0 +1,46 @@
+"""The metrics of one epoch: a row of ``metrics.parquet`` and of a checkpoint's history."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """The metrics of one finished epoch; the names and the order of the fields are those of ``metrics.parquet``.
+
+    Loss, accuracy, gradient norm and clipped fraction are means over all steps of the epoch. Seconds and images per
+    second cover what the last attempt did of it.
+    """
+
+    epoch: int
+    """From 1."""
+    step: int
+    """Optimizer steps since the run began."""
+    loss: float
+    """Mean cross-entropy of the training batches, in nats."""
+    accuracy: float
+    learning_rate: float
+    """At the end of the epoch."""
+    grad_norm: float
+    """Mean L2 norm of the unclipped gradient."""
+    clipped_fraction: float
+    """Share of the steps whose gradient was clipped."""
+    images_per_second: float
+    data_wait_seconds: float
+    """Seconds that the training steps waited for batches; the maximum over the workers."""
+    attempt: int
+    """The attempt that finished the epoch, from 1."""
+    num_workers: int
+    global_batch_size: int
+    val_loss: float
+    """Mean cross-entropy of the validation split, in nats."""
+    val_accuracy: float
+    peak_memory_gib: float
+    """Most memory that a worker has used so far; the maximum over the workers."""
+    checkpoint_seconds: float
+    """Seconds that training stood still for checkpoints since the row before."""
+    epoch_seconds: float
+    """Duration of training and evaluation together."""
+
+    def to_metrics(self) -> dict[str, float]:
+        """Return the values by metric name."""
+        return asdict(self)
