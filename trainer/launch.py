@@ -472,7 +472,7 @@ def _load_ending() -> None:
 def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -> RunResult:
     """Write what is drawn from a run when its workers have ended: plots, note, result."""
     # Loaded by now, in `_load_ending`.
-    from trainer.notes.plots import write_batch_sizes, write_plots
+    from trainer.notes.plots import write_batch_sizes, write_mistakes, write_plots
 
     run, config, manifest = RunFolder(job.run, job.lease), job.config, job.manifest
     run.check_owner()
@@ -515,6 +515,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
     run.write_steps(steps)
     if missing := write_plots(run, last.history, steps, result, config.clip_norm):
         on_event(GlyphsMissing(missing))
+    write_mistakes(run, worker_result.mistakes, predictions, manifest.class_names)
     if (record := run.read_record()) and record.batch and record.batch.table:
         write_batch_sizes(run, record.batch.table)
     if job.profile_steps and ray.is_initialized():

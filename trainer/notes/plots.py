@@ -11,14 +11,14 @@ from matplotlib.ticker import MaxNLocator
 
 from trainer.config.batch_table import BatchTable
 from trainer.notes.fonts import fonts_for
-from trainer.record.evaluation_result import EvaluationResult
+from trainer.record.evaluation_result import EvaluationResult, find_mistakes
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime.markdown import MOST_CLASSES, format_count
 
 # Okabe-Ito: distinguishable with any color vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _TRAIN_COLOUR, _VAL_COLOUR, _ = COLOURS
-_MISTAKES_IN_A_ROW, _MOST_MISTAKES = 4, 16
+_MISTAKES_IN_A_ROW = 4
 _DPI = 110
 # Inches; 2,000 pixels at _DPI.
 _LARGEST_SIDE = 18.0
@@ -59,19 +59,19 @@ def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_na
     """Draw the images with the wrong predictions of the highest loss.
 
     Args:
-        images: uint8 ``[rows, height, width, channels]`` of the validation split.
-        predictions: one row per image, as from `trainer.training.evaluation.predictions_table`.
+        images: uint8 ``[mistakes, height, width, channels]``, those of `find_mistakes`.
+        predictions: one row per validation image, as from `trainer.training.evaluation.predictions_table`.
         class_names: names of the classes, by label.
     """
     labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
-    confidence, losses = predictions["confidence"].to_numpy(), predictions["loss"].to_numpy()
-    wrong = np.flatnonzero(labels != predicted)
-    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:_MOST_MISTAKES]
+    confidence, worst = predictions["confidence"].to_numpy(), find_mistakes(predictions)
     rows = max(1, -(-len(worst) // _MISTAKES_IN_A_ROW))
     figure = Figure(figsize=(8, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"{len(wrong)} of {len(labels)} wrong" + (", highest loss first" if len(worst) else ""))
-    for axes, row in zip(figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).flat, worst, strict=False):
-        axes.imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=255)
+    num_wrong = np.sum(labels != predicted)
+    figure.suptitle(f"{num_wrong} of {len(labels)} wrong" + (", highest loss first" if num_wrong else ""))
+    all_axes = figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).flat
+    for axes, image, row in zip(all_axes, images, worst, strict=False):
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         label, other = (shorten_name(class_names[one]) for one in (labels[row], predicted[row]))
         axes.set_title(f"{label},\nnot {other}\n(confidence {confidence[row]:.2f})", fontsize=8, parse_math=False)
     for axes in figure.axes:

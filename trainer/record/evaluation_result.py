@@ -15,6 +15,7 @@ from trainer.runtime.record_format import Record
 _CALIBRATION_BINS = 15
 
 _MOST_LISTED = 20
+_MOST_MISTAKES = 16
 
 
 class ClassResult(BaseModel):
@@ -128,6 +129,13 @@ def summarise(split: str, predictions: pa.Table, class_names: list[str]) -> Eval
         calibration_error=_calibration_error(predictions["confidence"].to_numpy(), labels == predicted),
         per_class=per_class,
     )
+
+
+def find_mistakes(predictions: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the rows of the wrong predictions to show as pictures: the 16 with the highest loss, worst first."""
+    wrong = np.flatnonzero(predictions["label"].to_numpy() != predictions["predicted"].to_numpy())
+    losses = predictions["loss"].to_numpy()[wrong]
+    return wrong[np.argsort(-losses, kind="stable")][:_MOST_MISTAKES]
 
 
 def _count_by_class(

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
 from trainer.runtime.events import OnEvent, SizeMeasured
@@ -40,6 +43,8 @@ class WorkerResult:
     """The network, as code."""
     weights_crc32: tuple[int, ...]
     """Of the weights that each worker held at the end: all the same."""
+    mistakes: npt.NDArray[np.uint8]
+    """``[mistakes, height, width, channels]``: the validation images of `find_mistakes`, for the best checkpoint."""
 
 
 @dataclass(frozen=True)

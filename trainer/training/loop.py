@@ -22,6 +22,7 @@ from trainer.config.config import TrainConfig, resize_batch
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Checkpoint, Position
 from trainer.record.epoch_row import EpochRow
+from trainer.record.evaluation_result import find_mistakes
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.events import (
@@ -99,15 +100,14 @@ def train_worker(job: WorkerJob) -> WorkerResult:
         table = predictions_table(training.evaluate(test), test.labels)
         if rank == 0:
             run.write(storage.parquet_bytes(table), "test_predictions.parquet")
+    mistakes = training.val.images[:0]
     if best is not None and rank == 0:
-        # Not at the top: the first step comes a third of a second sooner.
-        from trainer.notes.plots import write_mistakes
-
         content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
         write_exports(run, checkpoints.from_safetensors(content), job.manifest, config)
         predictions = checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME)
-        write_mistakes(run, training.val.images, storage.parquet_table(predictions), job.manifest.class_names)
-    return WorkerResult(reason, attempt, network.model.count_params(), format_layers(network.model), weights_crc32)
+        mistakes = training.val.images[find_mistakes(storage.parquet_table(predictions))]
+    layers = format_layers(network.model)
+    return WorkerResult(reason, attempt, network.model.count_params(), layers, weights_crc32, np.array(mistakes))
 
 
 def _find_last(job: WorkerJob, run: RunFolder) -> Checkpoint | None:

@@ -18,7 +18,7 @@ from trainer.notes.plots import (
     write_mistakes,
     write_plots,
 )
-from trainer.record.evaluation_result import EvaluationResult, summarise
+from trainer.record.evaluation_result import EvaluationResult, find_mistakes, summarise
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 
@@ -160,7 +160,7 @@ def test_characters_that_no_font_has_are_told(run, evaluation, make_result):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert write_plots(run, make_history(1), steps, make_result(val=val), 0.0) == name
-        write_mistakes(run, np.zeros((2, 8, 8, 1), np.uint8), table, ["cat", name])
+        write_mistakes(run, np.zeros((1, 8, 8, 1), np.uint8), table, ["cat", name])
 
 
 def predictions(predicted: list[int], losses: list[float]) -> pa.Table:
@@ -171,7 +171,8 @@ def predictions(predicted: list[int], losses: list[float]) -> pa.Table:
 def test_the_worst_mistakes_come_first(run):
     # Each image has a level of gray of its own; only rows 1 and 3 are wrong.
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((4, 8, 8, 1), 50, np.uint8)
-    write_mistakes(run, images, predictions([0, 1, 0, 1], [9.0, 1.0, 9.0, 2.0]), ["cat", "$dog^"])
+    table = predictions([0, 1, 0, 1], [9.0, 1.0, 9.0, 2.0])
+    write_mistakes(run, images[find_mistakes(table)], table, ["cat", "$dog^"])
     picture = np.asarray(read_picture(run, "mistakes.png"))
     left, second = (picture[len(picture) * 2 // 3, picture.shape[1] * eighth // 8, 0] for eighth in (1, 3))
     assert (left, second) == (150, 50)
@@ -192,5 +193,5 @@ def test_batch_sizes_are_drawn_with_their_speed_and_memory():
 
 
 def test_a_run_without_mistakes_says_so_in_an_empty_picture(run):
-    write_mistakes(run, np.zeros((2, 8, 8, 3), np.uint8), predictions([0, 0], [0.1, 0.1]), ["cat", "dog"])
+    write_mistakes(run, np.zeros((0, 8, 8, 3), np.uint8), predictions([0, 0], [0.1, 0.1]), ["cat", "dog"])
     assert read_picture(run, "mistakes.png").size[0] >= 400

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trainer.record.evaluation_result import EvaluationResult, summarise
+from trainer.record.evaluation_result import EvaluationResult, find_mistakes, summarise
 
 
 def predictions_of(labels, predicted, loss=0.5, confidence=0.9, likelier=None) -> pa.Table:
@@ -17,6 +17,14 @@ def predictions_of(labels, predicted, loss=0.5, confidence=0.9, likelier=None) -
 
 def summary(labels: list[int], predicted: list[int], names=("a", "b", "c")):
     return summarise("test", predictions_of(labels, predicted), list(names))
+
+
+def test_mistakes_are_the_wrong_predictions_with_the_highest_loss_in_order():
+    table = predictions_of([0, 0, 0, 1, 1], [0, 1, 2, 1, 0], loss=np.array([9.0, 1.0, 3.0, 8.0, 3.0]))
+    assert find_mistakes(table).tolist() == [2, 4, 1]
+    assert find_mistakes(predictions_of([0, 1], [0, 1])).tolist() == []
+    many = predictions_of([0] * 40, [1] * 40, loss=np.arange(40.0))
+    assert find_mistakes(many).tolist() == list(range(39, 23, -1))
 
 
 @pytest.mark.parametrize(("classes", "top_k", "correct"), [(2, 1, 2), (4, 2, 3), (10, 5, 5), (100, 5, 5)])
