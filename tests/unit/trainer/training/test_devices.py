@@ -1,0 +1,66 @@
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from trainer.training import devices
+
+SIZE_GIB = 0.25
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch):
+    """What is tested is the memory of a worker without a GPU, on any machine."""
+    monkeypatch.setattr(devices, "has_gpu", lambda: False)
+
+
+def hold_memory() -> np.ndarray:
+    return np.ones(int(SIZE_GIB * 2**30), np.uint8)
+
+
+def test_the_peak_counts_memory_that_is_freed_again_until_it_is_reset():
+    devices.reset_peak_memory()
+    before = devices.peak_memory_gib()
+    held = hold_memory()
+    assert devices._resident_gib("VmRSS") >= before + 0.9 * SIZE_GIB
+    del held
+    peak = devices.peak_memory_gib()
+    assert peak >= before + 0.9 * SIZE_GIB
+    devices.reset_peak_memory()
+    assert devices.peak_memory_gib() < peak - 0.5 * SIZE_GIB
+
+
+def test_workers_on_one_node_share_its_memory():
+    # What ran before the two calls counts too, and it changes.
+    assert devices.memory_limit_gib(4) == pytest.approx(devices.memory_limit_gib(1) / 4, rel=0.2)
+
+
+def test_a_field_that_the_kernel_does_not_have_is_named():
+    with pytest.raises(RuntimeError, match="/proc/self/status has no VmNothing"):
+        devices._resident_gib("VmNothing")
+
+
+WORKER = """
+import time
+import numpy as np
+import tensorflow as tf
+from trainer.training import devices
+
+devices.share_devices(10_000)
+print(tf.config.threading.get_intra_op_parallelism_threads(), tf.config.threading.get_inter_op_parallelism_threads())
+limit = devices.peak_memory_gib() + 0.25
+devices.kill_beyond(limit)
+print("below the limit", flush=True)
+held = np.ones(2**29, np.uint8)
+time.sleep(60)
+print("beyond the limit", flush=True)
+"""
+
+
+def test_a_worker_has_a_core_at_least_and_ends_by_sigkill_when_it_holds_too_much_memory():
+    worker = subprocess.run([sys.executable, "-c", WORKER], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert worker.stdout.splitlines() == ["1 1", "below the limit"]
+    assert worker.returncode == -signal.SIGKILL
