@@ -9,6 +9,7 @@ from benchmarks import (
     classes,
     feeding,
     large_batch,
+    pictures,
     prepare,
     scale,
     trainer_start,
@@ -29,6 +30,7 @@ for module in (
     architectures,
     trainer_start,
     classes,
+    pictures,
 ):
     app.command(module.__name__.rpartition(".")[2], help=module.__doc__)(module.main)
 
