@@ -69,3 +69,11 @@ def test_paths_in_the_repository_are_there(document):
     paths = {path for path in named if not re.search(r"/(test_)?[A-Z]+\.py$", path)}
     assert paths
     assert [path for path in sorted(paths) if not (REPOSITORY / path).exists()] == []
+
+
+def test_the_tests_that_reliability_names_are_there():
+    named = set(
+        re.findall(r"`((?:unit|integration|faults)/[\w/]+\.py)`", (REPOSITORY / "docs/reliability.md").read_text())
+    )
+    assert named
+    assert [path for path in sorted(named) if not (REPOSITORY / "tests" / path).is_file()] == []
