@@ -14,8 +14,8 @@ from tests.conftest import REPOSITORY, write_stripes
 pytestmark = pytest.mark.slow
 
 DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "guide.md")
-# Installing and checking are .ci/run; the cluster is in test_submit.py and test_rehearsal.py.
-ELSEWHERE = r"python3 -m venv|export |ray |ssh |scp |images/"
+# Installing and checking are .ci/run; the cluster is in test_submit.py and test_rehearsal.py. What is quoted is a note.
+ELSEWHERE = r"python3 -m venv|export |ray |ssh |scp |images/|>"
 # As typed, the largest batch and the recipe's epochs are minutes of work.
 SHORTER = {"train.py": ["--epochs", "1"]}
 
