@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep.card import list_classes, write_card
+from data_prep.card import describe_few_levels, list_classes, write_card
 from data_prep.manifest import Split
 from data_prep.shards import write_data_file
 from trainer.runtime import storage
@@ -115,3 +115,27 @@ def test_the_card_of_many_classes_has_those_with_the_fewest_and_the_most_images(
 def test_fifty_classes_are_all_in_the_card_in_their_order(write_classes):
     _, manifest = write_classes(50)
     assert [row[0] for row in list_classes(manifest)] == [*manifest.class_names, "all"]
+
+
+@pytest.mark.parametrize(
+    ("gray_levels", "value_range", "warning"),
+    [
+        (None, None, ""),
+        ((100, 163), None, ""),
+        ((100, 162), None, "warning: 99% of training pixels lie in 63 of 256 gray levels, 100-162 (contact_sheet.png)"),
+        ((64, 127), (0, 4096), ""),
+        (
+            (64, 126),
+            (0, 4096),
+            "warning: 99% of training pixels lie in 63 of 256 gray levels, 64-126 (contact_sheet.png); --value-range "
+            "1024:2032 spreads these over all levels, the rest becomes black or white",
+        ),
+    ],
+)
+def test_fewer_than_64_gray_levels_are_warned_about(write_dataset, gray_levels, value_range, warning):
+    written = write_dataset()
+    manifest = written.manifest.model_copy(update={"gray_levels": gray_levels, "value_range": value_range})
+    assert describe_few_levels(manifest) == warning
+    write_card(written.uri, manifest)
+    card = storage.read_bytes(storage.join(written.uri, "README.md")).decode()
+    assert (f"\n{warning}\n" in card) if warning else ("warning" not in card)
