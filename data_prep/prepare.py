@@ -67,6 +67,9 @@ _MAX_ITEMS_PER_TASK = 16
 # A class that loses more than this is not what it was, however many files others have.
 _MOST_BAD_OF_CLASS = 0.5
 _STAGING = "_staging"
+# A file in the folder of staged chunks: a preparation has been started there and not been finished.
+_STARTED_NAME = "plan"
+_STAGING_NAME_LENGTH = 16
 _CHUNK_PREFIX = "chunk-"
 _DATA_FILE_NAME = re.compile(r"part-\d{5,}\.parquet")
 
@@ -144,10 +147,10 @@ def prepare(
         if overwrite:
             _delete_dataset(dataset)
         slices = slice_images(found, config)
-        _open_staging(dataset, found, config)
-        staged = _stage_images(found, dataset, slices, ImageOptions.of(config), on_event)
+        staging = _open_staging(dataset, found, config)
+        staged = _stage_images(found, staging, slices, ImageOptions.of(config), on_event)
         images, rejected = staged.rows.filter(_is_used()), staged.rows.filter(~_is_used())
-        _check_rejected(dataset, images, rejected, found.class_names, config)
+        _check_rejected(staging, images, rejected, found.class_names, config)
         groups = group_duplicates(np.asarray(images["pixels_sha256"]), _stack_hashes(images["perceptual_hash"]))
         splits = assign_splits(images, groups, config.val_fraction, config.test_fraction, config.seed)
         _check_val(images, splits, config)
@@ -199,7 +202,7 @@ def _check_names_are_free(dataset: str) -> None:
     Raises:
         InputError: one of its names is taken; says which.
     """
-    if any(storage.exists(storage.join(dataset, *path)) for path in ((MANIFEST_NAME,), (_STAGING, "plan"))):
+    if any(storage.exists(storage.join(dataset, *path)) for path in ((MANIFEST_NAME,), (_STAGING, _STARTED_NAME))):
         return
     names = [REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME]
     taken = [name for name in names if storage.exists(storage.join(dataset, name))]
@@ -216,7 +219,7 @@ def _check_names_are_free(dataset: str) -> None:
 def _delete_dataset(dataset: str) -> None:
     """Deletes what a preparation writes, and nothing else that may be in the folder; the commit goes first."""
     # Where this is killed in its middle, the folder is still known as that of a preparation.
-    storage.write_bytes(storage.join(dataset, _STAGING, "plan"), b"")
+    storage.write_bytes(storage.join(dataset, _STAGING, _STARTED_NAME), b"")
     for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
     _delete_data_files(dataset)
@@ -253,40 +256,43 @@ def _read_same_preparation(source: str, dataset: str, config: PrepareConfig) -> 
     return existing
 
 
-def _chunk_uri(dataset: str, index: int) -> str:
-    return storage.join(dataset, _STAGING, f"{_CHUNK_PREFIX}{index:06d}")
+def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> str:
+    """Return the URI of the staging folder of this preparation; delete the chunks of any other preparation.
 
+    The folder is named after all that the chunks depend on. An interrupted attempt at the same preparation left its
+    chunks there. A task of another attempt that is still running writes to another folder.
 
-def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> None:
-    """Keeps the chunks of an interrupted attempt at the same preparation and deletes those of any other.
-
-    Data files of an interrupted attempt are deleted in any case: it may have drawn the splits otherwise.
+    Data files of an interrupted attempt are deleted in any case: it may have drawn other splits.
     """
     digest = hashlib.sha256(config.model_dump_json(include=set(ImageOptions.model_fields)).encode())
     for batch in found.images.combine_chunks().to_batches():
         digest.update(batch.serialize())
-    plan = digest.hexdigest().encode()
-    plan_uri = storage.join(dataset, _STAGING, "plan")
-    interrupted_plan = storage.read_bytes(plan_uri) if storage.exists(plan_uri) else None
-    if interrupted_plan is not None:
+    name = digest.hexdigest()[:_STAGING_NAME_LENGTH]
+    if storage.exists(storage.join(dataset, _STAGING, _STARTED_NAME)):
         _delete_data_files(dataset)
-    if interrupted_plan != plan:
-        _delete_chunks(dataset)
-        storage.write_bytes(plan_uri, plan)
+    _delete_chunks(dataset, kept=name)
+    storage.write_bytes(storage.join(dataset, _STAGING, _STARTED_NAME), b"")
+    return storage.join(dataset, _STAGING, name)
 
 
-def _delete_chunks(dataset: str) -> None:
-    for name in storage.find_files(storage.join(dataset, _STAGING)):
-        if name.startswith(_CHUNK_PREFIX):
-            storage.delete_file(storage.join(dataset, _STAGING, name))
+def _delete_chunks(dataset: str, kept: str | None = None) -> None:
+    """Delete all staged chunks, except for those in the staging folder with the name `kept`."""
+    for path in storage.find_files(storage.join(dataset, _STAGING)):
+        *folders, name = path.split("/")
+        if name.startswith(_CHUNK_PREFIX) and folders != [kept]:
+            storage.delete_file(storage.join(dataset, _STAGING, path))
+
+
+def _chunk_uri(staging: str, index: int) -> str:
+    return storage.join(staging, f"{_CHUNK_PREFIX}{index:06d}")
 
 
 def _stage_images(
-    found: Source, dataset: str, slices: list[range], options: ImageOptions, on_event: OnEvent
+    found: Source, staging: str, slices: list[range], options: ImageOptions, on_event: OnEvent
 ) -> "_Staged":
     """Decodes the images; those that take a range of values to scale theirs in a second pass, when it is known."""
-    uris = [_chunk_uri(dataset, index) for index in range(len(slices))]
-    _stage_chunks("decode", found, dataset, slices, uris, options, on_event)
+    uris = [_chunk_uri(staging, index) for index in range(len(slices))]
+    _stage_chunks("decode", found, staging, slices, uris, options, on_event)
     rows = _read_staged_rows(uris)
     waiting = rows.filter(pc.field("low").is_valid())
     if len(waiting):
@@ -303,7 +309,7 @@ def _stage_images(
             # A name of its own: where another file changes the range, these are decoded again.
             uris[chunk] += f"-{value_range.low!r}_{value_range.high!r}"
         of_chunks = [slices[chunk] for chunk in chunks], [uris[chunk] for chunk in chunks]
-        _stage_chunks("decode again", found, dataset, *of_chunks, options, on_event)
+        _stage_chunks("decode again", found, staging, *of_chunks, options, on_event)
         rows = _read_staged_rows(uris)
     return _Staged(uris, rows, options.value_range)
 
@@ -320,13 +326,13 @@ class _Staged(NamedTuple):
 def _stage_chunks(
     stage: str,
     found: Source,
-    dataset: str,
+    staging: str,
     slices: list[range],
     uris: list[str],
     options: ImageOptions,
     on_event: OnEvent,
 ) -> None:
-    staged = storage.find_files(storage.join(dataset, _STAGING))
+    staged = storage.find_files(staging)
     items: list[dict[str, Any]] = [
         {"uri": uri, "start": rows.start, "rows": len(rows)}
         for uri, rows in zip(uris, slices, strict=True)
@@ -428,7 +434,7 @@ def _is_used() -> pc.Expression:
 
 
 def _check_rejected(
-    dataset: str, images: pa.Table, rejected: pa.Table, class_names: list[str], config: PrepareConfig
+    staging: str, images: pa.Table, rejected: pa.Table, class_names: list[str], config: PrepareConfig
 ) -> None:
     """Raise InputError where too many files were rejected: of all, or of one class."""
     num_images = len(images) + len(rejected)
@@ -439,10 +445,10 @@ def _check_rejected(
     if fraction <= config.max_bad_fraction and not len(gone):
         return
     # Or files that are fixed would stay rejected: neither a table nor a permission changes the plan.
-    chunks = {storage.basename(_chunk_uri(dataset, chunk)) for chunk in rejected["chunk"].unique().to_pylist()}
-    for name in storage.find_files(storage.join(dataset, _STAGING)):
+    chunks = {storage.basename(_chunk_uri(staging, chunk)) for chunk in rejected["chunk"].unique().to_pylist()}
+    for name in storage.find_files(staging):
         if name[: len(_CHUNK_PREFIX) + 6] in chunks and name.endswith(ROWS_SUFFIX):
-            storage.delete_file(storage.join(dataset, _STAGING, name))
+            storage.delete_file(storage.join(staging, name))
     first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
     message = (
         f"{len(rejected)} of {format_count(num_images, 'image')} were rejected ({fraction:.1%}, allowed are "

@@ -158,7 +158,7 @@ def test_a_killed_preparation_is_finished_by_the_same_command(tmp_path):
     command = [sys.executable, str(REPOSITORY / "jobs" / "prepare.py"), str(source)]
     options = ["--image-size", "200"]
     killed = subprocess.Popen([*command, str(tmp_path / "killed"), *options], stderr=subprocess.DEVNULL)
-    while killed.poll() is None and not list((tmp_path / "killed").glob("_staging/*.rows.parquet")):
+    while killed.poll() is None and not list((tmp_path / "killed").glob("_staging/*/*.rows.parquet")):
         time.sleep(0.02)
     killed.kill()
     killed.wait()

@@ -9,13 +9,16 @@ from data_prep.prepare import (
     PrepareConfig,
     _check_rejected,
     _check_val,
+    _open_staging,
     _write_part,
     check_places,
     parse_config,
     prepare,
 )
 from data_prep.shards import STAGED_SCHEMA, write_chunk
+from data_prep.sources import find_images
 from tests.conftest import write_stripes
+from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
 
@@ -85,6 +88,34 @@ def test_staged_images_that_were_damaged_are_not_written(tmp_path):
     with pytest.raises(InputError, match="staged images are damaged; replace them with --overwrite"):
         _write_part({"part": 0, "uris": [uri], "splits": ["train"]}, str(tmp_path))
     assert not (tmp_path / "train").exists()
+
+
+def test_a_task_of_a_killed_preparation_cannot_write_into_the_next_one(write_files, tmp_path):
+    found = find_images(write_files("cat/a.png", "dog/b.png"))
+    dataset = str(tmp_path / "prepared")
+    killed = _open_staging(dataset, found, PrepareConfig(image_size=5))
+    storage.write_bytes(storage.join(killed, "chunk-000000.rows.parquet"), b"of 5 pixels")
+    other = _open_staging(dataset, found, PrepareConfig(image_size=7))
+    assert not storage.find_files(killed)
+    # The task goes on.
+    storage.write_bytes(storage.join(killed, "chunk-000000.rows.parquet"), b"of 5 pixels")
+    assert not storage.find_files(other)
+
+
+def test_an_interrupted_preparation_keeps_its_chunks_but_not_its_data_files(write_files, tmp_path):
+    found = find_images(write_files("cat/a.png", "dog/b.png"))
+    dataset = str(tmp_path / "prepared")
+    chunk = storage.join(_open_staging(dataset, found, PrepareConfig(seed=0)), "chunk-000000.rows.parquet")
+    storage.write_bytes(chunk, b"rows")
+    for name in ("part-00000.parquet", "own.txt"):
+        storage.write_bytes(storage.join(dataset, "train", name), b"rows")
+    # Another seed draws other splits from the same chunks.
+    assert chunk.startswith(_open_staging(dataset, found, PrepareConfig(seed=1)))
+    assert storage.exists(chunk)
+    assert set(storage.find_files(storage.join(dataset, "train"))) == {"own.txt"}
+    more = find_images(write_files("cat/a.png", "dog/b.png", "dog/c.png"))
+    assert not chunk.startswith(_open_staging(dataset, more, PrepareConfig(seed=1)))
+    assert not storage.exists(chunk)
 
 
 def test_a_dataset_prepared_otherwise_is_kept(write_dataset):
