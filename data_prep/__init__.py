@@ -1,1 +1,1 @@
-"""Images to a prepared dataset, with Ray Data."""
+"""Prepare a dataset from images, with Ray Data."""

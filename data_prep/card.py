@@ -1,4 +1,4 @@
-"""The card of a dataset: its counts, what was left out and why, and a picture of every class."""
+"""The card of a dataset: its counts, which files were not used and why, and a picture of every class."""
 
 import io
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table, s
 CARD_NAME = "README.md"
 CONTACT_SHEET_NAME = "contact_sheet.png"
 
-# Of a contact sheet, which stays below 2,000 pixels: more classes have fewer images each.
+# The contact sheet stays below 2,000 pixels on each side: with more classes, each has fewer images.
 _ROWS, _COLUMNS = 20, 20
 _IMAGES_PER_CLASS = (8, 4, 2, 1)
 _TILE_PIXELS, _GAP_PIXELS = 96, 4
-# With the fewest and with the most images, where not all classes are shown.
+# Where not all classes are listed: how many of those with the fewest images, and of those with the most.
 _EXTREME_CLASSES = 10
-# A quarter of the 256.
+# A quarter of the 256 gray levels.
 _LEAST_LEVELS = 64
 
 
 def write_card(dataset: str, manifest: Manifest) -> None:
-    """Write ``README.md`` and ``contact_sheet.png`` of a dataset whose Parquet files are there."""
+    """Write ``README.md`` and ``contact_sheet.png`` of a dataset whose Parquet files have been written."""
     sink = io.BytesIO()
     _draw_contact_sheet(dataset, manifest).save(sink, format="png")
     storage.write_bytes(storage.join(dataset, CONTACT_SHEET_NAME), sink.getvalue())
@@ -34,15 +34,15 @@ def write_card(dataset: str, manifest: Manifest) -> None:
 
 
 def describe_value_range(manifest: Manifest) -> str:
-    """Return a line about images with more than 8 bits a pixel, or nothing where there are none."""
+    """Return a line about images with more than 8 bits per channel, or an empty string if there are none."""
     if manifest.value_range is None:
         return ""
     low, high = manifest.value_range
-    return f"values {low:.10g} to {high:.10g} of images with more than 8 bits are gray levels 0 to 255"
+    return f"values {low:.10g} to {high:.10g} of images with more than 8 bits per channel become gray levels 0 to 255"
 
 
 def describe_few_levels(manifest: Manifest) -> str:
-    """Return a warning where nearly all pixels lie in less than a quarter of the gray levels, else nothing."""
+    """Return a warning if 99% of the pixels lie in less than a quarter of the gray levels, else an empty string."""
     if manifest.gray_levels is None:
         return ""
     low, high = manifest.gray_levels
@@ -55,7 +55,8 @@ def describe_few_levels(manifest: Manifest) -> str:
     start, end = manifest.value_range
     first, last = (start + level * (end - start) / 256 for level in (low, high + 1))
     return (
-        f"{text}; --value-range {first:.5g}:{last:.5g} spreads these over all levels, the rest becomes black or white"
+        f"{text}; to spread them over all gray levels, use --value-range {first:.5g}:{last:.5g} (darker values become "
+        "black, brighter ones white)"
     )
 
 
@@ -92,9 +93,9 @@ def _format_card(manifest: Manifest) -> str:
 
 
 def list_classes(manifest: Manifest) -> list[tuple[str, ...]]:
-    """Return name and number of images of each split and of all for each class, and for all of them.
+    """Return a row for each class, and one for all classes: name, number of images in each split, total.
 
-    Of many classes those with the fewest and with the most images: ``manifest.json`` has all.
+    Of many classes, only those with the fewest and with the most images: ``manifest.json`` has all.
     """
     counts = [manifest.splits[split].rows_per_class for split in SPLITS]
     rows = [(name, *row, sum(row)) for name, *row in zip(manifest.class_names, *counts, strict=True)]
@@ -108,11 +109,11 @@ def list_classes(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
-    """Draw the first training images of each class side by side: the classes below each other, then further right."""
+    """Draw the first training images of each class side by side, one class per row, in as many columns as needed."""
     fits = (count for count in _IMAGES_PER_CLASS if _COLUMNS // count * _ROWS >= manifest.num_classes)
     per_class = next(fits, _IMAGES_PER_CLASS[-1])
     num_classes = min(manifest.num_classes, _COLUMNS // per_class * _ROWS)
-    # Classes further right stand behind a gap.
+    # A gap separates the columns of classes.
     width = per_class * _TILE_PIXELS + _GAP_PIXELS
     size = (-(-num_classes // _ROWS) * width - _GAP_PIXELS, min(num_classes, _ROWS) * _TILE_PIXELS)
     sheet = Image.new("L" if manifest.channels == 1 else "RGB", size, "white")
@@ -129,7 +130,7 @@ def _first_images(
 ) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
     """Yield label, number within the class and pixels of the first training images of each class.
 
-    Labels are read first, and pixels of those row groups only that have an image to show.
+    Labels are read first, and pixels only from the row groups that have an image to show.
     """
     found = [0] * num_classes
     for file in manifest.splits["train"].files:

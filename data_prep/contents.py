@@ -1,4 +1,4 @@
-"""Reads the bytes of images, wherever their source keeps them: files, members of a tar, rows of a Parquet file."""
+"""Read the bytes of images from where their source keeps them: files, members of a tar, rows of a Parquet file."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ from trainer.runtime.errors import InputError
 
 # Reads overlap the latency of an object store.
 _READERS = 8
-# What a local file system says of one file; anything else is taken for a failure of the whole.
+# Errors of a local file system that concern one file; any other is treated as a failure of the whole source.
 _OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def read_contents(source: str, images: pa.Table) -> Iterator[bytes | None]:
-    """Yields the bytes of each image in turn, or None where there is no such file or a local one cannot be opened.
+    """Yield the bytes of each image in turn, or None if the file does not exist or, if it is local, cannot be opened.
 
     Args:
         source: URI of the folder that paths and containers are relative to.
-        images: columns of `data_prep.sources.IMAGES_SCHEMA`.
+        images: table with the columns of `data_prep.sources.IMAGES_SCHEMA`.
 
     Raises:
-        InputError: the storage refused or could not be reached.
+        InputError: the storage denied access or could not be reached.
     """
     containers = set(images["container"].unique().to_pylist())
     if containers == {None} or all(suffix_of(container) == ".tar" for container in containers if container):
@@ -47,14 +47,14 @@ def _read_one(source: str, row: dict[str, Any]) -> bytes | None:
     except FileNotFoundError:
         return None
     except InputError as error:
-        # An object store answers the same where a key is wrong, which must not cost every file.
+        # An object store gives the same answer when the credentials are wrong: then not every file must count as bad.
         if storage.is_local(source) and isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_ONE_FILE:
             return None
         raise
 
 
 def _read_file(source: str, path: str) -> bytes:
-    """Return the content of a file that a table, maybe of another system, may name in another form of Unicode."""
+    """Return the content of a file; a table from another system may spell its name in another form of Unicode."""
     for same in dict.fromkeys((path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))):
         with contextlib.suppress(FileNotFoundError):
             return storage.read_bytes(storage.join(source, same))
@@ -62,7 +62,7 @@ def _read_file(source: str, path: str) -> bytes:
 
 
 def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None]:
-    """Yields the image column of rows of Parquet files; only the row groups that hold them are read."""
+    """Yield the images in rows of Parquet files; read only the row groups that contain these rows."""
     group_of_file: tuple[str, int] | None = None
     images: list[Any] = []
     first_row = 0
@@ -79,7 +79,7 @@ def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None
 
 
 def _find_row_group(metadata: Any, row: int) -> tuple[int, int]:
-    """Returns the row group that holds a row, and the row number of its first row."""
+    """Return the row group that contains a row, and the number of its first row in the file."""
     first_row = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows

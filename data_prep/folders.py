@@ -1,4 +1,4 @@
-"""Finds images in folders, one a class, or one a split with one a class below."""
+"""Find images in folders: one folder per class, or one per split with one per class in it."""
 
 import shlex
 
@@ -10,16 +10,16 @@ from trainer.runtime.errors import InputError
 
 
 def find_in_folders(source: str, sizes: dict[str, int], listing: Listing, labelled: bool) -> None:
-    """Add the images of a folder to what was found.
+    """Add the images in a folder to a listing.
 
     Args:
         source: path or URI of the folder.
-        sizes: the size in bytes of each file by its path relative to it.
-        listing: to add to.
-        labelled: whether an image must lie in the folder of a class.
+        sizes: size in bytes of each file, by its path relative to the folder.
+        listing: what to add to.
+        labelled: whether each image must be in the folder of a class.
 
     Raises:
-        InputError: folders look like splits, but not all or not quite.
+        InputError: some folders look like splits, but not all of them do, or their names differ from those of splits.
     """
     others = {path for path in sizes if is_plainly_other(path)}
     is_split = _has_split_folders(source, [parts_of(path) for path in sizes if path not in others], labelled)
@@ -31,22 +31,23 @@ def find_in_folders(source: str, sizes: dict[str, int], listing: Listing, labell
         if labelled and not folders:
             listing.ignore(path, "not_in_a_class_folder")
         elif path in others:
-            # Beside the folders of the splits there may be one of documents.
+            # Beside the folders of the splits there may be one with documents.
             listing.ignore(path, "not_an_image_name", class_name if split or not is_split else None)
         else:
             listing.found.append(FoundImage(path, class_name, split, bytes=size))
 
 
 def _has_split_folders(source: str, images: list[list[str]], labelled: bool) -> bool:
-    """Return whether the folders at the top are splits: only if all of them are, since a class may be called "test".
+    """Return whether the top folders are splits: only if all of them are, since a class may be called "test".
 
     Args:
         source: path or URI of the folder, for messages.
-        images: the folders and the name of each.
-        labelled: whether classes are asked for.
+        images: for each image, the folders above it and its name.
+        labelled: whether each image must have a class.
 
     Raises:
-        InputError: classes are asked for, and the folders look like splits, but not all or not quite.
+        InputError: each image must have a class, and some folders look like splits, but not all of them do, or their
+            names differ from those of splits.
     """
     top_folders = sorted({parts[0] for parts in images if len(parts) > 1})
     called = {name: split for name in top_folders if (split := split_called(name))}
@@ -62,17 +63,17 @@ def _has_split_folders(source: str, images: list[list[str]], labelled: bool) -> 
     if others:
         message += f", and beside them is {name_some(others)}"
     if len(called) == len(alike):
-        raise InputError(f"{message}; move or rename the ones or the others")
+        raise InputError(f"{message}; move or rename either")
     raise InputError(f"{message}; {_propose_names(source, images, alike)}")
 
 
 def _propose_names(source: str, images: list[list[str]], alike: dict[str, SplitName]) -> str:
-    """Return how to make splits that are read of folders that only look like them."""
+    """Return advice on how to turn folders that look like splits into splits."""
     links = []
     for name, split in alike.items():
-        # Archives often hold a folder of their own name.
+        # Archives often contain a folder with their own name.
         folders = [name, name] if any(parts[:2] == [name, name] for parts in images) else [name]
         links.append(f"ln -s {shlex.quote(storage.join(storage.resolve_uri(source), *folders))} NEW/{split}")
     if not storage.is_local(storage.resolve_uri(source)) or len(set(alike.values())) < len(alike):
-        return "call them train, val and test, as in SOURCE/train/CLASS/image.jpg, or give a table with a column split"
-    return f"give a folder that calls them train, val and test: mkdir NEW && {' && '.join(links)}"
+        return "rename them to train, val and test (SOURCE/train/CLASS/image.jpg), or give a table with a column split"
+    return f"give a folder in which they are named train, val and test: mkdir NEW && {' && '.join(links)}"

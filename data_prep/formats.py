@@ -1,4 +1,4 @@
-"""Opens the image formats that are read here, told from their bytes, and says why anything else is refused."""
+"""Open images of the supported formats, detected from their bytes, and say why anything else is rejected."""
 
 import contextlib
 import io
@@ -12,20 +12,20 @@ from PIL import AvifImagePlugin, Image, ImageFile, TiffImagePlugin
 
 RejectReason = Literal[
     "empty",  # zero bytes
-    "not_an_image",  # no image, such as an HTML page named .jpg
-    "damaged",  # cut off, or bytes that its format does not allow
-    "too_many_pixels",  # more than MAX_PIXELS by its header
-    "unsupported",  # an image, of a format, a compression or a kind of pixels that is not read
-    "too_much_memory",  # the decoder asked for more than there is
+    "not_an_image",  # not an image, such as an HTML page named .jpg
+    "damaged",  # truncated, or with bytes that its format does not allow
+    "too_many_pixels",  # more than MAX_PIXELS according to its header
+    "unsupported",  # an image, but of a format, compression or pixel type that is not supported
+    "too_much_memory",  # the decoder needed more memory than there is
     "decoder_crashed",  # the decoder's process died
     "decoder_hung",  # no result within a minute
-    "unreadable",  # there is no such file, or it is a local one that cannot be opened
+    "unreadable",  # the file does not exist, or is local and cannot be opened
 ]
 
-# The formats in which people keep images to train on. Pillow opens more: some by another program (EPS), some by a stub
-# (HDF5, GRIB), some by any bytes at all, and each is one more decoder for a hostile file to reach.
+# The formats of images that people train on. Pillow opens more, some by starting another program (EPS), some with a
+# stub (HDF5, GRIB), some whatever the bytes are. Each format is one more decoder that a malicious file can reach.
 FORMATS = (
-    "JPEG",  # and MPO, a JPEG with more pictures behind the first
+    "JPEG",  # and MPO, a JPEG with more pictures after the first
     "PNG",
     "BMP",
     "GIF",
@@ -38,7 +38,7 @@ FORMATS = (
     "SUN",
     "TGA",
 )
-# How the files of images that are not read start, or are marked further in: (place, bytes).
+# Bytes that identify image formats that are not supported: (offset, bytes).
 _UNREAD = (
     (0, b"%!PS"),
     (0, b"\xc5\xd0\xd3\xc6"),  # EPS with a preview
@@ -47,7 +47,7 @@ _UNREAD = (
     (0, b"DDS "),
     (0, b"\x01\xda"),  # SGI
     (0, b"\x0a\x05\x01"),  # PCX
-    (0, b"qoif"),  # a loop in Python, a second or more a megapixel
+    (0, b"qoif"),  # Pillow decodes it in Python, a second or more per megapixel
     (0, b"SIMPLE  ="),  # FITS
     (0, b"v/1\x01"),  # OpenEXR
     (0, b"#?RADIANCE"),
@@ -60,30 +60,30 @@ _UNREAD = (
     (0, b"\xd7\xcd\xc6\x9a"),  # WMF
     (0, b"AT&TFORM"),  # DjVu
     (0, b"FUJIFILMCCD-RAW"),
-    (0, b"IIRO"),  # raw pictures of Olympus
+    (0, b"IIRO"),  # raw images of Olympus
     (0, b"IIU\0"),  # and Panasonic
     (4, b"ftypcrx "),  # and Canon
     (4, b"ftyphei"),  # HEIC of phones
     (4, b"ftyphev"),
     (128, b"DICM"),
 )
-# Of AVIF, but of other codecs in its container too.
+# Brands of AVIF files that files of other codecs in the same container also have.
 _SHARED_BRANDS = (b"mif1", b"msf1")
 # 100 megapixels: more than all but a few cameras. The header is enough to reject an image, before pixels are allocated.
 # The largest image that is allowed takes up to 2.8 GB to decode, measured with a 16-bit RGB PNG: the 16-bit pixels and
 # a few copies with 8 bits. One with 8 bits takes less.
 MAX_PIXELS = 100_000_000
-# Pillow raises above twice this number, for pictures within a file too, and warns above it.
+# Pillow raises an error above twice this number, also for pictures inside a file, and warns above this number.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Ray runs one task a core.
+# Ray runs one task per core.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# In the info of a TGA: how many of the bits of its fourth byte are alpha. Pillow takes them for alpha in any case.
+# Key in the info of a TGA image: how many bits of the fourth byte are alpha. Pillow always treats them as alpha.
 TGA_ALPHA_BITS = "tga_alpha_bits"
 _PREFIX_BYTES = 18
 _NEW_SUBFILE_TYPE, _WEBP_IN_TIFF = 254, 50001
-# What Pillow's readers say of a file that is whole but of a kind that they do not know.
+# Matches the errors of Pillow's readers for files that are intact but of a kind that the reader does not support.
 _SAYS_UNSUPPORTED = re.compile(
     r"unsupported|not (yet )?supported|cannot handle|unknown (pixel mode|data organization)|"
     r"unable to determine|samples per pixel",
@@ -92,7 +92,7 @@ _SAYS_UNSUPPORTED = re.compile(
 
 
 class RejectedImageError(Exception):
-    """The file cannot be used; ``reason`` says why."""
+    """An image file cannot be used; ``reason`` says why."""
 
     def __init__(self, reason: RejectReason) -> None:
         super().__init__(reason)
@@ -101,7 +101,7 @@ class RejectedImageError(Exception):
 
 @contextlib.contextmanager
 def rejections() -> Iterator[None]:
-    """Raise what Pillow's readers raise within as a `RejectedImageError`."""
+    """Turn any error that Pillow's readers raise in this context into a `RejectedImageError`."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -109,16 +109,16 @@ def rejections() -> Iterator[None]:
     except MemoryError as error:
         raise RejectedImageError("too_much_memory") from error
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
-        # A KeyError is a mode or a compression that the reader has no entry for.
+        # A KeyError means a mode or a compression that the reader does not know.
         is_unsupported = isinstance(error.__cause__, KeyError) or _SAYS_UNSUPPORTED.search(str(error))
         raise RejectedImageError("unsupported" if is_unsupported else "damaged") from error
 
 
 def open_image(content: bytes) -> ImageFile.ImageFile:
-    """Return an image whose header is read and whose pixels are not.
+    """Return an image of which only the header has been read, not the pixels.
 
     Args:
-        content: the file's bytes; the format is told from them, never from a name.
+        content: the file's bytes; the format is detected from them, never from a name.
 
     Raises:
         RejectedImageError: the image cannot be used.
@@ -149,7 +149,7 @@ def _open_as(name: str, read_header: Callable[..., ImageFile.ImageFile], content
             return image
     except RejectedImageError as error:
         if error.reason == "damaged" and name == "PPM":
-            # A letter and a digit: many a text starts so.
+            # The signature is a letter and a digit, and many text files start that way.
             raise RejectedImageError("not_an_image") from error
         if error.reason == "damaged" and (content[8:12] in _SHARED_BRANDS or _is_unread(content)):
             raise RejectedImageError("unsupported") from error
@@ -157,21 +157,21 @@ def _open_as(name: str, read_header: Callable[..., ImageFile.ImageFile], content
 
 
 def _check_tiff(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
-    """Refuse what Pillow would read as something else than it is."""
-    # Of a camera's raw picture the first image is a thumbnail.
+    """Reject a TIFF that Pillow would misread."""
+    # The first image in a camera's raw file is a thumbnail.
     is_reduced = tags.get(_NEW_SUBFILE_TYPE, 0) & 1
-    # Read as bytes.
+    # Pillow would read the wide values as bytes.
     is_wide_in_planes = (
         tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and max(tags[TiffImagePlugin.BITSPERSAMPLE]) > 8
     )
-    # Known to Pillow, not to its libtiff, whose error is that of damaged data.
+    # Pillow knows this compression, but its libtiff does not and reports damaged data.
     is_webp = tags.get(TiffImagePlugin.COMPRESSION) == _WEBP_IN_TIFF
     if is_reduced or is_wide_in_planes or is_webp:
         raise RejectedImageError("unsupported")
 
 
 def _is_tga(prefix: bytes) -> bool:
-    """Return whether 18 bytes are a header of TGA, which has no signature: every field must be one that occurs."""
+    """Return whether 18 bytes are a TGA header; it has no signature, so every field must have a valid value."""
     if len(prefix) < _PREFIX_BYTES:
         return False
     _, has_palette, kind, _, palette_length, palette_depth = struct.unpack_from("<BBBHHB", prefix)
@@ -186,7 +186,7 @@ def _is_tga(prefix: bytes) -> bool:
 
 
 def _find_readers() -> Mapping[str, tuple[Callable[[bytes], object], Callable[..., ImageFile.ImageFile]]]:
-    """Return, for each format, what tells it from the first bytes and what reads its header."""
+    """Return two functions for each format: one detects it from the first bytes, one reads its header."""
     Image.init()
     readers = {}
     for name in FORMATS:

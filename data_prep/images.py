@@ -1,4 +1,4 @@
-"""The images of a source, decoded slice by slice as Ray Data tasks."""
+"""Decode the images of a source in slices, one after another or as tasks of Ray Data."""
 
 import hashlib
 import tempfile
@@ -17,13 +17,13 @@ from data_prep.sources import Source
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
-# A slice is what an interruption loses; its images fit a worker's memory many times over.
+# An interruption loses at most the slices being decoded; a slice fits into a worker's memory many times over.
 _MAX_SLICE_IMAGES = 256
 _MAX_SLICE_BYTES = 32 * 2**20
 
 
 def slice_images(found: Source, options: ImageOptions) -> list[range]:
-    """Returns the rows of each slice of a source: the same for the same source and options."""
+    """Return the range of rows of each slice; the same source and options always give the same slices."""
     image_bytes = options.image_size**2 * options.channels
     rows = max(1, min(_MAX_SLICE_IMAGES, _MAX_SLICE_BYTES // image_bytes))
     return [range(start, min(start + rows, len(found.images))) for start in range(0, len(found.images), rows)]
@@ -32,13 +32,13 @@ def slice_images(found: Source, options: ImageOptions) -> list[range]:
 def decode_listed(
     source: str, listed: pa.Table, options: ImageOptions, decode: Decode = decode_image
 ) -> tuple[list[bytes | None], list[Outcome]]:
-    """Return the bytes of each listed image, None where there are none, and what it is or why it cannot be used.
+    """Return the bytes of each image (None if unreadable), and what it decodes to or why it cannot be used.
 
     Args:
         source: URI of the folder that paths and containers are relative to.
-        listed: columns of `data_prep.sources.IMAGES_SCHEMA`.
-        options: of the decoder.
-        decode: what decodes one image.
+        listed: table with the columns of `data_prep.sources.IMAGES_SCHEMA`, at least one row.
+        options: how to decode.
+        decode: function that decodes one image.
     """
     contents = list(read_contents(source, listed))
     slice_name = hashlib.sha256(repr((source, listed["path"][0], len(listed), options)).encode()).hexdigest()
@@ -48,10 +48,10 @@ def decode_listed(
 
 
 def decode_file(location: str, options: ImageOptions) -> Pixels:
-    """Returns one image file, local or s3://, as it would be prepared.
+    """Return one image file, local or s3://, decoded as for a dataset: uint8 ``[image_size, image_size, channels]``.
 
     Raises:
-        InputError: there is no such file, or it cannot be used.
+        InputError: the file does not exist, or cannot be used.
     """
     try:
         return decode_image(storage.read_bytes(storage.resolve_uri(location)), options)
@@ -60,16 +60,16 @@ def decode_file(location: str, options: ImageOptions) -> Pixels:
 
 
 def read_images(found: Source, options: ImageOptions) -> tuple[Any, int]:
-    """Return a `ray.data.Dataset` of the images of a source, labelled or not, as they are decoded, and their number.
+    """Return a lazy `ray.data.Dataset` that decodes the images of a source, with or without labels, and their number.
 
-    The columns are path (string), label (string, the class, empty where there is none), image (uint8 ``[image_size,
-    image_size, channels]``, zeros where it could not be decoded) and error (string, the reason, else empty).
+    The columns are path (string), label (string, the class name, or empty if there is none), image (uint8
+    ``[image_size, image_size, channels]``, zeros if it could not be decoded) and error (string, the reason, or empty).
 
     Args:
-        found: of `data_prep.sources.find_images`.
-        options: of the decoder.
+        found: the source, from `data_prep.sources.find_images`.
+        options: how to decode.
     """
-    # One copy of the list a node, in Ray's shared memory.
+    # One copy of the list per node, in Ray's shared memory.
     images = ray.put(found.images)
     items = [{"start": rows.start, "rows": len(rows)} for rows in slice_images(found, options)]
     decoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -1,7 +1,7 @@
-"""An image that makes the decoder crash or hang costs that image, not the run.
+"""Guard against images that make the decoder crash or hang: only such an image is lost, not the job.
 
-Images are decoded in the task's own process, which is fast. Where it dies or hangs, Ray starts the task again, and a
-marker that the first attempt left behind tells the second one to decode in a process apart.
+Images are decoded in the task's own process, which is fast. If it crashes or hangs, Ray starts the task again. A marker
+file that the first attempt left behind tells the second attempt to decode in a separate process.
 """
 
 import faulthandler
@@ -18,7 +18,7 @@ from data_prep.decode import ImageOptions, Pixels, decode_image
 from data_prep.formats import RejectedImageError, RejectReason
 from data_prep.values import ValueRange
 
-# Images that share a call and its time; one bad image costs these a second try.
+# Images decoded in one call, with one timeout; after a bad image, the others of its call are decoded again.
 _IMAGES_PER_CALL = 16
 _CALL_TIMEOUT_SECONDS = 60
 
@@ -29,15 +29,15 @@ Outcome = Pixels | ValueRange | RejectReason
 def decode_guarded(
     contents: Sequence[bytes], options: ImageOptions, marker: Path, decode: Decode = decode_image
 ) -> list[Outcome]:
-    """Return what the decoder makes of each image, or the reason why it cannot be used.
+    """Return what each image decodes to, or the reason why it cannot be used.
 
-    Ends this process if an image takes longer than a minute.
+    Exit this process if a call takes longer than a minute.
 
     Args:
         contents: the bytes of each file.
-        options: of `decode_image`.
-        marker: a file on this machine that stands for these contents; there while they are being decoded.
-        decode: what decodes one image.
+        options: how to decode.
+        marker: path of a file on this machine that exists while these contents are being decoded.
+        decode: function that decodes one image.
     """
     if marker.exists():
         outcomes = decode_isolated(contents, options, decode)
@@ -50,18 +50,18 @@ def decode_guarded(
                 outcomes += _decode_all(call, options, decode)
         finally:
             faulthandler.cancel_dump_traceback_later()
-    # Another preparation of the same source on this machine may have been the first to end.
+    # Another preparation of the same source on this machine may have deleted it.
     marker.unlink(missing_ok=True)
     return outcomes
 
 
 def decode_isolated(contents: Sequence[bytes], options: ImageOptions, decode: Decode = decode_image) -> list[Outcome]:
-    """Does the same in a process apart, which may crash or hang.
+    """Do the same in a separate process, which may crash or hang.
 
     Args:
         contents: the bytes of each file.
-        options: of `decode_image`.
-        decode: what decodes one image; importable in the other process by name.
+        options: how to decode.
+        decode: function that decodes one image; the other process must be able to import it.
     """
     calls = _calls(contents)
     futures = [_submit(call, options, decode) for call in calls]
@@ -94,9 +94,9 @@ def _submit(contents: Sequence[bytes], options: ImageOptions, decode: Decode) ->
 
 @functools.cache
 def _decoder_process() -> ProcessPool:
-    """Returns this process's one decoder; it is started again whenever it dies or has to be stopped.
+    """Return the one decoder process of this process; it is restarted whenever it crashes or times out.
 
-    Spawned, not forked: a fork of a process with threads, such as a Ray worker, can hang.
+    It is spawned, not forked: a fork of a process with threads, such as a Ray worker, can hang.
     """
     return ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
 

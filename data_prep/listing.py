@@ -1,4 +1,4 @@
-"""What the way through a source comes to, whatever the format: images, and files that are none."""
+"""The listing of a source, whatever its format: the images in it, and the files that are not images."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from data_prep.manifest import SplitName
 
 @dataclass
 class FoundImage:
-    """One image while the classes are not known yet."""
+    """One image of a source, before all classes are known and labels can be numbered."""
 
     path: str
     class_name: str | None
@@ -20,20 +20,20 @@ class FoundImage:
 
 @dataclass
 class Listing:
-    """What the way through a source has come to."""
+    """The images and the other files found in a source so far."""
 
     found: list[FoundImage] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
-    """The reason of each path."""
+    """Files that are not images: the reason by path."""
     ignored_of_class: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Of these, the paths by class, where they have one."""
+    """Paths of the ignored files that are in the folder of a class, by class."""
     declared_classes: list[str] = field(default_factory=list)
-    """Names of classes in the order that the source gives them; empty where it gives none."""
+    """Class names in the order in which the source declares them; empty if it declares none."""
     left_behind: Counter[str] = field(default_factory=Counter)
-    """Files that a system has left in the source, by kind."""
+    """Number of files that an operating system or another program left in the source, by kind."""
 
     def ignore(self, path: str, reason: str, class_name: str | None = None) -> None:
-        """Note a file that is no image by its place or name."""
+        """Add a file that is not an image, judging by its place or name."""
         self.ignored[path] = reason
         if class_name is not None:
             self.ignored_of_class[class_name].append(path)

@@ -1,14 +1,14 @@
-"""The written format of a prepared dataset: the one thing that `trainer` knows of `data_prep`.
+"""The file format of a prepared dataset: what `trainer` reads of the output of `data_prep`.
 
 DATASET/{train,val,test}/part-NNNNN.parquet
     image   uint8 fixed-shape tensor [image_size, image_size, channels]
     label   int32, an index into class_names
     path    string, relative to the source
-    sha256  string, of the source file's bytes
+    sha256  string, hash of the source file's bytes
 DATASET/rejected.parquet    path, reason: every file that was not used
-DATASET/duplicates.parquet  group, path, split, leaks: images that are the same or nearly so
-DATASET/README.md           the same in words, with contact_sheet.png
-DATASET/manifest.json       this model; written last, so that its presence is the commit
+DATASET/duplicates.parquet  group, path, split, leaks: images that are identical or nearly so
+DATASET/README.md           a summary for people, with contact_sheet.png
+DATASET/manifest.json       `Manifest` as JSON; written last, so that its presence is the commit
 """
 
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ class DataFile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: str = Field(pattern=r"^(train|val|test)/[\w-]+\.parquet$")
-    """Relative to the dataset and below it, for example ``train/part-00000.parquet``."""
+    """Path relative to the dataset, such as ``train/part-00000.parquet``."""
     rows: int
     bytes: int
     sha256: str
-    """Of the file, to notice a damaged or exchanged one."""
+    """Hash of the file, to detect a damaged or replaced one."""
     content_sha256: str
-    """Of its rows (labels, paths, pixels), independent of the Parquet writer's version."""
+    """Hash of the rows (labels, paths, pixels), independent of the version of the Parquet writer."""
 
 
 class Split(BaseModel):
@@ -48,7 +48,7 @@ class Split(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     rows_per_class: list[int]
-    """One count for each of the manifest's class_names."""
+    """Number of images of each class, in the order of the manifest's class_names."""
     files: list[DataFile]
 
     @property
@@ -62,14 +62,14 @@ class Manifest(Record):
 
     RENAMED: ClassVar[Mapping[str, str]] = {"format_version": "format"}
     ADDED: ClassVar[Mapping[str, Any]] = {
-        # Every image was stretched to a square, on white.
+        # In older formats, every image was stretched to a square, on white.
         "resize": "fit",
         "background": 255,
         "rejected": lambda old: {"unknown": old["rejected_rows"]} if old.get("rejected_rows") else {},
-        # Duplicates were not looked for.
+        # Older formats did not look for duplicates.
         "duplicate_images": 0,
         "leaked_images": 0,
-        # 16-bit images kept their high byte, others of more than 8 bits were rejected.
+        # In older formats, 16-bit images kept their high byte; others with more than 8 bits were rejected.
         "value_range": None,
         "value_range_given": False,
         "gray_levels": None,
@@ -81,30 +81,31 @@ class Manifest(Record):
     resize: Literal["fit", "crop", "pad"]
     background: int
     value_range: tuple[float, float] | None
-    """The values that became 0 and 255 in images with more than 8 bits a pixel, unless their header says it. None:
-    there were none; what is read by this manifest keeps the high byte of 16 bits."""
+    """Values that became 0 and 255 in images with more than 8 bits per channel, unless the header of the image gives
+    its range. None: there were no such images; 16-bit images decoded with this manifest keep their high byte."""
     value_range_given: bool
-    """Given as an option, not found in the images."""
+    """Whether value_range was given as an option, not determined from the images."""
     class_names: list[str]
     """A label is an index into this list."""
     splits: dict[SplitName, Split]
     rejected: dict[str, int]
-    """Files that were not used, by reason."""
+    """Number of files that were not used, by reason."""
     duplicate_images: int
-    """Images that have a twin, the same or nearly so."""
+    """Number of images that have a duplicate, identical or nearly so."""
     leaked_images: int
-    """Of these, images with a twin in another split: only where the source gave the splits."""
+    """Number of images with a duplicate in another split; above 0 only if the source gives the splits."""
     pixel_mean: list[float]
-    """One value a channel over the train split, in pixel values 0-255."""
+    """Mean of each channel over the train split, in pixel values 0-255."""
     pixel_std: list[float]
+    """Standard deviation of each channel over the train split, in pixel values 0-255."""
     gray_levels: tuple[int, int] | None
-    """The gray levels between which 99% of the values of the train split lie."""
+    """Gray levels (0-255) between which 99% of the values of the train split lie."""
     seed: int
     val_fraction: float
     test_fraction: float
     source: str
     fingerprint: str
-    """SHA-256 over all that a training run can see: two datasets with the same fingerprint train the same."""
+    """SHA-256 of all that affects training: datasets with the same fingerprint train the same."""
 
     @property
     def num_classes(self) -> int:
@@ -113,10 +114,10 @@ class Manifest(Record):
 
 
 def read_manifest(dataset: str) -> Manifest | None:
-    """Returns the manifest of the dataset at a URI, or None where none has been committed.
+    """Return the manifest of the dataset at a URI, or None if there is no finished dataset.
 
     Raises:
-        RecordError: there is one that this program cannot read.
+        RecordError: the manifest cannot be read by this version.
         InputError: the storage cannot be read.
     """
     uri = storage.join(dataset, MANIFEST_NAME)

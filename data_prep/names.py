@@ -1,4 +1,4 @@
-"""What the names in a source say before a file is read: what cannot be an image, which split, which class."""
+"""Interpret the names in a source before any file is read: what cannot be an image, which split, which class."""
 
 import functools
 import posixpath
@@ -24,7 +24,7 @@ _SPLIT_NAMES: dict[str, SplitName] = {
     "test": "test",
     "testing": "test",
 }
-# What operating systems, file servers and notebooks leave in folders; in lower case.
+# Files and folders that operating systems, file servers and notebooks leave behind; in lower case.
 _LEFT_BEHIND = {
     "__macosx",
     "@eadir",
@@ -36,7 +36,7 @@ _LEFT_BEHIND = {
     "ehthumbs.db",
     "desktop.ini",
 }
-# Text, documents, programs, archives, sound and film. Any other file is tried: its bytes say what it is.
+# Text, documents, programs, archives, audio and video. Any other file is tried: its bytes say what it is.
 _OTHER_SUFFIXES = {
     *(".txt", ".md", ".rst", ".log", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml"),
     *(".ini", ".cfg", ".htm", ".html", ".css", ".js", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx"),
@@ -45,25 +45,25 @@ _OTHER_SUFFIXES = {
     *(".mp3", ".wav", ".flac", ".ogg", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"),
 }
 _OTHER_NAMES = {"license", "licence", "copying", "notice", "readme", "authors", "changelog", "makefile", "_success"}
-# Of those that a message could name.
+# How many names a message lists at most.
 MOST_NAMED = 5
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 _WHOLE_FLOAT = re.compile(r"(-?[0-9]{1,18})(\.0+)?")
 
 
 def parts_of(path: str) -> list[str]:
-    """Return the folders and the name of a path; like all here made for millions of them, which pathlib is not."""
+    """Return the folders and the name of a path; called for millions of paths, for which pathlib is too slow."""
     return [part for part in path.split("/") if part]
 
 
 def suffix_of(path: str) -> str:
-    """Return the suffix of a path or URI in lower case, with its dot; empty where there is none."""
+    """Return the suffix of a path or URI in lower case, with its dot; empty if there is none."""
     suffix = posixpath.splitext(path)[1].lower()
     return "" if suffix == "." else suffix
 
 
 def name_some(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are: ``a, b, c, d, e and 995 more``."""
+    """Return the first few names, and how many more there are: ``a, b, c, d, e and 995 more``."""
     return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
@@ -75,13 +75,13 @@ def count_suffixes(paths: Iterable[str]) -> str:
 
 @functools.cache
 def image_suffixes() -> set[str]:
-    """Return the suffixes of the formats that are read: a hint, for where a source may be of several formats."""
+    """Return the suffixes of the supported formats; used only to detect the format of a source."""
     Image.init()
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def left_behind_as(path: str) -> str:
-    """Return as what a system has left a file behind, such as ``Thumbs.db`` or ``hidden``; empty for any other."""
+    """Return the kind of a file left behind by a system, such as ``Thumbs.db`` or ``hidden``; empty for other files."""
     for part in parts_of(path):
         if part.lower() in _LEFT_BEHIND or part == ".DS_Store":
             return part
@@ -91,32 +91,37 @@ def left_behind_as(path: str) -> str:
 
 
 def is_plainly_other(path: str) -> bool:
-    """Return whether the name alone says that a file is no image: a text, an archive, a film, ..."""
+    """Return whether the name alone says that a file is not an image: a text, an archive, a video, ..."""
     return suffix_of(path) in _OTHER_SUFFIXES or posixpath.basename(path).lower() in _OTHER_NAMES
 
 
 def split_called(name: str) -> SplitName | None:
-    """Return the split of this very name, in any case of its letters."""
+    """Return the split with this name, ignoring case, or None."""
     return _SPLIT_NAMES.get(name.lower())
 
 
 def split_alluded_to(name: str) -> SplitName | None:
-    """Return the split that is the first or last word of a name: ``seg_train``, ``TestSet``, ``val2017``."""
+    """Return the split that is the first or last word of a name (``seg_train``, ``TestSet``, ``val2017``), or None."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
     return next((split for word in (*words[:1], *words[-1:]) if (split := split_called(word))), None)
 
 
 def split_of_file(path: str) -> SplitName | None:
-    """Return the split that the name of a file or of a folder above it begins with, as in ``train-00000.parquet``."""
+    """Return the split with which the name of a file or of a folder above it starts (``train-0.parquet``), or None."""
     words = (re.split(r"[-_.]", part, maxsplit=1)[0] for part in parts_of(path))
     return next((split for word in words if (split := split_called(word))), None)
 
 
 def parse_split(name: str, row: int, split: Any) -> SplitName | None:
-    """Return the split that a row of a table gives, None where it gives none.
+    """Return the split given in a row of a table, or None if it is empty.
+
+    Args:
+        name: name of the table, for messages.
+        row: number of the row, for messages.
+        split: value of the column.
 
     Raises:
-        InputError: it is none that is known.
+        InputError: the split is unknown.
     """
     if split is None or split == "":
         return None
@@ -127,16 +132,16 @@ def parse_split(name: str, row: int, split: Any) -> SplitName | None:
 
 
 def to_class_name(label: Any) -> str | None:
-    """Return a label as the name of a class, in composed form (NFC); None where it is empty, or not a number (NaN)."""
+    """Return a label as a class name, in composed form (NFC), or None if it is empty or NaN."""
     if label is None or label != label:
         return None
     return unicodedata.normalize("NFC", str(label)) or None
 
 
 def to_class_names(labels: Sequence[Any]) -> list[str | None]:
-    """Return a column of labels as names of classes.
+    """Return a column of labels as class names, without surrounding spaces.
 
-    One missing value makes floats of all numbers: where every label is a whole number, ``3.0`` is class ``3``.
+    One missing value turns a column of integers into floats: if every label is a whole number, ``3.0`` is class ``3``.
     """
     names = [None if name is None else name.strip() or None for name in map(to_class_name, labels)]
     matches = [_WHOLE_FLOAT.fullmatch(name) for name in names if name is not None]
@@ -146,6 +151,6 @@ def to_class_names(labels: Sequence[Any]) -> list[str | None]:
 
 
 def sort_class_names(names: Iterable[str]) -> list[str]:
-    """Return names of classes in the order of their labels: as numbers if all are whole numbers, else as text."""
+    """Return class names in the order of their labels: sorted as numbers if all are whole numbers, else as text."""
     distinct = sorted(set(names))
     return sorted(distinct, key=int) if all(map(_WHOLE_NUMBER.fullmatch, distinct)) else distinct

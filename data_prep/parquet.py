@@ -1,4 +1,4 @@
-"""Finds images in the rows of Parquet files, such as those of the Hugging Face hub."""
+"""Find images in the rows of Parquet files, such as those on the Hugging Face Hub."""
 
 import json
 from typing import Any
@@ -14,16 +14,16 @@ from trainer.runtime.markdown import format_count
 
 
 def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> None:
-    """Add the images in the rows of a Parquet file to what was found.
+    """Add the images in the rows of a Parquet file to a listing.
 
     Args:
         root: path or URI of the source.
-        path: of the file in it; one of another kind is noted.
-        listing: to add to.
+        path: path of the file in the source; a file of another kind is ignored.
+        listing: what to add to.
         labelled: whether every image must have a label.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         InputError: labels are missing or cannot be read.
     """
     if suffix_of(path) != ".parquet":
@@ -34,7 +34,7 @@ def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> N
     labels_in = label_column(schema)
     if image_column(schema) is None or (labelled and labels_in is None):
         raise InputError(
-            f"{uri} has the columns {', '.join(schema.names)}; needed are image, label and, if wanted, split"
+            f"{uri} has the columns {', '.join(schema.names)}; required are image and label; split is optional"
         )
     columns = [name for name in (labels_in, "split") if name in schema.names]
     with storage.open_file(uri) as file:
@@ -51,7 +51,7 @@ def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> N
             listing.ignore(name, "no_label")
             continue
         if labelled and class_name is None:
-            raise InputError(f"{path}, row {row} has no label; complete it")
+            raise InputError(f"{path}, row {row} has no label; add it")
         listing.found.append(FoundImage(name, class_name, parse_split(path, row, split), path, row))
 
 
@@ -60,26 +60,26 @@ def _declared_names(uri: str, declared: list[str], labels: list[int | None]) -> 
     if known and max(known) >= len(declared):
         raise InputError(
             f"{uri} has the label {max(known)}, but declares {format_count(len(declared), 'class')}; "
-            "declare the others too"
+            "declare every class"
         )
-    # The hub marks a label that is kept secret by -1.
+    # On the Hub, -1 marks a label that is not published.
     return [None if label is None or label < 0 else declared[label] for label in labels]
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """Return the column that holds images, or None: ``image``, or the only one that is declared as images."""
+    """Return the name of the image column, or None: ``image``, or the only column declared to contain images."""
     declared = [name for name, feature in _declared_features(schema).items() if feature.get("_type") == "Image"]
     return "image" if "image" in schema.names else declared[0] if len(declared) == 1 else None
 
 
 def label_column(schema: pa.Schema) -> str | None:
-    """Return the column that holds labels, or None: ``label``, or the only one that is declared as classes."""
+    """Return the name of the label column, or None: ``label``, or the only column declared to contain classes."""
     declared = [name for name, feature in _declared_features(schema).items() if feature.get("_type") == "ClassLabel"]
     return "label" if "label" in schema.names else declared[0] if len(declared) == 1 else None
 
 
 def declared_classes(schema: pa.Schema) -> list[str]:
-    """Return the names of the classes in the order of their numbers; empty where labels are no numbers with a name."""
+    """Return the declared class names in the order of their numbers; empty if the file declares none."""
     column = label_column(schema)
     if column is None or not pa.types.is_integer(schema.field(column).type):
         return []
@@ -88,7 +88,7 @@ def declared_classes(schema: pa.Schema) -> list[str]:
 
 
 def _declared_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Return what is declared of each column: nothing where another program wrote the file."""
+    """Return what the Hugging Face metadata declare about each column; empty if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: features[name] for name in schema.names if isinstance(features.get(name), dict)}

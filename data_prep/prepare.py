@@ -1,11 +1,11 @@
-"""Prepares a dataset: list, decode and stage with Ray Data, draw the splits, write the files, commit the manifest.
+"""Prepare a dataset: list the images, decode them with Ray Data, draw the splits, write the files and the manifest.
 
     source --find_images--> slices --decode (Ray Data)--> staged chunks --assign_splits--> --write (Ray Data)--> dataset
 
-Images with more than 8 bits a pixel are measured first, and decoded when the range of their values is known: see
+Images with more than 8 bits per channel are measured first and decoded once the range of their values is known: see
 `data_prep.values`.
 
-The slices depend on the source and the options alone, so the same source, options and seed give the same dataset on any
+The slices depend only on the source and the options. So the same source, options and seed give the same dataset on any
 number of nodes, and chunks that an interrupted attempt staged are used again.
 """
 
@@ -60,14 +60,14 @@ from trainer.runtime.lease import hold_lease
 from trainer.runtime.markdown import format_count
 
 _DATA_FILE_BYTES = 128 * 2**20
-# Ray Data notices the end of a task and starts the next in about 0.1 s, so a task takes several slices where there are
-# enough of them to keep every core busy, but not so many that cores wait long for the last one.
+# Ray Data takes about 0.1 s to notice the end of a task and to start the next. So a task gets several slices if there
+# are enough of them to keep every core busy, but not so many that other cores wait long for the last task.
 _LEAST_TASKS_PER_CORE = 4
 _MAX_ITEMS_PER_TASK = 16
-# A class that loses more than this is not what it was, however many files others have.
+# A class that loses more of its files than this is not usable, however many files the other classes have.
 _MOST_BAD_OF_CLASS = 0.5
 _STAGING = "_staging"
-# A file in the folder of staged chunks: a preparation has been started there and not been finished.
+# A file in the staging folder that says that a preparation was started here and has not been finished.
 _STARTED_NAME = "plan"
 _STAGING_NAME_LENGTH = 16
 _CHUNK_PREFIX = "chunk-"
@@ -75,23 +75,23 @@ _DATA_FILE_NAME = re.compile(r"part-\d{5,}\.parquet")
 
 
 class PrepareConfig(ImageOptions):
-    """What a prepared dataset depends on besides its source."""
+    """The options that determine a prepared dataset, together with its source."""
 
     val_fraction: float = Field(0.15, gt=0, lt=1)
-    """Of each class, unless the source has a val folder."""
+    """Fraction of each class for the val split, unless the source has a val split."""
     test_fraction: float = Field(0.15, ge=0, lt=1)
-    """Of each class, unless the source has splits of its own."""
+    """Fraction of each class for the test split, unless the source has splits of its own."""
     seed: int = 0
-    """Of the split."""
+    """Random seed of the splits."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """More rejected files than this fail the preparation."""
+    """Largest fraction of rejected files with which the preparation succeeds."""
 
 
 def parse_config(**values: Any) -> PrepareConfig:
-    """Returns the config that the values describe.
+    """Return a config with the given values.
 
     Raises:
-        InputError: a value is not allowed; names the option.
+        InputError: a value is not allowed; the message names the option.
     """
     try:
         config = PrepareConfig.model_validate(values)
@@ -102,7 +102,7 @@ def parse_config(**values: Any) -> PrepareConfig:
     if config.val_fraction + config.test_fraction >= 1:
         raise InputError(
             f"--val-fraction {config.val_fraction} and --test-fraction {config.test_fraction} leave no image to train "
-            "on; give fractions that are below 1 together"
+            "on; give fractions with a sum below 1"
         )
     return config
 
@@ -116,18 +116,18 @@ def prepare(
     overwrite: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> Manifest:
-    """Makes a prepared dataset; needs a Ray cluster to be connected.
+    """Prepare a dataset; Ray must be connected.
 
     Args:
         source: local folder or file, or s3:// prefix or object; see `data_prep.sources`.
         dataset: local folder or s3:// prefix to write to.
-        config: size, channels and splits.
-        source_format: None tells it from the source.
-        overwrite: replace a dataset that is there.
-        on_event: told about finished tasks.
+        config: how to decode the images and draw the splits.
+        source_format: format of the source; None detects it.
+        overwrite: replace the dataset if there is one.
+        on_event: called with what was found in the source, and with the progress.
 
     Returns:
-        The manifest, as in ``manifest.json``; the one that is there if the same preparation had been done before.
+        The manifest, as in ``manifest.json``; that of the existing dataset if the same preparation was done before.
 
     Raises:
         InputError: the source or the dataset cannot be used, or too many files were rejected.
@@ -136,9 +136,9 @@ def prepare(
     if existing := check_places(source, dataset, config, overwrite=overwrite):
         return existing
     source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
-    # Beside the staged chunks, which are deleted while it is held.
+    # Not in the staging folder, which is deleted while the lease is held.
     with hold_lease(storage.join(dataset, "_lease"), f"DATASET {dataset}") as lease:
-        # Another job may have finished since.
+        # Another job may have finished the dataset in the meantime.
         if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
             return existing
         found = find_images(source, source_format)
@@ -172,24 +172,24 @@ def prepare(
 
 
 def check_places(source: str, dataset: str, config: PrepareConfig, *, overwrite: bool = False) -> Manifest | None:
-    """Check where images come from and where they go to, before a cluster is looked at or waited for.
+    """Check that the source exists and that the dataset can be written, before connecting to a cluster.
 
     Returns:
-        The manifest that is there if the same preparation had been done before and is not to be done again.
+        The manifest of the existing dataset if the same preparation was done before and is not to be replaced, or None.
 
     Raises:
-        InputError: there is no source, or the dataset cannot be written, or is of another preparation.
+        InputError: the source does not exist, or the dataset cannot be written or was prepared with other options.
     """
     source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
     if storage.join(dataset, "").startswith(storage.join(source, "")):
-        raise InputError(f"DATASET {dataset} lies in SOURCE {source}; give a folder outside it")
+        raise InputError(f"DATASET {dataset} is inside SOURCE {source}; give a folder outside it")
     if storage.join(source, "").startswith(storage.join(dataset, "")):
-        raise InputError(f"SOURCE {source} lies in DATASET {dataset}; give a folder outside it")
+        raise InputError(f"SOURCE {source} is inside DATASET {dataset}; give a folder outside it")
     if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
         return existing
     if not storage.exists(source):
         raise InputError(
-            f"SOURCE {source}: nothing is there; give a folder or prefix of images, or a file that lists them"
+            f"SOURCE {source} does not exist; give a folder or prefix of images, or a file that lists them"
         )
     _check_names_are_free(dataset)
     storage.check_access(dataset)
@@ -197,10 +197,10 @@ def check_places(source: str, dataset: str, config: PrepareConfig, *, overwrite:
 
 
 def _check_names_are_free(dataset: str) -> None:
-    """Check that a preparation replaces nothing that none has written, in a folder where none has begun.
+    """Check that a preparation would only replace files that a preparation wrote.
 
     Raises:
-        InputError: one of its names is taken; says which.
+        InputError: a file with one of the names exists, and no preparation was started here; the message names it.
     """
     if any(storage.exists(storage.join(dataset, *path)) for path in ((MANIFEST_NAME,), (_STAGING, _STARTED_NAME))):
         return
@@ -211,14 +211,14 @@ def _check_names_are_free(dataset: str) -> None:
         taken += [f"{split}/{name}" for name in files if _DATA_FILE_NAME.fullmatch(name)]
     if taken:
         raise InputError(
-            f"DATASET {dataset} holds {taken[0]}, which no preparation wrote and this one would replace; choose "
-            "another folder, or move it away"
+            f"DATASET {dataset} contains {taken[0]}, which no preparation wrote and this one would replace; choose "
+            "another folder, or move the file"
         )
 
 
 def _delete_dataset(dataset: str) -> None:
-    """Deletes what a preparation writes, and nothing else that may be in the folder; the commit goes first."""
-    # Where this is killed in its middle, the folder is still known as that of a preparation.
+    """Delete the files that a preparation writes, the manifest first, and no other file in the folder."""
+    # If this process is killed now, the folder is still known as that of a preparation.
     storage.write_bytes(storage.join(dataset, _STAGING, _STARTED_NAME), b"")
     for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
@@ -234,10 +234,10 @@ def _delete_data_files(dataset: str) -> None:
 
 
 def _read_same_preparation(source: str, dataset: str, config: PrepareConfig) -> Manifest | None:
-    """Returns the manifest that is there, or None where there is none.
+    """Return the manifest of the existing dataset, or None if there is none.
 
     Raises:
-        InputError: it is of another preparation.
+        InputError: the dataset was prepared from another source or with other options.
     """
     existing = read_manifest(dataset)
     if existing is None:
@@ -245,13 +245,13 @@ def _read_same_preparation(source: str, dataset: str, config: PrepareConfig) -> 
     wanted = {"source": source, **config.model_dump(exclude={"max_bad_fraction"})}
     there = {name: getattr(existing, name) for name in wanted}
     if not existing.value_range_given:
-        # Found in the images, as would be again.
+        # It was determined from the images, as it would be again.
         there["value_range"] = None
-    different = [f"{name} {there[name]} there, {value} asked" for name, value in wanted.items() if there[name] != value]
+    different = [f"{name} is {there[name]}, not {value}" for name, value in wanted.items() if there[name] != value]
     if different:
         raise InputError(
-            f"{dataset} already holds a dataset prepared otherwise ({'; '.join(different)}); "
-            "choose another DATASET or replace it with --overwrite"
+            f"DATASET {dataset} already contains a dataset that was prepared differently ({'; '.join(different)}); "
+            "choose another DATASET, or replace it with --overwrite"
         )
     return existing
 
@@ -290,7 +290,7 @@ def _chunk_uri(staging: str, index: int) -> str:
 def _stage_images(
     found: Source, staging: str, slices: list[range], options: ImageOptions, on_event: OnEvent
 ) -> "_Staged":
-    """Decodes the images; those that take a range of values to scale theirs in a second pass, when it is known."""
+    """Decode all images; in a second pass, once the range of values is known, those that need it to be scaled."""
     uris = [_chunk_uri(staging, index) for index in range(len(slices))]
     _stage_chunks("decode", found, staging, slices, uris, options, on_event)
     rows = _read_staged_rows(uris)
@@ -306,7 +306,7 @@ def _stage_images(
         options = options.model_copy(update={"value_range": value_range})
         chunks = waiting["chunk"].unique().to_pylist()
         for chunk in chunks:
-            # A name of its own: where another file changes the range, these are decoded again.
+            # The range is part of the name: if another file changes the range, these images are decoded again.
             uris[chunk] += f"-{value_range.low!r}_{value_range.high!r}"
         of_chunks = [slices[chunk] for chunk in chunks], [uris[chunk] for chunk in chunks]
         _stage_chunks("decode again", found, staging, *of_chunks, options, on_event)
@@ -319,7 +319,7 @@ class _Staged(NamedTuple):
 
     uris: list[str]
     rows: pa.Table
-    """Columns of STAGED_SCHEMA and chunk, the index of its URI: one row a file of the source."""
+    """One row per file of the source: the columns of STAGED_SCHEMA, and chunk, the index into uris."""
     value_range: ValueRange | None
 
 
@@ -341,7 +341,7 @@ def _stage_chunks(
     total = sum(len(rows) for rows in slices)
     done = total - sum(item["rows"] for item in items)
     on_event(StageProgressed(stage, done, total))
-    # One copy of the list a node, in Ray's shared memory.
+    # One copy of the list per node, in Ray's shared memory.
     images = ray.put(found.images)
     for result in _run_tasks(_decode_slice, items, images=images, source=found.uri, options=options):
         done += result["images"]
@@ -349,11 +349,11 @@ def _stage_chunks(
 
 
 def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any]], **arguments: Any) -> Any:
-    """Yields ``function(item, **arguments)`` of each item, run in Ray Data tasks, as they finish.
+    """Yield ``function(item, **arguments)`` for each item as the tasks of Ray Data that run it finish.
 
     Raises:
         InputError: a task raised it.
-        JobError: a task failed in another way.
+        JobError: a task failed with another error.
     """
     if not items:
         return
@@ -362,18 +362,18 @@ def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, An
     dataset = ray.data.from_items(items, override_num_blocks=num_tasks)
     try:
         for result in dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments).iter_rows():
-            # Ray fills it with None in the other rows of a task of which one has it.
+            # If one row of a task has this column, Ray fills it with None in the others.
             if result.get("error") is not None:
                 raise InputError(result["error"])
             yield result
     except ray.exceptions.RayError as error:
-        # Ray keeps the task's own error as text only, above its own.
+        # Ray keeps the error of the task only as text, above its own error.
         own = str(error).partition("\n\n")[0].splitlines()[-1]
         raise JobError(f"a task of Ray Data failed: {own}") from error
 
 
 def _report_error(item: dict[str, Any], function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
-    """Returns what the function returns, or the error that its caller is to raise: Ray does not keep it."""
+    """Return the result of the function, or an InputError as a row for `_run_tasks` to raise: Ray does not keep it."""
     try:
         return function(item, **arguments)
     except InputError as error:
@@ -381,10 +381,10 @@ def _report_error(item: dict[str, Any], function: Callable[..., dict[str, Any]],
 
 
 def _decode_slice(item: dict[str, Any], images: Any, source: str, options: ImageOptions) -> dict[str, Any]:
-    """Decodes the images of one slice and stages them as one chunk."""
+    """Decode the images of one slice and stage them as one chunk."""
     uri = item["uri"]
     if storage.exists(uri + ROWS_SUFFIX):
-        # Ray runs a task again whose node or process died; what it had committed stays.
+        # Ray restarts a task whose node or process died; the chunks that it had committed are kept.
         return {"images": item["rows"]}
     listed = ray.get(images).slice(item["start"], item["rows"])
     pixels: list[Pixels] = []
@@ -420,7 +420,7 @@ def _stack_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
 
 
 def _read_staged_rows(uris: list[str]) -> pa.Table:
-    """Returns the rows of all staged chunks, each with the index of its chunk."""
+    """Return the rows of all staged chunks, each with the index of its chunk."""
     tables = []
     for chunk, uri in enumerate(uris):
         rows = read_chunk_rows(uri)
@@ -429,14 +429,14 @@ def _read_staged_rows(uris: list[str]) -> pa.Table:
 
 
 def _is_used() -> pc.Expression:
-    """Returns what tells the rows of images from those of rejected files."""
+    """Return the expression that is true for rows of images and false for rows of rejected files."""
     return pc.field("reason").is_null()
 
 
 def _check_rejected(
     staging: str, images: pa.Table, rejected: pa.Table, class_names: list[str], config: PrepareConfig
 ) -> None:
-    """Raise InputError where too many files were rejected: of all, or of one class."""
+    """Raise InputError if too many files were rejected, of all files or of one class."""
     num_images = len(images) + len(rejected)
     kept, lost = (np.bincount(table["label"].to_numpy(), minlength=len(class_names)) for table in (images, rejected))
     most_lost = np.maximum(config.max_bad_fraction, _MOST_BAD_OF_CLASS) * (kept + lost)
@@ -444,14 +444,14 @@ def _check_rejected(
     fraction = len(rejected) / num_images
     if fraction <= config.max_bad_fraction and not len(gone):
         return
-    # Or files that are fixed would stay rejected: neither a table nor a permission changes the plan.
+    # Else files that the user fixes would stay rejected: the plan may not change with a table or a permission.
     chunks = {storage.basename(_chunk_uri(staging, chunk)) for chunk in rejected["chunk"].unique().to_pylist()}
     for name in storage.find_files(staging):
         if name[: len(_CHUNK_PREFIX) + 6] in chunks and name.endswith(ROWS_SUFFIX):
             storage.delete_file(storage.join(staging, name))
     first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
     message = (
-        f"{len(rejected)} of {format_count(num_images, 'image')} were rejected ({fraction:.1%}, allowed are "
+        f"{len(rejected)} of {format_count(num_images, 'image')} were rejected ({fraction:.1%}, allowed: "
         f"{config.max_bad_fraction:.1%}): {first}, ..."
     )
     if len(gone):
@@ -461,25 +461,27 @@ def _check_rejected(
             for label in gone[:MOST_NAMED]
         ]
         more = f" and {len(gone) - MOST_NAMED} more" if len(gone) > MOST_NAMED else ""
-        message += f"; classes that lost most of theirs: {', '.join(classes)}{more}"
+        message += f"; classes that lost most of their files: {', '.join(classes)}{more}"
     raise InputError(
         f"{message}; fix them, convert them to one of {', '.join(FORMATS)}, or "
-        + ("remove what has no image left" if (kept == 0).any() else "raise --max-bad-fraction")
+        + ("remove the classes that have no image left" if (kept == 0).any() else "raise --max-bad-fraction")
     )
 
 
 def _check_val(images: pa.Table, splits: list[SplitName], config: PrepareConfig) -> None:
-    """Raise InputError where no image is left to validate with."""
+    """Raise InputError if the val split is empty."""
     if "val" in splits:
         return
     drawn_from = images.filter(pc.field("split").is_null() | (pc.field("split") == "train"))
     sizes = drawn_from["label"].value_counts().field("counts").to_pylist()
     test_fraction = 0.0 if images["split"].null_count < len(images) else config.test_fraction
     needed = least_class_size(config.val_fraction, test_fraction)
+    smallest = format_count(min(sizes), "image")
     raise InputError(
-        f"no image is left for val: the smallest class has {min(sizes)} and the largest {max(sizes)}; with "
-        f"--val-fraction {config.val_fraction:g} and --test-fraction {test_fraction:g} one of {needed} is taken, "
-        f"duplicates counted once; add images{' or give a larger --val-fraction' if max(sizes) > 1 else ''}"
+        f"the val split is empty: the smallest class has {smallest}, the largest {max(sizes)}; "
+        f"with --val-fraction {config.val_fraction:g} and --test-fraction {test_fraction:g} a class needs {needed}, "
+        "not counting duplicates, to give one to val; add images"
+        + (" or give a larger --val-fraction" if max(sizes) > 1 else "")
     )
 
 
@@ -491,11 +493,11 @@ def _write_data_files(
     config: PrepareConfig,
     on_event: OnEvent,
 ) -> tuple[dict[SplitName, list[DataFile]], npt.NDArray[np.int64]]:
-    """Writes the Parquet files and returns them with the histogram [channels, 256] of the train split's pixels."""
+    """Write the Parquet files; return them with the histogram ``[channels, 256]`` of the train split's pixels."""
     chunks = np.asarray(images["chunk"])
     split_of = np.asarray(splits)
     rows_per_file = max(1, _DATA_FILE_BYTES // (config.image_size**2 * config.channels))
-    # Consecutive chunks go together until their images, of which train takes most, would fill one file.
+    # Consecutive chunks are combined until their images, most of which are in train, would fill one file.
     part_of_chunk = np.cumsum(np.bincount(chunks)) // rows_per_file
     items = []
     for part in np.unique(part_of_chunk):
@@ -521,11 +523,13 @@ def _write_data_files(
 
 
 def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """Writes the images of some consecutive chunks as one Parquet file a split."""
+    """Write the images of consecutive chunks as one Parquet file per split."""
     images = [image for uri in item["uris"] for image in read_chunk_pixels(uri)]
     rows = pa.concat_tables([read_chunk_rows(uri) for uri in item["uris"]]).filter(_is_used())
     if [hashlib.sha256(image.data).hexdigest() for image in images] != rows["pixels_sha256"].to_pylist():
-        raise InputError(f"{storage.join(dataset, _STAGING)}: staged images are damaged; replace them with --overwrite")
+        raise InputError(
+            f"{storage.join(dataset, _STAGING)}: staged images are damaged; decode them again with --overwrite"
+        )
     split_of = np.asarray(item["splits"])
     files: dict[str, Any] = {}
     for split in SPLITS:
@@ -539,9 +543,9 @@ def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
 
 
 def _channel_histogram(images: Sequence[Pixels], channels: int) -> npt.NDArray[np.int64]:
-    """Returns how often each value occurs in each channel: exact whatever the order, unlike a sum of floats."""
+    """Return how often each value occurs in each channel; exact in any order, unlike a sum of floats."""
     histogram = np.zeros((channels, 256), np.int64)
-    # Image by image: OpenCV returns counts as float32, which holds integers up to 2**24.
+    # One image at a time: OpenCV returns counts as float32, which is exact only up to 2**24.
     for image in images:
         for channel in range(channels):
             histogram[channel] += cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
@@ -602,6 +606,6 @@ def _build_manifest(
 
 
 def _gray_levels(histogram: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Returns the levels between which 99% of the values lie, of how often each of the 256 levels occurs."""
+    """Return the gray levels between which 99% of the values lie, given how often each of the 256 levels occurs."""
     below = np.cumsum(histogram) / histogram.sum()
     return int(np.searchsorted(below, 0.005, side="right")), int(np.searchsorted(below, 0.995))

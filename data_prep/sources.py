@@ -1,16 +1,16 @@
-"""Finds the images of a source, before any of them is read: where each one is, its class, and its split if it has one.
+"""Find the images of a source before any of them is read: where each one is, its class, and its split if it has one.
 
     folder       SOURCE/CLASS/**/image.jpg or SOURCE/{train,val,test}/CLASS/**/image.jpg
-    table        CSV, JSON lines or Parquet with columns path (or file_name), label and, if wanted, split; paths are
-                 relative to the table's folder and stay inside it
-    parquet      one file or a folder of them, with image bytes in a column image (bytes, or a struct with a field
-                 bytes), label and, if wanted, split; columns and class names are also those that the Hugging Face hub
-                 declares in the file
-    webdataset   one tar or a folder of them, with KEY.jpg and KEY.cls (or KEY.json with a field label) side by side
+    table        CSV, JSON lines or Parquet with the columns path (or file_name), label and optionally split; paths are
+                 relative to the table's folder and must be inside it
+    parquet      one file or a folder of files with the columns image (bytes, or a struct with a field bytes), label and
+                 optionally split; the names of columns and classes can also be declared in the file, as on the Hugging
+                 Face Hub
+    webdataset   one tar or a folder of tars, with KEY.jpg and KEY.cls (or KEY.json with a field label) side by side
 
-Files of the last two take their split from a split column or from their name (train-00000.parquet, val/0.tar).
+For the last two, the split comes from a column split or from the file's name (train-00000.parquet, val/0.tar).
 
-Every file that is not plainly something else counts as an image: what it is, its bytes say, not its name.
+Every file counts as an image unless its name plainly says otherwise: its bytes say what it is.
 """
 
 import itertools
@@ -47,12 +47,12 @@ SourceFormat = Literal["folder", "table", "parquet", "webdataset"]
 
 IMAGES_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # names the image within the source
-        ("label", pa.int32()),  # null where the source does not say
-        ("split", pa.string()),  # null where the source does not say
-        ("container", pa.string()),  # null, or the tar or Parquet file that holds the bytes, relative to the source
-        ("offset", pa.int64()),  # in a tar: of its first byte; in a Parquet file: its row
-        ("bytes", pa.int64()),  # in a tar or a folder: its size
+        ("path", pa.string()),  # identifies the image within the source
+        ("label", pa.int32()),  # null if the source does not give it
+        ("split", pa.string()),  # null if the source does not give it
+        ("container", pa.string()),  # null, or path of the tar or Parquet file with the image, relative to the source
+        ("offset", pa.int64()),  # in a tar: offset of the first byte; in a Parquet file: number of the row
+        ("bytes", pa.int64()),  # in a tar or a folder: size
     ]
 )
 
@@ -61,33 +61,33 @@ _CONTAINER_SUFFIXES = {*TEXT_SUFFIXES, ".parquet", ".tar", ".tfrecord", ".tfreco
 
 @dataclass(frozen=True)
 class Source:
-    """What a source holds, before any image is read."""
+    """The images of a source, none of them read yet."""
 
     uri: str
-    """The folder that paths and containers are relative to."""
+    """URI of the folder that paths and containers are relative to."""
     class_names: list[str]
-    """A label is an index into this list: in the order that the source declares, else as numbers where all are whole
-    numbers, else sorted as text."""
+    """A label is an index into this list. The order is that which the source declares, else sorted as numbers if all
+    are whole numbers, else sorted as text."""
     images: pa.Table
-    """Columns of IMAGES_SCHEMA, sorted by path."""
+    """Table with the columns of IMAGES_SCHEMA, sorted by path."""
     ignored: pa.Table
-    """path, reason: files that are not images by their place or name."""
+    """Table with the columns path and reason: files that are not images, judging by their place or name."""
     listed: SourceListed
-    """What to tell whoever prepares it."""
+    """Event that describes what was found."""
 
 
 def find_images(source: str, source_format: SourceFormat | None = None, *, labelled: bool = True) -> Source:
-    """List a source once.
+    """List the images of a source.
 
     Args:
         source: local path or s3:// URI of a folder or a file.
-        source_format: as in the module's description; None tells it from the source.
-        labelled: every image must have a class, and there must be two or more. Otherwise images without a class have no
-            label, and a single image is a source too.
+        source_format: see the docstring of this module; None detects it.
+        labelled: whether every image must have a class, and there must be at least two classes. Otherwise images
+            without a class have no label, and a single image file is also a source.
 
     Raises:
-        InputError: there is nothing there, it is of a format that is not read, it has fewer than two classes, a class
-            without images, or a split has a class that train has not.
+        InputError: the source is empty or of an unsupported format; it has fewer than two classes, or a class without
+            images; or a split has a class that train does not have.
     """
     root, sizes = _list_files(storage.resolve_uri(source))
     kinds = {path: kind for path in sizes if (kind := left_behind_as(path))}
@@ -98,7 +98,7 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         wanted = (
             "a folder or prefix that has one folder of images per class" if labelled else "an image or a folder of them"
         )
-        raise InputError(f"{source}: no files there{passed_over}; give {wanted}")
+        raise InputError(f"{source}: no files found{passed_over}; give {wanted}")
     try:
         source_format = source_format or _detect_format(root, visible)
         match source_format:
@@ -113,27 +113,29 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
                 for path in sorted(visible):
                     find_in_tar(root, path, listing, labelled)
     except FileNotFoundError as error:
-        raise InputError(f"{error}; give a folder, a table, a Parquet file or a tar that is there") from error
+        raise InputError(f"{error}; give an existing folder, table, Parquet file or tar") from error
     except (pa.ArrowInvalid, tarfile.TarError) as error:
-        raise InputError(f"{source} is damaged or not what its name says: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{source} is damaged, or not of the format that its name says: {str(error).splitlines()[0]}"
+        ) from error
     _drop_unnamable(listing)
     tables = [path for path in visible if suffix_of(path) in TEXT_SUFFIXES] if source_format == "folder" else []
     if labelled:
         _check_classes(source, listing, tables)
     elif not listing.found:
-        raise InputError(f"{source}: no images there{_describe_ignored(listing)}; give images or a folder of them")
+        raise InputError(f"{source}: no images found{_describe_ignored(listing)}; give images or a folder of them")
     return _to_source(source, root, listing, tables if labelled else [])
 
 
 def _list_files(uri: str) -> tuple[str, dict[str, int]]:
-    """Return the folder that paths are relative to and the size of each file: of one file, or of all in a folder."""
+    """Return the folder that paths are relative to, and the size in bytes of the one file or of all files in it."""
     if storage.is_local(uri) and os.path.isfile(uri):
         return storage.parent(uri), {storage.basename(uri): os.path.getsize(uri)}
     sizes = storage.find_files(uri)
     if not sizes and (suffix_of(uri) in _CONTAINER_SUFFIXES or (not storage.is_local(uri) and storage.exists(uri))):
         return storage.parent(uri), {storage.basename(uri): 0}
     if not storage.is_local(uri) and not all(sizes.values()):
-        # An empty object may have the name of a folder.
+        # An empty object can have the name of a folder.
         folders = {path[:place] for path in sizes for place, letter in enumerate(path) if letter == "/"}
         sizes = {path: size for path, size in sizes.items() if size or path not in folders}
     return uri, sizes
@@ -143,7 +145,7 @@ def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
     suffixes = {suffix_of(path) for path in paths}
     if suffixes & {".tfrecord", ".tfrecords"}:
         raise InputError(
-            f"{root}: TFRecord files are not read; write the images into class folders, a WebDataset tar or Parquet"
+            f"{root}: TFRecord files are not supported; write the images to class folders, a WebDataset tar or Parquet"
         )
     if suffixes & image_suffixes():
         return "folder"
@@ -160,12 +162,12 @@ def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
 def _find_table(source: str, paths: Iterable[str]) -> str:
     tables = [path for path in paths if suffix_of(path) in {*TEXT_SUFFIXES, ".parquet"}]
     if len(tables) != 1:
-        raise InputError(f"{source} holds {len(tables)} tables ({name_some(tables) or 'none'}); give one as SOURCE")
+        raise InputError(f"{source} contains {len(tables)} tables ({name_some(tables) or 'none'}); give one as SOURCE")
     return tables[0]
 
 
 def _drop_unnamable(listing: Listing) -> None:
-    """Drop images whose path is no text; of these, such as those of an old zip, no Parquet file can speak."""
+    """Drop images whose path is not UTF-8, such as some from old zip files: Parquet cannot store such a path."""
     listing.ignored = {_in_text(name): reason for name, reason in listing.ignored.items()}
     named = []
     for image in listing.found:
@@ -178,7 +180,7 @@ def _drop_unnamable(listing: Listing) -> None:
 
 
 def _in_text(name: str) -> str:
-    """Return a name with the bytes that are not UTF-8 written as backslash, udc, XX."""
+    """Return a name in which each byte that is not UTF-8 is written as a backslash, udc and two hex digits."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -187,7 +189,7 @@ def _check_classes(source: str, listing: Listing, tables: list[str]) -> None:
     if len(class_names) < 2:
         raise InputError(
             f"{source}: images of {format_count(len(class_names), 'class')} "
-            f"({', '.join(class_names) or 'none'}){_describe_ignored(listing)}; two or more are needed, as "
+            f"({', '.join(class_names) or 'none'}){_describe_ignored(listing)}; at least two are required, as "
             f"SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg{_describe_chances(source, listing, tables)}"
         )
     empty = {name: paths for name, paths in listing.ignored_of_class.items() if name not in class_names}
@@ -203,8 +205,8 @@ def _check_classes(source: str, listing: Listing, tables: list[str]) -> None:
         }
         if unknown:
             raise InputError(
-                f"{source}: {split} has classes that train has not: {name_some(sorted(map(str, unknown)))}; "
-                "add training images of them or remove them"
+                f"{source}: {split} has classes that train does not have: {name_some(sorted(map(str, unknown)))}; "
+                "add training images of these classes or remove them"
             )
 
 
@@ -214,8 +216,8 @@ def _describe_ignored(listing: Listing) -> str:
 
 
 def _describe_chances(source: str, listing: Listing, tables: list[str]) -> str:
-    """Return what else the user may have meant, where a source has not two classes."""
-    chances = f"; or give a table of paths and labels as SOURCE, if {name_some(tables)} is one" if tables else ""
+    """Return advice on what the user may have meant with a source that has fewer than two classes."""
+    chances = f"; if {name_some(tables)} is a table of paths and labels, give it as SOURCE" if tables else ""
     images = [image for image in listing.found if image.container is None]
     folders = {tuple(parts_of(image.path)[1 if image.split else 0 : -1]) for image in images}
     above = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
@@ -241,7 +243,7 @@ def _to_source(source: str, root: str, listing: Listing, unused_tables: list[str
     images = pa.table(columns, schema=IMAGES_SCHEMA).sort_by("path")
     repeated = pc.filter(images["path"].value_counts().field("values"), _more_than_once(images))
     if len(repeated):
-        raise InputError(f"{source} names {repeated[0].as_py()!r} more than once; name each image once")
+        raise InputError(f"{source} lists {repeated[0].as_py()!r} more than once; list each image once")
     not_tried = [path for path, reason in listing.ignored.items() if reason == "not_an_image_name"]
     listed = SourceListed(
         images=len(images),

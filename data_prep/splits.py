@@ -1,4 +1,4 @@
-"""Decides which images train, validate and test: by content and seed alone, so on any number of nodes alike."""
+"""Assign images to train, val and test by content and seed alone, so that the number of nodes does not matter."""
 
 import hashlib
 import itertools
@@ -14,20 +14,20 @@ from data_prep.manifest import SplitName
 def assign_splits(
     images: pa.Table, groups: npt.NDArray[np.int64], val_fraction: float, test_fraction: float, seed: int
 ) -> list[SplitName]:
-    """Returns the split of each row: the given one, or a stratified draw among the rows that have none.
+    """Return the split of each row: the given one, or a stratified random one for rows that have none.
 
     A group of duplicates is never divided, even across classes. Within each class the groups are ordered by a hash of
-    the seed and their pixels; test takes the first, val the next, train the rest, and always the last.
+    the seed and their pixels. Test gets the first ones, val the next ones, and train the rest, at least the last one.
 
-    A source with splits of its own keeps them. Only val is drawn from train where it is missing, since training needs
-    it; a test split is never taken out of images that somebody meant to train on.
+    A source with splits of its own keeps them. Only val is drawn from train if it is missing, since training needs it;
+    a test split is never taken from images that are meant for training.
 
     Args:
-        images: columns label (int32), split (string or null) and pixels_sha256 (string).
-        groups: a number for each row; rows of one group are duplicates.
-        val_fraction: of each class, rounded to whole images; at least one image of each class stays in train.
+        images: table with the columns label (int32), split (string or null) and pixels_sha256 (string).
+        groups: int64 ``[rows]``, a group number for each row; rows of one group are duplicates.
+        val_fraction: fraction of each class, rounded to whole images; at least one image of each class stays in train.
         test_fraction: likewise.
-        seed: another seed gives another draw.
+        seed: random seed; another seed gives other splits.
     """
     given: list[SplitName | None] = images["split"].to_pylist()
     drawn_from: SplitName | None = None
@@ -67,7 +67,7 @@ def assign_splits(
 
 
 def least_class_size(val_fraction: float, test_fraction: float) -> int:
-    """Return how many images a class must have, none a duplicate, to give one to val: test takes its share first."""
+    """Return how many images, without duplicates, a class needs to have one in val; test gets its share first."""
     return next(
         size
         for size in itertools.count(2)
@@ -76,5 +76,5 @@ def least_class_size(val_fraction: float, test_fraction: float) -> int:
 
 
 def _draw(seed: int, digests: list[str]) -> bytes:
-    """Returns what orders a group: it does not depend on where the images stand in the source."""
+    """Return the sort key of a group; it does not depend on the order of the images in the source."""
     return hashlib.sha256(f"{seed}:{min(digests)}".encode()).digest()

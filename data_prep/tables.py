@@ -1,4 +1,4 @@
-"""Finds images in a table that names them: CSV, JSON lines or Parquet, as made on any system."""
+"""Find images in a table that lists them: CSV, JSON lines or Parquet, made on any operating system."""
 
 import codecs
 import csv
@@ -19,17 +19,17 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def find_in_table(root: str, name: str, listing: Listing, labelled: bool) -> None:
-    """Add the images that a table names to what was found.
+    """Add the images that a table lists to a listing.
 
     Args:
         root: path or URI of the folder that paths are relative to.
-        name: of the table in it.
-        listing: to add to.
+        name: name of the table in the folder.
+        listing: what to add to.
         labelled: whether every row must have a label.
 
     Raises:
-        FileNotFoundError: there is no such table.
-        InputError: it cannot be read, lacks a column, or a row lacks a value.
+        FileNotFoundError: the table does not exist.
+        InputError: the table cannot be read, a column is missing, or a row has no value.
     """
     uri = storage.join(root, name)
     rows = _read_table(uri)
@@ -37,22 +37,22 @@ def find_in_table(root: str, name: str, listing: Listing, labelled: bool) -> Non
     path_column = next((column for column in ("path", "file_name") if column in columns), None)
     if path_column is None or (labelled and "label" not in columns):
         raise InputError(
-            f"{name} has the columns {', '.join(columns) or '(none)'}; needed are path (or file_name), label and, if "
-            "wanted, split"
+            f"{name} has the columns {', '.join(columns) or '(none)'}; required are path (or file_name) and label; "
+            "split is optional"
         )
     paths = _read_paths(uri, path_column, rows)
     class_names = to_class_names([row.get("label") for row in rows])
     for number, (row, path, class_name) in enumerate(zip(rows, paths, class_names, strict=True), start=1):
         if labelled and class_name is None:
-            raise InputError(f"{name}, row {number} has no label; complete it")
+            raise InputError(f"{name}, row {number} has no label; add it")
         listing.found.append(FoundImage(path, class_name, parse_split(name, number, row.get("split"))))
 
 
 def _read_table(uri: str) -> list[dict[str, Any]]:
-    """Return the rows of a table by column name.
+    """Return the rows of a table as dictionaries.
 
-    Text is UTF-8 or, with a byte order mark, UTF-16. Fields of a CSV file are separated by what its header has most of:
-    commas, semicolons or tabs.
+    Text is UTF-8 or, with a byte order mark, UTF-16. The delimiter of a CSV file is the comma, semicolon or tab,
+    whichever occurs most often in the header.
     """
     content = storage.read_bytes(uri)
     try:
@@ -75,16 +75,18 @@ def _read_table(uri: str) -> list[dict[str, Any]]:
 
 def _check_widths(uri: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
-        # Where csv puts the fields beyond the header.
+        # The key under which csv puts fields beyond the header.
         if None in row:
-            raise InputError(f"{uri}, row {number} has more fields than the header; complete the header")
+            raise InputError(
+                f"{uri}, row {number} has more fields than the header; add the missing columns to the header"
+            )
     return rows
 
 
 def _read_paths(uri: str, column: str, rows: list[dict[str, Any]]) -> list[str]:
     """Return the path of each row, relative to the table's folder, with slashes.
 
-    A backslash separates folders, as on Windows, unless there is a file with one in its name.
+    Backslashes separate folders, as on Windows, unless a file exists that has one in its name.
     """
     root, name = storage.parent(uri), storage.basename(uri)
     given = [str(row[column]) if row.get(column) is not None else "" for row in rows]
@@ -93,11 +95,11 @@ def _read_paths(uri: str, column: str, rows: list[dict[str, Any]]) -> list[str]:
     paths = []
     for number, text in enumerate(given, start=1):
         if not text:
-            raise InputError(f"{name}, row {number} has no {column}; complete it")
+            raise InputError(f"{name}, row {number} has no {column}; add it")
         path = posixpath.normpath(text.replace("\\", "/") if is_of_windows else text)
         if path.startswith(("/", "../")) or path == ".." or "://" in text or _DRIVE.match(text):
             raise InputError(
-                f"{name}, row {number}: {text!r} leaves the table's folder {root}; give paths relative to it"
+                f"{name}, row {number}: {text!r} is outside the table's folder {root}; give paths relative to it"
             )
         paths.append(path)
     return paths

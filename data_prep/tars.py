@@ -1,4 +1,4 @@
-"""Finds images in WebDataset tars: each member with its label beside it, under the same key."""
+"""Find images in WebDataset tars, where an image and its label have the same key."""
 
 import json
 import tarfile
@@ -12,16 +12,16 @@ from trainer.runtime.errors import InputError
 
 
 def find_in_tar(root: str, path: str, listing: Listing, labelled: bool) -> None:
-    """Add the images in the members of a tar to what was found.
+    """Add the images among the members of a tar to a listing.
 
     Args:
         root: path or URI of the source.
-        path: of the file in it; one of another kind is noted.
-        listing: to add to.
+        path: path of the file in the source; a file of another kind is ignored.
+        listing: what to add to.
         labelled: whether every image must have a label.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         InputError: labels are missing or cannot be read.
     """
     if suffix_of(path) != ".tar":
@@ -52,9 +52,9 @@ def find_in_tar(root: str, path: str, listing: Listing, labelled: bool) -> None:
 def _find_in_sample(
     path: str, members: list[tarfile.TarInfo], class_name: str | None, listing: Listing, labelled: bool
 ) -> None:
-    """Take the image among the members of one key: the first with the name of one, or the first that may be one."""
+    """Add the image among the members of one key: the first with an image suffix, else the first that may be one."""
     possible = [one for one in members if not is_plainly_other(one.name) and _extension(one) != "cls"]
-    # Fields of several words, such as KEY.seg.png, are something else beside the image.
+    # Extensions with two parts, such as KEY.seg.png, are for other data, not for the image itself.
     possible = [one for one in possible if "." not in _extension(one)]
     named = [one for one in possible if f".{_extension(one)}" in image_suffixes()]
     image = next(iter(named or possible), None)
@@ -83,7 +83,7 @@ def _parse_label(name: str, content: bytes, is_json: bool) -> Any:
         text = content.decode()
         fields = json.loads(text) if is_json else {"label": text.strip()}
     except ValueError as error:
-        raise InputError(f"{name} cannot be read as a label: {error}; mend it or remove it") from error
+        raise InputError(f"{name} cannot be read as a label: {error}; fix it or remove it") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{name} cannot be read as a label: it must be a JSON object; mend it or remove it")
+        raise InputError(f"{name} cannot be read as a label: it must be a JSON object; fix it or remove it")
     return fields.get("label")

@@ -1,9 +1,10 @@
-"""Images with more than 8 bits a pixel: which values they hold, and how these become 0 to 255.
+"""Read images with more than 8 bits per channel, and convert their values to 0 to 255.
 
-The range of the values is one for a whole dataset, or what is dark in one image would be bright in the next: from 0 to
-the smallest 2**bits - 1 that holds the largest value of any such image, whether integer or floating point; from the
-smallest value to the largest where some are negative. Values outside a range that was given are its ends. What a header
-says itself needs no such range: the largest value of a PGM, 12 bits of a TIFF, the precision of a JPEG 2000.
+All images of a dataset share one range of values, else what is dark in one image would be bright in another. It goes
+from 0 to the smallest 2**bits - 1 that is not below the largest value of any such image, whether integer or floating
+point. If some values are negative, it goes from the smallest value to the largest. Values outside a given range are
+clipped. An image whose header gives the range needs no other: the largest value of a PGM, 12 bits of a TIFF, the
+precision of a JPEG 2000.
 """
 
 import functools
@@ -20,14 +21,14 @@ from PIL.ExifTags import Base
 
 from data_prep.formats import RejectedImageError
 
-# Values are converted in blocks of rows: numpy takes 8 bytes for each, 2.4 GB for the largest image that is allowed.
+# Values are converted in blocks of rows: NumPy needs 8 bytes for each, 2.4 GB for the largest image that is allowed.
 _BLOCK_VALUES = 2**20
-_16_BIT_COLOUR = re.compile(r"(L|RGB)A?;16[BLN]")
+_16_BIT_COLOR = re.compile(r"(L|RGB)A?;16[BLN]")
 _WHITE_IS_ZERO = 0
 
 
 class ValueRange(NamedTuple):
-    """The smallest and the largest value."""
+    """A range of values, both ends included."""
 
     low: float
     high: float
@@ -40,29 +41,29 @@ ALL_16_BITS = ValueRange(0, 2**16 - 1)
 
 
 class WideImage(NamedTuple):
-    """The pixels of an image with more than 8 bits a pixel."""
+    """An image with more than 8 bits per channel."""
 
     pixels: npt.NDArray[Any]
     """``[height, width]``, or ``[height, width, 3]`` for RGB: int8, uint16, int32, uint32 or float32."""
     range: ValueRange | None
-    """That of its values where the header says it."""
+    """The range of the values if the header gives it."""
     alpha: npt.NDArray[np.uint16] | None = None
-    """``[height, width]``."""
+    """``[height, width]``, or None if the image is opaque."""
     orientation: int = 1
-    """How to turn the pixels, by EXIF."""
+    """EXIF orientation of the pixels, 1 to 8."""
     is_inverted: bool = False
-    """The smallest value is white."""
+    """Whether the smallest value is white."""
 
 
 def read_wide_image(image: ImageFile.ImageFile, content: bytes) -> WideImage | None:
-    """Return the pixels of an image, or None where 8 bits hold them.
+    """Return the pixels of an image, or None if it has at most 8 bits per channel.
 
     Args:
-        image: its header has been read.
+        image: the opened image, from `data_prep.formats.open_image`.
         content: the file's bytes.
 
     Raises:
-        RejectedImageError: it has no value, all being infinite or no numbers, or it is of a kind that is not read.
+        RejectedImageError: no value is finite, or the image is of an unsupported kind.
     """
     if image.format == "PPM" and image.mode in ("L", "I", "RGB"):
         return _read_netpbm(image, content)
@@ -82,17 +83,17 @@ def read_wide_image(image: ImageFile.ImageFile, content: bytes) -> WideImage | N
             raise RejectedImageError("unsupported")
         known = ValueRange(0, 2**12 - 1) if raw_mode == "I;12" else None
         if 0 < precision < 16:
-            # Pillow scales them.
+            # Pillow scales the values to 16 bits.
             known = ALL_16_BITS
         is_inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO
         return WideImage(pixels, known, None, _orientation(image), is_inverted)
-    if _16_BIT_COLOUR.fullmatch(raw_mode) or (precision == 16 and image.mode in ("RGB", "RGBA")):
-        return _read_16_bit_colours(image, content)
+    if _16_BIT_COLOR.fullmatch(raw_mode) or (precision == 16 and image.mode in ("RGB", "RGBA")):
+        return _read_16_bit_colors(image, content)
     return None
 
 
 def _read_netpbm(image: ImageFile.ImageFile, content: bytes) -> WideImage | None:
-    """Return the values of a PGM or PPM, which Pillow scales in a loop of a second a megapixel, unless it need not."""
+    """Return the values of a PGM or PPM, or None if Pillow reads it fast: else it takes a second per megapixel."""
     codec, _, offset, arguments = image.tile[0]
     if codec == "raw" and arguments != "I;16B":
         return None
@@ -107,36 +108,36 @@ def _read_netpbm(image: ImageFile.ImageFile, content: bytes) -> WideImage | None
     return WideImage(values.astype(np.uint16).reshape(shape), known)
 
 
-def _read_16_bit_colours(image: Image.Image, content: bytes) -> WideImage:
-    # Pillow, which keeps the high byte of each, says whether the file is whole.
+def _read_16_bit_colors(image: Image.Image, content: bytes) -> WideImage:
+    # Pillow keeps only the high byte of each value, but raises an error if the file is truncated.
     image.load()
-    colours = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if colours is None or colours.dtype != np.uint16 or colours.ndim != 3:
+    colors = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if colors is None or colors.dtype != np.uint16 or colors.ndim != 3:
         raise RejectedImageError("unsupported")
-    alpha = np.asarray(colours[..., 3], np.uint16) if colours.shape[2] == 4 else None
-    # From BGR.
-    return WideImage(colours[..., 2::-1], None, alpha, _orientation(image))
+    alpha = np.asarray(colors[..., 3], np.uint16) if colors.shape[2] == 4 else None
+    # OpenCV returns BGR.
+    return WideImage(colors[..., 2::-1], None, alpha, _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return how to turn pixels that were read: Pillow and OpenCV turn those of a TIFF themselves."""
+    """Return the orientation still to be applied to the pixels: Pillow and OpenCV apply that of a TIFF themselves."""
     return int(image.getexif().get(Base.Orientation, 1))
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
-    """Return Pillow's name of how the file holds the pixels."""
-    # An icon has none: it is read with its header.
+    """Return Pillow's name for the layout of the pixels in the file."""
+    # An icon has no tile: its pixels are read with the header.
     arguments = image.tile[0].args if image.tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
 def _precision(content: bytes) -> int:
-    """Return the bits a value of a JPEG 2000 image: a byte of the segment that its code starts with."""
+    """Return the bits per value of a JPEG 2000 image, from the first segment of its code stream."""
     return (content[content.index(b"\xff\x4f\xff\x51") + 42] & 0x7F) + 1
 
 
 def measure(wide: WideImage) -> ValueRange:
-    """Return the smallest and the largest value of an image, its alpha left out."""
+    """Return the smallest and the largest finite value of an image, without alpha."""
     values = wide.pixels
     if values.dtype == np.float32:
         values = values[np.isfinite(values)]
@@ -144,7 +145,7 @@ def measure(wide: WideImage) -> ValueRange:
 
 
 def find_value_range(found: Iterable[ValueRange]) -> ValueRange:
-    """Return the range of a dataset, from that of each of its images with more than 8 bits a pixel."""
+    """Return the range of values of a dataset, given that of each image with more than 8 bits per channel."""
     lows, highs = zip(*found, strict=True)
     low, high = min(lows), max(highs)
     if low < 0:
@@ -153,7 +154,7 @@ def find_value_range(found: Iterable[ValueRange]) -> ValueRange:
 
 
 def narrow(wide: WideImage, value_range: ValueRange) -> Image.Image:
-    """Return an image of 8 bits a pixel; its orientation is in its EXIF."""
+    """Return an image with 8 bits per channel and the orientation in its EXIF data."""
     pixels = wide.pixels
     bytes_ = np.empty(pixels.shape, np.uint8)
     rows = max(1, _BLOCK_VALUES // pixels[0].size)
@@ -178,7 +179,7 @@ def _bytes_of_16_bits(value_range: ValueRange) -> npt.NDArray[np.uint8]:
 
 
 def _to_bytes(values: npt.NDArray[Any], value_range: ValueRange) -> npt.NDArray[np.uint8]:
-    """Return 0 to 255 in equal steps: the high byte, where the range is one of 16 bits."""
+    """Scale values to 0 to 255 in equal steps; with the range of 16 bits, this is the high byte."""
     low, high = value_range
     finite = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
     return np.clip((finite - low) * (256 / (high - low)), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The command of an installed package: every job as a subcommand, with shell completion."""
+"""The ``training-notes`` command of the installed package: every job is a subcommand, with shell completion."""
 
 import typer
 
@@ -12,7 +12,7 @@ for job in (prepare, train, batch_size, evaluate, predict, explain, notes, sweep
 
 @app.callback()
 def describe() -> None:
-    """Train image classifiers as batch jobs on Ray, and write the notes."""
+    """Train image classifiers as batch jobs on Ray, and write training notes about the results."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures batch sizes on the training workers: the table behind `--global-batch-size max`."""
+"""Measure batch sizes on the training workers: the table that `--global-batch-size max` is based on."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,23 +14,25 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 30
 
-# Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
+# Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(cls=GroupedCommand)
 @add_run_options
 def main(
-    storage: Annotated[str, Option(help="Where tables are kept, local or s3://.")] = "runs",
-    wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers, or for nodes that start.")] = 0,
-    probe_again: Annotated[bool, Option("--probe-again", help="Measure even where it was done.")] = False,
+    storage: Annotated[str, Option(help="Folder or s3:// prefix in which the measurements are stored.")] = "runs",
+    wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers or starting nodes.")] = 0,
+    probe_again: Annotated[
+        bool, Option("--probe-again", help="Measure again, also what has been measured before.")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print the table as JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Measure throughput and memory by batch size and precision, and say which batch a run would use and why."""
+    """Measure throughput and memory by batch size and precision, and print which batch size a run would use and why."""
     with console.exit_codes():
         request = parse_command(options)
-        # Not at the top: --help and wrong options answer without loading Ray.
+        # Not at the top, so that --help and errors in options do not load Ray.
         from trainer import launch
         from trainer.runtime.cluster import connect
         from trainer.workers.groups import wait_for_workers
@@ -57,7 +59,7 @@ def main(
 
 
 def print_table(table: "BatchTable") -> None:
-    """Print what was measured, the chosen precision last."""
+    """Print the measurements, those of the chosen precision last."""
     is_terminal = console.stdout.is_terminal
     columns = ["precision", "per replica", "global", "images/s", "ms per step", "spread", "GiB per worker", "verdict"]
     printed = Table(*columns, *(["throughput"] if is_terminal else []))

@@ -1,4 +1,4 @@
-"""Says what is wrong with this machine, the cluster and the storage, and how to fix it."""
+"""Find what is wrong with this machine, the cluster and the storage, and how to fix it."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,10 +16,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    storage: Annotated[str, Option(help="Where runs go, local or s3://.")] = "runs",
+    storage: Annotated[str, Option(help="Folder or s3:// prefix of the runs, to check access to it.")] = "runs",
     wait: Wait = 0,
 ) -> None:
-    """Look at versions, Keras, GPUs, Ray, disks and storage on every node, one line each; exit 2 if one is wrong."""
+    """Check versions, Keras, GPUs, Ray, disks and storage on every node, one line each; exit with 2 if one is wrong."""
     with console.exit_codes():
         from trainer.doctor import check_cluster, check_packages
 
@@ -37,7 +37,7 @@ def main(
 
 
 def print_findings(findings: "list[Finding]") -> None:
-    """Print one line each."""
+    """Print one line for each finding."""
     for one in findings:
         console.stdout.print(str(one), markup=False)
 

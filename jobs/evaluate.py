@@ -1,4 +1,4 @@
-"""Evaluates the best checkpoint of a run on a whole split."""
+"""Evaluate the best checkpoint of a run on a whole split."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,16 +19,17 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    run: Annotated[str, Argument(help="Run folder, local or s3://.")],
+    run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run.")],
     split: Annotated[
-        Literal["val", "test"], Option(help="Reading test is counted, in RUN or else in --output.")
+        Literal["val", "test"],
+        Option(help="Split to evaluate. Each evaluation on test is counted, in RUN or, if given, in --output."),
     ] = "val",
-    dataset: Annotated[str, Option(help="Another prepared dataset; default: the run's own.")] = "",
-    output: Annotated[str, Option(help="Folder or s3:// prefix of the figures; default: RUN/evaluations.")] = "",
-    as_json: Annotated[bool, Option("--json", help="Print the whole result as JSON.")] = False,
+    dataset: Annotated[str, Option(help="Prepared dataset to evaluate on. Default: that of the run.")] = "",
+    output: Annotated[str, Option(help="Folder or s3:// prefix for the results. Default: RUN/evaluations.")] = "",
+    as_json: Annotated[bool, Option("--json", help="Print the complete result as JSON.")] = False,
     wait: Wait = 0,
 ) -> None:
-    """Print loss, accuracy and what they are made of, over every image of a split once."""
+    """Evaluate the best checkpoint on every image of a split; print loss, accuracy and counts for each class."""
     with console.exit_codes():
         from trainer.inference import evaluate_run, request_evaluation, save_evaluation
         from trainer.runtime.cluster import connect
@@ -40,12 +41,12 @@ def main(
             console.stdout.print(evaluation.model_dump_json(), markup=False)
         else:
             print_evaluation(request, evaluation, is_own=not dataset)
-        # Last: what has been computed is not lost with a place that cannot be written any more.
+        # Last, so that the results have been printed if the output can no longer be written.
         save_evaluation(request, evaluation, predictions)
 
 
 def print_evaluation(request: "EvaluationRequest", evaluation: "EvaluationResult", *, is_own: bool) -> None:
-    """Print the figures, and whether they are those of the run where they are of its own dataset."""
+    """Print the results and, on the run's own dataset, whether they equal those that the run recorded."""
     from trainer.inference import describe_test_reads
 
     table = Table("class", "correct", "of")
@@ -64,7 +65,7 @@ def print_evaluation(request: "EvaluationRequest", evaluation: "EvaluationResult
     elif is_own:
         recorded = request.result.val
         same = evaluation == recorded
-        console.stdout.print("exactly as recorded" if same else f"recorded were {recorded}", markup=False)
+        console.stdout.print("exactly as recorded" if same else f"the run recorded {recorded}", markup=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shows which pixels a finished run's network decides by, and whether such maps mean anything for it."""
+"""Show which pixels the network of a finished run relies on, and test whether such maps are meaningful."""
 
 from typing import Annotated
 
@@ -13,15 +13,20 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    run: Annotated[str, Argument(help="Run folder, local or s3://.")],
-    images: Annotated[list[str], Option(help="Image files; default: the worst predictions on the val split.")] = [],  # noqa: B006
-    count: Annotated[int, Option(min=1, help="How many of the worst predictions.")] = 8,
-    method: Annotated[list[str], Option(help="Attribution methods; default: all.")] = [],  # noqa: B006
-    tested_images: Annotated[int, Option(min=8, help="Val images that the methods are tested on.")] = 64,
-    output: Annotated[str, Option(help="Folder or s3:// prefix; default: RUN/explanations.")] = "",
+    run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run.")],
+    images: Annotated[
+        list[str],
+        Option(
+            help="Image file, local or s3://; repeat for more. Default: the images with the worst predictions on val."
+        ),
+    ] = [],  # noqa: B006
+    count: Annotated[int, Option(min=1, help="Number of worst predictions to explain, without --images.")] = 8,
+    method: Annotated[list[str], Option(help="Attribution method; repeat for more. Default: all.")] = [],  # noqa: B006
+    tested_images: Annotated[int, Option(min=8, help="Number of val images to test the methods on.")] = 64,
+    output: Annotated[str, Option(help="Folder or s3:// prefix for the results. Default: RUN/explanations.")] = "",
     wait: Wait = 0,
 ) -> None:
-    """Write attribution maps, a test of each method on this network, and its first filters: PNG files and one page."""
+    """Write attribution maps, a test of each method on this network, and its first filters, as PNG files and a page."""
     with console.exit_codes():
         from data_prep.decode import ImageOptions
         from data_prep.images import decode_file

@@ -1,4 +1,4 @@
-"""Writes the notebook and the report of all runs of a storage."""
+"""Write the notebook and the report of all runs in a storage."""
 
 from typing import Annotated
 
@@ -12,10 +12,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    storage: Annotated[str, Argument(help="Where the run folders are, local or s3://.")],
-    output: Annotated[str, Option(help="Where the two files go, local or s3://; default: STORAGE.")] = "",
+    storage: Annotated[str, Argument(help="Folder or s3:// prefix that contains the run folders.")],
+    output: Annotated[str, Option(help="Folder or s3:// prefix for the two files. Default: STORAGE.")] = "",
 ) -> None:
-    """Write NOTES.md and report.html, one page without outside resources, from all runs below STORAGE."""
+    """Write NOTES.md and report.html, a page without external resources, about all runs in STORAGE."""
     with console.exit_codes():
         from trainer.notes.report import write_notes_and_report
 

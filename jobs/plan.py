@@ -1,4 +1,4 @@
-"""Predicts what a run would take on more workers, from a run that was measured."""
+"""Predict the time and cost of training with more workers, from the measurements of a finished run."""
 
 import dataclasses
 import json
@@ -18,18 +18,18 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    run: Annotated[str, Argument(help="A finished run on the kind of worker that is planned with.")],
-    workers: Annotated[int, Option(min=1, help="Workers, each with a GPU.")] = 8,
-    workers_per_node: Annotated[int, Option(min=1, help="GPUs of a node.")] = 8,
-    link_gbit: Annotated[float, Option(min=0.1, help="Between two nodes, in Gbit/s.")] = 25.0,
-    local_gbit: Annotated[float, Option(min=0.1, help="Between two GPUs of a node, in Gbit/s.")] = 600.0,
-    images: Annotated[int, Option(min=0, help="Of the train split; default: those of the run.")] = 0,
-    epochs: Annotated[int, Option(min=0, help="Default: those of the run.")] = 0,
-    batch: Annotated[int, Option(min=0, help="Images a step on one worker; default: that of the run.")] = 0,
-    node_price: Annotated[float, Option(min=0, help="Of a node for an hour.")] = 0.0,
+    run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run on the same kind of worker.")],
+    workers: Annotated[int, Option(min=1, help="Largest number of workers to predict for, one GPU each.")] = 8,
+    workers_per_node: Annotated[int, Option(min=1, help="Number of GPUs per node.")] = 8,
+    link_gbit: Annotated[float, Option(min=0.1, help="Bandwidth between two nodes in Gbit/s.")] = 25.0,
+    local_gbit: Annotated[float, Option(min=0.1, help="Bandwidth between two GPUs of a node in Gbit/s.")] = 600.0,
+    images: Annotated[int, Option(min=0, help="Number of training images; 0: that of the run.")] = 0,
+    epochs: Annotated[int, Option(min=0, help="Number of epochs; 0: that of the run.")] = 0,
+    batch: Annotated[int, Option(min=0, help="Images per step and worker; 0: that of the run.")] = 0,
+    node_price: Annotated[float, Option(min=0, help="Price per node and hour, in any currency.")] = 0.0,
     as_json: Annotated[bool, Option("--json", help="Print the predictions as JSON.")] = False,
 ) -> None:
-    """Print time, throughput, efficiency, traffic and cost for one worker, two, four, ... up to those asked for."""
+    """Print time, throughput, efficiency, traffic and cost for 1, 2, 4, ... workers, up to --workers."""
     with console.exit_codes():
         from trainer.plan import Machines, find_advice, predict_up_to, read_workload
 
@@ -42,24 +42,24 @@ def main(
             console.stdout.print_json(json.dumps([dataclasses.asdict(one) for one in predictions]))
             return
         print_predictions(predictions)
-        console.stdout.print(f"memory  {workload.worker_gib:.2f} GiB a worker, as measured", markup=False)
+        console.stdout.print(f"memory  {workload.worker_gib:.2f} GiB per worker, as measured", markup=False)
         for line in find_advice(workload, machines, predictions):
             console.stdout.print(line, markup=False)
 
 
 def print_predictions(predictions: "list[Prediction]") -> None:
-    """Print a table, one row a number of workers."""
+    """Print a table with a row for each number of workers."""
     columns = (
         "workers",
         "nodes",
         "batch",
         "steps",
-        "ms a step",
+        "ms per step",
         "images/s",
         "efficiency",
         "hours",
         "GiB read",
-        "written",
+        "GiB written",
     )
     table = Table(*columns, "cost", box=None)
     for one in predictions:

@@ -1,4 +1,4 @@
-"""Predicts the classes of images with the best weights of a run."""
+"""Predict the classes of images with the best weights of a run."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,15 +19,22 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    run: Annotated[str, Argument(help="Run folder, local or s3://.")],
-    source: Annotated[str, Argument(help="Images, in folders or not, or any other source that prepare takes.")],
-    output: Annotated[str, Argument(help="Folder or s3:// prefix for the Parquet files.")],
-    source_format: Annotated[SourceFormat | None, Option("--format", help="Default: detected.")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Images that go through the network together.")] = 64,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the predictions that OUTPUT holds.")] = False,
+    run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run.")],
+    source: Annotated[
+        str,
+        Argument(
+            help="Images in a file, folder or s3:// prefix, with or without classes, or any other source of prepare."
+        ),
+    ],
+    output: Annotated[str, Argument(help="Folder or s3:// prefix to write Parquet files to.")],
+    source_format: Annotated[
+        SourceFormat | None, Option("--format", help="Format of SOURCE. Default: detected.")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Number of images per forward pass.")] = 64,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the predictions in OUTPUT.")] = False,
     wait: Wait = 0,
 ) -> None:
-    """Write path, label, predicted class, confidence and probabilities of every image of SOURCE."""
+    """Write path, label, predicted class, confidence and probabilities for every image of SOURCE."""
     with console.exit_codes():
         from data_prep.decode import ImageOptions
         from data_prep.images import read_images
@@ -36,7 +43,7 @@ def main(
 
         manifest = read_finished_run(run)[0].read_manifest()
         options = ImageOptions.of(manifest)
-        # Before a cluster is started, which takes longer than to find out that there is no such file.
+        # Before a cluster is started: a missing file is reported at once.
         found = find_images(source, source_format, labelled=False)
         place = check_output(output, overwrite=overwrite)
         with connect(wait_seconds=wait) as resources, console.show_events() as on_event:
@@ -51,7 +58,7 @@ def main(
 
 
 def print_summary(output: str, summary: "PredictionSummary") -> None:
-    """Print how many images there were, how many could not be used, and how many were predicted correctly."""
+    """Print the number of images, how many could not be decoded, and how many were predicted correctly."""
     from trainer.record.evaluation_result import describe_accuracy
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
@@ -62,7 +69,7 @@ def print_summary(output: str, summary: "PredictionSummary") -> None:
 
 
 def check_summary(source: str, output: str, summary: "PredictionSummary") -> None:
-    """Raise InputError where not one image was predicted: such a source was given by mistake."""
+    """Raise InputError if no image was predicted: then the source is probably not the intended one."""
     if sum(summary.rejected.values()) == summary.images:
         raise InputError(f"none of the files of {source} is an image that can be read; {output} has the reasons")
 

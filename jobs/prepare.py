@@ -1,4 +1,4 @@
-"""Prepares a folder or prefix of images for training."""
+"""Prepare a dataset for training from a folder or prefix of images."""
 
 from typing import Annotated, Literal
 
@@ -12,31 +12,53 @@ from trainer.config.options import Wait
 from trainer.runtime import console
 from trainer.runtime.markdown import format_count
 
-# Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
+# Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
-    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix with one folder of images per class.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or s3:// prefix with a folder of images per class, a table, Parquet files or WebDataset tars."
+        ),
+    ],
     dataset: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write the prepared dataset to.")],
-    image_size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 250,
+    image_size: Annotated[int, typer.Option(min=1, help="Height and width of the prepared images in pixels.")] = 250,
     channels: Annotated[int, typer.Option(min=1, max=3, help="1 for gray, 3 for RGB.")] = 1,
-    resize: Annotated[Literal["fit", "crop", "pad"], typer.Option(help="Into the square.")] = "fit",
-    background: Annotated[int, typer.Option(min=0, max=255, help="Behind transparency, and bars of pad.")] = 255,
+    resize: Annotated[
+        Literal["fit", "crop", "pad"], typer.Option(help="How an image becomes a square: stretched, cropped or padded.")
+    ] = "fit",
+    background: Annotated[
+        int,
+        typer.Option(
+            min=0, max=255, help="Gray value behind transparent pixels and around padded images, 255 is white."
+        ),
+    ] = 255,
     value_range: Annotated[
         str | None,
-        typer.Option(help="LOW:HIGH, what becomes 0 and 255 of images with more than 8 bits. Default: found."),
+        typer.Option(
+            help="LOW:HIGH, the values that become 0 and 255 in images with more than 8 bits. Default: from the images."
+        ),
     ] = None,
-    source_format: Annotated[SourceFormat | None, typer.Option("--format", help="Default: detected.")] = None,
-    val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no val.")] = 0.15,
-    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of each class, if SOURCE has no splits.")] = 0.15,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="More rejected files than this fail.")] = 0.01,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what DATASET holds.")] = False,
+    source_format: Annotated[
+        SourceFormat | None, typer.Option("--format", help="Format of SOURCE. Default: detected.")
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of each class for val, if SOURCE has no val split.")
+    ] = 0.15,
+    test_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of each class for test, if SOURCE has no splits.")
+    ] = 0.15,
+    seed: Annotated[int, typer.Option(help="Random seed of the splits.")] = 0,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Fail if a larger fraction of the files is rejected.")
+    ] = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset in DATASET.")] = False,
     wait: Wait = 0,
 ) -> None:
-    """Decode, resize, split and shard the images of SOURCE into DATASET."""
+    """Decode, resize and split the images of SOURCE, and write them to DATASET."""
     with console.exit_codes():
         from data_prep.prepare import check_places, parse_config, prepare
         from trainer.runtime.cluster import connect
@@ -62,7 +84,7 @@ def main(
 
 
 def print_manifest(dataset: str, manifest: Manifest) -> None:
-    """Print how many images of each class each split of a prepared dataset has."""
+    """Print the number of images by class and split, the files that were not used, and warnings."""
     from data_prep.card import describe_few_levels, describe_value_range, list_classes
 
     *of_classes, of_all = list_classes(manifest)
@@ -77,8 +99,8 @@ def print_manifest(dataset: str, manifest: Manifest) -> None:
     images, files = format_count(int(of_all[-1]), "image"), format_count(sum(rejected.values()), "file")
     summary = f"{images} {size}x{size}x{manifest.channels}, {files} not used{reasons}"
     console.stdout.print(f"{dataset}: {summary}", markup=False)
-    if told := describe_value_range(manifest):
-        console.stdout.print(told)
+    if line := describe_value_range(manifest):
+        console.stdout.print(line)
     if warning := describe_few_levels(manifest):
         console.stderr.print(warning)
     if manifest.duplicate_images:

@@ -1,4 +1,4 @@
-"""Runs the trials of a study and writes its report; running it again continues it."""
+"""Run the trials of a study and write its report; running it again continues the study."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,21 +19,27 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    study_file: Annotated[Path, Argument(metavar="STUDY.toml", help="What is asked and what is varied.")],
-    storage: Annotated[str, Option(help="Where the study goes, local or s3://.")] = "runs",
-    name: Annotated[str, Option(help="Of the study; default: that of the file.")] = "",
-    new_round: Annotated[bool, Option("--new-round", help="Begin the next dated round.")] = False,
-    characterize: Annotated[int, Option(min=0, help="Repeat the best trial and the base with N other seeds.")] = 0,
+    study_file: Annotated[
+        Path, Argument(metavar="STUDY.toml", help="File that describes the study: its question and the values to try.")
+    ],
+    storage: Annotated[str, Option(help="Folder or s3:// prefix in which the study is stored.")] = "runs",
+    name: Annotated[str, Option(help="Name of the study. Default: the name of STUDY.toml.")] = "",
+    new_round: Annotated[bool, Option("--new-round", help="Start a new round, in a folder with today's date.")] = False,
+    characterize: Annotated[
+        int, Option(min=0, help="Number of other seeds to repeat the best trial and the base with.")
+    ] = 0,
     retry_failed: Annotated[bool, Option("--retry-failed", help="Run failed trials again.")] = False,
-    max_failures: Annotated[int, Option(min=0, help="How often lost workers of a trial are started again.")] = 3,
-    dry_run: Annotated[bool, Option("--dry-run", help="Show what would run, and end.")] = False,
-    status: Annotated[bool, Option("--status", help="Show what has run, and end.")] = False,
+    max_failures: Annotated[
+        int, Option(min=0, help="How often the workers of a trial are restarted after they were lost.")
+    ] = 3,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what would run, and exit.")] = False,
+    status: Annotated[bool, Option("--status", help="Print the trials so far, and exit.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the trials as JSON.")] = False,
     wait: Wait = 0,
 ) -> None:
-    """Run the trials that a study still lacks, on the cluster that RAY_ADDRESS names or on this machine."""
+    """Run the remaining trials of a study on the cluster at RAY_ADDRESS, or on this machine."""
     with console.exit_codes():
-        # Not at the top: --help and a wrong file answer without loading Ray.
+        # Not at the top, so that --help and errors in the file do not load Ray.
         from trainer.study.file import find_warnings, load_study
         from trainer.study.folder import find_round
 
@@ -74,7 +80,7 @@ def main(
 
 
 def print_trials(study: "Study", trials: "list[Trial]") -> None:
-    """Print what became of each trial."""
+    """Print a table of the trials."""
     table = Table("trial", "status", study.objective, "correct", Column("values", overflow="fold"), box=None)
     for trial in trials:
         values = ", ".join(f"{name}={_shorten(value)}" for name, value in trial.values.items())

@@ -1,4 +1,4 @@
-"""Trains one architecture on a prepared dataset, or on the embedded one."""
+"""Train one architecture on a prepared dataset, or on the built-in one."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,29 +14,39 @@ if TYPE_CHECKING:
     from trainer.launch import ArchitectureDescription
 
 
-# Plain lines for wrong options and for tracebacks: a job log has no use for boxes.
+# Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(cls=GroupedCommand)
 @add_run_options
 def main(
-    dry_run: Annotated[bool, Option("--dry-run", help="Show the config and what would be measured, and end.")] = False,
-    list_archs: Annotated[bool, Option("--list-archs", help="Show the architectures and end.")] = False,
-    storage: Annotated[str, Option(help="Where the run folder goes, local or s3://.")] = "runs",
-    run_name: Annotated[str, Option(help="Default: arch and time. A used name continues its run.")] = "",
-    wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers, or for nodes that start.")] = 0,
-    max_failures: Annotated[int, Option(min=0, help="How often lost workers are started again.")] = 3,
-    probe_again: Annotated[bool, Option("--probe-again", help="Measure batch sizes even where it was done.")] = False,
-    profile: Annotated[bool, Option("--profile", help="Trace some steps of the first worker: RUN/profile.")] = False,
-    profile_steps: Annotated[int, Option(min=1, help="How many; the first of a run are left out.")] = 10,
-    track: Annotated[list[str], Option(help="Where metrics go too: tensorboard, mlflow.")] = [],  # noqa: B006
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the config and what would be measured, and exit.")
+    ] = False,
+    list_archs: Annotated[bool, Option("--list-archs", help="Print the architectures, and exit.")] = False,
+    storage: Annotated[str, Option(help="Folder or s3:// prefix in which the run is stored.")] = "runs",
+    run_name: Annotated[
+        str, Option(help="Name of the run folder; the name of a run continues it. Default: architecture and time.")
+    ] = "",
+    wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers or starting nodes.")] = 0,
+    max_failures: Annotated[int, Option(min=0, help="How often the workers are restarted after they were lost.")] = 3,
+    probe_again: Annotated[
+        bool, Option("--probe-again", help="Measure batch sizes again, also those measured before.")
+    ] = False,
+    profile: Annotated[
+        bool, Option("--profile", help="Profile some steps of the first worker; written to RUN/profile.")
+    ] = False,
+    profile_steps: Annotated[
+        int, Option(min=1, help="Number of steps to profile; the first steps of a run are skipped.")
+    ] = 10,
+    track: Annotated[list[str], Option(help="Also send metrics to tensorboard or mlflow; repeat for both.")] = [],  # noqa: B006
     **options: Any,
 ) -> None:
-    """Train on every GPU of the cluster that RAY_ADDRESS names, or on this machine, and write a run folder."""
+    """Train on all GPUs of the cluster at RAY_ADDRESS, or on this machine, and write a run folder."""
     with console.exit_codes():
         request = parse_command(options) if not list_archs else None
-        # Not at the top: --help and wrong options answer without loading Ray.
+        # Not at the top, so that --help and errors in options do not load Ray.
         from trainer import launch
         from trainer.runtime.cluster import connect
         from trainer.training.tracking import check_trackers
@@ -79,7 +89,7 @@ def main(
 
 
 def print_architectures(described: "list[ArchitectureDescription]") -> None:
-    """Print what there is to choose from."""
+    """Print a table of the architectures."""
     table = Table("arch", "parameters", "at size", "smallest size", "source")
     for one in described:
         table.add_row(one.name, one.size, str(one.image_size), str(one.min_image_size), one.source)

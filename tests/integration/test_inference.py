@@ -74,7 +74,7 @@ def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run, resource
         check_output(str(output))
     missing = run("predict.py", "runs/first", "new/missing.png", "predicted", "--overwrite", cwd=work)
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
-    assert "new/missing.png: no files there" in missing.stderr
+    assert "new/missing.png: no files found" in missing.stderr
     assert (output / "_summary.json").exists()
     (work / "new" / "down" / "Thumbs.db").touch()
     finished = run("predict.py", "runs/first", "new", "predicted", "--overwrite", cwd=work)

@@ -160,7 +160,7 @@ def test_a_finished_dataset_is_not_made_again_and_not_replaced_unasked(source, d
     before = (dataset / "manifest.json").stat().st_mtime_ns
     prepare(str(source), str(dataset), CONFIG)
     assert (dataset / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"seed 0 there, 1 asked.*--overwrite"):
+    with pytest.raises(InputError, match=r"seed is 0, not 1.*--overwrite"):
         prepare(str(source), str(dataset), CONFIG.model_copy(update={"seed": 1}))
 
 
@@ -318,7 +318,7 @@ def test_a_webdataset_tar_is_read(source, tmp_path):
 
 def test_tfrecord_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "train.tfrecord").write_bytes(b"anything")
-    with pytest.raises(InputError, match="TFRecord files are not read"):
+    with pytest.raises(InputError, match="TFRecord files are not supported"):
         prepare(str(tmp_path), str(tmp_path.with_name("dataset")), CONFIG)
 
 
@@ -326,7 +326,7 @@ def test_a_table_cannot_name_files_outside_its_folder(tmp_path):
     (tmp_path / "inside").mkdir()
     table = tmp_path / "inside" / "table.csv"
     table.write_text("path,label\n../secret.png,a\nb.png,b\n")
-    with pytest.raises(InputError, match=r"row 1: '../secret.png' leaves the table's folder"):
+    with pytest.raises(InputError, match=r"row 1: '../secret.png' is outside the table's folder"):
         prepare(str(table), str(tmp_path / "dataset"), CONFIG)
 
 
@@ -403,7 +403,7 @@ def test_images_of_12_bits_are_decoded_when_their_range_is_known_and_resumed(tmp
         stored[name] = {row.path: row.image.tolist() for row in rows.itertuples()}
     assert stored[target.name] == stored["of 8 bits"]
     assert prepare(str(folder), str(target), CONFIG) == manifest
-    with pytest.raises(InputError, match=r"value_range None there, \(0.0, 255.0\) asked"):
+    with pytest.raises(InputError, match=r"value_range is None, not \(0.0, 255.0\)"):
         prepare(str(folder), str(target), CONFIG.model_copy(update={"value_range": (0.0, 255.0)}))
     # What is predicted is decoded as the run's dataset was.
     pixels = decode_file(str(folder / "down" / "000.png"), ImageOptions.of(manifest))

@@ -127,8 +127,8 @@ def test_fifty_classes_are_all_in_the_card_in_their_order(write_classes):
         (
             (64, 126),
             (0, 4096),
-            "warning: 99% of training pixels lie in 63 of 256 gray levels, 64-126 (contact_sheet.png); --value-range "
-            "1024:2032 spreads these over all levels, the rest becomes black or white",
+            "warning: 99% of training pixels lie in 63 of 256 gray levels, 64-126 (contact_sheet.png); to spread them "
+            "over all gray levels, use --value-range 1024:2032 (darker values become black, brighter ones white)",
         ),
     ],
 )

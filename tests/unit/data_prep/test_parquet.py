@@ -47,7 +47,7 @@ def test_parquet_files_take_their_split_from_their_name(tmp_path, layout):
 
 def test_parquet_without_a_label_column_is_refused(tmp_path):
     pq.write_table(pa.table({"image": [b"1"], "text": ["a"]}), tmp_path / "images.parquet")
-    with pytest.raises(InputError, match="has the columns image, text; needed are image, label"):
+    with pytest.raises(InputError, match="has the columns image, text; required are image and label"):
         find_images(str(tmp_path / "images.parquet"))
 
 
@@ -95,7 +95,9 @@ def test_columns_may_have_the_names_that_the_file_declares(tmp_path):
 def test_of_two_declared_labels_none_is_chosen(tmp_path):
     columns = {"image": [b"1"], "fine_label": [1], "coarse_label": [0]}
     source = write_hub(tmp_path / "hub.parquet", columns, {"fine_label": CLASSES, "coarse_label": CLASSES})
-    with pytest.raises(InputError, match="has the columns image, fine_label, coarse_label; needed are image, label"):
+    with pytest.raises(
+        InputError, match="has the columns image, fine_label, coarse_label; required are image and label"
+    ):
         find_images(source)
 
 

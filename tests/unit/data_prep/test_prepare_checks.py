@@ -50,20 +50,20 @@ def test_fractions_that_leave_nothing_to_train_on_are_refused():
 
 @pytest.mark.parametrize("dataset", ["", "prepared", "a/b"])
 def test_a_dataset_inside_its_source_is_refused(tmp_path, dataset):
-    with pytest.raises(InputError, match="lies in SOURCE"):
+    with pytest.raises(InputError, match="is inside SOURCE"):
         prepare(str(tmp_path), str(tmp_path / dataset), PrepareConfig(), overwrite=True)
 
 
 @pytest.mark.parametrize("source", ["train", "labels.csv"])
 def test_a_source_inside_its_dataset_is_refused(tmp_path, source):
-    with pytest.raises(InputError, match=r"SOURCE .* lies in DATASET"):
+    with pytest.raises(InputError, match=r"SOURCE .* is inside DATASET"):
         prepare(str(tmp_path / source), str(tmp_path), PrepareConfig(), overwrite=True)
 
 
 def test_a_source_that_cannot_be_used_deletes_nothing(write_dataset, tmp_path):
     written = write_dataset()
     before = sorted(path for path in Path(written.uri).rglob("*") if path.is_file())
-    with pytest.raises(InputError, match="nothing is there"):
+    with pytest.raises(InputError, match="does not exist"):
         prepare(str(tmp_path / "missing"), written.uri, PrepareConfig(), overwrite=True)
     assert sorted(path for path in Path(written.uri).rglob("*") if path.is_file()) == before
 
@@ -76,7 +76,7 @@ def test_a_bucket_that_is_not_there_is_refused_on_either_side(bucket, tmp_path):
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"SOURCE .*/images: nothing is there; give a folder"):
+    with pytest.raises(InputError, match=r"SOURCE .*/images does not exist; give a folder"):
         check_places(str(tmp_path / "images"), str(tmp_path / "prepared"), PrepareConfig())
     assert not (tmp_path / "prepared").exists()
 
@@ -85,7 +85,7 @@ def test_staged_images_that_were_damaged_are_not_written(tmp_path):
     row = {"path": "a.png", "label": 0, "pixels_sha256": "of other pixels"}
     uri = str(tmp_path / "chunk-000000")
     write_chunk(uri, np.zeros((1, 4, 4, 1), np.uint8), pa.Table.from_pylist([row], schema=STAGED_SCHEMA))
-    with pytest.raises(InputError, match="staged images are damaged; replace them with --overwrite"):
+    with pytest.raises(InputError, match="staged images are damaged; decode them again with --overwrite"):
         _write_part({"part": 0, "uris": [uri], "splits": ["train"]}, str(tmp_path))
     assert not (tmp_path / "train").exists()
 
@@ -120,7 +120,7 @@ def test_an_interrupted_preparation_keeps_its_chunks_but_not_its_data_files(writ
 
 def test_a_dataset_prepared_otherwise_is_kept(write_dataset):
     written = write_dataset()
-    with pytest.raises(InputError, match=r"image_size 5 there, 7 asked; channels 1 there, 3 asked.*--overwrite"):
+    with pytest.raises(InputError, match=r"image_size is 5, not 7; channels is 1, not 3\).*--overwrite"):
         prepare("/photos", written.uri, PrepareConfig(image_size=7, channels=3))
 
 
@@ -148,15 +148,15 @@ def check_rejected(of_class: list[tuple[int, int]], max_bad_fraction: float, nam
 
 def test_as_many_rejected_files_as_allowed_are_no_error():
     check_rejected([(99, 1), (50, 0), (50, 0)], max_bad_fraction=0.005)
-    with pytest.raises(
-        InputError, match=r"2 of 200 images were rejected \(1.0%, allowed are 0.5%\): 0.heic \(not_an_i"
-    ):
+    with pytest.raises(InputError, match=r"2 of 200 images were rejected \(1.0%, allowed: 0.5%\): 0.heic \(not_an_i"):
         check_rejected([(98, 2), (50, 0), (50, 0)], max_bad_fraction=0.005)
 
 
 def test_a_class_may_lose_half_of_its_files_but_no_more():
     check_rejected([(990, 0), (5, 5), (5, 5)], max_bad_fraction=0.02)
-    with pytest.raises(InputError, match=r"lost most of theirs: b 6 of 10 \(6 \.heic\); .*raise --max-bad-fraction$"):
+    with pytest.raises(
+        InputError, match=r"lost most of their files: b 6 of 10 \(6 \.heic\); .*raise --max-bad-fraction$"
+    ):
         check_rejected([(990, 0), (4, 6), (5, 4)], max_bad_fraction=0.02)
 
 
@@ -165,16 +165,22 @@ def test_a_class_may_lose_more_where_more_of_all_is_allowed():
 
 
 def test_a_class_that_lost_all_its_files_is_an_error_in_any_case():
-    with pytest.raises(InputError, match=r"b 8 of 8 \(8 without suffix\), c 2 of 2 .* remove what has no image left$"):
+    with pytest.raises(
+        InputError, match=r"b 8 of 8 \(8 without suffix\), c 2 of 2 .* remove the classes that have no image left$"
+    ):
         check_rejected([(1, 1), (0, 8), (0, 2)], max_bad_fraction=1, names="{}")
 
 
 @pytest.mark.parametrize(
     ("counts", "splits", "message"),
     [
-        ([1, 1], [None, None], "the smallest class has 1 and the largest 1; .* one of 4 is taken.*; add images$"),
-        ([1, 3], [None] * 4, "smallest class has 1 and the largest 3; .* one of 4 .*or give a larger --val-fraction$"),
-        ([2, 2], ["train", "test"] * 2, r"class has 1 and the largest 1; .*--test-fraction 0 one of 4 is taken"),
+        ([1, 1], [None, None], "the smallest class has 1 image, the largest 1; .* a class needs 4, .*; add images$"),
+        (
+            [1, 3],
+            [None] * 4,
+            "smallest class has 1 image, the largest 3; .* needs 4, .*or give a larger --val-fraction$",
+        ),
+        ([2, 2], ["train", "test"] * 2, r"class has 1 image, the largest 1; .*--test-fraction 0 a class needs 4,"),
     ],
 )
 def test_where_no_image_is_left_for_val_is_said_how_many_are_needed(counts, splits, message):
@@ -196,6 +202,6 @@ def test_what_no_preparation_wrote_is_not_replaced(tmp_path, name, overwrite):
     own.parent.mkdir(parents=True)
     own.write_text("my own")
     Image.new("L", (8, 8)).save(tmp_path / "cat.png")
-    with pytest.raises(InputError, match=rf"photos holds {name}, which no preparation wrote"):
+    with pytest.raises(InputError, match=rf"photos contains {name}, which no preparation wrote"):
         prepare(str(tmp_path / "cat.png"), str(own.parents[name.count("/")]), parse_config(), overwrite=overwrite)
     assert own.read_text() == "my own"

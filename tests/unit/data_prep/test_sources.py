@@ -21,7 +21,7 @@ def test_hidden_files_and_folders_are_passed_over(write_files):
 
 
 def test_where_only_hidden_files_are_they_are_counted(write_files):
-    with pytest.raises(InputError, match=r"no files there but 2 hidden, 1 Thumbs\.db; give"):
+    with pytest.raises(InputError, match=r"no files found but 2 hidden, 1 Thumbs\.db; give"):
         find_images(write_files(".a/1.png", ".a/2.png", "a/Thumbs.db"))
 
 
@@ -61,12 +61,12 @@ def test_a_name_that_is_not_utf8_costs_that_file(write_files):
 def test_an_empty_or_missing_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):
-        with pytest.raises(InputError, match=f"{name}: no files there"):
+        with pytest.raises(InputError, match=f"{name}: no files found"):
             find_images(str(tmp_path / name))
 
 
 def test_a_single_class_is_refused_and_named(write_files):
-    with pytest.raises(InputError, match=r"images of 1 class \(a\); two or more are needed"):
+    with pytest.raises(InputError, match=r"images of 1 class \(a\); at least two are required"):
         find_images(write_files("a/1.png", "a/2.png"))
 
 
@@ -77,7 +77,7 @@ def test_a_folder_without_images_is_refused(write_files):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_class_that_train_lacks_is_refused(write_files, split):
-    with pytest.raises(InputError, match=f"{split} has classes that train has not: c, d;"):
+    with pytest.raises(InputError, match=f"{split} has classes that train does not have: c, d;"):
         find_images(write_files("train/a/1.png", "train/b/2.png", f"{split}/d/3.png", f"{split}/c/4.png"))
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_container_is_refused(write_table, name):
 
 
 def test_tfrecord_files_are_refused_with_what_to_do(write_files):
-    with pytest.raises(InputError, match="TFRecord files are not read; write the images into"):
+    with pytest.raises(InputError, match="TFRecord files are not supported; write the images to"):
         find_images(write_files("train.tfrecord"))
 
 
@@ -134,7 +134,7 @@ def test_a_table_beside_folders_of_images_is_named_and_not_used(write_files):
 
 @pytest.mark.parametrize("files", [("1.png", "2.png"), ("images/1.png", "images/2.png"), ("train/1.png", "test/2.png")])
 def test_where_folders_are_no_classes_the_table_beside_them_is_proposed(write_files, files):
-    with pytest.raises(InputError, match=r"give a table of paths and labels as SOURCE, if metadata\.csv is one$"):
+    with pytest.raises(InputError, match=r"if metadata\.csv is a table of paths and labels, give it as SOURCE$"):
         find_images(write_files("metadata.csv", *files))
 
 
@@ -162,12 +162,12 @@ def test_one_image_is_a_source_without_labels(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["missing.png", "missing"])
 def test_an_image_that_is_not_there_is_no_source(tmp_path, name):
-    with pytest.raises(InputError, match=f"{name}: no files there"):
+    with pytest.raises(InputError, match=f"{name}: no files found"):
         find_images(str(tmp_path / name), labelled=False)
 
 
 def test_without_an_image_the_other_files_are_counted(write_files):
-    with pytest.raises(InputError, match="no images there, not used not_an_image_name: 2; give images"):
+    with pytest.raises(InputError, match="no images found, not used not_an_image_name: 2; give images"):
         find_images(write_files("a/1.txt", "2.md"), labelled=False)
 
 
@@ -180,5 +180,5 @@ def test_an_object_is_a_source_and_an_empty_one_with_the_name_of_a_folder_is_non
     assert found.images["path"].to_pylist() == ["a/1.jfif", "b/2"]
     assert found.ignored.to_pylist() == [{"path": "c", "reason": "not_in_a_class_folder"}]
     assert find_images(f"{bucket}/photos/b/2", labelled=False).images["path"].to_pylist() == ["2"]
-    with pytest.raises(InputError, match="b/3: no files there"):
+    with pytest.raises(InputError, match="b/3: no files found"):
         find_images(f"{bucket}/photos/b/3", labelled=False)

@@ -51,17 +51,19 @@ def test_a_parquet_file_without_images_is_a_table(tmp_path):
 
 @pytest.mark.parametrize("path", ["../1.png", "/etc/1.png", "x/../../1.png", "..", "s3://bucket/1.png"])
 def test_a_table_cannot_leave_its_folder(write_table, path):
-    with pytest.raises(InputError, match=r"labels.csv, row 2: .* leaves the table's folder"):
+    with pytest.raises(InputError, match=r"labels.csv, row 2: .* is outside the table's folder"):
         find_images(write_table("labels.csv", f"path,label\n0.png,b\n{path},a\n"))
 
 
 def test_a_table_without_the_needed_columns_is_refused_with_those_it_has(write_table):
-    with pytest.raises(InputError, match="has the columns image, label; needed are path"):
+    with pytest.raises(InputError, match="has the columns image, label; required are path"):
         find_images(write_table("labels.csv", "image,label\n1.png,a\n"))
 
 
 def test_a_row_with_more_fields_than_the_header_is_refused(write_table):
-    with pytest.raises(InputError, match=r"row 2 has more fields than the header; complete the header"):
+    with pytest.raises(
+        InputError, match=r"row 2 has more fields than the header; add the missing columns to the header"
+    ):
         find_images(write_table("labels.csv", "path,label\n1.png,a\n2.png,b,train\n"))
 
 
@@ -71,7 +73,7 @@ def test_an_unknown_split_is_refused_with_its_row(write_table):
 
 
 def test_an_image_that_is_named_twice_is_refused(write_table):
-    with pytest.raises(InputError, match=r"names 'x/1\.png' more than once"):
+    with pytest.raises(InputError, match=r"lists 'x/1\.png' more than once"):
         find_images(write_table("labels.csv", "path,label\nx/1.png,a\nx/./1.png,b\n"))
 
 
@@ -121,7 +123,7 @@ def test_a_backslash_in_the_name_of_a_file_stays(tmp_path, write_table):
 
 @pytest.mark.parametrize("path", ["C:\\photos\\1.png", "c:/photos/1.png", "\\\\server\\1.png", "..\\1.png"])
 def test_a_path_of_windows_cannot_leave_the_folder_either(write_table, path):
-    with pytest.raises(InputError, match=r"labels.csv, row 2: .* leaves the table's folder"):
+    with pytest.raises(InputError, match=r"labels.csv, row 2: .* is outside the table's folder"):
         find_images(write_table("labels.csv", f"path,label\n0.png,b\n{path},a\n"))
 
 

@@ -45,7 +45,7 @@ def test_a_second_image_of_a_key_is_listed(tmp_path):
     ("name", "content"), [("0.json", b'{"label": '), ("0.json", b"[1]"), ("0.json", b"\xff"), ("0.cls", b"\xff")]
 )
 def test_a_label_of_a_tar_that_cannot_be_read_is_refused_and_named(tmp_path, name, content):
-    with pytest.raises(InputError, match=rf"shard\.tar#{name} cannot be read as a label: .*; mend it or remove it"):
+    with pytest.raises(InputError, match=rf"shard\.tar#{name} cannot be read as a label: .*; fix it or remove it"):
         find_images(write_tar(tmp_path / "shard.tar", {"0.jpg": b"", name: content}))
 
 
