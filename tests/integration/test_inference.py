@@ -188,7 +188,7 @@ def test_weights_that_are_damaged_are_refused_by_the_worker(run, copied_run):
     weights.write_bytes(weights.read_bytes()[:-1])
     finished = run("evaluate.py", str(copied_run))
     assert finished.returncode == 2
-    assert re.fullmatch(r"error: .*model\.safetensors is damaged: .*; to go on with .*\n", finished.stderr)
+    assert re.fullmatch(r"error: .*model\.safetensors is damaged: .*; to continue from .*\n", finished.stderr)
 
 
 def test_notes_and_report_are_made_of_the_run(run, work):

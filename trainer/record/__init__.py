@@ -1,1 +1,1 @@
-"""What a run leaves: its files, their formats and their readers."""
+"""The files of a run: their formats, writers and readers."""

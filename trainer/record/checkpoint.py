@@ -1,4 +1,4 @@
-"""The checkpoint format: resumable, complete or invisible, and loaded without running code from a file.
+"""The checkpoint format: resumable, either complete or invisible, and loaded without running code from a file.
 
     RUN/checkpoints/step-00000327-attempt-0002/
         model.safetensors      weights by variable name
@@ -7,23 +7,23 @@
         predictions.parquet    validation: label, predicted, confidence, ... of each row; at the end of an epoch only
         checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
 
-A folder without ``checkpoint.json`` is not a checkpoint. Nothing else is consulted: the last checkpoint and the best
-ones are found by listing. A damaged one is set aside (`find_whole`): what ``checkpoint.json`` held is in
-``damaged.json`` then, with what is wrong, and the folder stays to be looked at.
+A folder without ``checkpoint.json`` is not a checkpoint. The last checkpoint and the best ones are found by listing the
+folders; nothing else records them. A damaged checkpoint is set aside (`find_whole`): ``damaged.json`` then holds the
+content of ``checkpoint.json`` and what is wrong, and the folder stays for inspection.
 
-A killed driver may leave workers that write on beside those of the next one, and an object store has neither a lock nor
-a conditional delete. Nothing that such a stale writer does, at whatever time, reaches what a later attempt has or will
-read:
+A killed driver may leave workers that keep writing beside those of the next driver, and an object store has neither a
+lock nor a conditional delete. Nothing that such a stale writer does, at any time, affects what a later attempt has read
+or will read:
 
-* Its files have names of their own, for its attempt is in them.
-* What it commits does not count. Each checkpoint says from which checkpoint of each earlier attempt it goes on
-  (`Position.lineage`); as soon as the latest attempt has one, those of earlier attempts that came after are left out.
+* Its files have names of their own, which contain its attempt.
+* Its commits do not count. Each checkpoint records which checkpoint of each earlier attempt it continues
+  (`Position.lineage`); as soon as the latest attempt has one, later checkpoints of earlier attempts are ignored.
 * It deletes nothing that is needed. An attempt announces itself before it looks for the last checkpoint. A writer
-  deletes what it listed after a commit and before it saw that no later attempt was announced: such an attempt has seen
-  that commit, and takes none of the older checkpoints that the writer does not keep.
+  deletes only what it listed after a commit and before it saw that no later attempt was announced. An attempt that is
+  announced after that has seen the commit, and uses none of the older checkpoints that the writer does not keep.
 
-What is left: until the later attempt has committed its first checkpoint, what the stale one commits is taken for the
-last of the run. It is whole and it is of this run, so an attempt that goes on from it is right, too.
+One case remains: until the later attempt has committed its first checkpoint, a commit of the stale one counts as the
+last checkpoint of the run. It is complete and belongs to this run, so an attempt that continues it is correct, too.
 """
 
 import hashlib
@@ -52,42 +52,42 @@ PREDICTIONS_NAME = "predictions.parquet"
 
 
 class Position(Record):
-    """How far a run has come."""
+    """How far a run has progressed."""
 
     ADDED: ClassVar[Mapping[str, Any]] = {
-        # There were checkpoints at the end of an epoch only.
+        # Checkpoints were written at the end of an epoch only.
         "epoch_rows": 0,
-        # Not known: the schedule goes on where as many epochs of the batch of now would have led.
+        # Unknown: the schedule resumes where as many epochs with the current batch would have ended.
         "global_batch_size": 0,
-        # Attempts were not told apart.
+        # Attempts were not distinguished.
         "attempt": 0,
         "lineage": (),
     }
 
     epoch: int
-    """Epochs that were finished."""
+    """Number of finished epochs."""
     epoch_rows: int
-    """Rows of the next epoch's order that were trained on; 0 at the end of an epoch."""
+    """Number of rows of the next epoch's order that were trained on; 0 at the end of an epoch."""
     step: int
-    """Optimizer steps that were taken."""
+    """Number of optimizer steps taken."""
     global_batch_size: int
-    """Of the last step."""
+    """Global batch size of the last step."""
     history: list[dict[str, float]]
-    """One row of metrics a finished epoch: so no epoch is counted twice after a restart."""
+    """One row of metrics per finished epoch, so that no epoch counts twice after a restart: see `EpochRow`."""
     attempt: int = 0
-    """Which start of the workers wrote it, from 1; 0 where that is not known."""
+    """Which start of the workers wrote it, from 1; 0 if unknown."""
     lineage: tuple[tuple[int, int], ...] = ()
-    """Attempt and step of the checkpoint that each earlier attempt had come to when the next one went on from it."""
+    """Attempt and step of the checkpoint of each earlier attempt that the next attempt continued."""
 
 
 class Checkpoint(Position):
     """What ``checkpoint.json`` holds."""
 
-    # 2: its attempt is in the name of its folder.
+    # 2: the name of its folder contains the attempt.
     FORMAT: ClassVar[int] = 2
 
     sha256: dict[str, str]
-    """Of each other file of the checkpoint."""
+    """SHA-256 of each other file of the checkpoint, by name."""
 
     @property
     def name(self) -> str:
@@ -96,17 +96,17 @@ class Checkpoint(Position):
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether its weights are those of the last row of metrics: at the end of an epoch."""
+        """Whether the last row of metrics describes its weights, which holds at the end of an epoch."""
         return self.epoch_rows == 0
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Larger is better: validation accuracy, then lower validation loss, then earlier."""
+        """The sort key; larger is better: higher validation accuracy, then lower validation loss, then earlier."""
         return rank_epoch(self.history[-1])
 
 
 def rank_epoch(row: dict[str, float]) -> tuple[float, float, int]:
-    """Returns the sort key of one epoch's metrics; larger is better."""
+    """Return the sort key of one epoch's metrics; larger is better."""
     return (row["val_accuracy"], -row["val_loss"], -int(row["epoch"]))
 
 
@@ -116,7 +116,7 @@ def checkpoint_name(step: int, attempt: int = 0) -> str:
 
 
 def _parse_name(name: str) -> tuple[int, int] | None:
-    """Return step and attempt of a folder name, or None where it is not a checkpoint's."""
+    """Return step and attempt of a folder name, or None if it is not a checkpoint's."""
     match = re.fullmatch(r"step-(\d{8,})(?:-attempt-(\d{4,}))?", name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
@@ -124,13 +124,13 @@ def _parse_name(name: str) -> tuple[int, int] | None:
 def save_checkpoint(
     folder: str, position: Position, files: dict[str, bytes], check_owner: Callable[[], None] = lambda: None
 ) -> Checkpoint:
-    """Write one checkpoint below ``folder``; it appears when all its files are there.
+    """Write one checkpoint below ``folder``; it becomes visible when all its files are written.
 
     Args:
-        folder: of the checkpoints.
-        position: of the run.
+        folder: the folder of the checkpoints.
+        position: how far the run has progressed.
         files: content by name.
-        check_owner: raises where a later attempt writes the run; asked directly before the commit.
+        check_owner: raises if a later attempt writes the run; called right before the commit.
     """
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     checkpoint = Checkpoint(**position.model_dump(), sha256=sha256)
@@ -143,12 +143,12 @@ def save_checkpoint(
 
 
 def find_checkpoints(folder: str) -> list[Checkpoint]:
-    """Return the complete checkpoints that the latest attempt has written or goes on from, by step.
+    """Return the complete checkpoints that the latest attempt has written or continues, by step.
 
-    One whose commit cannot be read is left out.
+    A checkpoint whose ``checkpoint.json`` cannot be read is ignored.
 
     Raises:
-        NewerFormatError: one is of a newer version of this program.
+        NewerFormatError: a newer version of this program wrote one of them.
     """
     checkpoints = []
     for name in filter(_parse_name, storage.find_folders(folder)):
@@ -170,7 +170,7 @@ def _read_commit(folder: str, name: str) -> Checkpoint:
 
 
 def _keep_lineage(found: list[Checkpoint]) -> list[Checkpoint]:
-    """Leave out what earlier attempts wrote after the latest one had gone on from before it."""
+    """Leave out what an earlier attempt wrote after the checkpoint that the next attempt continued."""
     latest = max(found, key=lambda one: one.attempt, default=None)
     if latest is None:
         return []
@@ -179,29 +179,29 @@ def _keep_lineage(found: list[Checkpoint]) -> list[Checkpoint]:
 
 
 def find_latest_attempt(folder: str) -> int:
-    """Return the highest number of an attempt that has begun to write a checkpoint, or 0."""
+    """Return the highest number of an attempt that has started to write a checkpoint, or 0."""
     parsed = map(_parse_name, storage.find_folders(folder))
     return max((attempt for _, attempt in filter(None, parsed)), default=0)
 
 
 def find_last(folder: str) -> Checkpoint | None:
-    """Returns the checkpoint with the most steps, or None where there are none."""
+    """Return the checkpoint with the most steps, or None if there are none."""
     found = find_checkpoints(folder)
     return found[-1] if found else None
 
 
 def find_best(folder: str) -> Checkpoint | None:
-    """Returns the best checkpoint by validation, or None where there are none."""
+    """Return the best checkpoint by validation, or None if there are none."""
     evaluated = [checkpoint for checkpoint in find_checkpoints(folder) if checkpoint.is_evaluated]
     return max(evaluated, key=lambda checkpoint: checkpoint.rank, default=None)
 
 
 def find_named(folder: str, name: str) -> Checkpoint:
-    """Return the checkpoint of a name.
+    """Return the checkpoint with a name.
 
     Raises:
-        DamagedError: its commit cannot be read; says what to do.
-        InputError: there is none, or it is not complete; says what to do.
+        DamagedError: its ``checkpoint.json`` cannot be read; the message says what to do.
+        InputError: there is none, or it is not complete; the message says what to do.
     """
     try:
         return _read_commit(folder, name)
@@ -216,8 +216,8 @@ def find_named(folder: str, name: str) -> Checkpoint:
 def _describe_remedy(folder: str) -> str:
     run = storage.parent(folder)
     return (
-        f"to go on with those of its checkpoints that are whole, delete {run}/result.json, if there is one, and give "
-        "the run's training command again"
+        f"to continue from an intact checkpoint, delete {run}/result.json, if there is one, and give the training "
+        "command of the run again"
     )
 
 
@@ -225,8 +225,8 @@ def read_file(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
     """Return one file of a checkpoint.
 
     Raises:
-        DamagedError: it is not the file that was written; says what to do.
-        InputError: the checkpoint has none of that name.
+        DamagedError: it is not the file that was written; the message says what to do.
+        InputError: the checkpoint has no file with that name.
     """
     if name not in checkpoint.sha256:
         raise InputError(
@@ -257,17 +257,18 @@ def _read_whole(folder: str, checkpoint: Checkpoint, name: str) -> bytes:
 def find_whole(
     folder: str, find: Callable[[str], Checkpoint | None], check_owner: Callable[[], None] = lambda: None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Return a checkpoint all of whose files are as they were written, and what was wrong with better ones.
+    """Return the first checkpoint whose files are all intact, and what is wrong with those that were preferred.
 
-    Those are set aside: they are no checkpoints any more, and stay to be looked at. Only for the writer of a run.
+    These are set aside: they no longer count as checkpoints, and stay for inspection. Only the writer of a run may call
+    this.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         find: `find_last` or `find_best`.
-        check_owner: raises where a later attempt writes the run.
+        check_owner: raises if a later attempt writes the run.
 
     Returns:
-        The checkpoint, or None where no whole one is left; and a line for each one that was set aside.
+        The checkpoint, or None if no intact one is left; and one line for each checkpoint that was set aside.
     """
     damaged, lines = _find_unreadable(folder), list[str]()
     while True:
@@ -282,7 +283,7 @@ def find_whole(
 
 
 def _find_unreadable(folder: str) -> dict[str, str]:
-    """Return what is wrong with each commit that cannot be read, by the name of its folder."""
+    """Return what is wrong with each ``checkpoint.json`` that cannot be read, by the name of its folder."""
     damaged = {}
     for name in filter(_parse_name, storage.find_folders(folder)):
         try:
@@ -295,7 +296,7 @@ def _find_unreadable(folder: str) -> dict[str, str]:
 
 
 def _find_damage(folder: str, checkpoint: Checkpoint) -> str:
-    """Return what is wrong with a file of a checkpoint; empty where all are whole."""
+    """Return what is wrong with a file of a checkpoint; empty if all are intact."""
     for name in checkpoint.sha256:
         try:
             _read_whole(folder, checkpoint, name)
@@ -313,14 +314,14 @@ def _set_aside(folder: str, name: str, reason: str) -> None:
 
 
 def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[], None] = lambda: None) -> None:
-    """Delete all but the last checkpoint and the best ones, and what a killed writer has left of older ones.
+    """Delete all checkpoints but the last and the best ones, and incomplete older ones that a killed writer left.
 
     Damaged ones that were set aside stay.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         keep_best: how many of the best ones are kept.
-        check_owner: raises where a later attempt writes the run; asked when it is known what is to be deleted.
+        check_owner: raises if a later attempt writes the run; called after the list of what to delete is made.
     """
     names = [(parsed, name) for name in storage.find_folders(folder) if (parsed := _parse_name(name))]
     checkpoints = find_checkpoints(folder)
@@ -332,25 +333,25 @@ def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[]
     check_owner()
     for name in old:
         uri = storage.join(folder, name)
-        # The commit goes first, so that a half-deleted folder is not a checkpoint.
+        # Delete the commit first, so that a half-deleted folder is not a checkpoint.
         storage.delete_file(storage.join(uri, _COMMIT_NAME))
         storage.delete_folder(uri)
 
 
 def to_safetensors(arrays: Arrays) -> bytes:
-    """Returns named arrays as one safetensors file."""
+    """Return named arrays as one safetensors file."""
     content: bytes = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     return content
 
 
 def from_safetensors(content: bytes) -> Arrays:
-    """Returns the named arrays of a safetensors file."""
+    """Return the named arrays of a safetensors file."""
     arrays: Arrays = safetensors.numpy.load(content)
     return arrays
 
 
 def read_variables(variables: Any) -> Arrays:
-    """Returns the value of each variable by name.
+    """Return the value of each variable by name.
 
     Under MultiWorkerMirroredStrategy this is collective: reading a BatchNorm average communicates, so every worker must
     call it, in the same order.
@@ -362,10 +363,10 @@ def read_variables(variables: Any) -> Arrays:
 
 
 def assign_variables(variables: Any, arrays: Arrays) -> None:
-    """Sets each variable to the array of its name.
+    """Set each variable to the array with its name.
 
     Raises:
-        ValueError: names or shapes differ; says the first that does.
+        ValueError: names or shapes differ; the message names the first difference.
     """
     if {variable.name for variable in variables} != arrays.keys():
         difference = sorted({variable.name for variable in variables} ^ arrays.keys())

@@ -1,4 +1,4 @@
-"""What a split says of a model: the numbers drawn from a table of predictions, and their record."""
+"""The evaluation of a model on a split: what is computed from a table of predictions, and its record."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _MOST_MISTAKES = 16
 
 
 class ClassResult(BaseModel):
-    """How many images of one class were told right."""
+    """How many images of one class were predicted correctly."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,11 +27,11 @@ class ClassResult(BaseModel):
     correct: int
     total: int
     taken_for: dict[str, int] = {}
-    """The others, by the class that they were taken for, those with the most first."""
+    """Number of wrong predictions by the predicted class, most frequent first."""
 
 
 class EvaluationResult(Record):
-    """What a split says of a model."""
+    """The evaluation of a model on a split."""
 
     ADDED: ClassVar[Mapping[str, Any]] = {
         "top_k": 1,
@@ -49,17 +49,17 @@ class EvaluationResult(Record):
     accuracy_interval: tuple[float, float]
     """95% Wilson score interval."""
     top_k: int
-    """5, or half of the classes where there are fewer than ten."""
+    """5, or half of the number of classes if there are fewer than ten."""
     top_k_correct: int
-    """Rows whose true label is among the ``top_k`` likeliest."""
+    """Number of rows whose true label is among the ``top_k`` most likely."""
     calibration_error: float
-    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, section 2)."""
+    """Expected calibration error with 15 equal bins of confidence (Guo et al. 2017, section 2)."""
     per_class: list[ClassResult]
 
     @model_validator(mode="before")
     @classmethod
     def _read_matrix(cls, values: Any) -> Any:
-        """Read a record of before, in which the confusion matrix was a field of its own."""
+        """Read an older record, in which the confusion matrix was a separate field."""
         if not isinstance(values, dict) or "confusion" not in values:
             return values
         values = dict(values)
@@ -70,7 +70,7 @@ class EvaluationResult(Record):
 
     @property
     def confusion(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """True labels, predicted labels and numbers of images of the matrix of confusions where it is not zero."""
+        """True labels, predicted labels and counts of the nonzero entries of the confusion matrix."""
         labels = {one.name: label for label, one in enumerate(self.per_class)}
         cells = [(labels[one.name], labels[one.name], one.correct) for one in self.per_class if one.correct]
         for one in self.per_class:
@@ -80,7 +80,7 @@ class EvaluationResult(Record):
 
     @property
     def listed(self) -> list[ClassResult]:
-        """What a list of classes shows: all, or of many those with the lowest share of right answers."""
+        """The classes that a list shows: all, or, if there are many, those with the lowest accuracy."""
         if len(self.per_class) <= MOST_CLASSES:
             return self.per_class
         seen = [one for one in self.per_class if one.total]
@@ -88,7 +88,7 @@ class EvaluationResult(Record):
 
     @property
     def most_confused(self) -> list[tuple[str, str, int]]:
-        """Name of a class, name of what it was taken for, and number of images; most first."""
+        """Name of the true class, name of the predicted class, and number of images; most frequent first."""
         pairs = [(one.name, name, count) for one in self.per_class for name, count in one.taken_for.items()]
         return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_LISTED]
 
@@ -97,7 +97,7 @@ class EvaluationResult(Record):
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """Returns the 95% Wilson score interval (Wilson 1927) of a share."""
+    """Return the 95% Wilson score interval (Wilson 1927) of a proportion."""
     from scipy.stats import binomtest
 
     interval = binomtest(correct, total).proportion_ci(method="wilson")
@@ -105,13 +105,13 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def describe_accuracy(correct: int, total: int) -> str:
-    """Returns the form in which every accuracy is shown."""
+    """Return the form in which every accuracy is shown."""
     low, high = accuracy_interval(correct, total)
     return f"accuracy: {correct / total:.4f} ({correct} of {total}, 95% interval {low:.3f}-{high:.3f})"
 
 
 def summarise(split: str, predictions: pa.Table, class_names: list[str]) -> EvaluationResult:
-    """Returns the numbers of a table of predictions, as `predictions_table` makes it."""
+    """Evaluate a table of predictions, as `predictions_table` makes it."""
     labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
     correct, total = int(np.sum(labels == predicted)), len(labels)
     pairs, counts = np.unique(labels.astype(np.int64) * len(class_names) + predicted, return_counts=True)
@@ -141,7 +141,7 @@ def find_mistakes(predictions: pa.Table) -> npt.NDArray[np.int64]:
 def _count_by_class(
     class_names: list[str], labels: npt.NDArray[Any], predicted: npt.NDArray[Any], counts: npt.NDArray[Any]
 ) -> list[ClassResult]:
-    """Return one result a class from the cells of the matrix of confusions, each of which is there once at most."""
+    """Return one result per class from entries of the confusion matrix, each given at most once."""
     totals = np.bincount(labels, counts, len(class_names))
     correct = [0] * len(class_names)
     taken_for: list[dict[str, int]] = [{} for _ in class_names]
@@ -158,7 +158,7 @@ def _count_by_class(
 
 
 def _calibration_error(confidence: npt.NDArray[np.float32], is_correct: npt.NDArray[np.bool_]) -> float:
-    """Returns the mean over all rows of how far the accuracy of a bin of confidence is from its mean confidence."""
+    """Return the mean over all rows of the gap between accuracy and mean confidence in their bin of confidence."""
     bins = np.minimum((confidence * _CALIBRATION_BINS).astype(np.int64), _CALIBRATION_BINS - 1)
     excess = np.bincount(bins, weights=is_correct - confidence.astype(np.float64), minlength=_CALIBRATION_BINS)
     return float(np.abs(excess).sum() / len(confidence))

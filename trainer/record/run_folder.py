@@ -1,23 +1,23 @@
-"""The run folder: its names, and the two records that open and close a run.
+"""The run folder: the names of its files, and the records that open and close a run.
 
 STORAGE/RUN/config.json      RunRecord; before step 1
-STORAGE/RUN/dataset.json     the manifest of its dataset: the run can be used where the dataset is gone
-STORAGE/RUN/lease.json       which job works here; gone when none does
-STORAGE/RUN/attempts/        one small file each time the workers start
-STORAGE/RUN/recoveries/      one small file each time damaged checkpoints were set aside
-STORAGE/RUN/losses/          one LostAttempt each time the workers were lost, and the end of what they printed
+STORAGE/RUN/dataset.json     the manifest of its dataset, so that the run is usable without the dataset
+STORAGE/RUN/lease.json       the job that holds the run; absent when no job does
+STORAGE/RUN/attempts/        one small file for each start of the workers
+STORAGE/RUN/recoveries/      one small file for each time damaged checkpoints were set aside
+STORAGE/RUN/losses/          one LostAttempt for each loss of the workers, and the end of their output
 STORAGE/RUN/checkpoints/     see `trainer.record.checkpoint`
-STORAGE/RUN/metrics.parquet  one row an epoch
-STORAGE/RUN/steps.parquet    one row an optimizer step
-STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/saved_model/ where it is asked for
+STORAGE/RUN/metrics.parquet  one EpochRow per epoch
+STORAGE/RUN/steps.parquet    one row per optimizer step
+STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/saved_model/ on request
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/profile/         a trace of a few steps, for TensorBoard; Ray's timeline of the whole run
 STORAGE/RUN/note.md          the note of the run
-STORAGE/RUN/test_reads/      one small file each time the test split was evaluated
-STORAGE/RUN/test_predictions.parquet  what the best checkpoint says of the test split, where it is asked for
-STORAGE/RUN/tensorboard/     event files, where they are asked for
-STORAGE/RUN/evaluations/     of jobs/evaluate.py
-STORAGE/RUN/explanations/    of jobs/explain.py
+STORAGE/RUN/test_reads/      one small file for each evaluation of the test split
+STORAGE/RUN/test_predictions.parquet  predictions of the best checkpoint on the test split, on request
+STORAGE/RUN/tensorboard/     event files for TensorBoard, on request
+STORAGE/RUN/evaluations/     written by jobs/evaluate.py
+STORAGE/RUN/explanations/    written by jobs/explain.py
 STORAGE/RUN/result.json      RunResult; written last; or a RunInterruption
 """
 
@@ -51,7 +51,7 @@ from trainer.runtime.record_format import Record
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
 
 
-# Files and folders of a run that it writes after its config.json.
+# Files and folders that a run writes after its config.json.
 _WRITTEN_NAMES = (
     *("checkpoints", "metrics.parquet", "steps.parquet", "model.keras", "saved_model", "plots", "profile", "note.md"),
     *("test_predictions.parquet", "tensorboard", "evaluations", "explanations"),
@@ -65,7 +65,7 @@ class RunRecord(Record):
 
     # 2: the arguments of the optimizer are a table.
     FORMAT: ClassVar[int] = 2
-    # What a run did before there was such an option. A run goes on as it began, so it is not always the default of now.
+    # What a run did before the option existed. A run continues as it began, so this can differ from today's default.
     ADDED: ClassVar[Mapping[str, Any]] = {
         "batch": None,
         "config.arch_arguments": {},
@@ -85,7 +85,7 @@ class RunRecord(Record):
 
     config: TrainConfig
     batch: BatchChoice | None = None
-    """How its batch and its precision were found."""
+    """How its batch size and its precision were chosen."""
     command: str
     code_version: str
     """Git commit, with "+changes" where the checkout differed from it, or the installed version."""
@@ -99,14 +99,14 @@ class LostAttempt(Record):
     """Why the workers of a run had to start again."""
 
     attempt: int
-    """The last that had begun."""
+    """Number of the last attempt that had started."""
     ended: datetime
     reason: str
-    """Which worker, and how it ended."""
+    """Which worker was lost, and how it ended."""
     log: str = ""
-    """The end of what it printed, a file of the run folder; empty where that is lost, too."""
+    """The file in the run folder with the end of its output; empty if that was lost, too."""
     next_step: int | None = None
-    """Optimizer steps that the next attempt went on after; None where none has."""
+    """Number of optimizer steps that the next attempt resumed after; None if there was none."""
 
     def __str__(self) -> str:
         log = f" ({self.log})" if self.log else ""
@@ -131,28 +131,28 @@ class RunResult(Record):
     best_epoch: int
     best_checkpoint: str
     val: EvaluationResult
-    """Of the best checkpoint."""
+    """Validation of the best checkpoint."""
     test: EvaluationResult | None = None
-    """Of the best checkpoint, where it was asked for."""
+    """Test of the best checkpoint, if requested."""
     epochs: int
     steps: int
     attempts: int
     recoveries: tuple[str, ...]
-    """What was damaged, and from where the run went on, one line each; lost workers are in ``lost_attempts``."""
+    """What was damaged and where the run resumed, one line each; lost workers are in ``lost_attempts``."""
     lost_attempts: tuple[LostAttempt, ...] = ()
-    """Those that did not end by themselves."""
+    """The attempts that were lost."""
     layers: str
-    """The network, as code."""
+    """The network's layers, as code."""
     findings: list[str]
-    """What `trainer.notes.diagnostics` has to say, one line each."""
+    """What `trainer.notes.diagnostics` found, one line each."""
     weights_crc32: tuple[int, ...]
-    """Of the last weights as each worker held them: one number, once a worker."""
+    """Checksum of the final weights of each worker: all equal."""
     train_seconds: float
-    """Sum of the epochs, evaluation included."""
+    """Sum of the durations of the epochs, including evaluation."""
 
     @property
     def summary(self) -> list[str]:
-        """What the run came to, line by line."""
+        """The outcome of the run, line by line."""
         return [
             f"best epoch  {self.best_epoch} of {self.epochs}",
             f"val         {self.val}",
@@ -163,7 +163,7 @@ class RunResult(Record):
 
 
 class RunInterruption(Record):
-    """What ``result.json`` holds of a run that has no result."""
+    """What ``result.json`` holds for a run without a result."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"interrupted": "ended"}
 
@@ -181,7 +181,7 @@ class RunFolder:
         self.uri = uri
         self.checkpoints = storage.join(uri, "checkpoints")
         self.lease = lease
-        """Of the job that trains the run; None for all others."""
+        """The lease of the job that trains the run; None for all others."""
         self._attempt = 0
 
     @property
@@ -190,36 +190,36 @@ class RunFolder:
         return storage.basename(self.uri)
 
     def path(self, *parts: str) -> str:
-        """Returns the URI of a file in the folder."""
+        """Return the URI of a file in the folder."""
         return storage.join(self.uri, *parts)
 
     def check_owner(self) -> None:
-        """Raise unless this job still has the run and, after `start_attempt`, its workers were not started again.
+        """Raise unless this job still holds the run and, after `start_attempt`, no later attempt has started.
 
-        Every write of the job and of its workers asks it directly before: what is left is a write that was on its way
-        when the run was taken over. Checkpoints have no such rest (`trainer.record.checkpoint`).
+        The job and its workers call this right before every write, so only a write that was already in progress when
+        the run was taken over can be late. For checkpoints even that is harmless (`trainer.record.checkpoint`).
 
         Raises:
-            LeaseLostError: it must write no more.
+            LeaseLostError: this job or attempt must not write any more.
         """
         if self.lease is not None:
             self.lease.check()
         if self._attempt and (latest := self.find_latest_attempt()) > self._attempt:
             raise LeaseLostError(
-                f"attempt {self._attempt} at run {self.name} writes no more: attempt {latest} has started"
+                f"attempt {self._attempt} at run {self.name} must not write any more: attempt {latest} has started"
             )
 
     def write(self, content: bytes, *parts: str) -> None:
-        """Write a file in the folder, unless this job or attempt has lost the run.
+        """Write a file in the folder.
 
         Raises:
-            LeaseLostError: it has.
+            LeaseLostError: this job or attempt has lost the run.
         """
         self.check_owner()
         storage.write_bytes(self.path(*parts), content)
 
     def read_record(self) -> RunRecord | None:
-        """Returns the record of the run, or None where none was started.
+        """Return the record of the run, or None if it was not started.
 
         Raises:
             RecordError: it cannot be read.
@@ -231,10 +231,10 @@ class RunFolder:
             return None
 
     def check_names_are_free(self) -> None:
-        """Check that a run replaces nothing that none has written, in a folder where none has begun.
+        """Check that a new run would not replace files that no run wrote.
 
         Raises:
-            InputError: one of its names is taken; says which.
+            InputError: one of its names is taken; the message says which.
         """
         if storage.exists(self.path("config.json")):
             return
@@ -245,10 +245,10 @@ class RunFolder:
             )
 
     def read_begun_record(self) -> RunRecord | None:
-        """Return the record that a continued run must agree with.
+        """Return the record that a resumed run must match.
 
-        None where there is none, or where the run was refused before its first checkpoint: another option may fix that,
-        under the same name.
+        None if there is none, or if the run was refused before its first checkpoint: another option may fix that, under
+        the same name.
         """
         ending = self.read_ending()
         if isinstance(ending, RunInterruption) and ending.status == "refused":
@@ -256,15 +256,15 @@ class RunFolder:
         return self.read_record()
 
     def write_record(self, record: RunRecord) -> None:
-        """Writes ``config.json``."""
+        """Write ``config.json``."""
         self.write(record.to_json(), "config.json")
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Writes ``dataset.json``."""
+        """Write ``dataset.json``."""
         self.write(manifest.to_json(), "dataset.json")
 
     def read_manifest(self) -> Manifest:
-        """Returns the manifest of the run's dataset as it was trained on.
+        """Return the manifest of the dataset that the run was trained on.
 
         Raises:
             RecordError: there is none, or it cannot be read.
@@ -276,7 +276,7 @@ class RunFolder:
             raise RecordError(f"{uri} is missing: this run cannot be used without its dataset's manifest") from error
 
     def read_ending(self) -> RunResult | RunInterruption | None:
-        """Returns how the run ended, or None where it has not.
+        """Return how the run ended, or None if it has not.
 
         Raises:
             RecordError: it cannot be read.
@@ -289,25 +289,25 @@ class RunFolder:
         return RunResult.parse(content, uri) if b'"val"' in content else RunInterruption.parse(content, uri)
 
     def read_result(self) -> RunResult | None:
-        """Returns the result of a finished run, or None where it is not finished."""
+        """Return the result of a finished run, or None if it is not finished."""
         ending = self.read_ending()
         return ending if isinstance(ending, RunResult) else None
 
     def write_ending(self, ending: RunResult | RunInterruption) -> None:
-        """Writes ``result.json``."""
+        """Write ``result.json``."""
         self.write(ending.to_json(), "result.json")
 
     def write_interruption(self, status: InterruptionStatus, reason: str) -> None:
-        """Writes ``result.json`` of a run that ends without a result."""
+        """Write ``result.json`` for a run that ends without a result."""
         self.write_ending(RunInterruption(status=status, reason=reason, ended=datetime.now(UTC)))
 
     def delete_interruption(self) -> None:
-        """Deletes the ``result.json`` of a run that is not finished: it goes on."""
+        """Delete the ``result.json`` of an interrupted run, which continues."""
         self.check_owner()
         storage.delete_file(self.path("result.json"))
 
     def record_loss(self, reason: str, tail: bytes = b"") -> None:
-        """Record that the workers were lost, and the end of what one of them printed."""
+        """Record that the workers were lost, and the end of the output of one of them."""
         name = f"{max(self._read_numbered_losses(), default=0) + 1:04d}"
         if tail:
             self.write(tail, "losses", f"{name}.log")
@@ -316,14 +316,14 @@ class RunFolder:
         self.write(loss.to_json(), "losses", f"{name}.json")
 
     def record_next_step(self, step: int) -> None:
-        """Record after how many steps the run has gone on since it was lost, where that is not recorded yet."""
+        """Record after how many steps the run resumed, for each loss without such a record."""
         for number, loss in self._read_numbered_losses().items():
             if loss is not None and loss.next_step is None:
                 updated = loss.model_copy(update={"next_step": step})
                 self.write(updated.to_json(), "losses", f"{number:04d}.json")
 
     def read_losses(self) -> list[LostAttempt]:
-        """Return why the workers had to start again, each time; without those that cannot be read."""
+        """Return why the workers had to restart, one record per restart; unreadable ones are skipped."""
         return [loss for loss in self._read_numbered_losses().values() if loss is not None]
 
     def _read_numbered_losses(self) -> dict[int, LostAttempt | None]:
@@ -338,12 +338,12 @@ class RunFolder:
         return losses
 
     def start_attempt(self) -> int:
-        """Record that the workers have started and return how often they have, this time included.
+        """Record that the workers have started, and return the number of this attempt, from 1.
 
-        From now on `check_owner` refuses what earlier attempts write.
+        From now on `check_owner` refuses writes of earlier attempts.
 
         Raises:
-            LeaseLostError: the job that started them has lost the run.
+            LeaseLostError: the job that started the workers has lost the run.
         """
         self.check_owner()
         content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node(), "pid": os.getpid()})
@@ -355,29 +355,29 @@ class RunFolder:
         return attempt
 
     def find_latest_attempt(self) -> int:
-        """Return the number of the attempt that began last; 0 before the first."""
+        """Return the number of the latest attempt; 0 before the first."""
         names = storage.find_files(self.path("attempts"))
         return max((int(name.partition(".")[0]) for name in names), default=0)
 
     def record_recovery(self, what: str) -> None:
-        """Record that damaged checkpoints were set aside, and from where the run goes on."""
+        """Record that damaged checkpoints were set aside, and what is used instead."""
         content = json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "what": what}).encode()
         number = len(storage.find_files(self.path("recoveries"))) + 1
         self.write(content, "recoveries", f"{number:04d}.json")
 
     def read_recoveries(self) -> list[str]:
-        """Return what the run has recovered from, one line each, with its time."""
+        """Return what the run has recovered from, one line each, beginning with the time."""
         folder = self.path("recoveries")
         records = [json.loads(storage.read_bytes(storage.join(folder, name))) for name in storage.find_files(folder)]
         return [f"{record['at']}: {record['what']}" for record in records]
 
     def record_test_read(self, reader: str) -> None:
-        """Records that the test split is about to be evaluated, and by what."""
+        """Record that the test split is about to be evaluated, and by which job."""
         content = json.dumps({"started": datetime.now(UTC).isoformat(), "reader": reader}).encode()
         self.write(content, "test_reads", f"{self.count_test_reads() + 1:04d}.json")
 
     def count_test_reads(self) -> int:
-        """Returns how often the test split has been evaluated: each time makes its number less honest."""
+        """Return how often the test split has been evaluated: each time makes its result less trustworthy."""
         return len(storage.find_files(self.path("test_reads")))
 
     def describe_test_reads(self) -> str:
@@ -385,11 +385,11 @@ class RunFolder:
         return f"the test split has been read {format_count(self.count_test_reads(), 'time')} for this run"
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
-        """Writes ``metrics.parquet`` anew."""
+        """Rewrite ``metrics.parquet``."""
         self.write(storage.parquet_bytes(pa.Table.from_pylist(history)), "metrics.parquet")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Returns one row of metrics an epoch; none before the first.
+        """Return one row of metrics per epoch; empty before the first.
 
         Raises:
             RecordError: the file is damaged.
@@ -399,11 +399,11 @@ class RunFolder:
         return rows
 
     def write_steps(self, steps: pa.Table) -> None:
-        """Writes ``steps.parquet`` anew."""
+        """Rewrite ``steps.parquet``."""
         self.write(storage.parquet_bytes(steps), "steps.parquet")
 
     def read_steps(self) -> pa.Table | None:
-        """Returns step, loss, accuracy, grad_norm and clipped of each optimizer step; None before a checkpoint.
+        """Return step, loss, accuracy, grad_norm and clipped of each optimizer step; None before the first checkpoint.
 
         Raises:
             RecordError: the file is damaged.
@@ -411,7 +411,7 @@ class RunFolder:
         return _read_table(self.path("steps.parquet"))
 
     def read_predictions(self) -> pa.Table | None:
-        """Returns the validation predictions of the best checkpoint in row order, or None where there is none."""
+        """Return the validation predictions of the best checkpoint in row order, or None if there is none."""
         best = checkpoints.find_best(self.checkpoints)
         if best is None:
             return None
@@ -419,7 +419,7 @@ class RunFolder:
 
 
 def _read_table(uri: str) -> pa.Table | None:
-    """Read a Parquet file; None where there is none."""
+    """Return the table of a Parquet file, or None if it does not exist."""
     try:
         return storage.parquet_table(storage.read_bytes(uri))
     except FileNotFoundError:
@@ -430,7 +430,7 @@ def _read_table(uri: str) -> pa.Table | None:
 
 @dataclass(frozen=True)
 class StartedRun:
-    """A run folder and the record that opened it."""
+    """A run folder and the record in its ``config.json``."""
 
     folder: RunFolder
     record: RunRecord
@@ -440,7 +440,7 @@ def find_runs(storage_uri: str) -> tuple[list[StartedRun], list[str]]:
     """Find the runs below a storage.
 
     Returns:
-        The runs in the order in which they were started; one line for each ``config.json`` that cannot be read.
+        The runs in the order of their start; one line for each ``config.json`` that cannot be read.
     """
     runs, left_out = [], []
     for name in storage.find_folders(storage_uri):
@@ -456,7 +456,7 @@ def find_runs(storage_uri: str) -> tuple[list[StartedRun], list[str]]:
 
 
 def describe_run(config: TrainConfig, hardware: str, batch: BatchChoice | None = None, command: str = "") -> RunRecord:
-    """Returns the record of a run that starts now, by this process's command where no other is given."""
+    """Return the record of a run that starts now; without a command, with that of this process."""
     return RunRecord(
         config=config,
         batch=batch,

@@ -1,1 +1,1 @@
-"""What a worker does: data, step, loop, evaluation and export."""
+"""What a worker does: data, training step, loop, evaluation and export."""

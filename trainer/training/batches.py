@@ -9,17 +9,18 @@ import tensorflow as tf
 from trainer.training.dataset import ImageSplit
 from trainer.training.devices import has_gpu
 
-# What TensorFlow's kernels read from (EIGEN_MAX_ALIGN_BYTES).
+# The alignment in bytes that TensorFlow's kernels expect (EIGEN_MAX_ALIGN_BYTES).
 _ALIGNMENT = 64
 
 
 def make_batch(split: ImageSplit, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-    """Returns images, uint8 ``[rows, height, width, channels]``, and labels, int32 ``[rows]``, on the worker's device.
+    """Return images, uint8 ``[rows, height, width, channels]``, and labels, int32 ``[rows]``, on the worker's device.
 
-    A constant made of an array is copied by Keras' rules and again for alignment; that took longer than to gather it.
+    A constant that is made from an array is copied by Keras' rules and again for alignment, which took longer than
+    gathering the rows.
     """
     images = _aligned_empty((len(rows), *split.images.shape[1:]))
-    # All rows exist: to check that first, NumPy would gather into memory of its own.
+    # All rows exist. To check that first, NumPy would gather into a temporary array.
     np.take(split.images, rows, axis=0, out=images, mode="clip")
     tensor = tf.experimental.dlpack.from_dlpack(images.__dlpack__())
     if has_gpu():

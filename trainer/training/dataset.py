@@ -1,8 +1,8 @@
-"""Feeds a worker: a prepared dataset as a memory map on the worker's node, and its rows in an order fixed by the seed.
+"""The input of a worker: a prepared dataset as a memory map on its node, with its rows in an order fixed by the seed.
 
 Each node keeps one uncompressed copy of a split on local disk, which all workers on the node map: the page cache holds
-what fits in memory, once, and the disk the rest. Any row can be read at any time, so the order of an epoch is a
-function of seed and epoch alone, the same for every number of workers, and a run can go on at any step.
+once, what fits in memory, and the disk holds the rest. Any row can be read at any time, so the order of an epoch is a
+function of seed and epoch alone, the same for any number of workers, and a run can resume at any step.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from trainer.runtime.markdown import shorten_digest
 T = TypeVar("T")
 
 _BATCHES_IN_FLIGHT = 2
-# For a prepared dataset, where one was given that is none.
+# Folders that are searched for a prepared dataset when the given one is not prepared.
 _MOST_FOLDERS_LOOKED_INTO = 20
 
 
@@ -52,30 +52,30 @@ def load_manifest(dataset: str) -> Manifest:
     """Return the manifest of a prepared dataset.
 
     Raises:
-        InputError: there is none, or this program cannot read it; says what to do, by what is there.
+        InputError: there is none, or this program cannot read it; the message says what to do.
     """
     is_file = storage.is_local(dataset) and os.path.isfile(dataset)
     manifest = None if is_file else read_manifest(dataset)
     if manifest is None:
         raise InputError(
-            f"{dataset} holds no prepared dataset: there is no {MANIFEST_NAME}, which is written last; "
+            f"{dataset} holds no prepared dataset: its {MANIFEST_NAME}, which is written last, is missing; "
             f"{'it is a file: ' + _prepare_command(dataset) if is_file else _propose_dataset(dataset)}"
         )
     return manifest
 
 
 def _propose_dataset(dataset: str) -> str:
-    """Return what to do about a folder that is no prepared dataset."""
+    """Return what to do about a folder that is not a prepared dataset."""
     folders = storage.find_folders(dataset)
     prepared = [storage.parent(dataset), *(storage.join(dataset, name) for name in folders[:_MOST_FOLDERS_LOOKED_INTO])]
     for place in filter(storage.parent, prepared):
         if storage.exists(storage.join(place, MANIFEST_NAME)):
             return f"give --dataset {place}, which holds one"
     if "_staging" in folders:
-        return "its preparation was interrupted: run the same command of jobs/prepare.py again, and it goes on"
+        return "its preparation was interrupted: run the same command of jobs/prepare.py again to continue it"
     if folders or storage.find_files(dataset):
-        return f"if there are images, {_prepare_command(dataset)}"
-    return f"nothing is there: run: python jobs/prepare.py SOURCE {shlex.quote(dataset)}"
+        return f"if it holds images, {_prepare_command(dataset)}"
+    return f"the folder is empty or does not exist: run: python jobs/prepare.py SOURCE {shlex.quote(dataset)}"
 
 
 def _prepare_command(source: str) -> str:
@@ -84,10 +84,10 @@ def _prepare_command(source: str) -> str:
 
 
 def open_split(dataset: str, manifest: Manifest, split: SplitName) -> ImageSplit:
-    """Returns all rows of a split as memory maps, filling this node's cache first where it is empty.
+    """Return all rows of a split, its images as a memory map, filling this node's cache first if needed.
 
     Raises:
-        InputError: a file of the dataset is missing, or not the one that the manifest names.
+        InputError: a file of the dataset is missing or differs from what the manifest says.
         JobError: this machine's disk has no room for it.
     """
     folder = cache_folder() / "splits" / manifest.fingerprint
@@ -108,7 +108,7 @@ def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path:
         with storage.clear_errors(str(partial)):
             images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
             with partial.open("r+b") as file:
-                # All of it now: a process that writes to a map for which the disk has no room is killed (SIGBUS).
+                # Allocate all of it now: a process that writes to a map without room on the disk is killed (SIGBUS).
                 os.posix_fallocate(file.fileno(), 0, images.offset + images.nbytes)
         start = 0
         for data_file in manifest.splits[split].files:
@@ -122,7 +122,7 @@ def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path:
         partial.rename(images_path)
     finally:
         partial.unlink(missing_ok=True)
-    # Written last and whole: its presence says that the cache is filled.
+    # Written last, atomically: its presence means that the cache is filled.
     sink = io.BytesIO()
     np.save(sink, labels)
     storage.write_bytes(str(labels_path), sink.getvalue())
@@ -144,27 +144,27 @@ def _read_data_file(dataset: str, file: DataFile) -> bytes:
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Returns the row numbers of an epoch in training order: another permutation for each seed and epoch."""
+    """Return the row numbers of an epoch in training order: a different permutation for each seed and epoch."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def worker_rows(
     order: npt.NDArray[np.int64], step: int, global_batch_size: int, rank: int, num_workers: int
 ) -> npt.NDArray[np.int64]:
-    """Returns the rows of one worker's share of one step's global batch: its slice of the order."""
+    """Return the rows of one worker's share of one step's global batch: its slice of the order."""
     share = global_batch_size // num_workers
     start = step * global_batch_size + rank * share
     return order[start : start + share]
 
 
 class BatchFeed:
-    """Makes batches ahead of their use in a thread, and counts the seconds that their user waited."""
+    """Make batches ahead of time in a thread, and count the seconds that their consumer waited."""
 
     def __init__(self) -> None:
         self.wait_seconds = 0.0
 
     def batches(self, make_batch: Callable[[int], T], steps: range) -> Iterator[T]:
-        """Yields ``make_batch(step)`` for each step in turn."""
+        """Yield ``make_batch(step)`` for each step in turn."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
             pending = deque(maker.submit(make_batch, step) for step in steps[:_BATCHES_IN_FLIGHT])
             for upcoming in range(len(steps)):

@@ -1,4 +1,4 @@
-"""A worker's share of its node: cores, GPU and memory, how much of the memory it uses, and how much it may."""
+"""A worker's share of its node: cores, GPU and memory, how much memory it uses, and how much it may use."""
 
 import os
 import re
@@ -18,34 +18,34 @@ _GUARD_INTERVAL_SECONDS = 0.02
 
 
 def share_devices(workers_on_node: int) -> None:
-    """Gives each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
+    """Give each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
-    # Ray counts what a container may use, of which the kernel's affinity knows nothing.
+    # Ray counts what a container may use, which the kernel's affinity does not show.
     cores = min(len(os.sched_getaffinity(0)), count_cores())
     threads = max(1, cores // workers_on_node)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     if workers_on_node > 1:
-        # As many operations at once too: with two on one core the workers were slower (docs/performance.md).
+        # The same number of operations at once: with two per core the workers were slower (docs/performance.md).
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 def has_gpu() -> bool:
-    """Returns whether this worker drives a GPU."""
-    # Not the logical devices: listing them would set up TensorFlow before the strategy can.
+    """Return whether this worker uses a GPU."""
+    # Not the logical devices: listing them would initialize TensorFlow before the strategy can.
     return bool(tf.config.list_physical_devices("GPU"))
 
 
 def memory_limit_gib(workers_on_node: int) -> float:
-    """Returns what this worker may use: its GPU's memory, else its share of what Ray calls the node's memory.
+    """Return the memory in GiB that this worker may use: its GPU's, else its share of what Ray calls the node's memory.
 
-    Ray allows for a container's limit, the object store and what ran before it; `ray start --memory` changes it.
+    Ray accounts for a container's limit, the object store and what was running before; `ray start --memory` changes it.
     """
     if has_gpu():
         import pynvml
 
         pynvml.nvmlInit()
-        # The first of these, a number or a UUID, is TensorFlow's GPU:0; Ray sets the variable of its workers.
+        # The first one, a number or a UUID, is TensorFlow's GPU:0; Ray sets the variable for its workers.
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         handle = (
             pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -59,14 +59,14 @@ def memory_limit_gib(workers_on_node: int) -> float:
 
 
 def peak_memory_gib() -> float:
-    """Returns the most memory that this worker has used since the last reset: of its GPU, or resident."""
+    """Return the peak memory in GiB that this worker has used since the last reset: of its GPU, or resident."""
     if has_gpu():
         return float(tf.config.experimental.get_memory_info("GPU:0")["peak"]) / _GIB
     return _resident_gib("VmHWM")
 
 
 def reset_peak_memory() -> None:
-    """Starts `peak_memory_gib` anew."""
+    """Reset what `peak_memory_gib` returns."""
     if has_gpu():
         tf.config.experimental.reset_memory_stats("GPU:0")
     else:
@@ -75,9 +75,9 @@ def reset_peak_memory() -> None:
 
 
 def kill_beyond(limit_gib: float) -> None:
-    """Ends this process as the kernel would, by SIGKILL, as soon as it holds more memory than its limit.
+    """Kill this process by SIGKILL, as the kernel would, as soon as it holds more memory than its limit.
 
-    Before it takes the memory of others: without a container the kernel acts only when the machine has none left.
+    That is before it takes memory from others: without a container the kernel acts only when the machine has none left.
     """
 
     def watch() -> None:

@@ -1,6 +1,6 @@
-"""Dropout that is a function of seed and optimizer step, so that a run can be continued and shared among workers.
+"""Dropout as a function of seed and optimizer step, so that a run can be resumed, by any number of workers.
 
-Keras' own masks depend on how many were drawn before in this process, and on nothing that a checkpoint could hold.
+Keras' own masks depend on how many were drawn before in this process, which a checkpoint cannot hold.
 """
 
 import functools
@@ -13,18 +13,18 @@ from trainer.config.config import TrainConfig
 
 
 def fix_dropout(model: Any, optimizer: Any, config: TrainConfig) -> None:
-    """Makes every Dropout layer of a model draw its mask for the global batch, of which each replica takes its share.
+    """Make every Dropout layer of a model draw its mask for the global batch, of which each replica takes its share.
 
-    The layers themselves stay as they are, so an architecture needs nothing of this, and an export neither.
+    The layers themselves stay unchanged, so neither an architecture nor an export needs to know.
 
     Args:
         model: a `tf_keras.Model`, before it is first called with ``training=True``.
-        optimizer: its ``iterations`` are the step.
-        config: says seed and batch.
+        optimizer: the optimizer whose ``iterations`` are the step.
+        config: the seed and the batch sizes.
     """
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
     for number, layer in enumerate(layers):
-        # Keras has no public way to give a layer its random numbers.
+        # Keras has no public API to set a layer's random numbers.
         layer._random_generator.dropout = functools.partial(_drop, number, optimizer, config)
 
 

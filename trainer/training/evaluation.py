@@ -1,4 +1,4 @@
-"""Exact evaluation: every row of a split once, whatever the number of workers."""
+"""Exact evaluation: every row of a split counts once, for any number of workers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ import pyarrow as pa
 
 from trainer.training.dataset import BatchFeed, ImageSplit
 
-# Columns of what `trainer.training.step.compile_eval_step` returns for each row.
+# The columns that `trainer.training.step.compile_eval_step` returns for each row.
 COLUMNS = ("loss", "predicted", "confidence", "likelier")
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a split on all workers together.
+    """Evaluate a split on all workers together.
 
-    A row's result does not depend on its neighbours, so the numbers are those of a single worker. The last batch is
-    filled up with rows that are dropped again afterwards.
+    A row's result does not depend on the other rows of its batch, so the numbers equal those of a single worker. The
+    last batch is padded with rows that are dropped afterwards.
     """
 
     split: ImageSplit
@@ -30,7 +30,7 @@ class Evaluator:
     gather: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
     def evaluate(self) -> npt.NDArray[np.float32]:
-        """Returns float32 ``[rows, len(COLUMNS)]`` in row order, on every worker; all workers must call it."""
+        """Return float32 ``[rows, len(COLUMNS)]`` in row order, on every worker; all workers must call it."""
         num_batches = -(-len(self.split) // self.batch_size)
         batches_per_worker = -(-num_batches // self.num_workers)
         own = range(self.rank, batches_per_worker * self.num_workers, self.num_workers)
@@ -41,7 +41,7 @@ class Evaluator:
         return by_worker.swapaxes(0, 1).reshape(-1, by_worker.shape[-1])[: len(self.split)]
 
     def _batch(self, index: int) -> tuple[Any, Any]:
-        # Not at the top: the numbers of a table are drawn without TensorFlow.
+        # Imported here, since reading a table of predictions needs no TensorFlow.
         from trainer.training.batches import make_batch
 
         rows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
@@ -49,14 +49,14 @@ class Evaluator:
 
 
 def mean_loss_and_accuracy(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]) -> tuple[float, float]:
-    """Returns the mean cross-entropy and the accuracy of what `Evaluator.evaluate` returned."""
+    """Return the mean cross-entropy and the accuracy of what `Evaluator.evaluate` returned."""
     loss = float(np.mean(outcomes[:, COLUMNS.index("loss")], dtype=np.float64))
     accuracy = float(np.mean(outcomes[:, COLUMNS.index("predicted")].astype(np.int32) == labels))
     return loss, accuracy
 
 
 def predictions_table(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]) -> pa.Table:
-    """Returns one row an image: label, predicted, confidence, likelier and loss, in the split's row order."""
+    """Return one row per image, with label, loss, predicted, confidence and likelier, in the split's row order."""
     columns: dict[str, Any] = {"label": pa.array(labels, pa.int32())}
     for index, name in enumerate(COLUMNS):
         kind = pa.int32() if name in ("predicted", "likelier") else pa.float32()

@@ -1,4 +1,4 @@
-"""The best weights of a run for use elsewhere: a Keras model, and on request a SavedModel for plain TensorFlow."""
+"""Export the best weights of a run: as a Keras model, and on request as a SavedModel for plain TensorFlow."""
 
 import tempfile
 from pathlib import Path
@@ -17,9 +17,9 @@ from trainer.training.step import pixel_scaling
 
 
 def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> Any:
-    """Returns a `tf_keras.Model` without strategy or mixed precision.
+    """Return a `tf_keras.Model` without strategy or mixed precision.
 
-    It takes uint8 or float ``[batch, height, width, channels]`` with values 0-255 and gives float32 scores
+    It takes uint8 or float ``[batch, height, width, channels]`` with values 0-255 and returns float32 scores
     ``[batch, num_classes]``.
     """
     keras.mixed_precision.set_global_policy("float32")
@@ -35,9 +35,9 @@ def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainCo
 
 
 def load_export(run: RunFolder) -> Any:
-    """Returns the model of a finished run as `build_export` makes it, from the best checkpoint.
+    """Return the model of a finished run as `build_export` makes it, from the best checkpoint.
 
-    Not from ``model.keras``: to load one of somebody else's can run code that is in it.
+    ``model.keras`` is not used: loading somebody else's file can run code that is in it.
 
     Raises:
         InputError: the checkpoint is gone or damaged.
@@ -51,7 +51,7 @@ def load_export(run: RunFolder) -> Any:
 
 
 def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> None:
-    """Writes ``model.keras``, and ``saved_model/`` where the config asks for it."""
+    """Write ``model.keras``, and ``saved_model/`` where the config asks for it."""
     model = build_export(arrays, manifest, config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.keras")
@@ -65,7 +65,7 @@ def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest
 
 
 def _save_saved_model(model: Any, manifest: Manifest, folder: Path) -> None:
-    """Saves the signature ``serving_default``: images, uint8, to scores, float32, and label, the name of the class."""
+    """Save the signature ``serving_default``, from images (uint8) to scores (float32) and label (the class name)."""
     size = manifest.image_size
     class_names = tf.constant(manifest.class_names)
 

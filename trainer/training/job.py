@@ -1,4 +1,4 @@
-"""What the driver tells workers and what the first one answers, importable without TensorFlow."""
+"""What the driver sends to workers and what the first worker returns; importable without TensorFlow."""
 
 from dataclasses import dataclass
 
@@ -13,54 +13,55 @@ from trainer.runtime.lease import Lease
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What every worker is told."""
+    """What every worker receives."""
 
     config: TrainConfig
     manifest: Manifest
     run: str
     """URI of the run folder."""
     lease: Lease | None
-    """Of the driver: its workers write no more when it has lost the run."""
+    """The driver's lease: its workers stop writing when the driver has lost the run."""
     trackers: tuple[str, ...]
-    """Names of `trainer.training.tracking`: where metrics go besides the run folder."""
+    """Names from `trainer.training.tracking`: where metrics go besides the run folder."""
     profile_steps: int
-    """How many steps are traced; 0 for none."""
+    """The number of steps to trace; 0 for none."""
     largest_per_replica: int | None
-    """What a worker's memory holds, where that is known: another number of workers may share the batch otherwise."""
+    """Largest per-replica batch that fits in a worker's memory, or None; limits how another number of workers splits
+    the batch."""
     send_event: OnEvent
-    """Tells the driver of progress; never waits."""
+    """Sends progress to the driver; never blocks."""
 
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What the first worker answers."""
+    """What the first worker returns."""
 
     reason: str
     """Why the run ended early; empty if it did not."""
     attempts: int
     parameters: int
     layers: str
-    """The network, as code."""
+    """The network's layers, as code."""
     weights_crc32: tuple[int, ...]
-    """Of the weights that each worker held at the end: all the same."""
+    """Checksum of the final weights of each worker: all equal."""
     mistakes: npt.NDArray[np.uint8]
     """``[mistakes, height, width, channels]``: the validation images of `find_mistakes`, for the best checkpoint."""
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What the workers of a trial are told."""
+    """What the workers of a trial receive."""
 
     config: TrainConfig
-    """Of the run; its batch is replaced by those of the trial."""
+    """The config of the run; its batch is replaced by those of the trial."""
     manifest: Manifest
     sizes: tuple[int, ...]
     """Per-replica batch sizes, ascending."""
     memory_limit_gib: float | None
-    """Of one worker; None for its share of the machine."""
+    """Memory of one worker in GiB; None for its share of the machine."""
     memory_share: float
-    """A size that is predicted to need more than this share of the limit is left out."""
+    """Sizes that are predicted to need more than this share of the limit are skipped."""
     compare_losses: bool
-    """Send the losses of a few first steps at the first size."""
+    """Whether to send the losses of the first few steps at the first size."""
     reference: tuple[SizeMeasured, ...]
-    """What float32 measured so far: a trial of another precision ends where that is far slower."""
+    """What float32 measured so far: a trial of another precision ends early if it is far slower."""

@@ -1,7 +1,7 @@
 """The training loop: what every Ray Train worker runs.
 
-Order at the start of an attempt: data, network, then its state: the last complete checkpoint of this run if there is
-one, else the weights of --init-from if there are any, else the seeded initialisation.
+An attempt starts with the data, then builds the network, then restores its state: from the last complete checkpoint of
+this run if there is one, else from the weights of --init-from if given, else from the seeded initialization.
 """
 
 import contextlib
@@ -54,9 +54,9 @@ from trainer.training.tracking import write_tensorboard
 from trainer.training.transfer import read_weights
 
 _PROGRESS_INTERVAL_SECONDS = 0.5
-# Every worker looks at the same loss at the same steps, so all stop together.
+# Every worker checks the same loss at the same steps, so all stop together.
 _STEPS_BETWEEN_FINITE_CHECKS = 50
-# The columns of a training step's answer, after its number.
+# The number of a step, and the columns of what a training step returns.
 STEPS_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -72,11 +72,11 @@ Writer = Callable[..., None]
 
 
 class DivergedError(Exception):
-    """The loss became NaN or infinite; the message says between which steps."""
+    """The loss became NaN or infinite; the message says within which steps."""
 
 
 def train_worker(job: WorkerJob) -> WorkerResult:
-    """Trains the run's network from its last checkpoint, or from scratch, to its last epoch."""
+    """Train the run's network from its last checkpoint, or from scratch, to its last epoch."""
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     share_devices(context.get_local_world_size())
@@ -111,22 +111,22 @@ def train_worker(job: WorkerJob) -> WorkerResult:
 
 
 def _find_last(job: WorkerJob, run: RunFolder) -> Checkpoint | None:
-    """Return the last checkpoint that is whole, and tell of those that are not."""
+    """Return the last intact checkpoint, and report the damaged ones."""
     last, damaged = checkpoints.find_whole(run.checkpoints, checkpoints.find_last, run.check_owner)
-    goes_on = f"training goes on from step {last.step}" if last else "no other is whole: training begins anew"
-    _tell_of_damage(job, run, damaged, goes_on)
+    instead = f"training resumes from step {last.step}" if last else "no other is intact: training starts over"
+    _report_damage(job, run, damaged, instead)
     return last
 
 
 def _find_best(job: WorkerJob, run: RunFolder) -> Checkpoint | None:
-    """Return the best checkpoint that is whole, and tell of those that are not."""
+    """Return the best intact checkpoint, and report the damaged ones."""
     best, damaged = checkpoints.find_whole(run.checkpoints, checkpoints.find_best, run.check_owner)
-    used = f"the best of the others, that of epoch {best.epoch}, takes its place" if best else "no other is whole"
-    _tell_of_damage(job, run, damaged, used)
+    instead = f"the next best, of epoch {best.epoch}, takes its place" if best else "no other is intact"
+    _report_damage(job, run, damaged, instead)
     return best
 
 
-def _tell_of_damage(job: WorkerJob, run: RunFolder, damaged: list[str], instead: str) -> None:
+def _report_damage(job: WorkerJob, run: RunFolder, damaged: list[str], instead: str) -> None:
     if damaged:
         event = CheckpointsSetAside(tuple(damaged), instead)
         run.record_recovery(str(event))
@@ -142,7 +142,7 @@ def _describe_attempt(attempt: int, last: Checkpoint | None, config: TrainConfig
 
 
 class _Training:
-    """A network on its way through the epochs, and what is known of the way so far."""
+    """A network in training, and the history of the run so far."""
 
     def __init__(
         self, job: WorkerJob, run: RunFolder, config: TrainConfig, rank: int, attempt: int, last: Checkpoint | None
@@ -160,7 +160,7 @@ class _Training:
         self.gather = compile_gather(self.network)
         self._history: list[dict[str, float]] = []
         self._steps = STEPS_SCHEMA.empty_table()
-        # Of the epoch that is not finished.
+        # Rows of the unfinished epoch that were trained on.
         self._epoch_rows = 0
         self._checkpoint_seconds = 0.0
         self._profiler = StepProfiler(self._run, rank, job.profile_steps)
@@ -173,12 +173,12 @@ class _Training:
         self._history, self._epoch_rows = list(last.history), last.epoch_rows
         self._steps = storage.parquet_table(checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME))
         if last.global_batch_size != self._config.global_batch_size:
-            # The schedule counts steps: it goes on where as many epochs of this batch would have led.
+            # The schedule counts steps: it resumes where as many epochs with this batch would have ended.
             in_epoch = self._epoch_rows // self._config.global_batch_size
             self.network.optimizer.iterations.assign(len(self._history) * steps_per_epoch + in_epoch)
 
     def run(self) -> str:
-        """Trains to the last epoch; returns why it ended early, or an empty string."""
+        """Train to the last epoch, and return why it ended early, or an empty string."""
         with _background_writer() as write:
             try:
                 while len(self._history) < self._config.epochs:
@@ -188,11 +188,11 @@ class _Training:
             except DivergedError as error:
                 return str(error)
             finally:
-                self._tell(self._profiler.close())
+                self._report(self._profiler.close())
         return ""
 
     def _run_epoch(self, write: Writer) -> EpochRow:
-        """Take what is left of an epoch's steps, evaluate, save a checkpoint, and return the epoch's metrics."""
+        """Take the remaining steps of an epoch, evaluate, save a checkpoint, and return the metrics."""
         started = time.perf_counter()
         images_per_second, wait_seconds = self._take_steps(write)
         with averaged_weights(self.network):
@@ -205,13 +205,13 @@ class _Training:
     def _summarize_epoch(
         self, outcomes: npt.NDArray[np.float32], images_per_second: float, wait_seconds: float, started: float
     ) -> EpochRow:
-        """Return the metrics of the epoch whose steps were taken; all workers must call it.
+        """Return the metrics of the epoch whose steps were taken. Every worker must call this.
 
         Args:
-            outcomes: of the validation split, from `evaluate`.
-            images_per_second: of the steps of this attempt.
-            wait_seconds: that this worker waited for batches.
-            started: when the epoch began, by `time.perf_counter`.
+            outcomes: what `evaluate` returned for the validation split.
+            images_per_second: the speed of the steps of this attempt.
+            wait_seconds: how long this worker waited for batches.
+            started: `time.perf_counter` at the start of the epoch.
 
         Raises:
             DivergedError: the validation loss is not finite.
@@ -219,7 +219,7 @@ class _Training:
         epoch, config = len(self._history) + 1, self._config
         val_loss, val_accuracy = mean_loss_and_accuracy(outcomes, self.val.labels)
         if not np.isfinite(val_loss):
-            # The last step of the epoch was still finite, and what it did to the weights is not.
+            # The loss of the last step was still finite, and the weights after it are not.
             raise DivergedError(f"the validation loss became nan or inf in epoch {epoch}")
         longest_wait, peak_memory = self.gather([[wait_seconds, peak_memory_gib()]]).max(axis=0)
         of_epoch = self._steps.slice(int(self._history[-1]["step"]) if self._history else 0)
@@ -244,14 +244,14 @@ class _Training:
         )
 
     def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
-        """Returns what the model says of every row of a split, in row order: see `trainer.training.evaluation`."""
+        """Return the outcome of every row of a split, as `Evaluator.evaluate` does."""
         config = self._config
         return Evaluator(
             split, config.per_replica_batch_size, self._rank, config.num_workers, self._eval_step, self.gather
         ).evaluate()
 
     def _take_steps(self, write: Writer) -> tuple[float, float]:
-        """Take the optimizer steps of an epoch that were not taken yet.
+        """Take the optimizer steps of the current epoch that were not taken yet.
 
         Returns:
             Images per second, and the seconds that this worker waited for batches.
@@ -285,27 +285,27 @@ class _Training:
                 with averaged_weights(self.network):
                     self._save(write, {})
             if is_traced:
-                # Whatever TensorFlow does while it collects the trace, no step is lost by it.
+                # Wait, so that no step is lost if TensorFlow crashes while it collects the trace.
                 write(_wait_for_checkpoint)
-                self._tell(self._profiler.close())
+                self._report(self._profiler.close())
         _check_finite(stats, first_step, config.precision)
         self._keep_steps(stats, first_step)
         seconds = time.perf_counter() - started
         return num_steps * config.global_batch_size / seconds, feed.wait_seconds
 
-    def _tell(self, profiled: StepProfiled | None) -> None:
+    def _report(self, profiled: StepProfiled | None) -> None:
         if profiled is not None and self._rank == 0:
             self._job.send_event(profiled)
 
     def _keep_steps(self, stats: list[Any], first_step: int) -> None:
-        """Adds the answers of the steps that are not in the table yet."""
+        """Add the results of the steps that are not in the table yet."""
         known = self._steps.num_rows
         self._steps = pa.concat_tables([self._steps, _steps_table(stats[known - first_step :], known)])
 
     def _save(self, write: Writer, tables: dict[str, pa.Table]) -> None:
-        """Starts to write a checkpoint of this moment; training goes on meanwhile.
+        """Start to write a checkpoint of the current state, and return before it is written.
 
-        Every worker reads its variables, since that communicates; the first one writes.
+        Every worker reads its variables, since reading is collective; the first worker writes.
         """
         started = time.perf_counter()
         arrays = {
@@ -328,15 +328,15 @@ class _Training:
 
 
 def _gather_weights_crc32(network: Network, gather: Callable[[Any], Any]) -> tuple[int, ...]:
-    """Returns the checksum of every worker's weights.
+    """Return the checksum of every worker's weights.
 
     Raises:
-        RuntimeError: they differ, so the workers did not train one network.
+        RuntimeError: they differ, so the workers did not train the same network.
     """
     checksum = 0
     for array in checkpoints.read_variables(network.model.variables).values():
         checksum = zlib.crc32(array.tobytes(), checksum)
-    # Two halves, since float32 holds integers up to 2**24 exactly.
+    # Sent as two halves, since float32 represents integers exactly up to 2**24 only.
     halves = gather([[checksum >> 16, checksum & 0xFFFF]]).astype(np.int64)
     of_workers = tuple(int(high << 16 | low) for high, low in halves)
     if len(set(of_workers)) > 1:
@@ -355,7 +355,7 @@ def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
 
 
 def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
-    """Returns one row for each step's answer."""
+    """Return one row per step."""
     if not stats:
         return STEPS_SCHEMA.empty_table()
     numbers = pa.array(range(taken_before + 1, taken_before + len(stats) + 1), pa.int64())
@@ -363,16 +363,16 @@ def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
 
 
 def _finite_mean(column: pa.ChunkedArray) -> float:
-    """Returns the mean without the gradients that loss scaling left out."""
+    """Return the mean of the finite values: without the steps that loss scaling skipped."""
     values = column.to_numpy()
     return float(values.mean(dtype=np.float64, where=np.isfinite(values)))
 
 
 def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
     if not stats:
-        return  # what is left of a continued epoch is less than a batch of now
+        return  # fewer rows are left of a resumed epoch than the batch of now has
     last = np.asarray(stats[-1])
-    # A float16 gradient that overflowed is what loss scaling is for: the step is left out and the scale is halved.
+    # Loss scaling handles a float16 gradient that overflows: it skips the step and halves the scale.
     watched = [STEP_LOSS] if precision == "mixed_float16" else [STEP_LOSS, STEP_GRAD_NORM]
     if not np.isfinite(last[watched]).all():
         unchecked = (len(stats) - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
@@ -382,9 +382,9 @@ def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
 
 @contextlib.contextmanager
 def _background_writer() -> Iterator[Writer]:
-    """Yields a function that calls another one in a thread while training goes on, one at a time.
+    """Yield a function that calls another one in a background thread, one at a time.
 
-    An error of the thread is raised at the next call or at the end of the context.
+    An exception in the thread is raised at the next call or at the end of the context.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as writer:
         pending: Future[None] | None = None
@@ -401,7 +401,7 @@ def _background_writer() -> Iterator[Writer]:
 
 
 def _wait_for_checkpoint() -> None:
-    """Do nothing; what was given to the background writer before has been written by the time that it takes this."""
+    """Do nothing: when the background writer accepts this, everything before it has been written."""
 
 
 def _write_checkpoint(

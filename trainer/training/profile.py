@@ -17,23 +17,23 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from trainer.record.run_folder import RunFolder
 from trainer.runtime.events import StepProfiled
 
-# Compilation, and whatever is done once.
+# Steps before the trace starts: they include compilation and other one-time work.
 _SKIPPED_STEPS = 5
 _PICOSECONDS = 1e-12
-# The span of the traced steps in a trace; what comes after it is no part of a step.
+# The span of the traced steps in a trace; events after it do not belong to a step.
 _SPAN_NAME = "traced steps"
-# What adds up the gradients, by the beginning of its type.
+# Prefixes of the types of the operations that sum up the gradients.
 _ALL_REDUCE = ("Collective", "Nccl")
-# What TensorFlow puts before the type of an operation that it has rewritten, for oneDNN on some CPUs: a MatMul is a
-# _MklMatMul there, a _FusedConv2D a _MklNativeFusedConv2D.
+# The prefix of the type of an operation that TensorFlow has rewritten, for oneDNN on some CPUs: MatMul becomes
+# _MklMatMul, and _FusedConv2D becomes _MklNativeFusedConv2D.
 _REWRITTEN = re.compile(r"_(Mkl(Native)?)?")
 
 
 class StepProfiler:
-    """Watches the steps of one worker and traces the wanted ones, once an attempt and within one epoch.
+    """Watch the steps of one worker and trace some of them, once per attempt and within one epoch.
 
-    Only the first worker traces. On any other one TensorFlow 2.21 corrupts its memory when it collects the trace, and
-    now and then dies of it: it keeps pointers to events that start on one thread and end on another, and then moves
+    Only the first worker traces. On any other worker TensorFlow 2.21 corrupts its memory when it collects the trace,
+    and sometimes crashes: it keeps pointers to events that start on one thread and end on another, and then moves
     these events (docs/decisions/0011). Only a worker that asks the first one about a collective has such events.
     """
 
@@ -47,11 +47,11 @@ class StepProfiler:
         self._waited_before = self._waited = 0.0
 
     def after_step(self, answer: Any, wait_seconds: float, *, is_last: bool) -> bool:
-        """Take note of a step that was taken, and return whether `close` is due: on every worker after the same step.
+        """Count a step, and return whether `close` is due, which is after the same step on every worker.
 
         Args:
             answer: the tensor that the step returned.
-            wait_seconds: for batches, since the epoch began.
+            wait_seconds: seconds waited for batches since the epoch began.
             is_last: whether it is the last step of its epoch.
         """
         if not self._steps or (self._traced and not self._is_tracing):
@@ -61,7 +61,7 @@ class StepProfiler:
             self._traced += 1
             is_done = is_last or self._traced == self._steps
             if is_done:
-                np.asarray(answer)  # a GPU still works on it
+                np.asarray(answer)  # wait for the GPU
                 self._span.close()
             self._ended, self._waited = time.perf_counter(), wait_seconds
             return is_done
@@ -79,7 +79,7 @@ class StepProfiler:
         self._started, self._waited_before = time.perf_counter(), wait_seconds
 
     def close(self) -> StepProfiled | None:
-        """End the trace and return what was measured of its steps; None where there are none, or on another worker."""
+        """End the trace and return its measurements; None on other workers, or if no step was traced."""
         self._is_tracing = False
         if self._folder is None:
             return None
@@ -92,7 +92,7 @@ class StepProfiler:
             return None
         of_types: Counter[str] = Counter()
         for content in contents:
-            # The layout that TensorBoard's profile plugin reads, one host a worker.
+            # The layout that TensorBoard's profile plugin reads: one host per worker.
             place = ("profile", "plugins", "profile", "steps", f"worker-{self._rank}.xplane.pb")
             self._run.write(content, *place)
             of_types.update(sum_op_seconds(content))
@@ -100,13 +100,13 @@ class StepProfiler:
 
 
 def sum_op_seconds(trace: bytes) -> Counter[str]:
-    """Sum the seconds of each type of TensorFlow operation in a trace, on GPUs where there are some.
+    """Sum the seconds of each type of TensorFlow operation in a trace, on the GPUs if there are any.
 
-    A type has the same name on every CPU. Only the operations of the traced steps count, where the trace says which
-    these are.
+    A type has the same name on every CPU. Only operations within the span of the traced steps count, if the trace
+    has one.
 
     Args:
-        trace: an XSpace.
+        trace: a serialized XSpace.
     """
     space = xplane_pb2.XSpace.FromString(trace)
     devices = [plane for plane in space.planes if plane.name.startswith("/device:GPU")]
@@ -115,7 +115,7 @@ def sum_op_seconds(trace: bytes) -> Counter[str]:
     seconds: Counter[str] = Counter()
     for plane in devices or host:
         for line in plane.lines:
-            # A GPU has a line for each stream, of kernels; a viewer derives others from them.
+            # A GPU has one line per stream, of kernels; viewers derive other lines from these.
             if devices and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
@@ -137,7 +137,7 @@ def _start_of(line: Any, event: Any) -> float:
 
 
 def _find_span(host: list[Any]) -> tuple[float, float]:
-    """Return when the traced steps began and ended, in picoseconds since the trace began; all times without a span."""
+    """Return when the traced steps began and ended, in picoseconds since the trace began; without a span, all times."""
     for plane in host:
         for line in plane.lines:
             for event in line.events:
@@ -148,7 +148,7 @@ def _find_span(host: list[Any]) -> tuple[float, float]:
 
 
 def _name_of_kernel(plane: Any, event: Any) -> str:
-    """Returns the operation that a kernel is part of, by its XStat ``tf_op``; empty where it has none."""
+    """Return the operation that a kernel belongs to, by its XStat ``tf_op``; empty if it has none."""
     for stat in event.stats:
         if plane.stat_metadata[stat.metadata_id].name == "tf_op":
             return str(stat.str_value or plane.stat_metadata[stat.ref_value].name)
@@ -156,13 +156,13 @@ def _name_of_kernel(plane: Any, event: Any) -> str:
 
 
 def summarise(steps: int, seconds: float, waited: float, op_seconds: Mapping[str, float]) -> StepProfiled:
-    """Returns the table of a profile.
+    """Return the table of a profile.
 
     Args:
-        steps: that were traced.
-        seconds: that they took.
-        waited: of these, for batches.
-        op_seconds: of all steps, by type of operation; operations run beside each other.
+        steps: number of traced steps.
+        seconds: duration of all of them.
+        waited: seconds of these that were spent waiting for batches.
+        op_seconds: seconds of all steps, by type of operation; operations run in parallel.
     """
     all_reduce = sum(spent for kind, spent in op_seconds.items() if kind.startswith(_ALL_REDUCE))
     compute = {kind: spent for kind, spent in op_seconds.items() if not kind.startswith(_ALL_REDUCE)}

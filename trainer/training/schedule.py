@@ -6,17 +6,17 @@ from trainer.config.config import TrainConfig
 
 
 def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Any:
-    """Returns a `tf_keras` learning rate schedule: a function of the optimizer step, counted from 0.
+    """Return a `tf_keras` learning rate schedule: a function of the optimizer step, counted from 0.
 
-    The rate rises linearly to the peak over the warmup, then stays there or falls to zero along a cosine. The warmup is
-    at most a tenth of all steps (tuning playbook, B50).
+    The rate rises linearly to the peak during warmup, then stays constant or decays to zero along a cosine. Warmup
+    takes at most a tenth of all steps (tuning playbook, B50).
     """
     from tf_keras.optimizers import schedules
 
     num_steps = config.epochs * steps_per_epoch
     warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), num_steps // 10)
     peak = config.peak_learning_rate
-    first = peak / (warmup_steps + 1)  # not zero: the first step counts too
+    first = peak / (warmup_steps + 1)  # not zero, so that the first step has an effect
     if config.schedule == "cosine":
         return schedules.CosineDecay(
             first if warmup_steps else peak,

@@ -1,7 +1,7 @@
 """The compiled computations of a run: one training step, one evaluation batch, one gather over the workers.
 
-All run under MultiWorkerMirroredStrategy with one replica a worker. They take and return this worker's own tensors;
-what the workers share they share inside.
+All run under MultiWorkerMirroredStrategy with one replica per worker. They take and return this worker's own tensors,
+and communicate with the other workers inside.
 """
 
 import contextlib
@@ -23,26 +23,26 @@ from trainer.training.schedule import build_schedule
 from trainer.training.transfer import LayerWeights, freeze_trunk, transfer_weights
 from trainer.workers.backend import tolerate_silence
 
-# Without a size all gradients are one pack, which is exchanged when the backward pass has ended; the last layers' go
-# while it computes those of the first (docs/performance.md).
+# Without a size, all gradients form one pack, which is exchanged after the backward pass. With one, the gradients of
+# the last layers are exchanged while those of the first are computed (docs/performance.md).
 _COMMUNICATION = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
-# Columns of what a training step returns, over the global batch.
+# The columns that a training step returns, over the global batch.
 STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED = range(4)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model with its optimizer, made in the strategy's scope."""
+    """A model and its optimizer, created in the strategy's scope."""
 
     strategy: Any
     model: Any
     optimizer: Any
     transferred: str
-    """Which layers started from other weights, in words; empty where none did."""
+    """Which layers started from other weights, in words; empty if none did."""
 
     @property
     def optimizer_variables(self) -> list[Any]:
-        """All that the optimizer goes on from, of which Keras leaves out the loss scale."""
+        """The state of the optimizer, including the loss scale, which Keras leaves out."""
         optimizer = self.optimizer
         if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
             return [*optimizer.variables, optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
@@ -50,7 +50,7 @@ class Network:
 
 
 def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float], list[float]]:
-    """Returns (scale, offset), one value a channel: the network sees ``pixel * scale + offset``."""
+    """Return (scale, offset), one value per channel: the network sees ``pixel * scale + offset``."""
     if config.input_scaling == "unit":
         return [1 / 255] * manifest.channels, [0.0] * manifest.channels
     scale = [1 / max(std, 1.0) for std in manifest.pixel_std]
@@ -60,16 +60,16 @@ def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float],
 def build_network(
     manifest: Manifest, config: TrainConfig, steps_per_epoch: int, initial_weights: LayerWeights | None = None
 ) -> Network:
-    """Builds the model and its optimizer with all variables, the same on every worker.
+    """Build the model and its optimizer with all variables, identical on every worker.
 
     Args:
-        manifest: of the dataset.
-        config: of the run.
-        steps_per_epoch: optimizer steps.
-        initial_weights: of another network, which the layers of the same name start from.
+        manifest: the manifest of the dataset.
+        config: the config of the run.
+        steps_per_epoch: number of optimizer steps per epoch.
+        initial_weights: weights of another network, which layers of the same name start from.
 
     Raises:
-        InputError: the network cannot be built with these arguments, or not from these weights.
+        InputError: the network cannot be built with these arguments, or cannot start from these weights.
     """
     strategy, model = _build_distributed_model(manifest, config)
     with strategy.scope():
@@ -82,7 +82,7 @@ def build_network(
 
 
 def build_network_for_evaluation(manifest: Manifest, config: TrainConfig) -> Network:
-    """Builds the model without an optimizer, whose variables may take twice as much memory as its own."""
+    """Build the model without an optimizer, whose variables can take twice the memory of the model's."""
     return Network(*_build_distributed_model(manifest, config), optimizer=None, transferred="")
 
 
@@ -119,17 +119,17 @@ def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     if config.precision == "mixed_float16":
-        # Small gradients vanish in float16; a step whose scaled gradients overflow is left out.
+        # Small gradients vanish in float16; a step whose scaled gradients overflow is skipped.
         return keras.mixed_precision.LossScaleOptimizer(optimizer)
     return optimizer
 
 
 @contextlib.contextmanager
 def averaged_weights(network: Network) -> Iterator[None]:
-    """Exchange the trainable weights with their moving averages, which the optimizer keeps, within the context.
+    """Swap the trainable weights with their moving averages, which the optimizer keeps, within the context.
 
     Checkpoints are saved and restored in the context: the model then holds what was validated, and the optimizer what
-    training continues from. Without ``ema_momentum`` there is nothing to exchange.
+    training continues from. Without ``ema_momentum`` nothing is swapped.
     """
     _swap_averages(network)
     try:
@@ -141,7 +141,7 @@ def averaged_weights(network: Network) -> Iterator[None]:
 def _swap_averages(network: Network) -> None:
     optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
     if optimizer.use_ema:
-        # Keras has no public name for them.
+        # Keras has no public API for them.
         averages = optimizer._model_variables_moving_average
         for variable, average in zip(network.model.trainable_variables, averages, strict=True):
             weights = variable.numpy()
@@ -150,7 +150,7 @@ def _swap_averages(network: Network) -> None:
 
 
 def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
-    """Returns the weight of each class; over the train split they average to 1."""
+    """Return the weight of each class; the mean over the train split is 1."""
     rows = manifest.splits["train"].rows_per_class
     if config.class_weights == "none":
         return [1.0] * len(rows)
@@ -159,11 +159,11 @@ def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
 
 
 def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
-    """Returns ``train_step(images, labels)``, which updates the model once.
+    """Return ``train_step(images, labels)``, which updates the model once.
 
     It takes uint8 ``[per_replica_batch_size, height, width, channels]`` and int32 ``[per_replica_batch_size]``. It
-    returns float32 ``[4]``: mean cross-entropy, accuracy, L2 norm of the unclipped gradient and whether it was clipped,
-    all over the global batch.
+    returns float32 ``[4]`` over the global batch: mean cross-entropy, accuracy, L2 norm of the unclipped gradient, and
+    whether the gradient was clipped.
     """
     model, optimizer = network.model, network.optimizer
     scale, offset = map(tf.constant, pixel_scaling(manifest, config))
@@ -172,7 +172,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
     def replica_step(images: Any, labels: Any) -> Any:
-        fix_dropout(model, optimizer, config)  # while tracing: of this batch size
+        fix_dropout(model, optimizer, config)  # while tracing, for this batch size
         augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, config)
         with tf.GradientTape() as tape:
             logits = model(augmented * scale + offset, training=True)
@@ -210,11 +210,11 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
 
 
 def compile_eval_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
-    """Returns ``eval_step(images, labels)``, which says of each row how the model judged it.
+    """Return ``eval_step(images, labels)``, which predicts each row and compares it to its label.
 
-    It takes one batch of this worker's own and returns float32 ``[batch, 4]``, the columns of
-    `trainer.training.evaluation`: cross-entropy, predicted label, its probability, and how many labels were thought
-    likelier than the true one.
+    It takes a batch of this worker and returns float32 ``[batch, 4]``, the columns of
+    `trainer.training.evaluation`: cross-entropy, predicted label, its probability, and how many labels were
+    predicted as more likely than the true one.
     """
     scale, offset = map(tf.constant, pixel_scaling(manifest, config))
 
@@ -236,10 +236,10 @@ def compile_eval_step(network: Network, manifest: Manifest, config: TrainConfig)
 
 
 def compile_gather(network: Network) -> Callable[[Any], Any]:
-    """Returns ``gather(values)``: float32 ``[rows, columns]`` of every worker, stacked by rank, on every worker."""
+    """Return ``gather(values)``: float32 ``[rows, columns]`` of every worker, stacked by rank, on every worker."""
 
     def replica_gather(values: Any) -> Any:
-        # The identity is on the replica's device, which is how the strategy learns where to gather to.
+        # The identity is on the replica's device, which tells the strategy where to gather to.
         return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
 
     @tf.function  # type: ignore[untyped-decorator]

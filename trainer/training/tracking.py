@@ -16,14 +16,14 @@ History = Sequence[dict[str, float]]
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises InputError where a tracker is unknown, its package is not installed, or its server does not answer."""
+    """Raise InputError if a tracker is unknown, its package is not installed, or its server does not answer."""
     for name in names:
         if name not in TRACKERS:
             raise InputError(f"--track {name!r} is unknown; choose from {', '.join(TRACKERS)}")
     if "mlflow" in names and importlib.util.find_spec("mlflow") is None:
         raise InputError("--track mlflow needs a package that is not installed: pip install -e '.[mlflow]'")
     if "mlflow" in names:
-        # MLflow's own default waits minutes for a server that is not there.
+        # By default, MLflow waits minutes for a server that does not exist.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         import mlflow
 
@@ -35,9 +35,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def write_tensorboard(run: RunFolder, history: History) -> None:
-    """Writes ``tensorboard/events.out.tfevents.0.training-notes`` anew, with all epochs so far.
+    """Rewrite ``tensorboard/events.out.tfevents.0.training-notes`` with all epochs so far.
 
-    Always the same file, written whole: an object store cannot append, and a run that was continued repeats nothing.
+    It is always the same file, rewritten: an object store cannot append, and a resumed run then repeats no epoch.
     """
     from tensorboardX import SummaryWriter
 
@@ -52,10 +52,10 @@ def write_tensorboard(run: RunFolder, history: History) -> None:
 
 
 def log_to_mlflow(run: RunFolder, config: TrainConfig, history: History, result: RunResult) -> None:
-    """Logs a run that has ended to the server that MLFLOW_TRACKING_URI names, as one MLflow run of its name.
+    """Log a finished run to the server that MLFLOW_TRACKING_URI names, as one MLflow run with the same name.
 
     Raises:
-        JobError: the server refused it.
+        JobError: the server refused the run.
     """
     import mlflow
 
@@ -69,5 +69,5 @@ def log_to_mlflow(run: RunFolder, config: TrainConfig, history: History, result:
             mlflow.set_tags({"status": result.status, "run_folder": run.uri})
     except mlflow.MlflowException as error:
         raise JobError(
-            f"--track mlflow: {error}; {run.uri} has all of the run, and the same command tries to log it again"
+            f"--track mlflow: {error}; {run.uri} holds the complete run; give the same command to log it again"
         ) from error

@@ -1,6 +1,6 @@
-"""Transfer learning: a network whose layers start from those of another one.
+"""Transfer learning: a network whose layers start from the weights of another one.
 
-Layers are matched by name. The last layer is taken over only where it fits, so a trunk can serve other classes.
+Layers are matched by name. The last layer is loaded only if it fits, so a trunk can serve other classes.
 """
 
 import io
@@ -21,7 +21,7 @@ HEAD = "logits"
 # What `tf_keras.applications` calls the last layer of the networks whose weight files are read here.
 _HEAD_IN_APPLICATIONS = "predictions"
 
-# In the order of `tf_keras`, of any layer that has some of them: the first two are of depthwise and separable ones.
+# In the order of `tf_keras`, for any layer that has some of them: the first two are for depthwise and separable ones.
 _WEIGHT_NAMES = (
     "depthwise_kernel",
     "pointwise_kernel",
@@ -39,11 +39,11 @@ LayerWeights = Mapping[str, list[npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class Transfer:
-    """Which layers were taken over."""
+    """Which layers were loaded."""
 
     loaded: list[str]
     initialised: list[str]
-    """Layers with weights that keep their random ones."""
+    """Layers that keep their random weights."""
 
     def __str__(self) -> str:
         kept = f"; at random: {', '.join(self.initialised)}" if self.initialised else ""
@@ -52,14 +52,15 @@ class Transfer:
 
 
 def read_weights(location: str) -> LayerWeights:
-    """Returns the weights of a network by layer.
+    """Return the weights of a network by layer.
 
     Args:
-        location: local or s3://: a run, whose best checkpoint is taken, or a ``.safetensors`` or ``.h5`` file; the
-            latter as `tf_keras` writes it with ``save_weights`` or ``save``, as the Keras-applications files are.
+        location: local path or s3:// URI of a run, whose best checkpoint is used, or of a ``.safetensors`` or ``.h5``
+            file; the latter as `tf_keras` writes it with ``save_weights`` or ``save``, as are the files of
+            Keras applications.
 
     Raises:
-        InputError: nothing that can be read is there.
+        InputError: there is nothing that can be read.
     """
     if location.endswith(".safetensors"):
         return _read_safetensors(location)
@@ -86,14 +87,14 @@ def _read_safetensors(location: str) -> LayerWeights:
     try:
         arrays = checkpoints.from_safetensors(_read_file(location))
     except SafetensorError as error:
-        raise InputError(f"--init-from {location} is no safetensors file: {error}; give another one") from error
+        raise InputError(f"--init-from {location} is not a safetensors file: {error}; give another one") from error
     return _by_layer(location, arrays)
 
 
 def _by_layer(location: str, arrays: checkpoints.Arrays) -> LayerWeights:
     if unknown := [name for name in arrays if _weight_name(name) not in _WEIGHT_NAMES]:
         raise InputError(
-            f"--init-from {location} holds {unknown[0]}, which is no variable of tf_keras "
+            f"--init-from {location} holds {unknown[0]}, which is not a variable of tf_keras "
             f"({', '.join(_WEIGHT_NAMES)}); give a run, or the model.safetensors of one of its checkpoints"
         )
     layers: dict[str, list[npt.NDArray[np.float32]]] = {}
@@ -113,13 +114,13 @@ def _read_hdf5(location: str) -> LayerWeights:
     try:
         opened = h5py.File(io.BytesIO(_read_file(location)))
     except OSError as error:
-        raise InputError(f"--init-from {location} is no HDF5 file: {error}; give another one") from error
+        raise InputError(f"--init-from {location} is not an HDF5 file: {error}; give another one") from error
     with opened as file:
-        # `save` writes the weights beside the network, `save_weights` alone.
+        # `save` writes the weights in a group beside the network, `save_weights` writes them alone.
         root = file.get("model_weights", file)
         if "layer_names" not in root.attrs:
             raise InputError(
-                f"--init-from {location} has no layer names: it is not in the form of the Keras-applications files; "
+                f"--init-from {location} has no layer names, unlike the Keras-applications files; "
                 "write it with tf_keras' model.save_weights('NAME.h5')"
             )
         return {
@@ -135,20 +136,20 @@ def _text(name: str | bytes) -> str:
 
 
 def transfer_weights(model: Any, weights: LayerWeights) -> Transfer:
-    """Sets each layer of a `tf_keras.Model` to the weights of the same name.
+    """Set each layer of a `tf_keras.Model` to the weights of the same name.
 
-    A first convolution on another number of channels sees gray as the mean of red, green and blue. Dense layers of
-    another shape, which is what another image size or number of classes makes, keep their random weights.
+    A first convolution with another number of channels treats gray as the mean of red, green and blue. Dense layers of
+    another shape, because of another image size or number of classes, keep their random weights.
 
     Raises:
-        InputError: no layer has weights of its name, or those of a convolution have another shape.
+        InputError: no name matches, or the weights of a convolution have another shape.
     """
     layers = {layer.name: layer for layer in model.layers if layer.weights}
     matching = [name for name in layers if weights.get(name)]
     if not matching:
         raise InputError(
-            f"--init-from: no layer has a name of the network's: there are {', '.join(list(weights)[:4])}, ..., the "
-            f"network has {', '.join(list(layers)[:4])}, ...; give weights of the same family"
+            f"--init-from: no layer name matches the network's: the weights have {', '.join(list(weights)[:4])}, ..., "
+            f"the network has {', '.join(list(layers)[:4])}, ...; give weights of the same family"
         )
     loaded = []
     for name in matching:
@@ -167,7 +168,7 @@ def transfer_weights(model: Any, weights: LayerWeights) -> Transfer:
 
 
 def _fit_channels(array: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Returns a kernel ``[height, width, channels, filters]`` for gray instead of RGB input, or the reverse."""
+    """Return a kernel ``[height, width, channels, filters]`` for gray instead of RGB input, or the reverse."""
     if array.ndim == 4 and (array.shape[2], shape[2]) == (3, 1):
         return np.asarray(array.sum(axis=2, keepdims=True))
     if array.ndim == 4 and (array.shape[2], shape[2]) == (1, 3):
@@ -176,6 +177,6 @@ def _fit_channels(array: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt
 
 
 def freeze_trunk(model: Any) -> None:
-    """Leaves only the last layer trainable; BatchNorm then uses its averages and no longer moves them."""
+    """Make only the last layer trainable; BatchNorm then uses its moving averages without updating them."""
     for layer in model.layers:
         layer.trainable = layer.name == HEAD

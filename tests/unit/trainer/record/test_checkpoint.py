@@ -264,7 +264,8 @@ def test_a_disk_that_cannot_be_read_is_no_damage(folder):
 def test_a_damaged_checkpoint_is_refused_with_what_to_do_by_whoever_only_reads(folder, kind):
     _, saved = save(folder, [0.5, 0.6], **FILES)
     damage(folder, saved.name, kind)
-    remedy = rf"; to go on with .* that are whole, delete {Path(folder).parent}/result\.json, if there is one, and give"
+    result = f"{Path(folder).parent}/result.json"
+    remedy = rf"; to continue from an intact checkpoint, delete {re.escape(result)}, if there is one, and give"
     with pytest.raises(DamagedError, match=DAMAGES[kind].removesuffix("$") + ".*" + remedy):
         checkpoints.read_file(folder, checkpoints.find_named(folder, saved.name), "model.safetensors")
     assert not storage.exists(storage.join(folder, saved.name, "damaged.json"))

@@ -195,7 +195,7 @@ def test_an_attempt_writes_no_more_when_the_next_one_has_started(run):
     stale.start_attempt()
     stale.write_metrics([{"epoch": 1}])
     next_one.start_attempt()
-    with pytest.raises(LeaseLostError, match="attempt 1 at run first writes no more: attempt 2 has started"):
+    with pytest.raises(LeaseLostError, match="attempt 1 at run first must not write any more: attempt 2 has started"):
         stale.write_metrics([{"epoch": 2}])
     next_one.write_metrics([{"epoch": 3}])
     assert run.read_metrics() == [{"epoch": 3}]

@@ -207,7 +207,7 @@ def test_a_stale_writer_changes_nothing(place, tmp_path, make_config, request):
     assert next_one.start_attempt() == 2
     write(next_one, config, 3, 30, attempt=2, lineage=[(1, 20)])
     found, files = checkpoints.find_checkpoints(next_one.checkpoints), storage.find_files(next_one.uri)
-    with pytest.raises(LeaseLostError, match="attempt 1 at run run writes no more: attempt 2 has started"):
+    with pytest.raises(LeaseLostError, match="attempt 1 at run run must not write any more: attempt 2 has started"):
         write(stale, config, 3, 30, attempt=1)
     with pytest.raises(LeaseLostError):
         checkpoints.delete_old_checkpoints(stale.checkpoints, 0, stale.check_owner)
@@ -250,7 +250,7 @@ def assert_goes_on(damaged) -> None:
     assert _find_last(job, run).epoch == 2
     (event,) = events
     assert "step-00000030-attempt-0001/model.safetensors is damaged" in str(event)
-    assert str(event).endswith("; training goes on from step 20")
+    assert str(event).endswith("; training resumes from step 20")
     assert [one.partition("+00:00: ")[2] for one in run.read_recoveries()] == [str(event)]
 
 
@@ -259,7 +259,7 @@ def test_training_begins_anew_where_no_checkpoint_is_whole_and_says_so(damaged):
     for epoch in (1, 2, 3):
         damage(epoch)
     assert _find_last(job, run) is None
-    assert str(events[0]).endswith("no other is whole: training begins anew")
+    assert str(events[0]).endswith("no other is intact: training starts over")
     assert str(events[0]).count(" is damaged") == 3
 
 
@@ -267,4 +267,4 @@ def test_the_next_best_checkpoint_takes_the_place_of_a_damaged_one_and_that_is_s
     run, job, damage, events = damaged
     damage(1)
     assert _find_best(job, run).epoch == 3
-    assert str(events[0]).endswith("the best of the others, that of epoch 3, takes its place")
+    assert str(events[0]).endswith("the next best, of epoch 3, takes its place")

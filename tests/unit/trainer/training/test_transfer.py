@@ -147,7 +147,7 @@ def test_a_frozen_trunk_stays_and_its_head_moves():
 
 
 def test_weights_of_another_family_are_refused():
-    with pytest.raises(InputError, match=r"there are conv1.*the network has block1_conv1"):
+    with pytest.raises(InputError, match=r"the weights have conv1.*the network has block1_conv1"):
         transfer_weights(build_vgg(), {"conv1": [np.zeros(3)]})
 
 
@@ -172,9 +172,9 @@ def test_a_place_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("torch.safetensors", to_safetensors({"conv1.weight": np.zeros(3, np.float32)}), "conv1.weight, which is no"),
-        ("cut.safetensors", b"{", "is no safetensors file"),
-        ("cut.h5", b"{", "is no HDF5 file"),
+        ("torch.safetensors", to_safetensors({"conv1.weight": np.zeros(3, np.float32)}), "conv1.weight, which is not"),
+        ("cut.safetensors", b"{", "is not a safetensors file"),
+        ("cut.h5", b"{", "is not an HDF5 file"),
     ],
 )
 def test_a_file_that_is_not_of_keras_or_damaged_is_refused(tmp_path, name, content, message):
