@@ -66,6 +66,7 @@ def make_manifest(num_classes: int) -> Manifest:
         source="/photos",
         fingerprint="0" * 64,
         **{"resize": "fit", "background": 255, "seed": 0, "val_fraction": 0.15, "test_fraction": 0.15},
+        **{"value_range": None, "value_range_given": False, "gray_levels": (0, 255)},
     )
 
 
