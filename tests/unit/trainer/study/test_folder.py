@@ -1,5 +1,4 @@
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -56,18 +55,6 @@ def test_a_trial_that_cannot_be_read_has_failed_and_the_others_are_there(folder,
     (line,) = [line for line in report.splitlines() if "trials/trial-0012.json cannot be read" in line]
     assert line.startswith("- trial-0012 failed: ")
     assert "0.7000" in report
-
-
-def test_values_in_a_script_that_no_font_has_are_told_once_in_the_report(folder, study):
-    # Cuneiform.
-    scientific = {"init_from": ["/weights/\U00012000", "/weights/other"]}
-    study = study.model_copy(update={"scientific": scientific, "nuisance": {}})
-    values = {"init_from": "/weights/\U00012000"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        write_study_report(folder, study, [trial("trial-0000", "search", 0).model_copy(update={"values": values})])
-    report = storage.read_bytes(folder.path("study.md")).decode()
-    assert report.count("no font on this machine has \U00012000:") == 1
 
 
 def test_a_study_that_cannot_be_read_says_how_to_go_on(folder, study):
