@@ -54,7 +54,7 @@ async def delay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seco
 
 @contextmanager
 def slow_store() -> Iterator[str]:
-    """Yields the address of a store with an empty bucket ``runs`` that answers late."""
+    """Yield the address of a store with an empty bucket ``runs`` that answers late."""
     with tempfile.TemporaryFile() as log:
         command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", "0"]
         server = subprocess.Popen(command, stdout=log, stderr=log)
@@ -86,7 +86,7 @@ def slow_store() -> Iterator[str]:
 
 
 def train(name: str, options: dict[str, Any], storage: str) -> list[dict[str, float]]:
-    """Returns the metrics of each epoch but the first."""
+    """Return the metrics of each epoch but the first."""
     from trainer import launch
     from trainer.config.request import parse_request
     from trainer.runtime.cluster import connect

@@ -44,13 +44,13 @@ class Outcome:
 
 
 def read_gib(field: str) -> float:
-    """Returns memory of this process: VmRSS, or VmHWM for the most that it has had."""
+    """Return memory of this process: VmRSS, or VmHWM for the most that it has had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 2**20
 
 
 def make_manifest(num_classes: int) -> Manifest:
-    """Returns that of a dataset whose files nobody reads."""
+    """Return the manifest of a dataset whose files nobody reads."""
     split = Split(rows_per_class=[_IMAGES_PER_CLASS] * num_classes, files=[])
     names = [f"class with a rather long name {label:05d}" for label in range(num_classes)]
     return Manifest(
@@ -71,7 +71,7 @@ def make_manifest(num_classes: int) -> Manifest:
 
 
 def measure(num_classes: int) -> Outcome:
-    """Ends one run and writes the notes of its storage."""
+    """End one run and write the notes of its storage."""
     from trainer import launch
     from trainer.config.config import TrainConfig
     from trainer.notes.report import write_notes_and_report

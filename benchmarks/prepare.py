@@ -104,7 +104,7 @@ def decode_share(name: str, contents: list[bytes], images: int) -> None:
 
 
 def time_decoder(name: str, contents: list[bytes], images: int, cores: int) -> float:
-    """Returns images a second over all cores, one process a core, start of the processes left out."""
+    """Return images a second over all cores, one process a core, start of the processes left out."""
     with get_context("spawn").Pool(cores) as pool:
         pool.starmap(decode_share, [(name, contents, 1)] * cores)
         started = time.perf_counter()

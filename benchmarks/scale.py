@@ -26,7 +26,7 @@ _SIDE = 96
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Writes photos of noise in two classes, of which no two are near duplicates."""
+    """Write photos of noise in two classes, of which no two are near duplicates."""
     random = np.random.default_rng(0)
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
@@ -37,7 +37,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def run(*command: str) -> tuple[float, float]:
-    """Returns seconds and the most memory of the job's own process, in GiB."""
+    """Return seconds and the most memory of the job's own process, in GiB."""
     started, peak = time.monotonic(), 0
     # Not at the top: the other benchmarks do without the extra "bench".
     import psutil

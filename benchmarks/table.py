@@ -39,23 +39,23 @@ class Mark:
 
 
 def format_spread(values: Sequence[float], digits: int = 0) -> str:
-    """Returns the median with the lowest and the highest value."""
+    """Return the median with the lowest and the highest value."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def ratio_of(values: Sequence[float], baseline: Sequence[float]) -> float:
-    """Returns the ratio of the medians."""
+    """Return the ratio of the medians."""
     return statistics.median(values) / statistics.median(baseline)
 
 
 def format_ratio(values: Sequence[float], baseline: Sequence[float], digits: int = 2) -> str:
-    """Returns the ratio of the medians in text."""
+    """Return the ratio of the medians in text."""
     return f"{ratio_of(values, baseline):.{digits}f}"
 
 
 def report(table: Table, records: Any = None, marks: Sequence[Mark] = (), *, as_json: bool = False) -> None:
-    """Prints a table with what it is to reach, or what was measured as JSON.
+    """Print a table with what it is to reach, or what was measured as JSON.
 
     Args:
         table: not cut where there is no terminal.
@@ -75,7 +75,7 @@ def report(table: Table, records: Any = None, marks: Sequence[Mark] = (), *, as_
 
 
 def describe_machine() -> dict[str, str]:
-    """Returns date, commit and machine of a measurement."""
+    """Return date, commit and machine of a measurement."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     processors = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

@@ -29,7 +29,7 @@ def build_network(arch: str, image_size: int, channels: int, num_classes: int) -
 
 
 def main(dataset: str, arch: str) -> None:
-    """Prints when its first step and its epochs ended, as JSON."""
+    """Print when its first step and its epochs ended, as JSON."""
     manifest = load_manifest(dataset)
     split = open_split(dataset, manifest, "train")
     images = torch.from_numpy(np.moveaxis(np.asarray(split.images), -1, 1).copy())

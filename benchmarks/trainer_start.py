@@ -33,7 +33,7 @@ def first_step(config: dict[str, float]) -> float:
 
 
 def run_one(trainer_name: str, began: float) -> float:
-    """Runs one trainer to its end and returns when its first step was taken."""
+    """Run one trainer to its end and return when its first step was taken."""
     from ray.train import RunConfig, ScalingConfig
 
     from trainer.runtime.cluster import connect

@@ -144,7 +144,7 @@ def run_stock(source: str, arch: str, image_size: str) -> None:
 
 
 def measure_script(module: str, *arguments: str) -> Outcome:
-    """Runs one of the others; its times are what it prints."""
+    """Run one of the others; its times are what it prints."""
     began = time.time()
     command = [sys.executable, "-m", module, *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -154,7 +154,7 @@ def measure_script(module: str, *arguments: str) -> Outcome:
 
 
 def measure_project(dataset: str, arch: str, precision: str, num_workers: int = 1) -> Outcome:
-    """Runs jobs/train.py; its times are read from its run folder."""
+    """Run jobs/train.py; its times are read from its run folder."""
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "jobs/train.py", "--arch", arch, "--dataset", dataset, "--storage", storage]
         command += ["--run-name", "one", "--global-batch-size", str(BATCH), "--epochs", str(EPOCHS)]
@@ -212,7 +212,7 @@ def main(
 
 
 def find_marks(outcomes: dict[str, list[Outcome]]) -> list[Mark]:
-    """Returns what this project is to reach beside the notes' script."""
+    """Return what this project is to reach beside the notes' script."""
 
     def ratio(name: str, field: str) -> float:
         return ratio_of(*([getattr(one, field) for one in outcomes[which]] for which in (name, SCRIPT)))
