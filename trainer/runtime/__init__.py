@@ -1,1 +1,1 @@
-"""What every part stands on: storage, leases, events, signals, the console and the connection to Ray."""
+"""What every other package builds on: storage, leases, events, signals, the console and the connection to Ray."""

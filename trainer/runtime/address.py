@@ -1,4 +1,4 @@
-"""Find the cluster that RAY_ADDRESS names and look at it first: Ray itself would try for minutes, deaf to signals."""
+"""The cluster that RAY_ADDRESS names, checked before Ray connects: Ray would retry for minutes and ignore signals."""
 
 import os
 import re
@@ -17,15 +17,15 @@ _POLL_SECONDS = 0.2
 def find_cluster(*, timeout_seconds: float = 5.0) -> str | None:
     """Return the address of the cluster that RAY_ADDRESS names, HOST:PORT, or None for this machine alone.
 
-    RAY_ADDRESS has the forms that Ray knows: HOST:PORT with a name, an IPv4 address or an IPv6 address in brackets;
-    ``auto`` for the one that ``ray start`` started last on this machine; ``local``, or nothing, for none.
+    RAY_ADDRESS has one of Ray's forms: HOST:PORT with a name, an IPv4 address or an IPv6 address in brackets; ``auto``
+    for the cluster that ``ray start`` started last on this machine; ``local`` or empty for none.
 
     Args:
         timeout_seconds: how long to wait for an answer.
 
     Raises:
-        InputError: a job cannot work there: the form is another one, or no head of a cluster answers, or it has another
-            version of Ray or refuses the token, or this machine is no part of the cluster.
+        InputError: a job cannot work there: the form is invalid, no head of a cluster answers, it runs another version
+            of Ray or refuses the token, or this machine is not part of the cluster.
     """
     given = os.environ.get("RAY_ADDRESS", "").strip()
     if given in ("", "local"):
@@ -42,26 +42,28 @@ def find_cluster(*, timeout_seconds: float = 5.0) -> str | None:
 
 
 class _UnusableError(Exception):
-    """The message says why a cluster cannot be used, and what to do."""
+    """A cluster cannot be used; the message says why and what to do."""
 
 
 def _parse(given: str) -> str:
-    """Return an address if it has the form HOST:PORT."""
+    """Check that an address has the form HOST:PORT, and return it."""
     scheme, separator, rest = given.partition("://")
     if separator and scheme in ("http", "https"):
         raise InputError(
-            f"RAY_ADDRESS {given} is that of a job server: send the job there (RAY_API_SERVER_ADDRESS={given} ray job "
-            f"submit -- python jobs/...), {_ALONE}"
+            f"RAY_ADDRESS {given} is the address of a job server: send the job there "
+            f"(RAY_API_SERVER_ADDRESS={given} ray job submit -- python jobs/...), {_ALONE}"
         )
     if separator and scheme == "ray":
         raise InputError(
-            f"RAY_ADDRESS {given} is that of a Ray Client server, and a job runs inside its cluster: send it there "
-            f"(RAY_API_SERVER_ADDRESS=http://{rest.rpartition(':')[0] or rest}:8265 ray job submit -- python "
+            f"RAY_ADDRESS {given} is the address of a Ray Client server, but a job runs inside its cluster: send it "
+            f"there (RAY_API_SERVER_ADDRESS=http://{rest.rpartition(':')[0] or rest}:8265 ray job submit -- python "
             f"jobs/...), {_ALONE}"
         )
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/@\[\]]+):(\d{1,5})", given)
     if match is None or not 0 < int(match[2]) < 2**16:
-        raise InputError(f"RAY_ADDRESS {given!r} is none: {_FORM}, an IPv6 address in brackets, or auto; {_ALONE}")
+        raise InputError(
+            f"RAY_ADDRESS {given!r} is not an address: {_FORM}, an IPv6 address in brackets, or auto; {_ALONE}"
+        )
     return given
 
 
@@ -72,13 +74,13 @@ def _find_running() -> str:
         raise InputError(
             f"RAY_ADDRESS auto: no cluster was started on this machine; start one (ray start --head), {_FORM}, {_ALONE}"
         )
-    # As ray.init does for this form alone.
+    # ray.init does this for the form "auto" only.
     compat.use_token_if_available()
     return address
 
 
 def _look_at(address: str, timeout_seconds: float) -> None:
-    """Raise _UnusableError where `ray.init` could not connect."""
+    """Check that `ray.init` can connect to a cluster; raise _UnusableError otherwise."""
     # Not at the top: a job without a cluster saves the time.
     import grpc
     import ray
@@ -94,7 +96,7 @@ def _look_at(address: str, timeout_seconds: float) -> None:
 
 
 def _wait_for_node_here(head: compat.Head, timeout_seconds: float) -> None:
-    """Look for a node of the cluster on this machine, as `ray.init` does for a minute: a job works through it."""
+    """Wait for a node of the cluster on this machine, which a job needs; `ray.init` itself would wait a minute."""
     deadline = time.monotonic() + timeout_seconds
     while not head.has_living_node(compat.find_local_nodes(), timeout_seconds):
         if time.monotonic() > deadline:
@@ -106,19 +108,21 @@ def _wait_for_node_here(head: compat.Head, timeout_seconds: float) -> None:
 
 
 def _explain(code: Any, details: str, timeout_seconds: float) -> str:
-    """Return why there was no answer, or not one of a cluster, and what to do.
+    """Return why there was no answer, or not the answer of a cluster, and what to do.
 
     Args:
-        code: of gRPC.
-        details: of gRPC, the cause last.
-        timeout_seconds: how long it was waited for.
+        code: status code of gRPC.
+        details: message of gRPC, which ends with the cause.
+        timeout_seconds: how long the request waited.
     """
     import grpc
 
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return f"it refuses the token; {_TOKEN}"
     if code == grpc.StatusCode.UNIMPLEMENTED or "parsing HTTP/2" in details:
-        return f"what answers there is not the head of a cluster, but such as Ray's dashboard; {_FORM}, {_ALONE}"
+        return (
+            f"what answers there is not the head of a cluster, but a server such as Ray's dashboard; {_FORM}, {_ALONE}"
+        )
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         reason = f"no answer within {timeout_seconds:g} s"
     else:

@@ -1,4 +1,4 @@
-"""What a job works on: the cluster that RAY_ADDRESS names, as in a submitted job, one of our own, or no cluster."""
+"""Connection of a job to Ray: the cluster that RAY_ADDRESS names, a cluster of its own, or none."""
 
 import contextlib
 import logging
@@ -23,81 +23,81 @@ from trainer.runtime.storage import ANSWERED_VARIABLE
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
-    # tf.keras is tf_keras: Keras 3 cannot train under MultiWorkerMirroredStrategy.
+    # Makes tf.keras tf_keras: Keras 3 cannot train under MultiWorkerMirroredStrategy.
     "TF_USE_LEGACY_KERAS": "1",
-    # Errors only.
+    # Log errors only.
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    # Where a CPU has no AVX-512, TensorFlow leaves it off and takes 1.7 to 4.6 times as long (docs/performance.md).
+    # On CPUs without AVX-512, TensorFlow leaves oneDNN off and takes 1.7 to 4.6 times as long (docs/performance.md).
     "TF_ENABLE_ONEDNN_OPTS": "1",
-    # The job looked at it before.
+    # The job itself has checked the storage before.
     ANSWERED_VARIABLE: "1",
 }
 
-# What Ray would tell the user is told by the job; these hold for the driver and what it starts.
+# Settings of the driver and of what it starts: the job itself reports what Ray would log.
 _RAY_ENVIRONMENT = {
-    # How soon the controller notices that the workers have ended or died.
+    # Interval at which the controller notices that workers have ended or died.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # A warning about a default of a later version.
+    # Disables a warning about the default of a later version.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # A batch job on somebody's cluster reports nothing to anybody else.
+    # A batch job on somebody's cluster must not report usage to a third party.
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 _POLL_SECONDS = 0.5
-# What the name of a socket may have, of which Ray adds the second part.
+# Maximum length of the name of a socket, and the longest part of it that Ray adds.
 _SOCKET_CHARACTERS = 107
 _LONGEST_SOCKET = "/session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the connected cluster has in all."""
+    """Total resources of the connected cluster, or of this machine."""
 
     num_nodes: int
     num_cpus: float
     num_gpus: int
     free_gpus: int
-    """Of these, that no job held when it was looked."""
+    """GPUs that no job held at the time of reading."""
     devices: str
-    """What a worker computes on: the kinds of GPU, or the cores of the smallest node."""
+    """Devices that workers compute on: the kinds of GPU, or the cores of the smallest node."""
     node_memory_gib: float
-    """For workers, of the node that has least; Ray leaves out the object store and what ran before it."""
+    """Memory for workers on the node that has the least, without the object store and what was in use before Ray."""
     folder: str = ""
-    """For the logs and temporary files of a job on this machine; empty on a cluster that RAY_ADDRESS names."""
+    """Folder for logs and temporary files of a job on this machine; empty on a cluster that RAY_ADDRESS names."""
 
     @property
     def is_one_machine(self) -> bool:
-        """Whether one worker is simply a process of this machine, with its GPU if it has one."""
+        """Whether a single worker can be a plain process of this machine, with its GPU if it has one."""
         return bool(self.folder) and self.num_gpus <= 1
 
     @property
     def hardware(self) -> str:
-        """The nodes in words."""
+        """Description of the nodes."""
         nodes, cpus = format_count(self.num_nodes, "node"), format_count(self.num_cpus, "CPU")
         gpus = f", {format_count(self.num_gpus, 'GPU')}" if self.num_gpus else ""
-        return f"{nodes}, {cpus}{gpus}, {self.devices}, {self.node_memory_gib:.0f} GiB a node"
+        return f"{nodes}, {cpus}{gpus}, {self.devices}, {self.node_memory_gib:.0f} GiB per node"
 
 
 @contextlib.contextmanager
 def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Iterator[Resources]:
-    """Connect to Ray for the time of the context and yield what the cluster has.
+    """Connect to Ray during the context and yield the resources of the cluster.
 
-    Without RAY_ADDRESS a cluster of one node is started and ended with the context; it never attaches to a cluster that
-    happens to run on this machine. Ray's own log lines stay in its session folder: what a user needs to see comes from
-    the job itself.
+    Without RAY_ADDRESS, a cluster of one node is started, and stopped at the end of the context; the job never attaches
+    to a cluster that happens to run on this machine. Ray's log lines stay in its session folder: the job itself reports
+    what a user needs to see.
 
     Args:
-        wait_seconds: how long to wait for a node where none works yet, of a cluster that grows by itself. With None the
-            job knows what to do with such a cluster.
-        one_process: whether the job needs no cluster of its own: all that it starts is one process at a time, with
-            `trainer.workers.groups`. Without RAY_ADDRESS, and with at most one GPU, none is started then.
+        wait_seconds: how long to wait for the first node of a cluster that scales automatically. None does not wait and
+            accepts a cluster without nodes.
+        one_process: whether the job starts only one process at a time, with `trainer.workers.groups`. Without
+            RAY_ADDRESS, and with at most one GPU, no cluster is started then.
 
     Raises:
-        InputError: no cluster can be used at RAY_ADDRESS (`trainer.runtime.address`), or no node of it works, or there
-            is no folder for temporary files.
-        JobError: Ray does not start here, or that of the context; says where the logs are.
+        InputError: the cluster at RAY_ADDRESS cannot be used (`trainer.runtime.address`) or has no working node, or
+            there is no folder for temporary files.
+        JobError: Ray does not start here, or the context raised a JobError; the message says where the logs are.
     """
-    # Before its first line: what Ray would log is told by the job.
+    # Before Ray logs anything: the job itself reports what matters.
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address := find_cluster():
         with _connected_ray(WORKER_ENVIRONMENT, wait_seconds, address=address):
@@ -109,9 +109,9 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
             yield machine
             return
         _check_socket_names(folder)
-        # TensorFlow leaves files of traced functions in a worker that is killed.
+        # TensorFlow leaves files of traced functions behind when a worker is killed.
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
-        # Its nodes are not taken away by a cloud.
+        # No cloud provider takes nodes of this cluster away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options = {"address": "local", "num_cpus": int(machine.num_cpus), "include_dashboard": False}
         with _own_token(folder), _connected_ray(environment, wait_seconds, _temp_dir=folder, **options):
@@ -120,7 +120,7 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
 
 @contextlib.contextmanager
 def _job_folder() -> Iterator[str]:
-    """Yield a folder for logs and temporary files that goes with the context, unless the job failed."""
+    """Yield a folder for logs and temporary files, and delete it at the end of the context unless the job failed."""
     parent = _temporary_folder()
     with contextlib.ExitStack() as stack:
         try:
@@ -137,7 +137,7 @@ def _job_folder() -> Iterator[str]:
 
 
 def _temporary_folder() -> str:
-    # Not in TMPDIR, which may be long: Ray makes sockets there, and the name of a socket is short.
+    # Not in TMPDIR, which may be long: Ray creates sockets there, and the length of their names is limited.
     if folder := os.environ.get("RAY_TMPDIR"):
         return os.path.abspath(folder)
     return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
@@ -148,17 +148,17 @@ def _check_socket_names(folder: str) -> None:
     if too_long > 0:
         parent = os.path.dirname(folder)
         raise InputError(
-            f"{parent} is {too_long} characters too long for the names of the sockets that Ray makes there; set "
+            f"{parent} is {too_long} characters too long for the names of the sockets that Ray creates there; set "
             f"RAY_TMPDIR to a folder with at most {len(parent.encode()) - too_long} characters, such as /tmp"
         )
 
 
 @contextlib.contextmanager
 def _own_token(folder: str) -> Iterator[None]:
-    """Let a cluster that is started in the context have a token of its own: Ray would write one into the home."""
+    """Give a cluster that is started in the context its own token: Ray would write one to the home folder."""
     path = Path(folder, "auth_token")
     path.write_text(secrets.token_hex(32))
-    # Ray sets the mode itself.
+    # Ray itself sets the mode.
     before = {name: os.environ.get(name) for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")}
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     compat.forget_token()
@@ -175,13 +175,13 @@ def _own_token(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **options: Any) -> Iterator[None]:
-    # Not at the top: a job without a cluster spares itself the half second.
+    # Not at the top: a job without a cluster saves the half second.
     from ray.data import DataContext
 
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        # What a handler raises in the middle of Ray's start gets lost there, with a lock that is never given back.
+        # Ray loses an exception that a signal handler raises during its start, and never releases a lock.
         with defer_signals_of_start():
             try:
                 ray.init(
@@ -190,7 +190,7 @@ def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **op
                     runtime_env={"env_vars": environment},
                     **options,
                 )
-            # Ray has no class of its own for most of what can be wrong.
+            # Ray has no specific class for most of the errors here.
             except Exception as error:
                 raise _explain_start(error, options["address"]) from error
         for name in ("ray.data", "ray.train"):
@@ -217,7 +217,7 @@ def _wait_for_node(seconds: float) -> None:
             if time.monotonic() - started > seconds:
                 raise InputError(
                     "no node of the cluster has CPUs for work; start one (`ray start --address HEAD:6379`), or give "
-                    "--wait SECONDS where the cluster grows by itself"
+                    "--wait SECONDS if the cluster scales automatically"
                 )
             request_nodes([{"CPU": 1}])
             time.sleep(_POLL_SECONDS)
@@ -227,7 +227,7 @@ def _wait_for_node(seconds: float) -> None:
 
 
 def request_nodes(bundles: list[dict[str, float]]) -> None:
-    """Ask the autoscaler, where there is one, for nodes that hold these resources; for nothing more with none."""
+    """Ask the autoscaler, if there is one, for nodes with these resources; an empty list withdraws the request."""
     if ray.is_initialized():
         from ray.autoscaler.sdk import request_resources
 
@@ -235,8 +235,8 @@ def request_nodes(bundles: list[dict[str, float]]) -> None:
 
 
 def read_machine(folder: str = "") -> Resources:
-    """Return what Ray would say that this machine has, without starting it."""
-    # Ray would give a container with less than one core none.
+    """Return the resources that Ray would find on this machine, without starting Ray."""
+    # Ray would find no core in a container with less than one.
     spec = compat.measure_machine(max(1, compat.count_cores()))
     return Resources(
         num_nodes=1,
@@ -250,10 +250,10 @@ def read_machine(folder: str = "") -> Resources:
 
 
 def read_resources(folder: str = "") -> Resources:
-    """Return what the connected cluster has now; ``folder`` is that of the `Resources` of one on this machine."""
+    """Return the current resources of the connected cluster; ``folder`` is the one of a cluster on this machine."""
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # A head without work has no CPUs: no worker will run there.
+    # A head that runs no tasks has no CPUs: no worker will run there.
     working = [node for node in nodes if node.get("CPU")] or nodes
     return Resources(
         num_nodes=len(nodes),
@@ -267,6 +267,6 @@ def read_resources(folder: str = "") -> Resources:
 
 
 def _name_devices(resources: Mapping[str, float], num_cpus: float) -> str:
-    # Ray names each kind of GPU by a resource of its own.
+    # Ray has a resource for each kind of GPU.
     kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
     return " ".join(kinds) or format_count(num_cpus, "core")

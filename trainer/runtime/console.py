@@ -1,4 +1,4 @@
-"""How every job speaks and ends: progress on stderr, results on stdout, and the exit codes.
+"""Output and exit codes of every job: progress on stderr, results on stdout.
 
 On a terminal there are progress bars; piped or in a job log there are plain lines without control characters.
 """
@@ -16,27 +16,28 @@ from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import Event, OnEvent, StageProgressed
 from trainer.runtime.signals import defer_signals, failure_reason, raise_on_signals, received_signal
 
-# Where output is declared ASCII or Latin-1, as under cron, a name in another script is escaped: it must not fail a job.
-# Here, and not when a job starts: wrong arguments are told before that. Rich draws its tables in ASCII there.
+# If the encoding of output is ASCII or Latin-1, as under cron, characters outside of it are escaped so that they do not
+# fail a job. This runs at import, because wrong arguments are reported before a job starts. Rich then draws its tables
+# in ASCII.
 for _stream in (sys.stdout, sys.stderr):
     if isinstance(_stream, io.TextIOWrapper):
         _stream.reconfigure(errors="backslashreplace")
 
-# Tables of a job log are not cut to the width of a terminal that is not there.
+# Without a terminal, tables are not cut to the width of one.
 _PLAIN_WIDTH = 160
-# Without emoji: the port of an address is none.
+# Without emoji codes: the port of an address could be taken for one.
 stdout = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
-# A job log gets a line about an unfinished stage at most this often.
+# Minimum time between two lines of a job log about the same stage.
 _PLAIN_INTERVAL_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Ends the process as every job does: 2 for wrong arguments or data, 1 for a failed run, one line on stderr.
+    """Turn errors of the context into exit codes: 2 for wrong arguments or data, 1 for a failed run.
 
-    SIGINT and SIGTERM end it with 130 and 143.
+    Each comes with one line on stderr. SIGINT and SIGTERM end the process with 130 and 143.
     """
     try:
         with raise_on_signals():
@@ -58,7 +59,7 @@ def exit_codes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def show_events() -> Iterator[OnEvent]:
-    """Yields a function that shows each event: the current stage as a bar, anything else as a line."""
+    """Yield a function that shows events: the current stage as a progress bar, all others as lines."""
     if not stderr.is_terminal:
         yield _uninterrupted(_plain_lines())
         return
@@ -78,7 +79,7 @@ def show_events() -> Iterator[OnEvent]:
 
 
 def _uninterrupted(show: OnEvent) -> OnEvent:
-    """Rich, interrupted in the middle of a line, keeps all further ones to itself."""
+    """Defer signals while an event is shown: rich prints nothing more after an exception in the middle of a line."""
 
     def show_whole(event: Event) -> None:
         with defer_signals():

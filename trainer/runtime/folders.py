@@ -1,4 +1,4 @@
-"""Where this machine keeps what is no result: one cache folder, and temporary folders that no job leaves for ever."""
+"""Folders of this machine for what is not a result: one cache folder, and temporary folders that are cleaned up."""
 
 import contextlib
 import fcntl
@@ -12,16 +12,16 @@ import platformdirs
 
 from trainer.runtime.errors import InputError
 
-# What a library would write into the home folder, by the variable that says where.
+# Variables of libraries that would write to the home folder, with the subfolder of the cache folder for each.
 _LIBRARY_FOLDERS = {"MPLCONFIGDIR": "matplotlib", "KERAS_HOME": "keras", "CUDA_CACHE_PATH": "cuda"}
 _LOCK_NAME = "training-notes.lock"
 
 
 def cache_folder() -> Path:
-    """Make and return the folder where this machine keeps datasets: that of the user in XDG_CACHE_HOME.
+    """Create and return the folder where this machine caches datasets, a folder of the user in XDG_CACHE_HOME.
 
     Raises:
-        InputError: it cannot be made, or belongs to somebody else.
+        InputError: the folder cannot be created, or belongs to another user.
     """
     folder = _choose_cache_folder()
     advice = "set XDG_CACHE_HOME to a folder that can be written"
@@ -29,27 +29,27 @@ def cache_folder() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the cache folder {folder} cannot be made: {error.strerror}; {advice}") from error
-    # Anybody may have made that one.
+    # Any user can create this folder.
     if folder == _fallback_cache_folder() and not _is_own(folder.parent):
         raise InputError(f"the cache folder {folder} belongs to another user; {advice}")
     return folder
 
 
 def keep_caches_together() -> None:
-    """Tell this process and its children, and the libraries that they import, to write to the cache folder alone."""
+    """Make this process, its children and the libraries that they import write to the cache folder only."""
     folder = _choose_cache_folder()
-    # A child with another TMPDIR would choose another one.
+    # A child process with another TMPDIR would choose another folder.
     os.environ["XDG_CACHE_HOME"] = str(folder.parent)
     for variable, name in _LIBRARY_FOLDERS.items():
         os.environ.setdefault(variable, str(folder / name))
 
 
 def _choose_cache_folder() -> Path:
-    """Return the folder of XDG_CACHE_HOME, by default ~/.cache, or a temporary one of a user without a home."""
+    """Return the folder in XDG_CACHE_HOME (default ~/.cache), or a temporary one for a user without a home folder."""
     try:
         folder = Path(platformdirs.user_cache_dir("training-notes"))
     except RuntimeError:
-        # A number without a name, and no HOME.
+        # The user id has no name, and HOME is not set.
         return _fallback_cache_folder()
     if os.environ.get("XDG_CACHE_HOME") or os.access(_find_existing(folder), os.W_OK | os.X_OK):
         return folder
@@ -61,34 +61,34 @@ def _fallback_cache_folder() -> Path:
 
 
 def _find_existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest parent that exists."""
     return next(one for one in (folder, *folder.parents) if os.path.exists(one))
 
 
 @contextlib.contextmanager
 def hold_folder(prefix: str, parent: str) -> Iterator[str]:
-    """Yield a new folder for temporary files that is gone after the context.
+    """Yield a new folder for temporary files, and delete it at the end of the context.
 
-    Those of processes that were killed are removed first. Such a folder has a file that its process has locked, which
-    the system ends with the process; a lock holds in all containers that share the parent, and what another machine or
-    another user made there is left alone.
+    Folders of processes that were killed are deleted first. Each folder has a file that its process has locked; the
+    system releases the lock when the process ends. Locks hold across all containers that share the parent. Folders of
+    other machines and other users are not touched.
 
     Args:
-        prefix: of its name, the same for all that may be removed.
-        parent: folder that it is made in.
+        prefix: prefix of the name; only folders with the same prefix are deleted.
+        parent: folder in which it is created.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     for lock_path in Path(parent).glob(f"{prefix}*/{_LOCK_NAME}"):
         _remove_abandoned(lock_path)
     folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
     lock_path = Path(folder, _LOCK_NAME)
     with lock_path.open("x") as lock:
-        # A file system without locks: nobody else will remove it.
+        # On a file system without locks no other process will delete the folder.
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Until this is written, the folder is not taken for an abandoned one.
+            # Until this is written, the folder does not count as abandoned.
             lock.write(_machine())
             lock.flush()
         try:
@@ -99,7 +99,7 @@ def hold_folder(prefix: str, parent: str) -> Iterator[str]:
 
 
 def keep_folder(folder: str) -> None:
-    """Let a folder of `hold_folder` outlive its context."""
+    """Keep a folder of `hold_folder` after its context."""
     Path(folder, _LOCK_NAME).unlink(missing_ok=True)
 
 
@@ -117,7 +117,7 @@ def _remove_abandoned(lock_path: Path) -> None:
                     shutil.rmtree(one, ignore_errors=True)
                 elif one != lock_path:
                     one.unlink()
-            # Last, so that what is interrupted here is finished by the next job.
+            # Last, so that the next job finishes a deletion that is interrupted.
             lock_path.unlink()
             folder.rmdir()
 
@@ -127,5 +127,5 @@ def _is_own(folder: Path) -> bool:
 
 
 def _machine() -> str:
-    """Return what tells one start of a machine from all others: locks hold no further."""
+    """Return the id of the current boot of this machine: locks do not hold beyond it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text()

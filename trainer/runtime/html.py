@@ -1,4 +1,4 @@
-"""HTML pages that need nothing from outside: templates that escape what they are given, pictures inside."""
+"""Self-contained HTML pages: templates with escaping, and embedded pictures."""
 
 import base64
 import io
@@ -8,14 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-# A hundred runs with pictures stay below ten megabytes.
+# A page of a hundred runs with pictures stays below ten megabytes.
 _PICTURE_WIDTH, _PICTURE_QUALITY = 640, 55
 _WIDE = 1100
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text."""
+    """A table of text."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -23,22 +23,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page."""
+    """One section of a page."""
 
     title: str
     lines: list[str]
     table: Table | None = None
     command: str = ""
     picture: str = ""
-    """Name of a picture of the page."""
+    """Name of one of the pictures of the page."""
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Returns a page as HTML text.
+    """Render a template as the HTML text of a page.
 
     Args:
         template: name of a file in ``trainer/runtime/templates``.
-        values: that it needs, all of them.
+        values: all values that the template uses.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -53,24 +53,24 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def render_sections(title: str, subtitle: str, sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
-    """Returns a page of sections as HTML text.
+    """Render a page of sections as HTML text.
 
     Args:
-        title: of the page.
-        subtitle: one line below it.
-        sections: in their order.
-        pictures: content of picture files, by the name that sections use.
+        title: title of the page.
+        subtitle: the line below the title.
+        sections: the sections, in order.
+        pictures: content of the picture files, by the names that the sections use.
     """
     addresses = {name: to_data_uri(content, _WIDE) for name, content in pictures.items()}
     return render_page("sections.html.jinja", title=title, subtitle=subtitle, sections=sections, pictures=addresses)
 
 
 def to_data_uri(picture: bytes, width: int = _PICTURE_WIDTH) -> str:
-    """Returns a picture of any format, made small, as the address of an ``img`` element.
+    """Return a picture of any format, reduced in size, as a data URI for an ``img`` element.
 
     Args:
-        picture: content of its file.
-        width: that it has at most, in pixels.
+        picture: content of the picture file.
+        width: maximum width in pixels.
     """
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     image.thumbnail((width, 4 * width))

@@ -1,7 +1,7 @@
-"""Keeps two jobs out of one folder: a small file that says who works there, and is renewed as long as they do.
+"""Leases, which keep two jobs out of one folder: a small file names the holder, which renews it while it works.
 
-Its token is what a job and its workers look at before they write (`Lease.check`): a job that was killed may have
-workers that live on for seconds, and one that stood still does not know yet that another one has taken over.
+A job and its workers compare the token of the file before they write (`Lease.check`): a job that was killed may have
+workers that live on for seconds, and a job that was stopped does not know yet that another one has taken over.
 """
 
 import contextlib
@@ -20,30 +20,30 @@ from trainer.runtime.processes import ProcessId, is_gone, this_process
 from trainer.runtime.signals import interrupt_main
 
 _RENEW_SECONDS = 15.0
-# Longer than that, the two minutes for which a storage may be away, and what the clocks of two machines differ by.
+# Longer than a renewal, the two minutes for which a storage may not answer, and the difference between two clocks.
 _EXPIRE_SECONDS = 150.0
-# Longer than another job takes from reading who held the lease to writing itself down.
+# Longer than another job takes between reading the holder and writing itself as the holder.
 _SETTLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A lease as its holder has it, and as the holder's workers are told of it."""
+    """A lease that this job holds; its workers get a copy."""
 
     uri: str
     what: str
-    """What is worked on, for the message."""
+    """Name of what the lease protects, for messages."""
     token: str
-    """Of this holder alone."""
+    """Unique to this holder."""
 
     def check(self) -> None:
-        """Raise unless the lease is still this holder's.
+        """Check that this holder still has the lease.
 
-        A check is no lock: a write that was begun before another job took over may end afterwards. Whoever needs more
-        gives what it writes a name that no other holder uses.
+        A check is not a lock: a write that began before another job took over may finish afterwards. Where that is not
+        enough, write to a name that no other holder uses.
 
         Raises:
-            LeaseLostError: another job has it, or nobody.
+            LeaseLostError: another job has the lease, or none has.
         """
         holder = _read_holder(self.uri)
         if holder is None or holder["token"] != self.token:
@@ -52,20 +52,20 @@ class Lease:
 
 @contextlib.contextmanager
 def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[Lease]:
-    """Hold the file at ``uri`` for the time of the context.
+    """Hold the lease at ``uri`` during the context.
 
-    A lease whose holder died is taken over: at once if it was a process of this machine, else when it has not been
-    renewed for two and a half minutes. Two jobs that start at the same moment are told apart by a conditional write
-    where the storage has one. Where it has not, and where two take over at the same moment, each reads back a second
-    later who wrote last, which tells them apart unless the storage is slower.
+    A lease whose holder died is taken over: at once if the holder was a process of this machine, otherwise when it has
+    not been renewed for two and a half minutes. If two jobs start at the same moment, a conditional write decides,
+    where the storage supports it. Where it does not, and where two jobs take over at the same moment, each reads a
+    second later which one wrote last, which decides unless the storage is slower than that.
 
-    A job that was silent for so long that another one took over is interrupted as by SIGTERM
-    (`trainer.runtime.signals`). What a killed holder had begun to write in the folder of the file is deleted.
+    A job that was silent for so long that another one took over is interrupted as if by SIGTERM
+    (`trainer.runtime.signals`). Partial files that a killed holder left in the folder are deleted.
 
     Args:
-        uri: of the file.
-        what: is worked on, for the message.
-        wait: for a holder of which nothing is heard any more, in place of an error at once.
+        uri: URI of the lease file.
+        what: name of what the lease protects, for messages.
+        wait: whether to wait until the lease expires, in case its holder is dead, instead of failing at once.
 
     Raises:
         InputError: another job holds it.
@@ -87,10 +87,10 @@ def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[Lease]:
         yield lease
     finally:
         released.set()
-        # Where the storage is away, the lease expires.
+        # If the storage does not answer, the lease expires.
         if not storage.is_local(uri):
             storage.ask_briefly()
-        # A renewal on its way to a slow one would otherwise come after the deletion.
+        # On a slow storage, a renewal in flight could otherwise arrive after the deletion.
         renewer.join(_RENEW_SECONDS)
         with contextlib.suppress(InputError, JobError):
             lease.check()
@@ -98,11 +98,11 @@ def hold_lease(uri: str, what: str, *, wait: bool = False) -> Iterator[Lease]:
 
 
 def _acquire(lease: Lease) -> dict[str, Any] | None:
-    """Take the lease, or return who holds it."""
+    """Take the lease, or return its holder."""
     uri, content = lease.uri, _describe_holder(lease.token)
     if not storage.create_file(uri, content):
         holder = _read_holder(uri)
-        # It is this job itself where the answer to its write was lost, and the write was tried again.
+        # The holder is this job itself if the answer to its write was lost and the write was retried.
         if holder is not None and holder["token"] != lease.token and _is_alive(holder):
             return holder
         storage.write_bytes(uri, content)
@@ -131,11 +131,11 @@ def _describe_holder(token: str) -> bytes:
 
 
 def _read_holder(uri: str) -> dict[str, Any] | None:
-    """Return who holds the lease, or None where nobody does or nobody can be made out."""
+    """Return the holder of the lease, or None if there is none or the file cannot be read as one."""
     try:
         holder = json.loads(storage.read_bytes(uri))
     except (FileNotFoundError, ValueError):
-        # A loss of power may leave an empty file: it is not synced.
+        # A power failure may leave an empty file, because it is not synced.
         return None
     return holder if isinstance(holder, dict) and holder.keys() >= {"token", "host", "pid", "renewed"} else None
 
@@ -148,7 +148,7 @@ def _describe_loss(what: str, holder: dict[str, Any] | None) -> str:
 def _is_alive(holder: dict[str, Any]) -> bool:
     if is_gone(ProcessId(holder["pid"], holder.get("namespace", ""))):
         return False
-    # Of this machine too: a container that was started again has the host name and the process numbers of the old one.
+    # On this machine too: a restarted container has the host name and the process ids of the old one.
     return bool(time.time() - holder["renewed"] < _EXPIRE_SECONDS)
 
 
@@ -161,5 +161,5 @@ def _renew(lease: Lease, released: threading.Event) -> None:
             interrupt_main(str(error))
             return
         except (InputError, JobError):
-            # A storage that does not answer now may do so before the lease expires.
+            # The storage may answer again before the lease expires.
             continue

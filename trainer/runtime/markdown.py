@@ -1,15 +1,15 @@
-"""Text that notes, cards and messages are made of: Markdown tables, counts and fingerprints."""
+"""Pieces of the text of notes, cards and messages: Markdown tables, counts and fingerprints."""
 
 from collections.abc import Iterable, Sequence
 
-# A table or a picture with something for each class shows all of at most so many, and the extremes of more.
+# A table or a picture with an entry per class shows up to this many classes; of more it shows the extremes.
 MOST_CLASSES = 50
 
 _DIGEST_DIGITS = 12
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a table; a bar or a line break in a cell cannot break it."""
+    """Return the lines of a table; bars and line breaks in cells are escaped."""
     lines = [_format_row(header), "|" + "---|" * len(header)]
     return lines + [_format_row(row) for row in rows]
 
@@ -25,5 +25,5 @@ def format_count(number: float, noun: str) -> str:
 
 
 def shorten_digest(digest: str) -> str:
-    """Return as much of a checksum or fingerprint as tells it from others; records keep it whole."""
+    """Shorten a checksum or fingerprint for display; records keep all of its digits."""
     return digest[:_DIGEST_DIGITS]

@@ -1,4 +1,4 @@
-"""Keep a job from replacing, in a folder that the user chose, what it has not written itself."""
+"""A check that keeps a job from replacing files of others in a folder that the user chose."""
 
 from collections.abc import Iterable
 
@@ -7,19 +7,19 @@ from trainer.runtime.errors import InputError
 
 
 def check_place(folder: str, page: str, names: Iterable[str], marks: Iterable[str], option: str) -> None:
-    """Check that a page and the files that go with it replace nothing that their job has not written.
+    """Check that a page and its files do not replace files that another program wrote.
 
-    The page vouches for the others: where it carries a mark of its job, all of these names are the job's.
+    If the page contains a mark of its job, all of the files with these names are taken to be of the job, too.
 
     Args:
         folder: URI of the folder that the user chose.
-        page: name of the page.
-        names: of the files that go with it.
-        marks: texts of which the page carries one.
-        option: names the folder, for the message.
+        page: file name of the page.
+        names: file names of what belongs to the page.
+        marks: texts of which a page that the job wrote contains at least one.
+        option: the option that sets the folder, for the message.
 
     Raises:
-        InputError: one of the names is taken; says which, and what to do.
+        InputError: a file with one of these names was not written by the job; the message says which, and what to do.
     """
     try:
         present = storage.read_bytes(storage.join(folder, page))

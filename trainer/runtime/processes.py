@@ -1,4 +1,4 @@
-"""What processes of one machine know of each other's life."""
+"""Identity and end of processes, as other processes on the same machine see them."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process, as other processes of its machine can tell it from all others that live."""
+    """A process, identified among all living processes of its machine."""
 
     pid: int
     namespace: str
-    """What two processes have in common of which one can look for the other."""
+    """Identity of the boot and the process namespace; processes can look up each other only within one."""
 
 
 def this_process() -> ProcessId:
@@ -24,9 +24,9 @@ def this_process() -> ProcessId:
 
 
 def is_gone(process: ProcessId) -> bool:
-    """Return whether a process is known to have ended; one that cannot be looked for from here is not.
+    """Return whether a process is known to have ended; False for one that cannot be looked up from here.
 
-    A zombie has ended, though nobody has asked for its exit code yet.
+    A zombie has ended, although its exit code has not been read yet.
     """
     if process.namespace != this_process().namespace:
         return False
@@ -38,12 +38,12 @@ def is_gone(process: ProcessId) -> bool:
 
 
 def end_with(process: ProcessId) -> None:
-    """Make the calling process exit with 1 as soon as another one has ended, if that can be looked for from here."""
+    """Make the calling process exit with 1 as soon as another one ends, if that one can be looked up from here."""
     if process.namespace != this_process().namespace:
         return
     if is_gone(process):
         os._exit(1)
-    # A sandbox may refuse it.
+    # A sandbox may not permit it.
     with contextlib.suppress(OSError):
         descriptor = os.pidfd_open(process.pid)
         threading.Thread(target=_exit_when_readable, args=(descriptor,), name="driver", daemon=True).start()

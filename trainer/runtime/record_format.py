@@ -1,4 +1,4 @@
-"""The core of every record: a JSON file with a format number, which other versions of this program can read."""
+"""Base class of every record: a JSON file with a format number that other versions of this program can read."""
 
 import json
 from collections.abc import Mapping
@@ -9,52 +9,52 @@ from pydantic_core import PydanticCustomError
 
 from trainer.runtime.errors import NewerFormatError, RecordError
 
-# The type of the error of pydantic.
+# Type of the pydantic error.
 _NEWER = "newer_format"
 
-# One line for the result of a class and the few that it was taken for.
+# Wide enough for one line with the result of a class and the classes that it was mistaken for.
 _JSON_WIDTH = 160
 
 
 class Record(BaseModel):
-    """A frozen model that is kept as JSON.
+    """A frozen model that is stored as JSON.
 
-    Read from JSON, fields that it does not know are passed over, at any depth; a field that it has gained since the
-    record was written gets the value that its absence meant; and a format number larger than its own is refused.
+    When it is read, unknown fields are ignored at any depth, fields that were added after the record was written get
+    the value that their absence meant, and a format number greater than `FORMAT` is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
     FORMAT: ClassVar[int] = 1
-    """Raised by a change that a program which passes over unknown fields would misread; not by a new field."""
+    """Increased by a change that older programs, which ignore unknown fields, would misread; not by a new field."""
     RENAMED: ClassVar[Mapping[str, str]] = {}
-    """The present name of a field by an earlier one."""
+    """Current names of fields, by their former names."""
     ADDED: ClassVar[Mapping[str, Any]] = {}
-    """What a record without a field means: a value, or a function of the record that returns it.
+    """Values for fields that older records lack: a value, or a function of the record that returns it.
 
-    By name; ``config.seed`` is the field of a model within.
+    The keys are field names; ``config.seed`` is a field of a nested model.
     """
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def format(self) -> int:
-        """The format number that the record is written with."""
+        """Format number that is written to the record."""
         return self.FORMAT
 
     @classmethod
     def parse(cls, content: str | bytes, source: str) -> Self:
-        """Parse JSON into the record that it holds.
+        """Parse a record from JSON.
 
         Args:
-            content: JSON.
-            source: what it was read from, for the message.
+            content: the JSON text.
+            source: where it was read from, for messages.
 
         Raises:
-            NewerFormatError: it is of a newer format.
-            RecordError: it is not such a record; says the first field that is wrong.
+            NewerFormatError: the record has a newer format.
+            RecordError: the text is not such a record; the message names the first wrong field.
         """
         try:
-            # At any depth: models that refuse unknown fields do so for what a user types.
+            # Ignore unknown fields at any depth, also in models that refuse them in what a user types.
             return cls.model_validate_json(content, extra="ignore")
         except ValidationError as error:
             first = error.errors()[0]
@@ -65,17 +65,17 @@ class Record(BaseModel):
                 "ones)"
             ) from error
         except (LookupError, TypeError, AttributeError) as error:
-            # A migration met something else than what it knows.
+            # A migration found something that it does not expect.
             raise RecordError(f"{source} cannot be read: it is damaged ({error!r})") from error
 
     def to_json(self) -> bytes:
-        """Write the record as JSON text for people too: what fits into a line is on one, however many rows it has."""
+        """Return the record as JSON text that people can read: what fits on one line is on one line."""
         return f"{_format_json(self.model_dump(mode='json'), 0)}\n".encode()
 
     @model_validator(mode="before")
     @classmethod
     def _migrate(cls, values: Any, info: ValidationInfo) -> Any:
-        """Bring what was read from JSON to the present format; what the program itself makes is left as it is."""
+        """Convert what was read from JSON to the current format; instances made by the program are not changed."""
         if info.mode != "json" or not isinstance(values, dict):
             return values
         values = {cls.RENAMED.get(name, name): value for name, value in values.items()}
@@ -93,7 +93,7 @@ class Record(BaseModel):
 
 
 def _find_model(values: dict[str, Any], path: list[str]) -> dict[str, Any] | None:
-    """Find the model of a path within a record; None where there is none."""
+    """Return the nested model at a path within a record, or None if there is none."""
     found: Any = values
     for name in path:
         found = found.get(name) if isinstance(found, dict) else None

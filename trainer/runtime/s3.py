@@ -1,4 +1,4 @@
-"""The S3 side of the storage: names are taken as they are, waits are bounded, errors say what happened."""
+"""The S3 client of the storage: names are taken literally, waiting is limited, and errors say what happened."""
 
 import contextlib
 import http
@@ -17,24 +17,24 @@ from s3fs.core import set_custom_error_handler
 
 from trainer.runtime.errors import InputError, JobError, UnreachableError
 
-# s3fs tries each request again, waiting 0.1 x 1.7**n seconds, at most 15; botocore's one retry below it adds jitter. A
-# storage that has never answered is likely misnamed: 3 s of waiting. One that has is worth two minutes.
+# s3fs retries each request and waits 0.1 x 1.7**n seconds, at most 15; botocore's own retry adds jitter. A storage that
+# has never answered is probably misspelled, so it gets 3 s; one that has answered gets two minutes.
 _TRIES_BEFORE_FIRST_ANSWER = 6
 _TRIES = 16
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
-# Of the store, or of the way to it.
+# Errors of the store, or of the connection to it.
 _ERRORS = (OSError, BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError)
 
 
 class NoAnswerError(OSError):
-    """No answer of the store to a request; the cause says why."""
+    """The store did not answer a request; the cause says why."""
 
 
 class S3(S3FileSystem):
-    """s3fs without a meaning for any character of a name, and with errors that tell an answer from none.
+    """s3fs with literal names, and with errors that distinguish an answer of the store from no answer.
 
-    Paths are ``bucket/key``. Of the methods of s3fs use only those of one name, such as `pipe_file` and `rm_file`, and
-    the listings `find` and `ls`: all others expand ``*``, ``?`` and ``[``, and are closed here.
+    Paths are ``bucket/key``. Use only the methods of s3fs that take one name, such as `pipe_file` and `rm_file`, and
+    the listings `find` and `ls`: all others expand ``*``, ``?`` and ``[``, and raise an error here.
     """
 
     cachable = False
@@ -44,14 +44,14 @@ class S3(S3FileSystem):
         config = {"retries": retries, "connect_timeout": 5, "read_timeout": 60}
         super().__init__(**{"use_listings_cache": False, "config_kwargs": config, **options})
         set_custom_error_handler(_is_transient)
-        # What they warn of before they raise it is in the error.
+        # These loggers only repeat what the error says.
         for name in ("credentials", "tokens"):
             logging.getLogger(f"aiobotocore.{name}").setLevel(logging.CRITICAL)
         self.has_answered = has_answered
         self.retries = _TRIES if has_answered else _TRIES_BEFORE_FIRST_ANSWER
 
     def split_path(self, path: str) -> tuple[str, str, None]:
-        """Return bucket and key; s3fs would take ``?versionId=`` in a key for a version of another one."""
+        """Return bucket and key; s3fs would read ``?versionId=`` in a key as a version of another key."""
         bucket, _, key = path.partition("/")
         return bucket, key, None
 
@@ -63,7 +63,7 @@ class S3(S3FileSystem):
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:
             return await super()._call_s3(method, *arguments, **options)
-        # Credentials and endpoint are looked for in files, by processes and by requests, which fail in more ways.
+        # Credentials and endpoint may come from files, processes and requests, which raise other errors.
         except (*_ERRORS, ValueError, EOFError) as error:
             if _is_answer(error, method):
                 raise
@@ -72,7 +72,7 @@ class S3(S3FileSystem):
     call_s3 = sync_wrapper(_call_s3)
 
     def has(self, path: str) -> bool:
-        """Return whether there is an object, or at least one below a prefix."""
+        """Return whether the path is an object, or a prefix with at least one object below it."""
         try:
             self.info(path)
         except FileNotFoundError as error:
@@ -82,34 +82,34 @@ class S3(S3FileSystem):
         return True
 
     def read(self, path: str, start: int, end: int | None) -> bytes:
-        """Read one object from ``start`` to ``end``; beyond its end there is nothing, as in a file."""
+        """Read one object from ``start`` to ``end``; as with a file, reading past its end returns less."""
         try:
             content: bytes = self.cat_file(path, start=start, end=end)
         except OSError as error:
-            # Of an empty object not even the range from 0 can be had.
+            # For an empty object even the range from 0 is invalid.
             if error_code(error) == "InvalidRange":
                 return b""
             raise
         return content
 
     def write(self, path: str, content: bytes, *, create: bool = False) -> bool:
-        """Write one object and return whether that was done: with ``create`` not where it exists."""
+        """Write one object and return whether it was written; with ``create``, an existing one is not replaced."""
         try:
             self.pipe_file(path, content, mode="create" if create else "overwrite")
         except FileExistsError:
             return False
         except FileNotFoundError as error:
-            # A write needs no object: what is not there is more than that.
+            # A write does not need an existing object, so what is missing is the bucket.
             raise OSError(*error.args) from error.__cause__
         except OSError as error:
-            # Of Ceph's answer, which has no message, s3fs makes a plain OSError.
+            # Ceph's answer has no message, so s3fs raises a plain OSError.
             if error_code(error) == "PreconditionFailed":
                 return False
             raise
         return True
 
     def write_in_parts(self, path: str, content: bytes) -> None:
-        """Write one object as `pipe_file` writes a large one, in a single part."""
+        """Write one object as a multipart upload of a single part, which is how `pipe_file` writes a large one."""
         bucket, key, _ = self.split_path(path)
         place = {"Bucket": bucket, "Key": key}
         place["UploadId"] = self.call_s3("create_multipart_upload", **place)["UploadId"]
@@ -123,18 +123,18 @@ class S3(S3FileSystem):
             raise
 
     def try_briefly(self) -> None:
-        """Try for seconds in place of minutes, until there is an answer."""
+        """Retry for seconds instead of minutes until the store answers again."""
         self.retries = _TRIES_BEFORE_FIRST_ANSWER
 
     @contextlib.contextmanager
     def clear_errors(self, uri: str) -> Iterator[None]:
-        """Turn what can happen into one line with the place and what to set, never with a secret.
+        """Turn errors into one line with the URI and what to check, without secrets.
 
         Raises:
             FileNotFoundError: there is no such object.
-            InputError: the store refuses, or has no such bucket.
-            UnreachableError: no request could be made, or nobody has answered any.
-            JobError: the store had answered before, and did not for two minutes.
+            InputError: the store refused, or has no such bucket.
+            UnreachableError: no request could be made, or none was ever answered.
+            JobError: the store answered before, but not for the last two minutes.
         """
         try:
             yield
@@ -148,7 +148,7 @@ class S3(S3FileSystem):
             silent = isinstance(error, NoAnswerError)
             message = self._describe_no_answer(uri, error) if silent else self._describe_answer(uri, error)
             if self.has_answered and _is_transient(_reason(error)):
-                # Waited for long enough.
+                # This has waited long enough: what follows, such as cleanup, should not.
                 self.try_briefly()
                 raise JobError(f"{message}; when it is back, the same command continues") from error
             raise (UnreachableError if silent else InputError)(message) from error
@@ -170,7 +170,7 @@ class S3(S3FileSystem):
         return f"{text}; check {_KEYS}, and the files in ~/.aws, on every node"
 
     def describe_silence(self, uri: str, reason: str, server: str = "") -> str:
-        """Return one line about a store, or another server that gives credentials, that does not answer."""
+        """Return one line about a store, or a server of credentials, that does not answer."""
         text = f"{uri}: no answer from {server or self._endpoint}: {reason}"
         return f"{text}; check AWS_ENDPOINT_URL_S3 and AWS_PROFILE on every node, and the network"
 
@@ -181,7 +181,7 @@ class S3(S3FileSystem):
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Return whether s3fs, which knows some of these itself, shall try a failed request again."""
+    """Return whether s3fs should retry a failed request; it handles some of these errors itself."""
     if isinstance(error, ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return status >= 500 and status != http.HTTPStatus.NOT_IMPLEMENTED
@@ -191,16 +191,16 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_answer(error: BaseException, method: str) -> bool:
-    """Return whether the store itself has answered to a method of the client, such as ``list_objects_v2``."""
+    """Return whether an error is an answer of the store to a method of the client, such as ``list_objects_v2``."""
     reason = _reason(error)
     if isinstance(reason, ClientError):
-        # That of another service, which gives credentials, has another operation.
+        # An answer of another service, such as one that gives credentials, has another operation.
         return bool(reason.operation_name.lower() == method.replace("_", ""))
     return isinstance(reason, ResponseParserError)
 
 
 def _reason(error: BaseException) -> BaseException:
-    """Return the error of botocore from which s3fs or this module made its own, or the error itself."""
+    """Return the error of botocore that s3fs or this module has translated, or the error itself."""
     cause = error.__cause__
     if isinstance(cause, ClientError) or (cause and isinstance(error, NoAnswerError)):
         return _reason(cause)
@@ -208,7 +208,7 @@ def _reason(error: BaseException) -> BaseException:
 
 
 def error_code(error: BaseException) -> str:
-    """Return the code of an answer of S3, such as AccessDenied; empty for another error."""
+    """Return the code of an S3 answer, such as AccessDenied; empty for other errors."""
     response = getattr(_reason(error), "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
@@ -227,8 +227,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _describe_connection(error: BotoCoreError) -> tuple[str, str]:
-    """Return why there is no connection, and to what server."""
+    """Return why there is no connection, and the server."""
     server = urlsplit(error.kwargs.get("endpoint_url") or "")
-    # With the name of the server in place of the whole path of an object.
+    # Name the server only, not the path of the object.
     reason = str(error.kwargs.get("error") or "") or type(error).__name__
     return reason.partition("\n")[0], f"{server.scheme}://{server.netloc}" if server.netloc else ""

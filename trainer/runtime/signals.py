@@ -1,7 +1,7 @@
-"""SIGINT and SIGTERM end a job by KeyboardInterrupt in its main thread, and not in the middle of what would break.
+"""SIGINT and SIGTERM raise KeyboardInterrupt in the main thread of a job, except in code that this would break.
 
-Of all that a handler may raise, Ray's C++ code passes on only this one: anything else it loses or turns into a
-SystemError. When it starts and ends it also takes SIGTERM for itself.
+KeyboardInterrupt is the only exception of a handler that Ray's C++ code passes on; it loses others or turns them into a
+SystemError. Ray also replaces the handler of SIGTERM when it starts and when it shuts down.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ _reason = ""
 
 
 def received_signal() -> signal.Signals:
-    """Return which signal the last KeyboardInterrupt stands for."""
+    """Return the signal that raised the last KeyboardInterrupt."""
     return _received
 
 
 def interrupt_main(reason: str) -> None:
-    """Make the main thread end as by SIGTERM, though nobody sent one; the job has failed for this reason."""
+    """Interrupt the main thread as if by SIGTERM, because the job has failed for the given reason."""
     global _reason
     _reason = reason
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def failure_reason() -> str:
-    """Return why this process interrupted itself; empty where it did not."""
+    """Return why this process interrupted itself; empty if it did not."""
     return _reason
 
 
@@ -45,8 +45,8 @@ def failure_reason() -> str:
 def raise_on_signals() -> Iterator[None]:
     """Make SIGINT and SIGTERM raise KeyboardInterrupt in this context; only for the main thread.
 
-    Further ones are ignored for a while, or they would cut short the ending of what was started; also Python's own
-    ending, when the context has ended.
+    Further signals are ignored for some time, because they would interrupt the cleanup. After an interrupt they are
+    ignored until the process has ended.
     """
     last = -math.inf
 
@@ -62,7 +62,7 @@ def raise_on_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # Python is still ending when the second signal comes.
+        # A second signal may arrive while Python shuts down.
         before = dict.fromkeys(_STOP_SIGNALS, signal.SIG_IGN)
         raise
     finally:
@@ -72,7 +72,7 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Keep SIGINT and SIGTERM until the end of the context: for code that an exception in its middle would break."""
+    """Defer SIGINT and SIGTERM until the end of the context, for code that must not be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -93,10 +93,10 @@ def defer_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _end_at_last() -> Iterator[None]:
-    """End this process 20 s after a signal that came in this context, unless the context has ended.
+    """End this process 20 s after a signal that arrives in this context, unless the context has ended by then.
 
-    A handler of Python runs when C++ code returns, and Ray's may wait for what never answers. What Ray had started ends
-    with this process. Only for the main thread.
+    Python runs a handler only when C++ code returns, and Ray's code may wait for something that never answers. What Ray
+    had started ends with this process. Only for the main thread.
     """
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
@@ -125,9 +125,9 @@ def _end_at_last() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals_of_start() -> Iterator[None]:
-    """As `defer_signals`, around ``ray.init``, which puts handlers of SIGTERM in place that exit with 15.
+    """Defer signals around ``ray.init``, which installs handlers of SIGTERM that exit with 15.
 
-    Each call of a function within sets the handlers again. Only for the main thread.
+    Each function call within the context sets the handlers again. Only for the main thread.
     """
 
     def set_again(frame: FrameType, event: str, argument: Any) -> None:
@@ -146,10 +146,10 @@ def defer_signals_of_start() -> Iterator[None]:
 
 
 def call_deferring_signals(function: Callable[[], None]) -> None:
-    """Call ``ray.shutdown``, whose C++ code gives SIGTERM the system's action: that ends a process without a word.
+    """Call ``ray.shutdown``, whose C++ code restores the default action of SIGTERM, which ends a process silently.
 
-    It does so a tenth of a second and more before it returns, so it is called in a thread of its own, while this one
-    sets the handlers again and again. Signals are deferred to its end. Only for the main thread.
+    It does so a tenth of a second or more before it returns. The function is therefore called in another thread, while
+    this one keeps setting the handlers again. Signals are deferred until it returns. Only for the main thread.
     """
     with defer_signals(), _end_at_last(), ThreadPoolExecutor(1) as pool:
         future = pool.submit(function)

@@ -1,9 +1,9 @@
-"""The one door to files: local paths and ``s3://bucket/prefix`` URIs behave alike.
+"""Access to files: local paths and ``s3://bucket/prefix`` URIs behave alike.
 
 Nothing here relies on rename, append or listing order of an object store. A write is one object that appears whole or
-not at all, so a small object written last can serve as a commit. A name is taken as it is: none of its characters is a
+not at all, so a small object written last can serve as a commit. Names are literal: no character of a name is a
 pattern. Credentials and endpoint are never arguments: s3fs reads the standard AWS variables and files on every node, so
-no secret enters a config, a pickle or a log.
+that no secret gets into a config, a pickle or a log.
 """
 
 import contextlib
@@ -27,77 +27,79 @@ from trainer.runtime.errors import InputError, JobError, UnreachableError
 if TYPE_CHECKING:
     from trainer.runtime.s3 import S3
 
-# Set in the processes that a job starts: the job itself has had an answer of the storage by then.
+# Set in the processes that a job starts: the storage has answered the job itself by then, so they retry for minutes.
+# A variable, because Ray's own workers (tasks, actors, Ray Data) take no arguments of ours when they start.
 ANSWERED_VARIABLE = "TRAINING_STORAGE_ANSWERED"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# A storage that takes a connection and never answers would hold up all tries for minutes.
+# A storage that accepts connections but never answers would delay all retries for minutes.
 _FIRST_ANSWER_SECONDS = 25.0
-# How what is not written to its end is called on a local disk; hidden, and no file to anybody.
+# Name of an unfinished file on a local disk: hidden, and ignored by listings.
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{32}\.partial")
-# What is no local path unless it begins as one: a scheme, a drive or a share of Windows; "://" anywhere.
+# What looks like a URI rather than a local path: a scheme, a Windows drive or share, or "://" anywhere.
 _LIKE_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|\\\\|[^/.~].*://|:")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# Requests at a time. One of its own deletes each object: the request for many at once wants a checksum that differs
-# from store to store, and answers that it worked where it did not.
+# Parallel requests, each of which deletes one object: the request that deletes many needs a checksum that differs
+# between stores, and may report success where it failed.
 _DELETIONS = 16
 
 
 def resolve_uri(location: str) -> str:
-    """Returns an absolute form of a local path, or an ``s3://`` URI without a trailing slash.
+    """Return the absolute form of a local path, or an ``s3://`` URI without a trailing slash.
 
-    A relative path with a colon in its first part is written ``./PATH``, so that no misspelt URI is taken for a path.
+    A relative path with a colon in its first part must be written ``./PATH``, so that a misspelled URI is not taken for
+    a path.
 
     Raises:
-        InputError: the location is a URI of another kind, or names no bucket, or has an odd part.
+        InputError: the location is a URI of another scheme, lacks a valid bucket, or has a part that is not portable.
     """
     if not location.startswith("s3://"):
         if _LIKE_URI.match(location):
             raise InputError(
-                f"{location!r} is no URI that is known; give s3://bucket/prefix or a local path, and ./PATH for one "
+                f"{location!r} is not a known kind of URI; give s3://bucket/prefix or a local path, and ./PATH for one "
                 "with a colon in its first part"
             )
         return os.path.abspath(os.path.expanduser(location))
     bucket, *parts = location.removeprefix("s3://").rstrip("/").split("/")
     if not _BUCKET.fullmatch(bucket):
         raise InputError(
-            f"{location!r} names no bucket: the name of one has letters, digits, '.', '_' and '-'; give s3://bucket/prefix"
+            f"{location!r} names no bucket: bucket names have letters, digits, '.', '_' and '-'; give s3://bucket/prefix"
         )
     if any(part in ("", ".", "..") or _CONTROL.search(part) for part in parts):
         raise InputError(
-            f"{location!r} has a part that is empty, '.' or '..', or a control character, for which stores and "
-            "programs differ; give s3://bucket/prefix without"
+            f"{location!r} has a part that is empty, '.' or '..', or a control character, which stores and programs "
+            "handle differently; give s3://bucket/prefix without it"
         )
     return location.rstrip("/")
 
 
 def is_local(uri: str) -> bool:
-    """Returns whether the URI is a path on this machine's file system."""
+    """Return whether the URI is a path on this machine's file system."""
     return not uri.startswith("s3://")
 
 
 def join(uri: str, *parts: str) -> str:
-    """Returns the URI of a file below ``uri``."""
+    """Return the URI of a file below ``uri``."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
 def basename(uri: str) -> str:
-    """Returns the last component of a path or URI."""
+    """Return the last component of a path or URI."""
     return uri.rstrip("/").rpartition("/")[2]
 
 
 def parent(uri: str) -> str:
-    """Returns the folder of a path or URI."""
+    """Return the folder of a path or URI."""
     return uri.rstrip("/").rpartition("/")[0]
 
 
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """Returns the content of one file, or ``length`` bytes of it from ``start``.
+    """Return the content of one file, or ``length`` bytes of it from ``start``.
 
     Raises:
         FileNotFoundError: there is no such file.
         InputError: the storage refused or could not be reached.
-        JobError: it had answered before, and did not for two minutes.
+        JobError: the storage answered before, but not for the last two minutes.
     """
     with clear_errors(uri):
         if is_local(uri):
@@ -109,29 +111,29 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
 
 @contextlib.contextmanager
 def open_file(uri: str) -> Iterator[Any]:
-    """Opens one file to read parts of it."""
+    """Open one file to read parts of it."""
     with clear_errors(uri), open(uri, "rb") if is_local(uri) else _s3().open(_path(uri), "rb") as file:
         yield file
 
 
 def read_parquet_schema(uri: str) -> pa.Schema:
-    """Returns the Arrow schema of one Parquet file, reading its footer only."""
+    """Return the Arrow schema of a Parquet file; only its footer is read."""
     with open_file(uri) as file:
         return pq.read_schema(file)
 
 
 def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
-    """Writes one file that appears whole or not at all, making its parent folders.
+    """Write one file, which appears whole or not at all, and create its parent folders.
 
     Args:
-        uri: of the file.
-        content: of the file.
-        sync: wait until a local disk has it and its name, so that it survives a loss of power too. An object store
-            always does.
+        uri: URI of the file.
+        content: content of the file.
+        sync: wait until a local disk has stored the file and its name, so that it survives a power failure. An object
+            store always does.
 
     Raises:
         InputError: the storage refused or could not be reached.
-        JobError: a disk is full, or the storage had answered before, and did not for two minutes.
+        JobError: a disk is full, or the storage answered before, but not for the last two minutes.
     """
     with clear_errors(uri):
         if is_local(uri):
@@ -141,9 +143,9 @@ def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
 
 
 def create_file(uri: str, content: bytes) -> bool:
-    """Writes one file unless it exists, and returns whether it did.
+    """Write one file unless it exists, and return whether it was written.
 
-    The check and the write are one where the storage has conditional writes; Swift and old Ceph have none.
+    The check and the write are atomic if the storage has conditional writes; Swift and old versions of Ceph do not.
 
     Raises:
         InputError: the storage refused or could not be reached.
@@ -151,7 +153,7 @@ def create_file(uri: str, content: bytes) -> bool:
     with clear_errors(uri):
         if not is_local(uri):
             return not _s3().has(_path(uri)) and _s3().write(_path(uri), content, create=True)
-        # Linked, not opened exclusively: a file that exists is whole.
+        # A link, not an exclusive open: a file that exists must be complete.
         with _partial_file(Path(uri), content, sync=False) as whole:
             try:
                 os.link(whole, uri)
@@ -161,11 +163,11 @@ def create_file(uri: str, content: bytes) -> bool:
 
 
 def refuses_to_create(uri: str, content: bytes) -> bool:
-    """Tries to create a file that exists, and returns whether the storage refused: whether its writes are conditional.
+    """Try to create a file that exists, and return whether the storage refused, that is, has conditional writes.
 
     Args:
-        uri: of the file.
-        content: that it has; where the storage knows no conditions, it is written again.
+        uri: URI of the file.
+        content: content of the file, which is written again if the storage ignores conditions.
 
     Raises:
         InputError: the storage refuses conditional writes altogether, or could not be reached.
@@ -175,7 +177,7 @@ def refuses_to_create(uri: str, content: bytes) -> bool:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Returns a table as the content of a Parquet file."""
+    """Return a table as the content of a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="lz4")
     content: bytes = sink.getvalue().to_pybytes()
@@ -183,21 +185,21 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def parquet_table(content: bytes) -> pa.Table:
-    """Returns the table that the content of a Parquet file holds."""
+    """Return the table that the content of a Parquet file holds."""
     return pq.read_table(pa.BufferReader(content))
 
 
 def exists(uri: str) -> bool:
-    """Returns whether one file, or at least one file below a folder, exists."""
+    """Return whether one file, or at least one file below a folder, exists."""
     with clear_errors(uri):
         return os.path.exists(uri) if is_local(uri) else _s3().has(_path(uri))
 
 
 def find_files(uri: str) -> dict[str, int]:
-    """Returns the size in bytes of every file below a folder by its path relative to it, sorted by path.
+    """Return the size in bytes of every file below a folder, by path relative to the folder, sorted by path.
 
-    Local symlinks to folders are followed unless they lead back to a folder above them, so a loop cannot trap the walk;
-    one to a file that is not there has size 0. A folder that is not there is empty.
+    Local symlinks to folders are followed unless they lead to a folder above them, so that loops end; a symlink to a
+    missing file has size 0. A missing folder is empty.
 
     Raises:
         InputError: the storage or one of the folders cannot be read.
@@ -208,20 +210,20 @@ def find_files(uri: str) -> dict[str, int]:
 
 
 def find_folders(uri: str) -> list[str]:
-    """Returns the names of the folders directly below a folder, sorted. A folder that is not there has none."""
+    """Return the names of the folders directly below a folder, sorted; none for a missing folder."""
     with contextlib.suppress(FileNotFoundError), clear_errors(uri), contextlib.suppress(NotADirectoryError):
         if is_local(uri):
             with os.scandir(uri) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         root = join(_path(uri), "")
         folders = [entry["name"] for entry in _s3().ls(_path(uri), detail=True) if entry["type"] == "directory"]
-        # Of a name that begins with a slash there is only an empty part.
+        # A key that begins with a slash has an empty first part.
         return sorted(name.removeprefix(root) for name in folders if len(name) > len(root))
     return []
 
 
 def delete_file(uri: str) -> None:
-    """Deletes one file; one that is not there is no error."""
+    """Delete one file; a missing file is not an error."""
     with contextlib.suppress(FileNotFoundError), clear_errors(uri):
         if is_local(uri):
             os.remove(uri)
@@ -230,7 +232,7 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Deletes a folder and all below it; one that is not there is no error."""
+    """Delete a folder and everything below it; a missing folder is not an error."""
     with contextlib.suppress(FileNotFoundError), clear_errors(uri):
         if is_local(uri):
             os.remove(uri) if os.path.islink(uri) else shutil.rmtree(uri)
@@ -241,7 +243,7 @@ def delete_folder(uri: str) -> None:
 
 
 def delete_partial_files(uri: str) -> None:
-    """Deletes what writers that were killed have left below a folder; only where nobody else writes."""
+    """Delete the partial files of killed writers below a folder; no other process may be writing there."""
     if not is_local(uri):
         return
     with clear_errors(uri):
@@ -251,10 +253,10 @@ def delete_partial_files(uri: str) -> None:
 
 
 def check_access(uri: str) -> None:
-    """Does below ``uri`` once all that a job will do there, to fail before any work is done, and leaves nothing.
+    """Try below ``uri`` everything that a job will do there, to fail before any work is done; nothing is left behind.
 
     Raises:
-        InputError: the storage refused; says what, by the name of the permission, and which variables to look at.
+        InputError: the storage refused; the message names the operation, the permission and the variables to check.
     """
     folder = join(uri, f".access-check-{uuid.uuid4().hex}")
     file = join(folder, "file")
@@ -270,7 +272,7 @@ def check_access(uri: str) -> None:
         return True
 
     def create() -> bool:
-        # Swift and old Ceph write in any case.
+        # Swift and old versions of Ceph write in any case.
         refuses_to_create(file, b"ok")
         return not create_file(file, b"no")
 
@@ -280,7 +282,7 @@ def check_access(uri: str) -> None:
 
     for what, permission, works in (
         ("write a file", "s3:PutObject", write),
-        # As checkpoints of 100 MiB and more are.
+        # Checkpoints of 100 MiB and more are written in parts.
         ("write a file in parts", "s3:PutObject", write_in_parts),
         ("read a file", "s3:GetObject", lambda: (read_bytes(file), read_bytes(file, 1, 1)) == (b"ok", b"k")),
         ("list files", "s3:ListBucket", lambda: find_files(folder) == {"file": 2}),
@@ -291,24 +293,24 @@ def check_access(uri: str) -> None:
             if works():
                 continue
         except (InputError, FileNotFoundError) as error:
-            # Where nothing was written, nobody waits for another answer.
+            # If nothing was written, there is nothing to wait for.
             if what != "write a file":
                 with contextlib.suppress(InputError, JobError):
                     delete_file(file)
-            # Not the name of a file that nobody asked for.
+            # Do not name a file that the user does not know.
             message = str(error).replace(file, uri).replace(folder, uri)
             if isinstance(error, UnreachableError):
                 raise UnreachableError(message) from error
             needed = "" if is_local(uri) else f" ({permission})"
             raise InputError(f"{message}; a job must be able to {what} there{needed}") from error
-        raise InputError(f"{uri}: tried to {what} and found something else than was written; use another storage")
+        raise InputError(f"{uri}: tried to {what}, but the result differs from what was written; use another storage")
 
 
 def choose_output(output: str, default: str) -> str:
-    """Return where a job writes what it finds, an option or else its default place, once it is known to be writable.
+    """Return the place where a job writes its results, from an option or its default, and check that it is writable.
 
     Raises:
-        InputError: it is not; names the lacking permission, and the option.
+        InputError: the place is not writable; the message names the missing permission and the option.
     """
     uri = resolve_uri(output) if output else default
     try:
@@ -321,7 +323,7 @@ def choose_output(output: str, default: str) -> str:
 
 
 def _answer_soon(uri: str, call: Callable[[], None]) -> None:
-    """Calls what is tried first of a storage, and gives up long before all tries have failed."""
+    """Call the first request to a storage, and give up long before all retries have failed."""
     raised: list[BaseException] = []
 
     def catch() -> None:
@@ -330,7 +332,7 @@ def _answer_soon(uri: str, call: Callable[[], None]) -> None:
         except BaseException as error:
             raised.append(error)
 
-    # Not of a pool, which Python would wait for at its end.
+    # Not a thread of a pool, for which Python would wait when it exits.
     thread = threading.Thread(target=catch, daemon=True)
     thread.start()
     thread.join(_FIRST_ANSWER_SECONDS)
@@ -343,7 +345,7 @@ def _answer_soon(uri: str, call: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def clear_errors(uri: str) -> Iterator[None]:
-    """Turns what a storage or a disk can answer into one line with the place and what to set, never with a secret."""
+    """Turn errors of a storage or a disk into one line with the URI and what to check, without secrets."""
     if not is_local(uri):
         with _s3().clear_errors(uri):
             yield
@@ -360,26 +362,26 @@ def clear_errors(uri: str) -> Iterator[None]:
 
 @functools.cache
 def _s3() -> "S3":
-    # Not at the top: most of a second, and most work is on local files.
+    # Not at the top: the import takes most of a second, and most work is on local files.
     from trainer.runtime.s3 import S3
 
     return S3(has_answered=bool(os.environ.get(ANSWERED_VARIABLE)))
 
 
 def _path(uri: str) -> str:
-    """Returns bucket and key."""
+    """Return bucket and key of an S3 URI."""
     return uri.removeprefix("s3://")
 
 
 def ask_briefly() -> None:
-    """Lets this process try for seconds where it would for minutes, until it has an answer: for what ends a job."""
+    """Make this process retry for seconds instead of minutes until the storage answers again: for the end of a job."""
     _s3().try_briefly()
 
 
 def _object_sizes(uri: str) -> dict[str, int]:
     root = join(_path(uri), "")
     found = _s3().find(_path(uri), detail=True)
-    # Some tools leave empty "folder/" marker objects.
+    # Some tools create empty "folder/" marker objects.
     return {
         name.removeprefix(root): entry["size"]
         for name, entry in found.items()
@@ -396,7 +398,7 @@ def _write_local(path: Path, content: bytes, sync: bool) -> None:
 
 @contextlib.contextmanager
 def _partial_file(path: Path, content: bytes, sync: bool) -> Iterator[Path]:
-    """Yields a file of this content beside ``path``, which is gone afterwards unless it got another name."""
+    """Yield a temporary file with this content next to ``path``; it is deleted at the end unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -431,7 +433,7 @@ def _local_sizes(root: Path) -> dict[str, int]:
             if path.is_file():
                 sizes[path.relative_to(root).as_posix()] = path.stat().st_size
             elif path.is_symlink() and not path.exists():
-                # Listed, for its reader to find out that it is broken.
+                # Listed, so that its reader reports that it is broken.
                 sizes[path.relative_to(root).as_posix()] = 0
     return sizes
 

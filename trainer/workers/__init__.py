@@ -1,1 +1,1 @@
-"""How workers are started, heard and lost: on a cluster, or on this machine alone."""
+"""Workers of a job: started, watched and restarted, on a cluster or as a process of this machine."""

@@ -1,7 +1,7 @@
-"""Tells each Ray Train worker of the others, as MultiWorkerMirroredStrategy reads it, and how long to wait for them.
+"""Setup of Ray Train workers for MultiWorkerMirroredStrategy: their addresses, and how long they wait for each other.
 
-Ray's own TensorflowTrainer does the same, but importing it imports TensorFlow in the driver and in the controller
-(docs/decisions/0002).
+Ray's own TensorflowTrainer sets the addresses too, but importing it imports TensorFlow in the driver and in the
+controller (docs/decisions/0002).
 """
 
 import json
@@ -29,11 +29,11 @@ class _TensorFlowBackend(Backend):
 
 @dataclass
 class TensorFlowConfig(BackendConfig):
-    """Makes Ray Train set TF_CONFIG in each worker before the training function runs."""
+    """Configuration that makes Ray Train set TF_CONFIG in each worker before the training function runs."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """The backend that does it."""
+        """The backend class."""
         return _TensorFlowBackend
 
 
@@ -42,13 +42,13 @@ def _set_tf_config(addresses: list[str], rank: int) -> None:
 
 
 def tolerate_silence() -> None:
-    """Make TensorFlow wait for a worker that stands still, for as long as Ray Train does and longer.
+    """Make TensorFlow wait longer than Ray Train for a worker that does not respond.
 
-    TensorFlow's coordination service gives up a worker after 10 s without a heartbeat, and with it the attempt. Ray
-    notices a process that died within seconds, a node within a minute, and a worker that does not answer after ten
-    minutes (RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S), so nothing is left for the heartbeats to find.
+    By default TensorFlow's coordination service fails the attempt after 10 s without a heartbeat of a worker. Ray
+    detects a dead process within seconds, a dead node within a minute, and a worker that does not respond after ten
+    minutes (RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S), so heartbeats need not detect anything.
 
-    Must be called before the strategy is made; does nothing for one worker alone, or when it is made already.
+    Must be called before the strategy is created; has no effect for a single worker, or afterwards.
     """
     workers = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {}).get("worker", [])
     if len(workers) > 1:

@@ -1,4 +1,4 @@
-"""Failures of a group of Ray Train workers: noticed in its controller before a new start, told by the driver."""
+"""Failures of a group of Ray Train workers: caught in its controller before a restart, reported by the driver."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,30 +15,30 @@ from trainer.runtime.errors import WorkerDiedError
 from trainer.runtime.events import OnEvent, WorkersLost
 from trainer.workers.pulse import Pulse, Traces, Watch, describe_death, keep_pulse, read_traces
 
-# Longer than Ray takes to notice that a process is gone.
+# Longer than Ray takes to notice that a process has ended.
 _NOTICE_SECONDS = 10.0
-# To start a process on another node that reads what a worker left behind.
+# Time to start a process on another node that reads the log of a dead worker.
 _READ_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class GroupFailed:
-    """What Ray Train says of a failure, by rank."""
+    """A failure as Ray Train reports it: messages by rank."""
 
     died: Mapping[int, str]
     raised: Mapping[int, str]
     is_preempted: bool
-    """A node was taken away, which Ray does not count as a failure."""
+    """Whether a node was preempted, which Ray does not count as a failure."""
 
 
 class FailureSender(ray.train.UserCallback):
-    """Runs in Ray Train's controller, which calls it before it starts the workers again."""
+    """Callback in Ray Train's controller, which calls it before it restarts the workers."""
 
     def __init__(self, send: Callable[[GroupFailed], None]) -> None:
         self._send = send
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Send what happened to the driver."""
+        """Send the failure to the driver."""
         died, raised, is_preempted = {}, {}, False
         for rank, error in worker_exceptions.items():
             if (cause := cause_of_death(error)) is not None:
@@ -50,36 +50,36 @@ class FailureSender(ray.train.UserCallback):
 
 
 def call_in_group(function: Callable[[OnEvent], Any], send_event: Callable[[Any], None]) -> Any:
-    """Call a function in a worker of a group, with signs of life for the driver."""
+    """Call a function in a worker of a group, while pulses are sent to the driver."""
     context = ray.train.get_context()
     keep_pulse(send_event, context.get_world_rank(), ray.get_runtime_context().get_node_id())
     try:
         return function(send_event)
     except Exception as error:
         if context.get_world_size() > 1 and _blames_another(error):
-            # Until Ray has noticed who died: the controller would take this worker for the cause.
+            # Wait until Ray has noticed the dead worker; otherwise the controller takes this one for the cause.
             time.sleep(_NOTICE_SECONDS)
         raise
 
 
 def _blames_another(error: Exception) -> bool:
-    """Return whether an error may come of the death of another worker, as those of collectives do."""
+    """Return whether the death of another worker may have caused an error, as for errors of collective operations."""
     kind = type(error)
     return kind.__module__.startswith("tensorflow.") and kind.__name__ != "ResourceExhaustedError"
 
 
 class Failures:
-    """Counts the failures of a group and finds out what is behind each."""
+    """The failures of a group: counts them and finds their causes."""
 
     def __init__(self, watch: Watch, max_failures: int) -> None:
         self._watch, self._max_failures = watch, max_failures
         self._count = 0
         self._previous: GroupFailed | None = None
         self.death: WorkerDiedError | None = None
-        """Of the last failure, where a worker died."""
+        """The last failure, if a worker died in it."""
 
     def describe(self, failed: GroupFailed) -> WorkersLost | None:
-        """Return what is to be told of a failure; None where the workers are not started again, or it was told."""
+        """Return the event to report for a failure; None if the workers are not restarted or it was reported."""
         if failed == self._previous:
             return None
         self._previous = failed
@@ -101,7 +101,7 @@ class Failures:
 
 
 def _read_traces_there(pulse: Pulse) -> Traces:
-    """Return what a worker has left behind on its node; nothing where the node is gone, too."""
+    """Read what a worker has left behind on its node; nothing if the node is lost too."""
     if pulse.node_id == ray.get_runtime_context().get_node_id():
         return read_traces(pulse.log)
     there = NodeAffinitySchedulingStrategy(pulse.node_id, soft=False)

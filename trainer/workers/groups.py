@@ -1,8 +1,8 @@
-"""Runs a function on Ray Train workers that are one MultiWorkerMirroredStrategy, and hears of their progress.
+"""Groups of Ray Train workers that run one function under MultiWorkerMirroredStrategy and report to the driver.
 
-One worker on a machine of its own is no group: it is a process of that machine (`trainer.workers.local_worker`).
+A single worker on this machine is not a group but a process (`trainer.workers.local_worker`).
 
-How many there are, and whether the cluster has room for them, is decided here too.
+This module also decides how many workers there are, and whether the cluster has room for them.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from trainer.workers.failures import Failures
 
 _POLL_SECONDS = 0.2
-# What a job that has just ended held is free this much later at the latest.
+# Resources of a job that has just ended are free after at most this time.
 _RELEASE_SECONDS = 5.0
-# Ray looks for room for the workers for a minute at a time. A node that was lost may need some until it is replaced.
-# Ray counts over the whole run, so there are as many again for each loss that is allowed.
+# Ray looks for room for the workers for a minute per try. It may take several until a lost node is replaced. Ray counts
+# the tries of the whole run, so each allowed failure adds as many again.
 _ROOM_TRIES = 15
-# Without a word from any worker, before the user is told what they wait for.
+# Time without a message from any worker before the user is told what they wait for.
 _SILENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class WorkerCount:
-    """How many workers a job has: those that fit now, as few as ``least`` after a loss, up to ``most``."""
+    """Number of workers of a job: ``now`` at the start, at least ``least`` after a loss, and up to ``most``."""
 
     least: int
     now: int
@@ -55,20 +55,20 @@ class WorkerCount:
 
 
 def parse_num_workers(num_workers: str, resources: Resources) -> WorkerCount:
-    """Returns how many workers a job has.
+    """Return the number of workers of a job.
 
     Args:
-        num_workers: a number, "MIN:MAX", or "auto" for one a GPU, or one where there is none.
-        resources: of the cluster.
+        num_workers: a number, "MIN:MAX", or "auto" for one worker per GPU, or one worker without GPUs.
+        resources: resources of the cluster.
 
     Raises:
-        InputError: it is none of these, or the cluster has fewer GPUs.
+        InputError: the value has another form, or the cluster has fewer GPUs.
     """
     gpus = resources.num_gpus
     if num_workers == "auto":
         return WorkerCount(max(1, gpus), max(1, gpus), max(1, gpus))
     least, most = _parse_range(num_workers)
-    # What other jobs hold now joins later: a measurement of the batch starts all at once.
+    # GPUs that other jobs hold now can join later: a batch size measurement starts all of its workers at once.
     free = max(least, resources.free_gpus)
     if gpus and least > gpus:
         raise InputError(
@@ -79,10 +79,10 @@ def parse_num_workers(num_workers: str, resources: Resources) -> WorkerCount:
 
 
 def needs_cluster(num_workers: str) -> bool:
-    """Returns whether a job with this ``--num-workers`` needs one on a machine with at most one GPU.
+    """Return whether a job with this ``--num-workers`` needs a cluster on a machine with at most one GPU.
 
     Raises:
-        InputError: it is not one of what `parse_num_workers` takes.
+        InputError: the value has none of the forms that `parse_num_workers` takes.
     """
     return num_workers != "auto" and _parse_range(num_workers)[1] > 1
 
@@ -92,24 +92,24 @@ def _parse_range(num_workers: str) -> tuple[int, int]:
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if least > most:
         raise InputError(
-            f"--num-workers {num_workers!r}: give a number from 1, MIN:MAX such as 2:8, or auto (one a GPU, else one)"
+            f"--num-workers {num_workers!r}: give a number from 1, MIN:MAX such as 2:8, or auto (one per GPU, or one)"
         )
     return least, most
 
 
 def wait_for_workers(num_workers: str, resources: Resources, wait_seconds: float, on_event: OnEvent) -> Resources:
-    """Returns what the cluster has as soon as the least number of workers can start at once.
+    """Wait until the smallest number of workers can start at once, and return the resources of the cluster then.
 
-    A cluster that grows by itself is asked for the nodes that it lacks.
+    A cluster that scales automatically is asked for the nodes that it lacks.
 
     Args:
         num_workers: as in `parse_num_workers`.
-        resources: of the cluster, which is connected.
+        resources: resources of the connected cluster.
         wait_seconds: how long to wait.
-        on_event: told of the waiting.
+        on_event: called with the progress of the wait.
 
     Raises:
-        InputError: they could not start in that time; with the arithmetic.
+        InputError: they could not start in that time; the message says what they need and what is free.
     """
     missing = [] if num_workers == "auto" else [_worker_bundle(resources)] * _parse_range(num_workers)[0]
     started = time.monotonic()
@@ -130,20 +130,20 @@ def wait_for_workers(num_workers: str, resources: Resources, wait_seconds: float
 
 
 def _worker_bundle(resources: Resources) -> dict[str, float]:
-    """Returns what an autoscaler is asked for: a GPU where there are some, or where no node works yet."""
+    """Return what to ask an autoscaler for, per worker: a GPU if there are any or no node works yet, else a CPU."""
     return {"GPU": 1} if resources.num_gpus or not resources.num_cpus else {"CPU": 1}
 
 
 def _find_shortage(num_workers: str, resources: Resources) -> InputError | None:
-    """Returns what keeps the least number of workers from starting now."""
+    """Return what keeps the smallest number of workers from starting now, or None."""
     try:
         least = parse_num_workers(num_workers, resources).least
     except InputError as error:
         return error
     if not resources.num_cpus:
         return InputError(
-            f"--num-workers {num_workers}: no node of the cluster works yet; start one, or give a number and --wait "
-            "SECONDS where the cluster grows by itself"
+            f"--num-workers {num_workers}: the cluster has no working node yet; start one, or give a number and "
+            "--wait SECONDS if the cluster scales automatically"
         )
     if not ray.is_initialized():
         return None
@@ -168,22 +168,22 @@ def run_workers(
     max_failures: int = 0,
     on_event: OnEvent,
 ) -> Any:
-    """Calls a function on every worker at once, each in a fresh process, and returns what the first one returned.
+    """Call a function on all workers at once, each in a new process, and return what the first one returns.
 
     Args:
-        function: gets a function that sends an event to the driver and never waits. It imports TensorFlow itself: the
-            driver must not (3 s of one core).
-        name: of the group in Ray's logs.
-        workers: each gets a GPU where the cluster has GPUs.
-        resources: of the cluster, which is connected.
-        max_failures: how often lost workers are started again, all together.
-        on_event: told of the events that workers sent, until the workers have ended.
+        function: takes a function that sends an event to the driver without waiting. It must import TensorFlow itself,
+            because the driver must not (3 s of one core).
+        name: name of the group in Ray's logs.
+        workers: number of workers; each gets a GPU if the cluster has GPUs.
+        resources: resources of the connected cluster.
+        max_failures: how often the workers are restarted, all together, after a failure.
+        on_event: called with the events of the workers until they have ended.
 
     Raises:
-        InputError, JobError: that of the function on one of the workers.
-        JobError: the cluster had no room for them, at the start or after losses: for a quarter of an hour in all, and
-            as much again for each of ``max_failures``.
-        WorkersFailedError: the workers failed otherwise, more often than allowed.
+        InputError, JobError: the function raised it on one of the workers.
+        JobError: the cluster had no room for the workers, at the start or after failures, for a quarter of an hour in
+            all, and as much again for each of ``max_failures``.
+        WorkersFailedError: the workers failed in another way, more often than allowed.
     """
     if workers.most == 1 and resources.is_one_machine:
         return _run_alone(function, resources, max_failures, on_event)
@@ -351,7 +351,7 @@ def _explain_failure(error: "TrainingFailedError", workers: WorkerCount, death: 
 
 
 def _waits_for_room(workers: WorkerCount, resources: Resources) -> bool:
-    """Returns whether workers such as these wait for a place; another job's that are alike count, too."""
+    """Return whether workers with these resources wait for room; those of other jobs count too."""
     bundle = _worker_resources(workers.most, resources)
     return any(
         group["state"] in ("PENDING", "RESCHEDULING") and bundle in group["bundles"].values()
@@ -370,24 +370,24 @@ def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_fai
         except (InputError, JobError):
             raise
         except Exception as error:
-            # It would fail again.
+            # A restart would fail in the same way.
             raise WorkersFailedError([error]) from error
 
 
 def _find_causes(error: "TrainingFailedError") -> list[Exception]:
-    """Returns what ended each worker of the last attempt, or Ray Train itself."""
+    """Return the error of each worker that failed in the last attempt, or else the error of Ray Train itself."""
     causes = [error_of_function(one) for one in getattr(error, "worker_failures", {}).values()]
     return [WorkerDiedError(str(one)) if cause_of_death(one) else one for one in causes] or [error]
 
 
 def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Resources) -> Any:
-    """Returns what a function returns in a process of its own, with a GPU where the cluster has some.
+    """Call a function in a process of its own, with a GPU if the cluster has one, and return its result.
 
-    The driver must not import TensorFlow, whose messages no variable keeps from a user's terminal.
+    The driver must not import TensorFlow, because no setting keeps all of its messages off a user's terminal.
 
     Raises:
-        InputError: that of the function.
-        JobError: the function failed otherwise.
+        InputError: the function raised it.
+        JobError: the function failed in another way.
     """
     if resources.is_one_machine:
         try:
@@ -418,7 +418,7 @@ def _scaling(workers: WorkerCount, resources: Resources) -> "ScalingConfig":
 
 
 def _worker_resources(num_workers: int, resources: Resources) -> dict[str, float]:
-    """Gives each worker a GPU where there are GPUs, and never the last CPU: Ray Data needs one."""
+    """Return the resources of one worker: a GPU if there are any, and never the last CPU, which Ray Data needs."""
     cpus = resources.num_cpus
     of_worker = min(1.0, (cpus - 1) / num_workers) if cpus > 1 else 0.5 / num_workers
     return {"CPU": of_worker} | ({"GPU": 1} if resources.num_gpus else {})

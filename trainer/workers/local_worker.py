@@ -1,6 +1,6 @@
-"""Runs a function in one process of this machine: the worker of a job that needs no cluster.
+"""A worker that is one process of this machine, for jobs that need no cluster.
 
-Ray Train's local mode trains in it, so the function sees the same world as on a cluster, of one worker.
+Ray Train runs in local mode in it, so the function sees the same interface as on a cluster with one worker.
 """
 
 import multiprocessing
@@ -27,24 +27,24 @@ _POLL_SECONDS = 1.0
 
 
 def run_process(function: Callable[[OnEvent], Any], folder: str, on_event: OnEvent) -> Any:
-    """Calls a function in a fresh process and returns what it returns.
+    """Call a function in a new process and return its result.
 
     Args:
-        function: gets a function that sends an event to this process. It may be a closure.
-        folder: gets what the process prints, in ``worker.log``, and its temporary files.
-        on_event: told of the events, until the process has ended.
+        function: takes a function that sends an event to this process. It may be a closure.
+        folder: folder for the output of the process, ``worker.log``, and its temporary files.
+        on_event: called with each event until the process has ended.
 
     Raises:
-        InputError, JobError, MemoryError: that of the function.
-        RuntimeError: the function raised something else, which the message names.
-        WorkerDiedError: the process has ended without an answer.
+        InputError, JobError, MemoryError: the function raised it.
+        RuntimeError: the function raised another error, which the message names.
+        WorkerDiedError: the process ended without a result.
     """
     watch = Watch(on_event)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(cloudpickle.dumps(function), folder, sender), daemon=True)
     process.start()
-    # The other end is the process's alone, so that its death is the end of what can be received.
+    # Only the process holds the other end now, so its death closes the pipe.
     sender.close()
     try:
         while True:
@@ -78,13 +78,13 @@ def _describe_end(process: SpawnProcess, pulse: Pulse | None, folder: str) -> Wo
 
 
 def _main(content: bytes, folder: str, sender: Connection) -> None:
-    """Is the process."""
+    """Entry point of the worker process."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    # What the kernel kills first when memory runs out, as Ray does.
+    # Let the kernel kill this process first when memory runs out, as Ray does for its workers.
     Path("/proc/self/oom_score_adj").write_text("1000")
-    # The driver ends this process; a terminal sends the signal to both.
+    # A terminal sends SIGINT to both processes; the driver ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # No variable keeps all of TensorFlow's messages from a user's terminal.
+    # No setting keeps all of TensorFlow's messages off a user's terminal.
     log = os.open(Path(folder, _LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -103,7 +103,7 @@ def _main(content: bytes, folder: str, sender: Connection) -> None:
         send("error", type(error)(*error.args))
     except Exception as error:
         traceback.print_exc()
-        # The driver may not know its class, or would have to import TensorFlow for it.
+        # The driver may lack its class, or would have to import TensorFlow for it.
         send("error", RuntimeError(f"{type(error).__name__}: {error}"))
 
 
@@ -118,6 +118,6 @@ def _train(function: Callable[[OnEvent], Any], send_event: OnEvent) -> Any:
     from ray.train import ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    # No workers: in this process.
+    # No workers: the function runs in this process.
     trainer = DataParallelTrainer(lambda: function(send_event), scaling_config=ScalingConfig(num_workers=0))
     return trainer.fit().return_value

@@ -1,4 +1,4 @@
-"""What each worker tells of itself every few seconds, and what the driver makes of its silence and of its death."""
+"""Pulses that each worker sends every few seconds, and how the driver explains a silent or a dead worker."""
 
 import os
 import platform
@@ -15,11 +15,11 @@ from trainer.runtime.events import OnEvent, WorkerHeardAgain, WorkerSilent
 _GIB = 2**30
 _PULSE_SECONDS = 3.0
 _SILENCE_SECONDS = 10.0
-# The last that a worker printed: the stack of a crash fits.
+# Length of the end of a log; the stack of a crash fits.
 _TAIL_BYTES = 65_536
-# A process that vanishes when its node has less memory left than this share was probably killed for that.
+# A process that ends while less than this share of memory is left was probably killed for lack of memory.
 _SCARCE_SHARE = 0.1
-# By the controllers of a line of /proc/self/cgroup, versions 1 and 2: root, usage, limit, and the caches of files.
+# Root, usage, limit and caches of files, by the controllers on a line of /proc/self/cgroup (versions 1 and 2).
 _MEMORY_FILES = {
     "memory": (
         "/sys/fs/cgroup/memory",
@@ -31,32 +31,32 @@ _MEMORY_FILES = {
 
 @dataclass(frozen=True)
 class Pulse:
-    """A sign of life of one worker, and all that can be known of it when it is gone."""
+    """A sign of life of one worker; the last one is what is known of a dead worker."""
 
     rank: int
     host: str
     node_id: str
-    """Ray's; empty without a cluster."""
+    """Ray's id of the node; empty without a cluster."""
     pid: int
     log: str
-    """The file on its host that holds what it prints."""
+    """Path, on its host, of the file with its output."""
     used_gib: float
-    """Memory of its container or machine, by whatever runs there."""
+    """Used memory of its container or machine, by all processes."""
     limit_gib: float
     oom_kills: int
-    """How many processes of the machine the kernel has killed for lack of memory so far."""
+    """Number of processes of the machine that the kernel has killed for lack of memory so far."""
 
     def __str__(self) -> str:
         return f"worker {self.rank} (process {self.pid} on {self.host})"
 
     @property
     def log_place(self) -> str:
-        """Host and path of what it prints."""
+        """Host and path of the file with its output."""
         return f"{self.host}:{self.log}"
 
 
 def keep_pulse(send: Callable[[Pulse], None], rank: int, node_id: str = "") -> None:
-    """Send a pulse of this process now and every few seconds, from a thread, as long as the process lives."""
+    """Send a pulse of this process now and every few seconds, from a thread, until the process ends."""
 
     def beat() -> None:
         while True:
@@ -81,9 +81,10 @@ def _take_pulse(rank: int, node_id: str) -> Pulse:
 
 
 def _read_memory() -> tuple[int, int]:
-    """Return how much memory is used and how much there may be, in bytes, in the control group of this process.
+    """Return the used memory and the limit of the control group of this process, in bytes.
 
-    Ray, which counts the same without the cache of files, knows that of a container, but none within.
+    Ray counts in the same way, without the cache of files, but looks only at the group of the container, not at groups
+    within it.
     """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -95,20 +96,20 @@ def _read_memory() -> tuple[int, int]:
             most = int((folder / limit).read_text())
             used = used_memory_of_group(str(folder / "memory.stat"), str(folder / usage), inactive, active)
         except (OSError, ValueError):
-            continue  # "max" is no number: there is no limit
+            continue  # "max" is not a number: there is no limit
         if used is not None and most < total_memory():
             return used, most
     return used_memory(), total_memory()
 
 
 def count_oom_kills() -> int:
-    """Return how many processes of this machine, those of containers included, the kernel has killed for memory."""
+    """Return how many processes of this machine, including its containers, the kernel has killed for lack of memory."""
     found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 class Watch:
-    """Hears the pulses of a group of workers, and tells of one that is silent and of its return."""
+    """The pulses of a group of workers; reports a worker that becomes silent, and that it responds again."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
@@ -118,23 +119,23 @@ class Watch:
         self._looked = time.monotonic()
 
     def hear(self, pulse: Pulse) -> None:
-        """Take note of a pulse, unless it was on its way when its worker was given up."""
+        """Record a pulse, unless it was in flight when its worker was given up."""
         if (pulse.host, pulse.pid) in self._gone:
             return
         known = self.last_of(pulse.rank)
         if known is not None and known.pid != pulse.pid:
-            self.forget()  # another group has started
+            self.forget()  # a new group has started
         if pulse.rank in self._silent:
             self._silent.remove(pulse.rank)
             self._on_event(WorkerHeardAgain(str(pulse), time.monotonic() - self._heard[pulse.rank][1]))
         self._heard[pulse.rank] = pulse, time.monotonic()
 
     def look(self) -> None:
-        """Tell of each worker that has become silent; to be called more often than workers send pulses."""
+        """Report each worker that has become silent; must be called more often than workers send pulses."""
         now = time.monotonic()
         pause, self._looked = now - self._looked, now
         if pause > _PULSE_SECONDS:
-            # The driver itself was busy or stood still: what was sent meanwhile is still to be heard.
+            # The driver itself was busy or stopped: the pulses of that time are still to be read.
             self._heard = {rank: (pulse, heard + pause) for rank, (pulse, heard) in self._heard.items()}
         for rank, (pulse, heard) in self._heard.items():
             seconds = time.monotonic() - heard
@@ -143,7 +144,7 @@ class Watch:
                 self._on_event(WorkerSilent(str(pulse), seconds))
 
     def forget(self) -> None:
-        """Take note that the workers have ended: nothing more is heard of them."""
+        """Record that the workers have ended: no more pulses are expected from them."""
         self._gone |= {(pulse.host, pulse.pid) for pulse, _ in self._heard.values()}
         self._heard.clear()
         self._silent.clear()
@@ -155,16 +156,16 @@ class Watch:
 
 @dataclass(frozen=True)
 class Traces:
-    """What a process has left behind on its node."""
+    """What a dead process has left behind on its node."""
 
     tail: bytes = b""
-    """Of what it printed."""
+    """The end of its log."""
     oom_kills: int = 0
-    """As in `Pulse`, after its death."""
+    """As in `Pulse`, read after its death."""
 
 
 def read_traces(log: str) -> Traces:
-    """Return what a process that printed into a file of this machine has left behind."""
+    """Read what a process has left behind that wrote its output to a file of this machine."""
     try:
         tail = Path(log).read_bytes()[-_TAIL_BYTES:]
     except OSError:
@@ -173,12 +174,12 @@ def read_traces(log: str) -> Traces:
 
 
 def describe_signal(name: str, pulse: Pulse | None, traces: Traces) -> str:
-    """Return how a process ended that a signal has killed, with its node's memory where that may be the cause.
+    """Describe the end of a process by a signal, with the memory of its node where that may be the cause.
 
     Args:
-        name: of the signal.
-        pulse: its last one.
-        traces: of the process.
+        name: name of the signal.
+        pulse: the last pulse of the process.
+        traces: what the process has left behind.
     """
     ended = f"was killed by {name}"
     if name != "SIGKILL" or pulse is None:
@@ -190,14 +191,14 @@ def describe_signal(name: str, pulse: Pulse | None, traces: Traces) -> str:
 
 
 def describe_death(error: str, pulse: Pulse | None, traces: Traces) -> str:
-    """Return how a worker ended of which Ray says that it died.
+    """Describe the end of a worker that Ray reports as dead.
 
-    Ray's own words name possible causes of all kinds. Its workers print which signal they die of, but for SIGKILL.
+    Ray's message lists possible causes of all kinds. Its workers log the signal that kills them, except for SIGKILL.
 
     Args:
-        error: Ray's words.
-        pulse: the last one of the worker.
-        traces: of the worker.
+        error: Ray's message.
+        pulse: the last pulse of the worker.
+        traces: what the worker has left behind.
     """
     if "low on memory" in error:
         used = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", error)

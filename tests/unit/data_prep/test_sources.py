@@ -82,7 +82,7 @@ def test_a_class_that_train_lacks_is_refused(write_files, split):
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(InputError, match="no URI that is known"):
+    with pytest.raises(InputError, match="not a known kind of URI"):
         find_images("gs://bucket/images")
 
 

@@ -117,7 +117,10 @@ def test_a_dashboard_is_no_head(refusal):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         message = refusal(f"127.0.0.1:{server.server_address[1]}")
         server.shutdown()
-    assert "not the head of a cluster, but such as Ray's dashboard; give the address of the head, HOST:PORT" in message
+    assert (
+        "not the head of a cluster, but a server such as Ray's dashboard; give the address of the head, HOST:PORT"
+        in message
+    )
 
 
 def test_what_never_answers_is_not_waited_for(refusal):

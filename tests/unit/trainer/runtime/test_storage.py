@@ -63,7 +63,9 @@ def test_a_bucket_keeps_its_prefix_without_a_trailing_slash():
     ],
 )
 def test_what_looks_like_a_uri_and_is_none_that_is_known_is_refused(location):
-    with pytest.raises(InputError, match=r"no URI that is known; give s3://bucket/prefix or a local path, and \./PATH"):
+    with pytest.raises(
+        InputError, match=r"not a known kind of URI; give s3://bucket/prefix or a local path, and \./PATH"
+    ):
         storage.resolve_uri(location)
 
 
