@@ -191,13 +191,15 @@ def test_a_process_that_exits_is_an_error(tmp_path):
 
 
 def test_a_worker_that_stands_still_is_told_of_and_goes_on(tmp_path, monkeypatch):
-    # Longer than the worker takes from one sign of life to the next.
-    monkeypatch.setattr(pulse, "_SILENCE_SECONDS", 4.0)
+    # Twice as long as the worker takes from one sign of life to the next.
+    monkeypatch.setattr(pulse, "_SILENCE_SECONDS", 6.0)
     events = []
 
     def stand_still(send_event):
         send_event(StageProgressed("counting", os.getpid(), 0))
         time.sleep(1)
+        # Stopped above; the next sign of life comes before the end.
+        time.sleep(4)
         return "went on"
 
     def watch(event):
