@@ -1,6 +1,7 @@
 """Use the best checkpoint of a finished run: evaluate it on a split, or predict images."""
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from data_prep.manifest import Manifest, SplitName
 from trainer.config.config import TrainConfig
@@ -246,15 +248,21 @@ def predict_images(
         if name == SUMMARY_NAME or name.startswith(_FILE_PREFIX):
             storage.delete_file(storage.join(output, name))
     class_names = run.read_manifest().class_names
-    predicted = images.map_batches(
-        _Predictor,
-        fn_constructor_args=(run.uri, class_names),
-        batch_size=batch_size,
-        concurrency=max(1, resources.num_gpus),
-        # Reserve no core: on a small machine the decoders need it.
-        num_cpus=0,
-        num_gpus=min(1, resources.num_gpus),
-    )
+    # Nodes may be lost, this machine not; and Ray prints an error for each actor that it may restart.
+    restarts = {"max_restarts": 0} if resources.folder else {}
+    with warnings.catch_warnings():
+        # Ray 2.60 says that such arguments go in 2.64, and has no other way to give this one.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        predicted = images.map_batches(
+            _Predictor,
+            fn_constructor_args=(run.uri, class_names),
+            batch_size=batch_size,
+            concurrency=max(1, resources.num_gpus),
+            # Reserve no core: on a small machine the decoders need it.
+            num_cpus=0,
+            num_gpus=min(1, resources.num_gpus),
+            **restarts,
+        )
     rejected: Counter[str] = Counter()
     known = set(class_names)
     done = labelled = correct = 0
