@@ -54,8 +54,8 @@ def test_a_working_directory_ships_its_own_code(submit, tmp_path):
     for name in tracked.stdout.split():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_bytes((REPOSITORY / name).read_bytes())
-    (checkout / "trainer" / "errors.py").write_text(
-        (checkout / "trainer" / "errors.py").read_text() + "\nSHIPPED = 1\n"
+    (checkout / "trainer" / "runtime" / "errors.py").write_text(
+        (checkout / "trainer" / "runtime" / "errors.py").read_text() + "\nSHIPPED = 1\n"
     )
     script = "import trainer.runtime.errors; print('shipped code', trainer.runtime.errors.SHIPPED)"
     (checkout / "jobs" / "which.py").write_text(script)
