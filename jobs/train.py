@@ -59,10 +59,10 @@ def main(
         check_trackers(track)
         one_process = launch.needs_one_process(request, storage)
         if dry_run:
-            from trainer.dry_run import describe_run
+            from trainer.dry_run import preview_run
 
             with connect(wait_seconds=None, one_process=True) as resources:
-                console.stdout.print(describe_run(request, storage, resources), markup=False)
+                console.stdout.print(preview_run(request, storage, resources), markup=False)
             return
         with console.show_events() as on_event, connect(wait_seconds=None, one_process=one_process) as cluster:
             resources = wait_for_workers(request.num_workers, cluster, wait, on_event)

@@ -12,7 +12,7 @@ from trainer.runtime.storage import resolve_uri
 from trainer.workers.groups import parse_num_workers
 
 
-def describe_run(request: RunRequest, storage_uri: str, resources: Resources) -> str:
+def preview_run(request: RunRequest, storage_uri: str, resources: Resources) -> str:
     """Describe a run as a TOML file that ``--config`` reads; what is not known yet stands in comments.
 
     Args:
@@ -25,10 +25,9 @@ def describe_run(request: RunRequest, storage_uri: str, resources: Resources) ->
     """
     num_workers = parse_num_workers(request.num_workers, resources).now
     manifest = _find_manifest(request, storage_uri, resources)
-    if manifest is None:
-        return _describe_open(request, None, num_workers, resources)
-    batch = recall_batch(request, manifest, num_workers, resolve_uri(storage_uri), resources)
-    if batch is None:
+    root = resolve_uri(storage_uri)
+    batch = recall_batch(request, manifest, num_workers, root, resources) if manifest else None
+    if manifest is None or batch is None:
         return _describe_open(request, manifest, num_workers, resources)
     config = resolve(request, manifest, num_workers, batch)
     steps = describe_steps(config, manifest)

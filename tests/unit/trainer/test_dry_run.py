@@ -2,7 +2,7 @@ import pytest
 
 from trainer.batch.finder import recall_batch
 from trainer.config.request import parse_request, read_options, resolve
-from trainer.dry_run import describe_run
+from trainer.dry_run import preview_run
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError
 
@@ -17,7 +17,7 @@ def dataset(write_dataset):
 def test_a_run_with_nothing_to_measure_is_described_as_its_config_and_arithmetic(dataset, tmp_path):
     options = {"arch": "cnn_softmax", "dataset": dataset.uri, "global_batch_size": 30, "precision": "float32"}
     request = parse_request(options)
-    text = describe_run(request, str(tmp_path), ONE_MACHINE)
+    text = preview_run(request, str(tmp_path), ONE_MACHINE)
     assert "# global batch 30 = 1 replica x 30; 100 images: 3 steps per epoch" in text
     (tmp_path / "run.toml").write_text(text)
     again = parse_request(read_options(str(tmp_path / "run.toml")))
@@ -29,7 +29,7 @@ def test_a_run_with_nothing_to_measure_is_described_as_its_config_and_arithmetic
 
 def test_what_would_be_measured_stands_in_comments(dataset, tmp_path):
     request = parse_request({"arch": "cnn_softmax", "dataset": dataset.uri, "min_steps_per_epoch": 5, "seed": 4})
-    text = describe_run(request, str(tmp_path), ONE_MACHINE)
+    text = preview_run(request, str(tmp_path), ONE_MACHINE)
     assert "# global_batch_size: max, measured on the workers at 8, 16, 20 images per replica" in text
     assert "# precision: " in text
     (tmp_path / "run.toml").write_text(text)
@@ -39,11 +39,11 @@ def test_what_would_be_measured_stands_in_comments(dataset, tmp_path):
 def test_a_run_that_would_be_refused_is_refused(dataset, tmp_path):
     request = parse_request({"arch": "cnn_softmax", "dataset": dataset.uri, "global_batch_size": 101})
     with pytest.raises(InputError, match="is more than the 100 train images"):
-        describe_run(request, str(tmp_path), ONE_MACHINE)
+        preview_run(request, str(tmp_path), ONE_MACHINE)
 
 
 def test_the_embedded_dataset_need_not_be_there(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    text = describe_run(parse_request({"arch": "alexnet"}), str(tmp_path), ONE_MACHINE)
+    text = preview_run(parse_request({"arch": "alexnet"}), str(tmp_path), ONE_MACHINE)
     assert "# dataset: 5,000 MNIST images, prepared when the first run starts" in text
     assert 'arch = "alexnet"' in text
