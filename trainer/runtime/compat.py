@@ -1,11 +1,11 @@
-"""Every use of a name that Ray or TensorFlow keeps private, in one place: what to look at when a version changes.
+"""Every use of a name that Ray, TensorFlow or Keras keeps private, in one place: what to look at on a version change.
 
-Each function names what it relies on, by file and line of Ray 2.60.0 (in the folder ``ray``) or TensorFlow 2.21.0, and
-the test that fails first where that has changed.
+Each function names what it relies on, by file and line of Ray 2.60.0 (in the folder ``ray``), TensorFlow 2.21.0 or
+tf_keras 2.21.0 (in the folder ``tf_keras/src``), and the test that fails first where that has changed.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -236,3 +236,29 @@ def set_heartbeat_timeout(num_workers: int, milliseconds: int) -> None:
             coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=num_workers)],
             heartbeat_timeout_in_ms=milliseconds,
         )
+
+
+def replace_dropout(layer: Any, drop: Callable[..., Any]) -> None:
+    """Make a Dropout layer call ``drop(inputs, rate, noise_shape=None)`` for its outputs in training."""
+    # layers/regularization/dropout.py, line 116: call.
+    # test_compat.py: test_a_dropout_layer_calls_what_replaces_it
+    layer._random_generator.dropout = drop
+
+
+def moving_averages(optimizer: Any) -> list[Any]:
+    """Return the variables that hold the averages of the trainable weights, in the weights' order.
+
+    Args:
+        optimizer: a built Keras optimizer with ``use_ema``, not one that is wrapped for loss scaling.
+    """
+    # optimizers/optimizer.py, line 422: build.
+    # test_compat.py: test_an_optimizer_with_averages_has_one_for_each_weight
+    averages: list[Any] = optimizer._model_variables_moving_average
+    return averages
+
+
+def loss_scale_variable(optimizer: Any) -> Any:
+    """Return the variable that a LossScaleOptimizer keeps its scale in."""
+    # mixed_precision/loss_scale_optimizer.py, line 666: LossScaleOptimizerV3._loss_scale.
+    # test_compat.py: test_the_variable_of_the_loss_scale_is_the_loss_scale
+    return optimizer._loss_scale.current_loss_scale

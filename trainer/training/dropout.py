@@ -10,6 +10,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from trainer.config.config import TrainConfig
+from trainer.runtime import compat
 
 
 def fix_dropout(model: Any, optimizer: Any, config: TrainConfig) -> None:
@@ -24,8 +25,7 @@ def fix_dropout(model: Any, optimizer: Any, config: TrainConfig) -> None:
     """
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
     for number, layer in enumerate(layers):
-        # Keras has no public API to set a layer's random numbers.
-        layer._random_generator.dropout = functools.partial(_drop, number, optimizer, config)
+        compat.replace_dropout(layer, functools.partial(_drop, number, optimizer, config))
 
 
 def _drop(number: int, optimizer: Any, config: TrainConfig, inputs: Any, rate: float, noise_shape: Any = None) -> Any:

@@ -16,6 +16,7 @@ import tf_keras as keras
 from data_prep.manifest import Manifest
 from trainer.architectures import build_model
 from trainer.config.config import TrainConfig
+from trainer.runtime import compat
 from trainer.runtime.errors import InputError
 from trainer.training.augment import augment
 from trainer.training.dropout import fix_dropout
@@ -45,7 +46,7 @@ class Network:
         """The state of the optimizer, including the loss scale, which Keras leaves out."""
         optimizer = self.optimizer
         if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
-            return [*optimizer.variables, optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+            return [*optimizer.variables, compat.loss_scale_variable(optimizer), optimizer.dynamic_counter]
         return list(optimizer.variables)
 
 
@@ -141,9 +142,7 @@ def averaged_weights(network: Network) -> Iterator[None]:
 def _swap_averages(network: Network) -> None:
     optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
     if optimizer.use_ema:
-        # Keras has no public API for them.
-        averages = optimizer._model_variables_moving_average
-        for variable, average in zip(network.model.trainable_variables, averages, strict=True):
+        for variable, average in zip(network.model.trainable_variables, compat.moving_averages(optimizer), strict=True):
             weights = variable.numpy()
             variable.assign(average.numpy())
             average.assign(weights)

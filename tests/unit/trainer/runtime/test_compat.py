@@ -1,5 +1,8 @@
-"""Private names of Ray: what this program relies on holds in the installed version."""
+"""Private names of Ray and Keras: what this program relies on holds in the installed version."""
 
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
 from ray._private import worker
 
 from trainer.runtime import compat
@@ -24,3 +27,25 @@ def test_the_memory_of_a_group_is_counted_without_the_cache_of_files(tmp_path):
     assert compat.used_memory_of_group(str(stat), str(usage), "inactive_file", "active_file") == 600
     stat.write_text("anon 500\n")
     assert compat.used_memory_of_group(str(stat), str(usage), "inactive_file", "active_file") is None
+
+
+def test_a_dropout_layer_calls_what_replaces_it():
+    layer = keras.layers.Dropout(0.25)
+    compat.replace_dropout(layer, lambda inputs, rate, noise_shape=None: inputs * rate)
+    np.testing.assert_array_equal(layer(tf.ones(3), training=True), [0.25] * 3)
+    np.testing.assert_array_equal(layer(tf.ones(3), training=False), [1] * 3)
+
+
+def test_an_optimizer_with_averages_has_one_for_each_weight():
+    weights = [tf.Variable([2.0]), tf.Variable([3.0, 4.0])]
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    optimizer.build(weights)
+    optimizer.apply_gradients([(tf.ones_like(weight), weight) for weight in weights])
+    averages = [average.numpy().tolist() for average in compat.moving_averages(optimizer)]
+    assert averages == [[1.5], [2.5, 3.5]]  # each begins at its weight
+
+
+def test_the_variable_of_the_loss_scale_is_the_loss_scale():
+    optimizer = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.SGD())
+    compat.loss_scale_variable(optimizer).assign(1024)
+    assert float(optimizer.loss_scale) == 1024
