@@ -1,5 +1,8 @@
 """Find images in folders: one folder per class, or one per split with one per class in it."""
 
+import dataclasses
+import itertools
+import os
 import shlex
 
 from data_prep.listing import FoundImage, Listing
@@ -9,32 +12,43 @@ from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
 
-def find_in_folders(source: str, sizes: dict[str, int], listing: Listing, labelled: bool) -> None:
-    """Add the images in a folder to a listing.
+def find_in_folders(source: str, files: list[FoundImage], listing: Listing, labelled: bool) -> None:
+    """Add the images in a folder, or in tars that were made of one, to a listing.
 
     Args:
         source: path or URI of the folder.
-        sizes: size in bytes of each file, by its path relative to the folder.
+        files: all files, whose class and split are filled in.
         listing: what to add to.
         labelled: whether each image must be in the folder of a class.
 
     Raises:
         InputError: some folders look like splits, but not all of them do, or their names differ from those of splits.
     """
-    others = {path for path in sizes if is_plainly_other(path)}
-    is_split = _has_split_folders(source, [parts_of(path) for path in sizes if path not in others], labelled)
-    for path, size in sizes.items():
-        parts = parts_of(path)
-        split = split_called(parts[0]) if is_split else None
+    others = {file.path for file in files if is_plainly_other(file.path)}
+    parts_in_source = {file.path: parts_of(file.name_in_container) for file in files}
+    images = [parts for path, parts in parts_in_source.items() if path not in others]
+    outer = _folders_around(images) if files and files[0].container else 0
+    is_split = _has_split_folders(source, [parts[outer:] for parts in images], labelled)
+    for file in files:
+        parts = parts_in_source[file.path][outer:]
+        split = split_called(parts[0]) if parts and is_split else None
         folders = parts[1:-1] if is_split else parts[:-1]
         class_name = to_class_name(folders[0]) if folders else None
         if labelled and not folders:
-            listing.ignore(path, "not_in_a_class_folder")
-        elif path in others:
+            listing.ignore(file.path, "not_in_a_class_folder")
+        elif file.path in others:
             # Beside the folders of the splits there may be one with documents.
-            listing.ignore(path, "not_an_image_name", class_name if split or not is_split else None)
+            listing.ignore(file.path, "not_an_image_name", class_name if split or not is_split else None)
         else:
-            listing.found.append(FoundImage(path, class_name, split, bytes=size))
+            listing.found.append(dataclasses.replace(file, class_name=class_name, split=split or file.split))
+
+
+def _folders_around(images: list[list[str]]) -> int:
+    """Return how many folders an archive has around everything else; they can be neither classes nor splits."""
+    columns = zip(*(parts[:-1] for parts in images), strict=False)
+    around = itertools.takewhile(lambda names: len(set(names)) == 1 and not split_called(names[0]), columns)
+    outer = len(list(around))
+    return outer if all(len(parts) > outer + 1 for parts in images) else 0
 
 
 def _has_split_folders(source: str, images: list[list[str]], labelled: bool) -> bool:
@@ -74,6 +88,6 @@ def _propose_names(source: str, images: list[list[str]], alike: dict[str, SplitN
         # Archives often contain a folder with their own name.
         folders = [name, name] if any(parts[:2] == [name, name] for parts in images) else [name]
         links.append(f"ln -s {shlex.quote(storage.join(storage.resolve_uri(source), *folders))} NEW/{split}")
-    if not storage.is_local(storage.resolve_uri(source)) or len(set(alike.values())) < len(alike):
+    if not os.path.isdir(storage.resolve_uri(source)) or len(set(alike.values())) < len(alike):
         return "rename them to train, val and test (SOURCE/train/CLASS/image.jpg), or give a table with a column split"
     return f"give a folder in which they are named train, val and test: mkdir NEW && {' && '.join(links)}"

@@ -17,6 +17,11 @@ class FoundImage:
     offset: int = 0
     bytes: int = 0
 
+    @property
+    def name_in_container(self) -> str:
+        """Name of the member of a tar; the path of an image outside of one."""
+        return self.path if self.container is None else self.path.removeprefix(f"{self.container}#")
+
 
 @dataclass
 class Listing:

@@ -6,7 +6,8 @@
     parquet      one file or a folder of files with the columns image (bytes, or a struct with a field bytes), label and
                  optionally split; the names of columns and classes can also be declared in the file, as on the Hugging
                  Face Hub
-    webdataset   one tar or a folder of tars, with KEY.jpg and KEY.cls (or KEY.json with a field label) side by side
+    webdataset   one tar or a folder of tars, with KEY.jpg and KEY.cls (or KEY.json with a field label) side by side;
+                 tars without any label are read like the folder that they were made of
 
 For the last two, the split comes from a column split or from the file's name (train-00000.parquet, val/0.tar).
 
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.folders import find_in_folders
-from data_prep.listing import Listing
+from data_prep.listing import FoundImage, Listing
 from data_prep.names import (
     count_suffixes,
     image_suffixes,
@@ -37,7 +38,7 @@ from data_prep.names import (
 )
 from data_prep.parquet import find_in_parquet, image_column
 from data_prep.tables import TEXT_SUFFIXES, find_in_table
-from data_prep.tars import find_in_tar
+from data_prep.tars import find_in_tars
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 from trainer.runtime.events import SourceListed
@@ -103,15 +104,15 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         source_format = source_format or _detect_format(root, visible)
         match source_format:
             case "folder":
-                find_in_folders(source, visible, listing, labelled)
+                files = [FoundImage(path, None, bytes=size) for path, size in visible.items()]
+                find_in_folders(source, files, listing, labelled)
             case "table":
                 find_in_table(root, _find_table(source, visible), listing, labelled)
             case "parquet":
                 for path in sorted(visible):
                     find_in_parquet(root, path, listing, labelled)
             case "webdataset":
-                for path in sorted(visible):
-                    find_in_tar(root, path, listing, labelled)
+                find_in_tars(source, root, sorted(visible), listing, labelled)
     except FileNotFoundError as error:
         raise InputError(f"{error}; give an existing folder, table, Parquet file or tar") from error
     except (pa.ArrowInvalid, tarfile.TarError) as error:
@@ -218,6 +219,8 @@ def _describe_ignored(listing: Listing) -> str:
 def _describe_chances(source: str, listing: Listing, tables: list[str]) -> str:
     """Return advice on what the user may have meant with a source that has fewer than two classes."""
     chances = f"; if {name_some(tables)} is a table of paths and labels, give it as SOURCE" if tables else ""
+    if not tables and not listing.found and "not_in_a_class_folder" in listing.ignored.values():
+        chances += "; if the names of the files say the class, give a table with the columns path and label as SOURCE"
     images = [image for image in listing.found if image.container is None]
     folders = {tuple(parts_of(image.path)[1 if image.split else 0 : -1]) for image in images}
     above = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]

@@ -21,7 +21,7 @@ def main(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or s3:// prefix with a folder of images per class, a table, Parquet files or WebDataset tars."
+            help="Folder or s3:// prefix with a folder of images per class, a table, Parquet files or tars."
         ),
     ],
     dataset: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write the prepared dataset to.")],
