@@ -291,11 +291,16 @@ def plan_run(
     """
     manifest = load_checked_manifest(request, resources)
     workers = parse_num_workers(request.num_workers, resources)
+    # A scheduled job must recover by itself.
+    repaired = [run.repair_ending(), run.repair_record()]
     record = run.read_begun_record()
     if record is None:
         run.check_names_are_free()
     else:
         _check_same_request(run, record, request, manifest)
+        repaired.append(run.repair_manifest(manifest))
+    for event in filter(None, repaired):
+        on_event(event)
     if record is not None and record.batch is not None and record.batch.request == request.batch:
         batch = record.batch
     else:
@@ -389,7 +394,7 @@ def launch(
 def _record_lost_job(run: RunFolder) -> None:
     """Write how the attempt before this job ended, unless that is written already."""
     attempt = run.find_latest_attempt()
-    if not attempt or attempt in [loss.attempt for loss in run.read_losses()]:
+    if not attempt or attempt in [one.attempt for one in run.read_incidents() if one.kind == "workers lost"]:
         return
     match run.read_ending():
         case RunInterruption(status="interrupted", reason=reason):
@@ -503,8 +508,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         epochs=last.epoch,
         steps=last.step,
         attempts=worker_result.attempts,
-        recoveries=tuple(run.read_recoveries()),
-        lost_attempts=tuple(run.read_losses()),
+        incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
         findings=find_symptoms(last.history, val, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,

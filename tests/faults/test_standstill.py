@@ -62,7 +62,7 @@ def test_a_worker_that_stands_still_for_twenty_seconds_costs_no_attempt(resource
         request = parse_request({**OPTIONS, "dataset": str(tmp_path / "dataset")})
         plan = launch.plan_run(request, opened, resources)
         result = launch.launch(plan, opened, resources, on_event=watch)
-    assert (result.attempts, result.lost_attempts) == (1, ())
+    assert (result.attempts, result.incidents) == (1, ())
     (silent,) = (event for event in events if isinstance(event, WorkerSilent))
     (again,) = (event for event in events if isinstance(event, WorkerHeardAgain))
     assert silent.worker == again.worker

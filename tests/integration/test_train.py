@@ -270,11 +270,11 @@ def test_the_dead_worker_is_told_of_and_is_in_the_result_and_the_note(batch_norm
     assert (again.attempt, again.num_workers, again.previous_num_workers) == (2, 2, 2)
     result = RunFolder(run_of_two.uri).read_result()
     assert result.attempts == 2
-    (attempt,) = result.lost_attempts
-    assert (attempt.attempt, attempt.reason, attempt.next_step) == (1, lost.reason, again.step)
+    (incident,) = result.incidents
+    assert (incident.attempt, incident.what, incident.next_step) == (1, lost.reason, again.step)
     assert again.step in (4, 8)
-    assert Path(run_of_two.path(attempt.log)).read_bytes() == lost.tail
-    assert str(attempt) in Path(run_of_two.path("note.md")).read_text()
+    assert Path(run_of_two.path(incident.log)).read_bytes() == lost.tail
+    assert str(incident) in Path(run_of_two.path("note.md")).read_text()
 
 
 def test_batch_norm_averages_are_in_the_checkpoint(batch_norm_runs):

@@ -138,7 +138,7 @@ def make_result(evaluation):
             "epochs": 10,
             "steps": 100,
             "attempts": 1,
-            "recoveries": (),
+            "incidents": (),
             "layers": "model = Sequential([\n    Input((250, 250, 1)),\n    layers.Dense(3),\n])",
             "findings": [],
             "weights_crc32": (12, 12),

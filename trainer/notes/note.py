@@ -14,8 +14,6 @@ from trainer.runtime import storage
 from trainer.runtime.errors import InputError, RecordError
 from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table
 
-# Most lost attempts that a note lists; result.json lists all.
-_MOST_LOSSES = 10
 NOTEBOOK_NAME = "NOTES.md"
 _CONTINUES = "the same command continues"
 # Options that another part of the sentence or of the note states, or that do not change what is learned.
@@ -172,8 +170,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
         f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
-        *(f"\nrecovered at {recovery}" for recovery in result.recoveries),
-        *_format_losses(result),
+        *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]
@@ -187,15 +184,6 @@ def _format_classes(val: EvaluationResult) -> list[str]:
         lines = ["", *confused, "", f"lowest accuracies of {len(val.per_class)} classes; result.json lists all:"]
     counts = [(one.name, one.correct, one.total) for one in val.listed]
     return [*lines, "", *format_table(("class", "correct", "of"), counts)]
-
-
-def _format_losses(result: RunResult) -> list[str]:
-    """Format why the run took more than one attempt."""
-    lost = result.lost_attempts
-    lines = [f"\n{one}" for one in lost[:_MOST_LOSSES]]
-    if len(lost) > _MOST_LOSSES:
-        lines.append(f"\n{len(lost) - _MOST_LOSSES} more attempts were lost; result.json lists all")
-    return lines
 
 
 def _format_batch(record: RunRecord) -> list[str]:

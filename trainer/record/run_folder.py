@@ -3,9 +3,10 @@
 STORAGE/RUN/config.json      RunRecord; before step 1
 STORAGE/RUN/dataset.json     the manifest of its dataset, so that the run is usable without the dataset
 STORAGE/RUN/lease.json       the job that holds the run; absent when no job does
-STORAGE/RUN/attempts/        one small file for each start of the workers
-STORAGE/RUN/recoveries/      one small file for each time damaged checkpoints were set aside
-STORAGE/RUN/losses/          one LostAttempt for each loss of the workers, and the end of their output
+STORAGE/RUN/attempts/        one Attempt for each start of the workers
+STORAGE/RUN/incidents/       one Incident for each loss of the workers, with the end of their output, and for each time
+                             damaged files were set aside; of earlier versions there are losses/ and recoveries/
+STORAGE/RUN/damaged/         records that could not be read and were replaced, for inspection
 STORAGE/RUN/checkpoints/     see `trainer.record.checkpoint`
 STORAGE/RUN/metrics.parquet  one EpochRow per epoch
 STORAGE/RUN/steps.parquet    one row per optimizer step
@@ -13,7 +14,7 @@ STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/sa
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/profile/         a trace of a few steps, for TensorBoard; Ray's timeline of the whole run
 STORAGE/RUN/note.md          the note of the run
-STORAGE/RUN/test_reads/      one small file for each evaluation of the test split
+STORAGE/RUN/test_reads/      one SplitRead for each evaluation of the test split
 STORAGE/RUN/test_predictions.parquet  predictions of the best checkpoint on the test split, on request
 STORAGE/RUN/tensorboard/     event files for TensorBoard, on request
 STORAGE/RUN/evaluations/     written by jobs/evaluate.py
@@ -21,13 +22,13 @@ STORAGE/RUN/explanations/    written by jobs/explain.py
 STORAGE/RUN/result.json      RunResult; written last; or a RunInterruption
 """
 
-import json
+import contextlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -42,8 +43,10 @@ from trainer.config.config import TrainConfig
 from trainer.config.optimizers import find_former_arguments
 from trainer.record import checkpoint as checkpoints
 from trainer.record.evaluation_result import EvaluationResult
+from trainer.record.incident import Incident, find_former_incidents
 from trainer.runtime import storage
-from trainer.runtime.errors import InputError, LeaseLostError, RecordError
+from trainer.runtime.errors import InputError, LeaseLostError, NewerFormatError, RecordError
+from trainer.runtime.events import RecordRepaired
 from trainer.runtime.lease import Lease
 from trainer.runtime.markdown import format_count
 from trainer.runtime.record_format import Record
@@ -56,6 +59,11 @@ _WRITTEN_NAMES = (
     *("checkpoints", "metrics.parquet", "steps.parquet", "model.keras", "saved_model", "plots", "profile", "note.md"),
     *("test_predictions.parquet", "tensorboard", "evaluations", "explanations"),
 )
+
+# Those of earlier versions are read, and no longer written.
+_INCIDENT_FOLDERS = ("losses", "recoveries", "incidents")
+# How many incidents a note and a job's summary list.
+_MOST_INCIDENTS = 10
 
 InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 
@@ -95,31 +103,35 @@ class RunRecord(Record):
     started: datetime
 
 
-class LostAttempt(Record):
-    """Why the workers of a run had to start again."""
+class Attempt(Record):
+    """A start of the workers of a run."""
 
-    attempt: int
-    """Number of the last attempt that had started."""
-    ended: datetime
-    reason: str
-    """Which worker was lost, and how it ended."""
-    log: str = ""
-    """The file in the run folder with the end of its output; empty if that was lost, too."""
-    next_step: int | None = None
-    """Number of optimizer steps that the next attempt resumed after; None if there was none."""
+    ADDED: ClassVar[Mapping[str, Any]] = {"record": None}
 
-    def __str__(self) -> str:
-        log = f" ({self.log})" if self.log else ""
-        went_on = "" if self.next_step is None else f"; the run went on after step {self.next_step}"
-        return f"attempt {self.attempt} was lost: {self.reason}{log}{went_on}"
+    started: datetime
+    node: str
+    """Hostname of the first worker."""
+    pid: int
+    """Process of the first worker."""
+    record: RunRecord | None
+    """A copy of ``config.json``, which replaces it if it is damaged."""
+
+
+class SplitRead(Record):
+    """An evaluation of the test split: each makes its result less trustworthy."""
+
+    started: datetime
+    reader: str
+    """Which job it was."""
 
 
 class RunResult(Record):
     """What ``result.json`` holds."""
 
+    # 2: one list of incidents instead of lost_attempts and recoveries.
+    FORMAT: ClassVar[int] = 2
     ADDED: ClassVar[Mapping[str, Any]] = {
-        "lost_attempts": (),
-        "recoveries": (),
+        "incidents": find_former_incidents,
         "layers": "",
         "findings": (),
         "weights_crc32": (),
@@ -137,10 +149,8 @@ class RunResult(Record):
     epochs: int
     steps: int
     attempts: int
-    recoveries: tuple[str, ...]
-    """What was damaged and where the run resumed, one line each; lost workers are in ``lost_attempts``."""
-    lost_attempts: tuple[LostAttempt, ...] = ()
-    """The attempts that were lost."""
+    incidents: tuple[Incident, ...]
+    """Each loss of the workers, and each time that damaged files were set aside."""
     layers: str
     """The network's layers, as code."""
     findings: list[str]
@@ -151,13 +161,21 @@ class RunResult(Record):
     """Sum of the durations of the epochs, including evaluation."""
 
     @property
+    def listed_incidents(self) -> list[str]:
+        """The first incidents, one line each, and how many more there are."""
+        lines = [str(incident) for incident in self.incidents[:_MOST_INCIDENTS]]
+        if more := len(self.incidents) - len(lines):
+            lines.append(f"{format_count(more, 'more incident')}; result.json lists all")
+        return lines
+
+    @property
     def summary(self) -> list[str]:
         """The outcome of the run, line by line."""
         return [
             f"best epoch  {self.best_epoch} of {self.epochs}",
             f"val         {self.val}",
             *([f"test        {self.test}"] if self.test else []),
-            *(f"recovered   {recovery}" for recovery in self.recoveries),
+            *(f"incident    {incident}" for incident in self.listed_incidents),
             *(f"finding     {finding}" for finding in self.findings),
         ]
 
@@ -306,36 +324,113 @@ class RunFolder:
         self.check_owner()
         storage.delete_file(self.path("result.json"))
 
+    def repair_ending(self) -> RecordRepaired | None:
+        """Replace a damaged ``result.json``, so that the run continues from its last checkpoint and writes it anew.
+
+        Only the job that holds the run may call this, and `repair_record` and `repair_manifest`.
+
+        Raises:
+            NewerFormatError: it is not damaged, but of a newer version.
+        """
+        if not (damage := _find_damage(self.read_ending)):
+            return None
+        repaired = RecordRepaired(damage, self._keep_damaged("result.json"), "the run writes it anew")
+        self.write_interruption("failed", str(repaired))
+        return repaired
+
+    def repair_record(self) -> RecordRepaired | None:
+        """Replace a damaged ``config.json`` by the copy that the last attempt wrote.
+
+        Raises:
+            NewerFormatError: it is not damaged, but of a newer version.
+            InputError: there is no copy, so what its checkpoints were trained with is unknown.
+        """
+        if not (damage := _find_damage(self.read_record)):
+            return None
+        copy = self._find_copy_of_record()
+        if copy is None and (self._find_numbered("attempts") or storage.find_folders(self.checkpoints)):
+            raise InputError(
+                f"{damage}; no copy is in {self.path('attempts')}, so the run cannot be continued: put config.json "
+                "back from a backup, or choose another --run-name"
+            )
+        instead = "the run begins anew" if copy is None else "its copy in attempts/ takes its place"
+        repaired = RecordRepaired(damage, self._keep_damaged("config.json"), instead)
+        self.record_recovery(str(repaired))
+        if copy is None:
+            storage.delete_file(self.path("config.json"))
+        else:
+            self.write_record(copy)
+        return repaired
+
+    def repair_manifest(self, manifest: Manifest) -> RecordRepaired | None:
+        """Replace a damaged or missing ``dataset.json`` by the manifest of the run's dataset.
+
+        Raises:
+            NewerFormatError: it is not damaged, but of a newer version.
+        """
+        if not (damage := _find_damage(self.read_manifest)):
+            return None
+        kept = self._keep_damaged("dataset.json")
+        repaired = RecordRepaired(damage, kept, "the manifest of the dataset takes its place")
+        self.record_recovery(str(repaired))
+        self.write_manifest(manifest)
+        return repaired
+
+    def _find_copy_of_record(self) -> RunRecord | None:
+        for name in reversed(self._find_numbered("attempts").values()):
+            with contextlib.suppress(RecordError):
+                if copy := Attempt.parse(storage.read_bytes(self.path("attempts", name)), name).record:
+                    return copy
+        return None
+
+    def _keep_damaged(self, name: str) -> str:
+        """Copy a damaged file, and return the URI of the copy; empty if there is no such file."""
+        try:
+            self.write(storage.read_bytes(self.path(name)), "damaged", name)
+        except FileNotFoundError:
+            return ""
+        return self.path("damaged", name)
+
     def record_loss(self, reason: str, tail: bytes = b"") -> None:
         """Record that the workers were lost, and the end of the output of one of them."""
-        name = f"{max(self._read_numbered_losses(), default=0) + 1:04d}"
+        self._record_incident("workers lost", reason, tail)
+
+    def record_recovery(self, what: str) -> None:
+        """Record that damaged files were set aside, and what is used instead."""
+        self._record_incident("files damaged", what)
+
+    def _record_incident(self, kind: Literal["workers lost", "files damaged"], what: str, tail: bytes = b"") -> None:
+        name = f"{max(self._find_numbered('incidents'), default=0) + 1:04d}"
+        log = f"incidents/{name}.log" if tail else ""
         if tail:
-            self.write(tail, "losses", f"{name}.log")
-        log = f"losses/{name}.log" if tail else ""
-        loss = LostAttempt(attempt=self.find_latest_attempt(), ended=datetime.now(UTC), reason=reason, log=log)
-        self.write(loss.to_json(), "losses", f"{name}.json")
+            self.write(tail, log)
+        incident = Incident(kind=kind, attempt=self.find_latest_attempt(), at=datetime.now(UTC), what=what, log=log)
+        self.write(incident.to_json(), "incidents", f"{name}.json")
 
     def record_next_step(self, step: int) -> None:
-        """Record after how many steps the run resumed, for each loss without such a record."""
-        for number, loss in self._read_numbered_losses().items():
-            if loss is not None and loss.next_step is None:
-                updated = loss.model_copy(update={"next_step": step})
-                self.write(updated.to_json(), "losses", f"{number:04d}.json")
+        """Record after how many steps the run resumed, for each loss of workers without such a record."""
+        for path, incident in self._read_incidents().items():
+            if incident.kind == "workers lost" and incident.next_step is None:
+                self.write(incident.model_copy(update={"next_step": step}).to_json(), path)
 
-    def read_losses(self) -> list[LostAttempt]:
-        """Return why the workers had to restart, one record per restart; unreadable ones are skipped."""
-        return [loss for loss in self._read_numbered_losses().values() if loss is not None]
+    def read_incidents(self) -> list[Incident]:
+        """Return what befell the run, in the order of time; what cannot be read is left out."""
+        return sorted(self._read_incidents().values(), key=lambda incident: incident.at)
 
-    def _read_numbered_losses(self) -> dict[int, LostAttempt | None]:
-        losses: dict[int, LostAttempt | None] = {}
-        for name in sorted(storage.find_files(self.path("losses"))):
-            number, _, suffix = name.partition(".")
-            if suffix == "json" and number.isdecimal():
-                try:
-                    losses[int(number)] = LostAttempt.parse(storage.read_bytes(self.path("losses", name)), name)
-                except RecordError:
-                    losses[int(number)] = None
-        return losses
+    def _read_incidents(self) -> dict[str, Incident]:
+        """Return the readable incidents by their paths in the run folder."""
+        incidents = {}
+        for folder in _INCIDENT_FOLDERS:
+            for name in self._find_numbered(folder).values():
+                with contextlib.suppress(RecordError):
+                    incidents[f"{folder}/{name}"] = Incident.parse(storage.read_bytes(self.path(folder, name)), name)
+        return incidents
+
+    def _find_numbered(self, folder: str) -> dict[int, str]:
+        """Return the names of the files NUMBER.json in a folder by their numbers, in order; other files are ignored."""
+        numbers = {name: name.removesuffix(".json") for name in storage.find_files(self.path(folder))}
+        found = {int(number): name for name, number in numbers.items() if number != name and number.isdecimal()}
+        return dict(sorted(found.items()))
 
     def start_attempt(self) -> int:
         """Record that the workers have started, and return the number of this attempt, from 1.
@@ -346,39 +441,28 @@ class RunFolder:
             LeaseLostError: the job that started the workers has lost the run.
         """
         self.check_owner()
-        content = json.dumps({"started": datetime.now(UTC).isoformat(), "node": platform.node(), "pid": os.getpid()})
+        record = None if _find_damage(self.read_record) else self.read_record()
+        started = Attempt(started=datetime.now(UTC), node=platform.node(), pid=os.getpid(), record=record)
         attempt = 1 + max(self.find_latest_attempt(), checkpoints.find_latest_attempt(self.checkpoints))
         # Workers of a job that has lost the run may start at the same moment.
-        while not storage.create_file(self.path("attempts", f"{attempt:04d}.json"), content.encode()):
+        while not storage.create_file(self.path("attempts", f"{attempt:04d}.json"), started.to_json()):
             attempt += 1
         self._attempt = attempt
         return attempt
 
     def find_latest_attempt(self) -> int:
         """Return the number of the latest attempt; 0 before the first."""
-        names = storage.find_files(self.path("attempts"))
-        return max((int(name.partition(".")[0]) for name in names), default=0)
-
-    def record_recovery(self, what: str) -> None:
-        """Record that damaged checkpoints were set aside, and what is used instead."""
-        content = json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "what": what}).encode()
-        number = len(storage.find_files(self.path("recoveries"))) + 1
-        self.write(content, "recoveries", f"{number:04d}.json")
-
-    def read_recoveries(self) -> list[str]:
-        """Return what the run has recovered from, one line each, beginning with the time."""
-        folder = self.path("recoveries")
-        records = [json.loads(storage.read_bytes(storage.join(folder, name))) for name in storage.find_files(folder)]
-        return [f"{record['at']}: {record['what']}" for record in records]
+        return max(self._find_numbered("attempts"), default=0)
 
     def record_test_read(self, reader: str) -> None:
         """Record that the test split is about to be evaluated, and by which job."""
-        content = json.dumps({"started": datetime.now(UTC).isoformat(), "reader": reader}).encode()
-        self.write(content, "test_reads", f"{self.count_test_reads() + 1:04d}.json")
+        number = max(self._find_numbered("test_reads"), default=0) + 1
+        read = SplitRead(started=datetime.now(UTC), reader=reader)
+        self.write(read.to_json(), "test_reads", f"{number:04d}.json")
 
     def count_test_reads(self) -> int:
         """Return how often the test split has been evaluated: each time makes its result less trustworthy."""
-        return len(storage.find_files(self.path("test_reads")))
+        return len(self._find_numbered("test_reads"))
 
     def describe_test_reads(self) -> str:
         """Return how often the test split has been evaluated, in words."""
@@ -416,6 +500,17 @@ class RunFolder:
         if best is None:
             return None
         return storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+
+
+def _find_damage(read: Callable[[], Any]) -> str:
+    """Return what is wrong with a record; empty if it can be read or is absent."""
+    try:
+        read()
+    except NewerFormatError:
+        raise
+    except RecordError as error:
+        return str(error)
+    return ""
 
 
 def _read_table(uri: str) -> pa.Table | None:

@@ -237,6 +237,22 @@ class CheckpointsSetAside:
 
 
 @dataclass(frozen=True)
+class RecordRepaired:
+    """A record of the run was damaged and has been replaced."""
+
+    damage: str
+    """What is wrong with it."""
+    kept: str
+    """URI of the damaged one; empty if it was missing."""
+    instead: str
+    """What takes its place."""
+
+    def __str__(self) -> str:
+        kept = f"; kept as {self.kept}" if self.kept else ""
+        return f"{self.damage}{kept}; {self.instead}"
+
+
+@dataclass(frozen=True)
 class StepProfiled:
     """Where the time of a training step goes, on the first worker; operations run in parallel."""
 
@@ -356,6 +372,7 @@ Event = (
     | GlyphsMissing
     | BatchChosen
     | CheckpointsSetAside
+    | RecordRepaired
     | StepProfiled
     | StudyTrialEnded
     | TrialEvent

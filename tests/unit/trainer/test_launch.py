@@ -1,5 +1,7 @@
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +21,10 @@ from trainer.record.run_folder import RunFolder, describe_run
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.events import ignore_event
 from trainer.workers.groups import WorkerCount, parse_num_workers
 
+PAST = Path(__file__).parents[1] / "past_records"
 ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, devices="4 cores", node_memory_gib=16)
 FOUR_GPUS = Resources(num_nodes=1, num_cpus=16, num_gpus=4, free_gpus=4, devices="L4", node_memory_gib=64)
 # Nothing to measure.
@@ -54,9 +58,9 @@ def check(options):
 def plan(options, tmp_path):
     """Returns a function that plans a run whose batch and precision are given."""
 
-    def plan(run=None, **given) -> RunPlan:
+    def plan(run=None, on_event=ignore_event, **given) -> RunPlan:
         run = run or RunFolder(str(tmp_path / "runs" / "new"))
-        return plan_run(parse_request({**options, **SETTLED, **given}), run, ONE_MACHINE)
+        return plan_run(parse_request({**options, **SETTLED, **given}), run, ONE_MACHINE, on_event=on_event)
 
     return plan
 
@@ -246,6 +250,16 @@ def finished(plan, tmp_path, make_result):
     return run, planned
 
 
+@pytest.fixture
+def begun(plan, tmp_path) -> RunFolder:
+    """A run whose workers have started once."""
+    planned, run = plan(), RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_manifest(planned.manifest)
+    run.write_record(describe_run(planned.config, "1 node"))
+    run.start_attempt()
+    return run
+
+
 def test_a_finished_run_is_not_started_again(finished, make_result):
     run, planned = finished
     events = []
@@ -302,14 +316,75 @@ def test_a_refused_run_begins_anew_with_another_option(plan, tmp_path, monkeypat
         (("failed", "2 workers found no room"), "its job ended as failed: 2 workers found no room"),
     ],
 )
-def test_how_the_attempt_of_an_earlier_job_ended_is_recorded_once(plan, tmp_path, monkeypatch, ending, reason):
-    run = RunFolder(str(tmp_path / "runs" / "first"))
-    run.write_record(describe_run(plan(run).config, "1 node"))
-    run.start_attempt()
+def test_how_the_attempt_of_an_earlier_job_ended_is_recorded_once(plan, begun, monkeypatch, ending, reason):
     if ending:
-        run.write_interruption(*ending)
+        begun.write_interruption(*ending)
     monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            launch(plan(run), run, ONE_MACHINE)
-    assert [(loss.attempt, loss.reason) for loss in run.read_losses()] == [(1, reason)]
+            launch(plan(begun), begun, ONE_MACHINE)
+    assert [(one.attempt, one.what) for one in begun.read_incidents()] == [(1, reason)]
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "completed", "val": {"loss"', "[]", '{"status": "unheard of"}'])
+def test_a_damaged_result_is_kept_aside_and_the_run_goes_on(plan, begun, tmp_path, monkeypatch, content):
+    run, events = begun, []
+    Path(run.path("result.json")).write_text(content)
+    monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        launch(plan(run, on_event=events.append), run, ONE_MACHINE)
+    assert re.search(rf"result.json cannot be read: .*; kept as {run.path('damaged', 'result.json')}; ", str(events[0]))
+    assert Path(run.path("damaged", "result.json")).read_text() == content
+    assert [one.what for one in run.read_incidents()] == [f"its job ended as failed: {events[0]}"]
+    assert run.read_ending() is None
+
+
+def test_a_damaged_config_is_replaced_by_its_copy(plan, begun):
+    record, events = begun.read_record(), []
+    Path(begun.path("config.json")).write_text("{")
+    assert plan(begun, on_event=events.append).config == record.config
+    assert begun.read_record() == record
+    assert [str(one) for one in events] == [one.what for one in begun.read_incidents()]
+    assert re.search(
+        r"config.json cannot be read: .*; kept as .*; its copy in attempts/ takes its place$", str(events[0])
+    )
+    assert Path(begun.path("damaged", "config.json")).read_text() == "{"
+
+
+def test_a_damaged_config_without_a_copy_stops_the_run_with_what_to_do(plan, begun):
+    Path(begun.path("config.json")).write_text("{")
+    Path(begun.path("attempts", "0001.json")).write_bytes((PAST / "a9db2b2" / "attempt.json").read_bytes())
+    before = {name: Path(begun.path(name)).read_bytes() for name in storage.find_files(begun.uri)}
+    with pytest.raises(
+        InputError, match=r"config.json cannot be read: .*; no copy .* from a backup, or .* --run-name$"
+    ):
+        plan(begun)
+    assert {name: Path(begun.path(name)).read_bytes() for name in storage.find_files(begun.uri)} == before
+
+
+def test_a_damaged_config_of_a_run_that_never_started_is_written_anew(plan, tmp_path):
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    run.write(b"{", "config.json")
+    plan(run)
+    assert run.read_record() is None
+    assert [one.kind for one in run.read_incidents()] == ["files damaged"]
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_damaged_manifest_is_replaced_by_that_of_the_dataset(plan, begun, dataset, content):
+    manifest = Path(begun.path("dataset.json"))
+    manifest.unlink()
+    if content:
+        manifest.write_text(content)
+    plan(begun)
+    assert begun.read_manifest() == check_dataset("cnn_softmax", dataset)
+    assert [one.kind for one in begun.read_incidents()] == ["files damaged"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.json", "dataset.json"])
+def test_a_record_of_a_newer_version_is_not_damaged(plan, begun, name):
+    newer = '{"format": 99, "val": 1}'
+    Path(begun.path(name)).write_text(newer)
+    with pytest.raises(InputError, match=rf"{name} cannot be read: it is of format 99: update this program"):
+        plan(begun)
+    assert Path(begun.path(name)).read_text() == newer

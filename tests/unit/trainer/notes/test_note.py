@@ -9,7 +9,8 @@ import pytest
 from trainer.config.config import TrainConfig
 from trainer.notes.note import describe_change, describe_training, format_note, format_notebook, write_note
 from trainer.record.evaluation_result import summarise
-from trainer.record.run_folder import LostAttempt, RunFolder, describe_run, find_runs
+from trainer.record.incident import Incident
+from trainer.record.run_folder import RunFolder, describe_run, find_runs
 from trainer.runtime import storage
 
 PAST = Path(__file__).parents[2] / "past_records"
@@ -96,12 +97,6 @@ def test_the_test_split_has_a_line_that_says_how_often_it_was_read(start, make_r
         run.record_test_read("train.py")
     line = f"test: {evaluation}; the test split has been read 2 times for this run"
     assert line in note_of(run, make_result(test=evaluation)).splitlines()
-
-
-def test_what_a_run_recovered_from_is_said(start, make_result):
-    result = make_result(recoveries=["2023-04-12T08:00:00+00:00: a file is missing; training goes on from step 8"])
-    line = "recovered at 2023-04-12T08:00:00+00:00: a file is missing; training goes on from step 8"
-    assert line in note_of(start("first"), result).splitlines()
 
 
 def test_a_run_that_is_not_finished_says_so(start):
@@ -223,14 +218,17 @@ def test_a_run_of_an_architecture_that_is_not_known_has_its_note(start, make_res
     assert "\n27,734,190 parameters\n" in note_of(run, make_result())
 
 
-def test_lost_attempts_stand_beside_their_number(start, make_result):
-    lost = tuple(
-        LostAttempt(attempt=number, ended=datetime(2026, 1, 1, tzinfo=UTC), reason=f"reason {number}", next_step=8)
-        for number in range(1, 13)
-    )
-    note = note_of(start("first"), make_result(attempts=13, lost_attempts=lost))
-    after = note[note.index("attempts: 13") :].splitlines()
-    assert after[2] == "attempt 1 was lost: reason 1; the run went on after step 8"
-    assert "attempt 10 was lost" in note
-    assert "attempt 11 was lost" not in note
-    assert "2 more attempts were lost; result.json lists all" in after
+def test_the_first_incidents_stand_beside_the_number_of_attempts(start, make_result):
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    damage = Incident(kind="files damaged", attempt=0, at=at, what="a file is missing; training goes on from step 8")
+    lost = [
+        Incident(kind="workers lost", attempt=number, at=at, what=f"reason {number}", next_step=8)
+        for number in range(1, 12)
+    ]
+    note = note_of(start("first"), make_result(attempts=12, incidents=(damage, *lost)))
+    after = note[note.index("attempts: 12") :].splitlines()
+    assert after[2] == "recovered at 2026-01-01T00:00:00+00:00: a file is missing; training goes on from step 8"
+    assert after[4] == "attempt 1 was lost: reason 1; the run went on after step 8"
+    assert "attempt 9 was lost" in note
+    assert "attempt 10 was lost" not in note
+    assert "2 more incidents; result.json lists all" in after

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from trainer.record import checkpoint as checkpoints
 from trainer.record import run_folder
-from trainer.record.run_folder import RunFolder, describe_run
+from trainer.record.run_folder import Attempt, RunFolder, SplitRead, describe_run
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, LeaseLostError, RecordError
 from trainer.runtime.lease import hold_lease
@@ -147,15 +148,49 @@ def test_attempts_are_counted_from_one_and_described(run):
     assert json.loads(storage.read_bytes(run.path("attempts", "0002.json")))["node"] == platform.node()
 
 
-def test_recoveries_are_told_in_their_order_with_their_time(run):
-    assert run.read_recoveries() == []
-    for what in ("model.safetensors is missing; training goes on from step 8", "a worker died"):
-        run.record_recovery(what)
-    first, second = run.read_recoveries()
+@pytest.mark.parametrize("name", [".nfs0001", "0009.json.partial", "notes.txt", "x.json"])
+def test_files_of_others_are_not_counted(run, name):
+    for folder in ("attempts", "test_reads", "incidents"):
+        storage.write_bytes(run.path(folder, name), b"")
+    assert (run.start_attempt(), run.count_test_reads(), run.read_incidents()) == (1, 0, [])
+    run.record_test_read("train.py")
+    run.record_recovery("a file is missing")
+    assert (run.start_attempt(), run.count_test_reads(), len(run.read_incidents())) == (2, 1, 1)
+
+
+def test_small_records_have_a_format(run):
+    run.start_attempt()
+    run.record_test_read("train.py")
+    attempt = Attempt.parse(storage.read_bytes(run.path("attempts", "0001.json")), "")
+    read = SplitRead.parse(storage.read_bytes(run.path("test_reads", "0001.json")), "")
+    assert (attempt.pid, attempt.node, read.reader) == (os.getpid(), platform.node(), "train.py")
+    for record in (attempt, read):
+        assert json.loads(record.to_json())["format"] == 1
+
+
+def test_incidents_are_told_in_the_order_of_time(run):
+    assert run.read_incidents() == []
+    run.record_recovery("model.safetensors is missing; training goes on from step 8")
+    run.record_loss("worker 0 was killed by SIGKILL")
+    damage, lost = run.read_incidents()
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT[\d:]{8}\+00:00: model.safetensors is missing; training goes on from step 8", first
+        r"recovered at \d{4}-\d\d-\d\dT[\d:]{8}\+00:00: model.safetensors is missing; training goes on from step 8",
+        str(damage),
     )
-    assert second.endswith(": a worker died")
+    assert str(lost) == "attempt 0 was lost: worker 0 was killed by SIGKILL"
+
+
+def test_incidents_of_earlier_versions_are_read_and_completed_where_they_lie(run):
+    for form, path in (("09e67bc", "losses/0001.json"), ("0202448", "recoveries/0001.json")):
+        storage.write_bytes(run.path(path), (PAST / form / "incident.json").read_bytes())
+    run.record_loss("worker 1 was lost")
+    run.record_next_step(24)
+    assert [(one.kind, one.attempt, one.next_step) for one in run.read_incidents()] == [
+        ("files damaged", 0, None),
+        ("workers lost", 2, 24),
+        ("workers lost", 0, 24),
+    ]
+    assert sorted(storage.find_files(run.path("incidents"))) == ["0001.json"]
 
 
 def test_an_attempt_has_a_number_that_no_checkpoint_has(run):
@@ -212,26 +247,26 @@ def test_each_loss_is_kept_with_what_was_printed_and_where_the_run_went_on(run):
     run.record_loss("worker 0 was lost before its first attempt")
     run.start_attempt()
     run.record_loss("worker 1 was killed by SIGABRT", b"double free or corruption (out)")
-    assert [loss.next_step for loss in run.read_losses()] == [None, None]
+    assert [loss.next_step for loss in run.read_incidents()] == [None, None]
     run.record_next_step(12)
     run.start_attempt()
     run.record_loss("worker 0 was killed by SIGKILL", b"Killed")
     run.record_next_step(20)
-    assert [(loss.attempt, loss.reason, loss.log, loss.next_step) for loss in run.read_losses()] == [
+    assert [(loss.attempt, loss.what, loss.log, loss.next_step) for loss in run.read_incidents()] == [
         (0, "worker 0 was lost before its first attempt", "", 12),
-        (1, "worker 1 was killed by SIGABRT", "losses/0002.log", 12),
-        (2, "worker 0 was killed by SIGKILL", "losses/0003.log", 20),
+        (1, "worker 1 was killed by SIGABRT", "incidents/0002.log", 12),
+        (2, "worker 0 was killed by SIGKILL", "incidents/0003.log", 20),
     ]
-    assert Path(run.path("losses", "0002.log")).read_bytes() == b"double free or corruption (out)"
+    assert Path(run.path("incidents", "0002.log")).read_bytes() == b"double free or corruption (out)"
 
 
 def test_a_loss_that_cannot_be_read_is_left_out_and_left_alone(run):
     run.record_loss("worker 0 was killed by SIGKILL")
-    Path(run.path("losses", "0001.json")).write_text('{"format": 99}')
+    Path(run.path("incidents", "0001.json")).write_text('{"format": 99}')
     run.record_loss("worker 1 was killed by SIGKILL")
     run.record_next_step(4)
-    assert [loss.reason for loss in run.read_losses()] == ["worker 1 was killed by SIGKILL"]
-    assert Path(run.path("losses", "0001.json")).read_text() == '{"format": 99}'
+    assert [loss.what for loss in run.read_incidents()] == ["worker 1 was killed by SIGKILL"]
+    assert Path(run.path("incidents", "0001.json")).read_text() == '{"format": 99}'
 
 
 @pytest.mark.parametrize("name", ["note.md", "plots/curves.png", "checkpoints/mine.bin"])

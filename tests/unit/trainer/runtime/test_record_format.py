@@ -15,7 +15,8 @@ from trainer.config.config import TrainConfig
 from trainer.inference import PredictionSummary
 from trainer.record.checkpoint import Checkpoint
 from trainer.record.evaluation_result import EvaluationResult
-from trainer.record.run_folder import RunInterruption, RunRecord, RunResult
+from trainer.record.incident import Incident
+from trainer.record.run_folder import Attempt, RunInterruption, RunRecord, RunResult, SplitRead
 from trainer.runtime.errors import RecordError
 from trainer.runtime.record_format import Record
 from trainer.study.file import Study
@@ -23,13 +24,16 @@ from trainer.study.folder import Trial
 
 PAST = Path(__file__).parents[2] / "past_records"
 RECORDS: dict[str, type[Record]] = {
+    "attempt": Attempt,
     "batch_table": BatchTable,
     "checkpoint": Checkpoint,
     "config": RunRecord,
     "evaluation": EvaluationResult,
+    "incident": Incident,
     "interruption": RunInterruption,
     "manifest": Manifest,
     "result": RunResult,
+    "split_read": SplitRead,
     "study": Study,
     "summary": PredictionSummary,
     "trial": Trial,
@@ -104,6 +108,16 @@ def test_the_arguments_of_the_optimizer_were_options_of_their_own():
     assert parse_past("a9db2b2/config.json").config.optimizer_arguments == {"nesterov": True}
     adam = parse_past("f4e7dc3/config.json").config.optimizer_arguments
     assert adam == {"beta_1": 0.5, "beta_2": 0.999, "epsilon": 1e-7}
+
+
+def test_recoveries_and_lost_attempts_became_incidents():
+    damage, lost = parse_past("09e67bc/result.json").incidents
+    assert damage.kind == "files damaged"
+    assert damage.what.startswith("step-00000030/model.safetensors is damaged")
+    assert (lost.kind, lost.attempt, lost.log) == ("workers lost", 2, "losses/0001.log")
+    assert parse_past("09e67bc/incident.json") == lost
+    assert parse_past("0202448/incident.json").what == damage.what
+    assert parse_past("a9db2b2/result.json").incidents == ()
 
 
 def test_no_option_is_forgotten_that_runs_began_without():
