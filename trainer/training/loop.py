@@ -33,6 +33,7 @@ from trainer.runtime.events import (
     StepProfiled,
     WeightsTransferred,
 )
+from trainer.training.batch_norm import compile_estimate, count_estimate_steps
 from trainer.training.batches import make_batch
 from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.training.devices import peak_memory_gib, share_devices
@@ -157,6 +158,7 @@ class _Training:
             job.send_event(WeightsTransferred(self.network.transferred))
         self._train_step = compile_train_step(self.network, job.manifest, config)
         self._eval_step = compile_eval_step(self.network, job.manifest, config)
+        self._estimate = compile_estimate(self.network, job.manifest, config)
         self.gather = compile_gather(self.network)
         self._history: list[dict[str, float]] = []
         self._steps = STEPS_SCHEMA.empty_table()
@@ -196,6 +198,7 @@ class _Training:
         started = time.perf_counter()
         images_per_second, wait_seconds = self._take_steps(write)
         with averaged_weights(self.network):
+            self._estimate_batch_norm()
             outcomes = self.evaluate(self.val)
             row = self._summarize_epoch(outcomes, images_per_second, wait_seconds, started)
             self._history, self._epoch_rows, self._checkpoint_seconds = [*self._history, row.to_metrics()], 0, 0.0
@@ -243,6 +246,23 @@ class _Training:
             epoch_seconds=time.perf_counter() - started,
         )
 
+    def _estimate_batch_norm(self) -> None:
+        """Estimate the averages of BatchNorm on the first images of this epoch's order."""
+        if self._estimate is None:
+            return
+        order = epoch_order(len(self._train), self._config.seed, len(self._history) + 1)
+        num_batches = count_estimate_steps(len(order), self._config.global_batch_size)
+        batches = BatchFeed().batches(lambda step: self._make_batch(order, step), range(num_batches))
+        for number, (images, _) in enumerate(batches):
+            self._estimate(images, number)
+
+    def _make_batch(self, order: npt.NDArray[np.int64], step: int) -> tuple[Any, Any]:
+        """Return this worker's share of a global batch of rows in an order."""
+        config = self._config
+        return make_batch(
+            self._train, worker_rows(order, step, config.global_batch_size, self._rank, config.num_workers)
+        )
+
     def evaluate(self, split: ImageSplit) -> npt.NDArray[np.float32]:
         """Return the outcome of every row of a split, as `Evaluator.evaluate` does."""
         config = self._config
@@ -261,14 +281,10 @@ class _Training:
         first_step = self._steps.num_rows
         num_steps = len(order) // config.global_batch_size
 
-        def batch_of_step(step: int) -> tuple[Any, Any]:
-            rows = worker_rows(order, step, config.global_batch_size, self._rank, config.num_workers)
-            return make_batch(self._train, rows)
-
         feed = BatchFeed()
         started = last_event = time.perf_counter()
         stats: list[Any] = []
-        for images, labels in feed.batches(batch_of_step, range(num_steps)):
+        for images, labels in feed.batches(lambda step: self._make_batch(order, step), range(num_steps)):
             stats.append(self._train_step(images, labels))
             taken = len(stats)
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.record.checkpoint import read_variables
+from trainer.training.batch_norm import compile_estimate, count_estimate_steps
+from trainer.training.step import build_network, compile_train_step, pixel_scaling
+
+SIZE, BATCH = 22, 32
+NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8, "batch_norm": True}
+
+
+@pytest.fixture
+def manifest(write_dataset):
+    return write_dataset(rows=(BATCH, 1, 1), image_size=SIZE).manifest
+
+
+@pytest.fixture
+def build(manifest, make_config):
+    """Return a function that builds a network that trains on rotated images, its config and its training step."""
+
+    def build(**values):
+        config = make_config(
+            **{"global_batch_size": BATCH, "arch_arguments": NETWORK, "augment_rotation": 45.0, **values}
+        )
+        network = build_network(manifest, config, steps_per_epoch=10)
+        return config, network, compile_train_step(network, manifest, config)
+
+    return build
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (BATCH, SIZE, SIZE, 1), np.uint8)
+
+
+def statistics_of_first_convolution(network, manifest, config, batches: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    scale, offset = pixel_scaling(manifest, config)
+    outputs = [network.model.get_layer("conv1")(batch.astype(np.float32) * scale + offset).numpy() for batch in batches]
+    # What BatchNorm averages are the means and the variances of the batches.
+    moments = [(one.mean(axis=(0, 1, 2)), one.var(axis=(0, 1, 2))) for one in outputs]
+    return tuple(np.mean(one, axis=0) for one in zip(*moments, strict=True))
+
+
+def test_validation_uses_the_averages_of_images_as_they_are(build, manifest):
+    config, network, train_step = build()
+    for step in range(30):
+        train_step(tf.constant(noise(step)), tf.constant(np.zeros(BATCH, np.int32)))
+    batches = [noise(seed) for seed in (100, 101, 102)]
+    mean, variance = statistics_of_first_convolution(network, manifest, config, batches)
+    layer = network.model.get_layer("conv1_bn")
+    # Interpolated noise varies less: averages of training are far from what validation sees.
+    assert not np.allclose(layer.moving_variance, variance, rtol=0.2)
+    estimate = compile_estimate(network, manifest, config)
+    for number, images in enumerate(batches):
+        estimate(tf.constant(images), number)
+    np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-4)
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-3, atol=1e-5)
+
+
+def test_an_estimate_changes_nothing_that_is_trained_and_leaves_training_its_momentum(build, manifest):
+    config, network, train_step = build(seed=3)
+    estimate = compile_estimate(network, manifest, config)
+    before = {name: value for name, value in read_variables(network.model.variables).items() if "moving" not in name}
+    estimate(tf.constant(noise(1)), 0)
+    after = read_variables(network.model.variables)
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
+    assert network.model.get_layer("conv1_bn").momentum == 0.9
+    assert network.optimizer.iterations.numpy() == 0
+    train_step(tf.constant(noise(2)), tf.constant(np.zeros(BATCH, np.int32)))
+
+
+def test_a_network_without_averages_to_learn_has_no_estimate(build, manifest):
+    config, network, _ = build(arch_arguments={**NETWORK, "batch_norm": False})
+    assert compile_estimate(network, manifest, config) is None
+    config, network, _ = build(freeze_trunk=True)
+    assert compile_estimate(network, manifest, config) is None
+
+
+@pytest.mark.parametrize(("rows", "batch", "steps"), [(2747, 32, 32), (100, 32, 3), (60_000, 8192, 1), (30, 32, 0)])
+def test_an_estimate_takes_a_thousand_images_or_all(rows, batch, steps):
+    assert count_estimate_steps(rows, batch) == steps
