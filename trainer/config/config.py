@@ -89,8 +89,9 @@ class Settings(BaseModel):
     """Maximum zoom of training images as a fraction of their size, in or out."""
     augment_contrast: float = Field(0.0, ge=0, lt=1)
     """Maximum change of the contrast of training images, as a fraction, up or down."""
-    input_scaling: Literal["standardise", "unit"] = "standardise"
-    """Scaling of the pixels: standardise (zero mean and unit standard deviation over the train split) or unit (0 to
+    input_scaling: Literal["image", "standardise", "unit"] = "standardise"
+    """Scaling of the pixels: image (zero mean and unit standard deviation within each image, so that its brightness and
+    contrast do not matter), standardise (zero mean and unit standard deviation over the train split) or unit (0 to
     1)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialization, dropout, augmentation and data order."""

@@ -2,8 +2,8 @@
 
 While it trains, the averages follow augmented images. Interpolation makes these smoother than the images that the
 network is validated on, and a network whose weights are good can then be validated at chance. So before each
-validation the averages are estimated anew, with the weights of the moment, on images that are not augmented (as Izmailov
-et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2, do for averaged weights). Training itself does not use them.
+validation the averages are estimated anew, with the weights of the moment, on images that are not augmented (Izmailov
+et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2, do so for averaged weights). Training does not use them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import tf_keras as keras
 
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
-from trainer.training.step import Network, pixel_scaling
+from trainer.training.scaling import build_scaling
+from trainer.training.step import Network
 
 # Images that an estimate is made of: enough for averages over all their pixels, and few beside an epoch.
 _IMAGES = 1024
@@ -38,13 +39,13 @@ def compile_estimate(network: Network, manifest: Manifest, config: TrainConfig) 
     ]
     if not layers:
         return None
-    scale, offset = map(tf.constant, pixel_scaling(manifest, config))
+    scale_pixels = build_scaling(manifest, config)
 
     def replica_step(images: Any, momentum: Any) -> None:
         momenta = [layer.momentum for layer in layers]
         for layer in layers:
             layer.momentum = momentum  # while tracing
-        network.model(tf.cast(images, tf.float32) * scale + offset, training=True)
+        network.model(scale_pixels(tf.cast(images, tf.float32)), training=True)
         for layer, before in zip(layers, momenta, strict=True):
             layer.momentum = before
 

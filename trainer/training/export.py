@@ -13,7 +13,7 @@ from trainer.config.config import TrainConfig
 from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder
 from trainer.runtime.errors import InputError
-from trainer.training.step import pixel_scaling
+from trainer.training.scaling import build_scaling
 
 
 def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> Any:
@@ -27,9 +27,8 @@ def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainCo
         config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
     )
     checkpoints.assign_variables(network.variables, arrays)
-    scale, offset = pixel_scaling(manifest, config)
     images = keras.Input((manifest.image_size, manifest.image_size, manifest.channels), name="images")
-    scaled = keras.layers.Rescaling(scale, offset, name="pixel_scaling")(images)
+    scaled = build_scaling(manifest, config)(images)
     scores = keras.layers.Activation(ARCHITECTURES[config.arch].head, name="scores")(network(scaled))
     return keras.Model(images, scores, name=config.arch)
 

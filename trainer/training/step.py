@@ -20,6 +20,7 @@ from trainer.runtime import compat
 from trainer.runtime.errors import InputError
 from trainer.training.augment import augment
 from trainer.training.dropout import fix_dropout
+from trainer.training.scaling import build_scaling
 from trainer.training.schedule import build_schedule
 from trainer.training.transfer import LayerWeights, freeze_trunk, transfer_weights
 from trainer.workers.backend import tolerate_silence
@@ -48,14 +49,6 @@ class Network:
         if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
             return [*optimizer.variables, compat.loss_scale_variable(optimizer), optimizer.dynamic_counter]
         return list(optimizer.variables)
-
-
-def pixel_scaling(manifest: Manifest, config: TrainConfig) -> tuple[list[float], list[float]]:
-    """Return (scale, offset), one value per channel: the network sees ``pixel * scale + offset``."""
-    if config.input_scaling == "unit":
-        return [1 / 255] * manifest.channels, [0.0] * manifest.channels
-    scale = [1 / max(std, 1.0) for std in manifest.pixel_std]
-    return scale, [-mean * factor for mean, factor in zip(manifest.pixel_mean, scale, strict=True)]
 
 
 def build_network(
@@ -165,7 +158,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
     whether the gradient was clipped.
     """
     model, optimizer = network.model, network.optimizer
-    scale, offset = map(tf.constant, pixel_scaling(manifest, config))
+    scale_pixels = build_scaling(manifest, config)
     smoothing, classes = config.label_smoothing, manifest.num_classes
     scales_loss = config.precision == "mixed_float16"
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
@@ -174,7 +167,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
         fix_dropout(model, optimizer, config)  # while tracing, for this batch size
         augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, config)
         with tf.GradientTape() as tape:
-            logits = model(augmented * scale + offset, training=True)
+            logits = model(scale_pixels(augmented), training=True)
             targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
             # Divided by the global batch, so that the sum over the workers is its mean.
@@ -215,10 +208,10 @@ def compile_eval_step(network: Network, manifest: Manifest, config: TrainConfig)
     `trainer.training.evaluation`: cross-entropy, predicted label, its probability, and how many labels were
     predicted as more likely than the true one.
     """
-    scale, offset = map(tf.constant, pixel_scaling(manifest, config))
+    scale_pixels = build_scaling(manifest, config)
 
     def replica_step(images: Any, labels: Any) -> Any:
-        logits = network.model(tf.cast(images, tf.float32) * scale + offset, training=False)
+        logits = network.model(scale_pixels(tf.cast(images, tf.float32)), training=False)
         cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
         confidence = tf.reduce_max(tf.nn.softmax(logits), axis=1)

@@ -4,7 +4,8 @@ import tensorflow as tf
 
 from trainer.record.checkpoint import read_variables
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
-from trainer.training.step import build_network, compile_train_step, pixel_scaling
+from trainer.training.scaling import build_scaling
+from trainer.training.step import build_network, compile_train_step
 
 SIZE, BATCH = 22, 32
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8, "batch_norm": True}
@@ -34,8 +35,8 @@ def noise(seed: int) -> np.ndarray:
 
 
 def statistics_of_first_convolution(network, manifest, config, batches: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    scale, offset = pixel_scaling(manifest, config)
-    outputs = [network.model.get_layer("conv1")(batch.astype(np.float32) * scale + offset).numpy() for batch in batches]
+    scale_pixels, convolve = build_scaling(manifest, config), network.model.get_layer("conv1")
+    outputs = [convolve(scale_pixels(batch.astype(np.float32))).numpy() for batch in batches]
     # What BatchNorm averages are the means and the variances of the batches.
     moments = [(one.mean(axis=(0, 1, 2)), one.var(axis=(0, 1, 2))) for one in outputs]
     return tuple(np.mean(one, axis=0) for one in zip(*moments, strict=True))

@@ -5,7 +5,8 @@ import tf_keras as keras
 from trainer.record.checkpoint import read_variables
 from trainer.record.run_folder import RunFolder
 from trainer.training.export import build_export, write_exports
-from trainer.training.step import build_network_for_evaluation, pixel_scaling
+from trainer.training.scaling import build_scaling
+from trainer.training.step import build_network_for_evaluation
 
 SIZE = 22
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
@@ -22,8 +23,8 @@ def images() -> np.ndarray:
 
 
 def expected_scores(network, manifest, config, images: np.ndarray) -> np.ndarray:
-    scale, offset = pixel_scaling(manifest, config)
-    logits = network.model(images.astype(np.float32) * scale + offset, training=False).numpy().astype(np.float64)
+    scaled = build_scaling(manifest, config)(images.astype(np.float32))
+    logits = network.model(scaled, training=False).numpy().astype(np.float64)
     if config.arch == "cnn_sigmoid":
         return 1 / (1 + np.exp(-logits))
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

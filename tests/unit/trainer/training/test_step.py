@@ -8,6 +8,7 @@ import tf_keras as keras
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import read_variables
 from trainer.training.evaluation import COLUMNS
+from trainer.training.scaling import build_scaling
 from trainer.training.step import (
     STEP_ACCURACY,
     STEP_CLIPPED,
@@ -19,7 +20,6 @@ from trainer.training.step import (
     compile_eval_step,
     compile_gather,
     compile_train_step,
-    pixel_scaling,
 )
 
 SIZE, ROWS = 22, 6
@@ -80,29 +80,13 @@ def start(make_config, manifest):
 
 
 def logits_of(started: Started, manifest, images: np.ndarray) -> np.ndarray:
-    scale, offset = pixel_scaling(manifest, started.config)
-    return started.network.model(images.astype(np.float32) * scale + offset, training=False).numpy().astype(np.float64)
+    scaled = build_scaling(manifest, started.config)(images.astype(np.float32))
+    return started.network.model(scaled, training=False).numpy().astype(np.float64)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def test_pixels_are_standardised_by_the_train_split(manifest, make_config):
-    scale, offset = pixel_scaling(manifest, make_config())
-    assert np.array([50.0, 100.0, 200.0]) * scale[0] + offset[0] == pytest.approx([-1, 0, 2])
-
-
-def test_pixels_may_be_scaled_to_the_unit_interval(manifest, make_config):
-    scale, offset = pixel_scaling(manifest, make_config(input_scaling="unit"))
-    assert np.array([0.0, 255.0]) * scale[0] + offset[0] == pytest.approx([0, 1])
-
-
-def test_each_channel_has_its_own_scale_and_a_plain_one_is_not_blown_up(manifest, make_config):
-    colour = manifest.model_copy(update={"channels": 3, "pixel_mean": [10.0, 20.0, 30.0], "pixel_std": [2.0, 4.0, 0.0]})
-    scale, offset = pixel_scaling(colour, make_config())
-    assert (scale, offset) == ([0.5, 0.25, 1.0], [-5.0, -5.0, -30.0])
 
 
 def test_the_same_seed_gives_the_same_network_and_another_seed_another(start):
@@ -126,11 +110,11 @@ def test_a_step_tells_plain_loss_and_accuracy_before_its_update(start, manifest,
 def test_a_step_goes_down_the_gradient_of_the_mean_loss(start, manifest, batch, label_smoothing):
     started = start(optimizer="sgd", momentum=0.0, optimizer_arguments=NO_NESTEROV, label_smoothing=label_smoothing)
     before, model = started.weights(), started.network.model
-    scale, offset = pixel_scaling(manifest, started.config)
+    scaled = build_scaling(manifest, started.config)(batch[0].astype(np.float32))
     # A part of each target is spread evenly over the three classes.
     targets = np.eye(3, dtype=np.float32)[batch[1]] * (1 - label_smoothing) + label_smoothing / 3
     with tf.GradientTape() as tape:
-        logits = model(batch[0].astype(np.float32) * scale + offset, training=True)
+        logits = model(scaled, training=True)
         loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
     gradients = [gradient.numpy() for gradient in tape.gradient(loss, model.trainable_variables)]
     told, after = started.train(batch)[0], started.weights()
@@ -157,9 +141,9 @@ def test_balanced_classes_weigh_their_images_by_rarity(write_dataset, make_confi
         config = make_config(global_batch_size=ROWS, arch_arguments=NETWORK, **options, **values)
         network = build_network(manifest, config, steps_per_epoch=10)
         before = read_variables(network.model.variables)
-        scale, offset = pixel_scaling(manifest, config)
+        scaled = build_scaling(manifest, config)(batch[0].astype(np.float32))
         with tf.GradientTape() as tape:
-            logits = network.model(batch[0].astype(np.float32) * scale + offset, training=True)
+            logits = network.model(scaled, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             # 60 images of 3 classes: 20 of each would weigh 1.
             loss = tf.reduce_mean(losses * np.float32([20 / 30] * 3 + [1] * 2 + [2]))
