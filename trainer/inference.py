@@ -23,6 +23,7 @@ from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
 from trainer.runtime.markdown import format_count
+from trainer.runtime.pages import check_place
 from trainer.runtime.record_format import Record
 from trainer.training.dataset import load_manifest, open_split
 from trainer.training.evaluation import Evaluator, predictions_table
@@ -84,6 +85,11 @@ class EvaluationRequest:
     output: str
     """URI of the folder for the metrics and predictions."""
 
+    @property
+    def name(self) -> str:
+        """Name of both files without suffix."""
+        return f"{self.split}-{self.manifest.fingerprint[:12]}"
+
 
 def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: str = "") -> EvaluationRequest:
     """Check everything that an evaluation of the best checkpoint of a run needs.
@@ -96,7 +102,7 @@ def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: st
 
     Raises:
         InputError: the run is not finished or its checkpoint is gone, or the dataset does not match it, or the
-            output cannot be written.
+            output cannot be written or has files of these names that this program did not write.
     """
     run, config, result = read_finished_run(uri)
     checkpoint = checkpoints.find_named(run.checkpoints, result.best_checkpoint)
@@ -111,8 +117,10 @@ def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: st
     _check_fits(dataset_uri, manifest, trained_on)
     if not manifest.splits[split].rows:
         raise InputError(f"{dataset_uri} has no {split} images; choose another --split")
-    output = storage.choose_output(output, run.path("evaluations"))
-    return EvaluationRequest(run, config, result, trained_on, checkpoint, split, dataset_uri, manifest, output)
+    folder = storage.choose_output(output, run.path("evaluations"))
+    request = EvaluationRequest(run, config, result, trained_on, checkpoint, split, dataset_uri, manifest, folder)
+    check_place(folder, f"{request.name}.json", [f"{request.name}.parquet"], ['"accuracy_interval"'], "--output")
+    return request
 
 
 def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[EvaluationResult, pa.Table]:
@@ -133,9 +141,9 @@ def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[Eval
 
 def save_evaluation(request: EvaluationRequest, evaluation: EvaluationResult, predictions: pa.Table) -> None:
     """Write the metrics and predictions of `evaluate_run` to the output."""
-    name = f"{request.split}-{request.manifest.fingerprint[:12]}"
-    storage.write_bytes(storage.join(request.output, f"{name}.parquet"), storage.parquet_bytes(predictions))
-    storage.write_bytes(storage.join(request.output, f"{name}.json"), evaluation.to_json())
+    # The metrics first: they vouch for the other file.
+    storage.write_bytes(storage.join(request.output, f"{request.name}.json"), evaluation.to_json())
+    storage.write_bytes(storage.join(request.output, f"{request.name}.parquet"), storage.parquet_bytes(predictions))
 
 
 def describe_test_reads(request: EvaluationRequest) -> str:

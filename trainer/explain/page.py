@@ -1,5 +1,6 @@
 """Explain a run's network: attribution maps, a test of whether they mean anything, and the first layer."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,17 @@ from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError
 from trainer.runtime.html import Section, render_sections
+from trainer.runtime.pages import check_place
 from trainer.training.dataset import open_split
 from trainer.workers.groups import call_in_worker
 
 # The keys of `trainer.explain.attribution.METHODS`, which imports TensorFlow.
 METHOD_NAMES = ("grad_cam", "integrated_gradients", "smooth_grad", "occlusion")
 REPORT_NAME = "report.html"
+# The first section of every page that this program writes.
+_FIRST_TITLE = "Do the maps mean anything?"
+_FILTERS, _ACTIVATIONS = "filters of the first convolution", "their activations for the first image"
+_PICTURE_NAME = re.compile(rf"(image-\d{{3,}}|{_FILTERS}|{_ACTIVATIONS})\.png")
 _SIGNIFICANCE = 0.05
 _MOST_FILTERS = 64
 
@@ -101,17 +107,21 @@ def check_output(uri: str, output: str) -> str:
     """Return the URI to write an explanation to: ``output``, or the folder explanations of the run if that is empty.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or has files of these names that this program did not write.
     """
-    return storage.choose_output(output, storage.join(storage.resolve_uri(uri), "explanations"))
+    folder = storage.choose_output(output, storage.join(storage.resolve_uri(uri), "explanations"))
+    pictures = [name for name in storage.find_files(folder) if _PICTURE_NAME.fullmatch(name)]
+    check_place(folder, REPORT_NAME, pictures, [f"<h2>{_FIRST_TITLE}</h2>"], "--output")
+    return folder
 
 
 def save_explanation(explanation: Explanation, output: str) -> str:
     """Write the pictures and the page below a URI, and return the URI of the page."""
-    for name, content in explanation.pictures.items():
-        storage.write_bytes(storage.join(output, f"{name}.png"), content)
+    # The page first: it vouches for the other files.
     report = storage.join(output, REPORT_NAME)
     storage.write_bytes(report, explanation.page.encode())
+    for name, content in explanation.pictures.items():
+        storage.write_bytes(storage.join(output, f"{name}.png"), content)
     return report
 
 
@@ -144,7 +154,7 @@ def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str],
     pictures = {}
     sections = [
         Section(
-            "Do the maps mean anything?",
+            _FIRST_TITLE,
             [
                 "Tested on validation images, for the class that the network predicts, by setting pixels to the mean "
                 "pixel. Each method is tested on its own; the threshold is divided by the number of methods.",
@@ -197,8 +207,8 @@ class _Network:
         kernels = np.moveaxis(np.asarray(layer.kernel), -1, 0).mean(axis=-1)
         features = np.asarray(tf_keras.Model(self.logits.inputs, layer.output)(images, training=False))[0]
         return {
-            "filters of the first convolution": _draw_grid(kernels),
-            "their activations for the first image": _draw_grid(np.moveaxis(features, -1, 0)),
+            _FILTERS: _draw_grid(kernels),
+            _ACTIVATIONS: _draw_grid(np.moveaxis(features, -1, 0)),
         }
 
     def _scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -97,6 +97,16 @@ def test_a_run_that_may_only_be_read_is_evaluated_to_another_place(others_run, p
     assert [Path(uri).name for uri in written] == ["NOTES.md", "report.html"]
 
 
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_an_evaluation_replaces_its_own_files_and_no_others(run, tmp_path, evaluation, suffix):
+    request = request_evaluation(run.uri, "val", output=str(tmp_path / "out"))
+    save_evaluation(request, evaluation, pa.table({"label": [1]}))
+    request_evaluation(run.uri, "val", output=str(tmp_path / "out"))
+    storage.write_bytes(str(tmp_path / "other" / f"{request.name}.{suffix}"), b"mine")
+    with pytest.raises(InputError, match=rf"{suffix} was not written by this job .* another folder with --output"):
+        request_evaluation(run.uri, "val", output=str(tmp_path / "other"))
+
+
 def test_reading_the_test_split_of_an_own_run_is_counted_in_the_run(run, public):
     request = request_evaluation(run.uri, "test", output=str(public / "out"))
     _record_test_read(request)

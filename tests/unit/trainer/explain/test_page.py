@@ -56,6 +56,19 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
     report = save_explanation(explanation, output)
     assert storage.read_bytes(report).decode() == explanation.page
     assert set(storage.find_files(output)) == {"report.html", *(f"{name}.png" for name in names)}
+    assert check_output(trained_run.uri, output) == output  # its own page is replaced
+    storage.delete_file(report)
+    with pytest.raises(InputError, match=r"out/.*\.png was not written by this job .* another folder with --output"):
+        check_output(trained_run.uri, output)
+
+
+@pytest.mark.parametrize("name", ["report.html", "image-000.png", "filters of the first convolution.png"])
+def test_a_file_of_another_program_is_not_replaced(trained_run, tmp_path, name):
+    storage.write_bytes(str(tmp_path / "out" / "holidays.png"), b"mine")
+    check_output(trained_run.uri, str(tmp_path / "out"))
+    storage.write_bytes(str(tmp_path / "out" / name), b"mine")
+    with pytest.raises(InputError, match=rf"out/{name} was not written by this job"):
+        check_output(trained_run.uri, str(tmp_path / "out"))
 
 
 def test_an_explanation_goes_into_the_run_unless_told_otherwise(trained_run):
