@@ -12,7 +12,8 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.training import BATCH, EPOCHS
+from benchmarks.notes_script import BATCH
+from benchmarks.training import EPOCHS
 from trainer.architectures import ARCHITECTURES
 from trainer.training.dataset import load_manifest, open_split
 

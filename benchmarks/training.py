@@ -1,9 +1,9 @@
 """Training by this project against the notes' own script and Ray's stock path: rate, start, end, and peak memory.
 
-The notes' script is `model.fit` on arrays in memory, as on the laptop: float32 pixels times 1/255, batch 32, the same
-network, adam. Ray's stock path, with --source, is what its documentation shows: read_images, to_tf,
-prepare_dataset_shard, report. Where PyTorch is installed there is a loop in it too (`benchmarks.torch_loop`). All train
-the same images in processes of their own, taking turns. Rates leave the first epoch out.
+The notes' script is `benchmarks.notes_script`: `model.fit` on arrays in memory, as on the laptop. Ray's stock path,
+with --source, is what its documentation shows: read_images, to_tf, prepare_dataset_shard, report. Where PyTorch is
+installed there is a loop in it too (`benchmarks.torch_loop`). All train the same images in processes of their own,
+taking turns. Rates leave the first epoch out.
 
 Marks: at least 0.98 of the script's rate at its precision; input wait at most 2% of an epoch; the first step after at
 most 2.5 times the script's seconds; at most 3 s from the last epoch to the end; at most 1.2 times its memory.
@@ -27,12 +27,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from benchmarks.notes_script import BATCH, build_script
 from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
 from trainer.architectures import ARCHITECTURES
 from trainer.training.dataset import load_manifest
 
 HERE = "benchmarks.training"
-BATCH, EPOCHS = 32, 4
+EPOCHS = 4
 SCRIPT, STOCK, TORCH = "model.fit, as in the notes", "Ray's stock path", "a PyTorch loop"
 PRECISIONS = {"this project, float32": "float32", "this project, bfloat16": "mixed_bfloat16"}
 
@@ -54,20 +55,9 @@ class Outcome:
 
 def run_script(dataset: str, arch: str) -> None:
     """Is the notes' script; prints when its first step and its epochs ended, as JSON."""
-    import os
-
-    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    model, (images, labels), val = build_script(dataset, arch)
     import tf_keras as keras
 
-    from trainer.architectures import build_model
-    from trainer.training.dataset import open_split
-
-    manifest = load_manifest(dataset)
-    splits = [open_split(dataset, manifest, name) for name in ("train", "val")]
-    (images, labels), val = [((split.images / 255.0).astype("float32"), split.labels) for split in splits]
-    network = build_model(arch, manifest.image_size, manifest.channels, manifest.num_classes)
-    model = keras.Sequential([network, keras.layers.Activation(ARCHITECTURES[arch].head)])
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     times: dict[str, list[float]] = {"steps": [], "epochs": []}
 
     class Clock(keras.callbacks.Callback):
