@@ -3,6 +3,7 @@
 import typer
 
 from benchmarks import (
+    accuracy,
     architectures,
     batch_size,
     checkpoints,
@@ -29,6 +30,7 @@ for module in (
     batch_size,
     large_batch,
     development_sets,
+    accuracy,
     architectures,
     trainer_start,
     classes,

@@ -12,10 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 _PLAIN_WIDTH = 170
+# A row of a Markdown table is one line.
+_MARKDOWN_WIDTH = 10_000
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,33 @@ def format_ratio(values: Sequence[float], baseline: Sequence[float], digits: int
     return f"{ratio_of(values, baseline):.{digits}f}"
 
 
-def report(table: Table, records: Any = None, marks: Sequence[Mark] = (), *, as_json: bool = False) -> None:
-    """Print a table with what it is to reach, or what was measured as JSON.
+def report(
+    tables: Table | Sequence[Table],
+    records: Any = None,
+    marks: Sequence[Mark] = (),
+    *,
+    as_json: bool = False,
+    as_markdown: bool = False,
+) -> None:
+    """Print one or more tables with what they are to reach, or what was measured as JSON.
 
     Args:
-        table: not cut where there is no terminal.
+        tables: not cut where there is no terminal.
         records: what JSON can hold.
-        marks: of the project, by this table.
+        marks: of the project, by these tables.
         as_json: print records and marks instead.
+        as_markdown: print the tables in Markdown.
     """
     where = describe_machine()
     if as_json:
         print(json.dumps({**where, "marks": [asdict(mark) for mark in marks], "records": records}))
         return
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-    console.print(table)
+    width = _MARKDOWN_WIDTH if as_markdown else None if sys.stdout.isatty() else _PLAIN_WIDTH
+    console = Console(width=width, highlight=False)
+    for table in [tables] if isinstance(tables, Table) else tables:
+        if as_markdown:
+            table.box = box.MARKDOWN
+        console.print(table)
     for mark in marks:
         console.print(str(mark), markup=False)
     console.print(", ".join(where.values()), markup=False)
