@@ -3,11 +3,15 @@
 import typer
 
 from jobs import batch_size, doctor, evaluate, explain, notes, plan, predict, prepare, sweep, train
+from trainer.runtime.commands import JobGroup
 
-app = typer.Typer(name="training-notes", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="training-notes", cls=JobGroup, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 for job in (prepare, train, batch_size, evaluate, predict, explain, notes, sweep, plan, doctor):
-    app.command(job.__name__.rpartition(".")[2].replace("_", "-"))(job.main)
+    (command,) = job.app.registered_commands
+    app.command(job.__name__.rpartition(".")[2].replace("_", "-"), cls=command.cls)(job.main)
 
 
 @app.callback()

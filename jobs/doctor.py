@@ -7,6 +7,7 @@ from typer import Option
 
 from trainer.config.options import Wait
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 
 if TYPE_CHECKING:
     from trainer.doctor import Finding
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     storage: Annotated[str, Option(help="Folder or s3:// prefix of the runs, to check access to it.")] = "runs",
     wait: Wait = 0,

@@ -7,11 +7,12 @@ from typer import Argument, Option
 
 from trainer.config.options import Wait
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run.")],
     images: Annotated[

@@ -6,11 +6,12 @@ import typer
 from typer import Argument, Option
 
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     storage: Annotated[str, Argument(help="Folder or s3:// prefix that contains the run folders.")],
     output: Annotated[str, Option(help="Folder or s3:// prefix for the two files. Default: STORAGE.")] = "",

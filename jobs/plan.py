@@ -9,6 +9,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 
 if TYPE_CHECKING:
     from trainer.plan import Prediction
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run on the same kind of worker.")],
     workers: Annotated[int, Option(min=1, help="Largest number of workers to predict for, one GPU each.")] = 8,

@@ -8,6 +8,7 @@ from typer import Argument, Option
 from data_prep.sources import SourceFormat, find_images
 from trainer.config.options import Wait
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import format_count
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run.")],
     source: Annotated[

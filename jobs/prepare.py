@@ -10,13 +10,14 @@ from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from data_prep.sources import SourceFormat
 from trainer.config.options import Wait
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 from trainer.runtime.markdown import format_count
 
 # Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     source: Annotated[
         str,

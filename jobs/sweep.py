@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from trainer.config.options import Wait
 from trainer.runtime import console
+from trainer.runtime.commands import JobCommand
 
 if TYPE_CHECKING:
     from trainer.study.file import Study
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def main(
     study_file: Annotated[
         Path, Argument(metavar="STUDY.toml", help="File that describes the study: its question and the values to try.")

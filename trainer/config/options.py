@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from trainer.config.recipes import RECIPES
 from trainer.config.request import ARGUMENTS, OPTIONS, RunRequest, merge_options, parse_request, read_options
+from trainer.runtime.commands import JobCommand
 from trainer.runtime.errors import InputError
 
 Wait = Annotated[int, typer.Option("--wait", min=0, help="Seconds to wait for a node if none has joined yet.")]
@@ -42,7 +42,7 @@ _OWN = {
 }
 
 
-class GroupedCommand(TyperCommand):
+class GroupedCommand(JobCommand):
     """A command whose help shows its options in groups, without boxes."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
