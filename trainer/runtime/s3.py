@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
@@ -15,6 +16,7 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 from s3fs.core import set_custom_error_handler
 
+from trainer.runtime import compat
 from trainer.runtime.errors import InputError, JobError, UnreachableError
 
 # s3fs retries each request and waits 0.1 x 1.7**n seconds, at most 15; botocore's own retry adds jitter. A storage that
@@ -42,7 +44,10 @@ class S3(S3FileSystem):
     def __init__(self, *, has_answered: bool = False, **options: Any) -> None:
         retries = {"mode": "standard", "max_attempts": 2}
         config = {"retries": retries, "connect_timeout": 5, "read_timeout": 60}
-        super().__init__(**{"use_listings_cache": False, "config_kwargs": config, **options})
+        # Of its own only for that: no job may ask for anything.
+        session = AioSession()
+        compat.replace_mfa_prompt(session, _refuse_prompt)
+        super().__init__(**{"use_listings_cache": False, "config_kwargs": config, "session": session, **options})
         set_custom_error_handler(_is_transient)
         # These loggers only repeat what the error says.
         for name in ("credentials", "tokens"):
@@ -178,6 +183,13 @@ class S3(S3FileSystem):
     def _endpoint(self) -> str:
         """The endpoint in use, from a variable, a file or the region."""
         return str(self._s3.meta.endpoint_url) if self._s3 else "its endpoint"
+
+
+def _refuse_prompt(prompt: str) -> str:
+    raise ValueError(
+        "the profile has an mfa_serial, and a job asks for no code; use a profile without one, or temporary keys from "
+        "'aws sts get-session-token' (with AWS_SESSION_TOKEN)"
+    )
 
 
 def _is_transient(error: BaseException) -> bool:

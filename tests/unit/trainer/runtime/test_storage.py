@@ -562,3 +562,11 @@ def test_a_read_is_tried_as_often_as_is_said(monkeypatch):
     server.close()
     thread.join()
     assert counts[1] == 3 * counts[0] > 0
+
+
+def test_nobody_is_asked_for_the_code_of_an_mfa_device(profile, capfd):
+    role = "arn:aws:iam::123456789012:role/a\nsource_profile = base\nmfa_serial = arn:aws:iam::123456789012:mfa/me"
+    profile(f"role_arn = {role}\n[profile base]\n{_KEY}")
+    with pytest.raises(InputError, match=r"no request was made: the profile has an mfa_serial, .*'aws sts get-session"):
+        storage.check_access("s3://photos/cats")
+    assert capfd.readouterr() == ("", "")
