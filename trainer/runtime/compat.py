@@ -1,4 +1,4 @@
-"""Every use of a private name of Ray, TensorFlow, Keras or botocore, in one place: what to look at on a version change.
+"""Every use of a name that Ray, TensorFlow or Keras keeps private, in one place: what to look at on a version change.
 
 Each function names what it relies on, by file and line of Ray 2.60.0 (in the folder ``ray``), TensorFlow 2.21.0 or
 tf_keras 2.21.0 (in the folder ``tf_keras/src``), and the test that fails first where that has changed.
@@ -262,10 +262,3 @@ def loss_scale_variable(optimizer: Any) -> Any:
     # mixed_precision/loss_scale_optimizer.py, line 666: LossScaleOptimizerV3._loss_scale.
     # test_compat.py: test_the_variable_of_the_loss_scale_is_the_loss_scale
     return optimizer._loss_scale.current_loss_scale
-
-
-def replace_mfa_prompt(session: Any, prompt: Callable[[str], str]) -> None:
-    """Make a session of botocore call ``prompt(text)`` for the code of an MFA device instead of asking."""
-    # botocore/credentials.py of 1.43, line 1615: AssumeRoleProvider._prompter.
-    # test_storage.py: test_nobody_is_asked_for_the_code_of_an_mfa_device
-    session.get_component("credential_provider").get_provider("assume-role")._prompter = prompt
