@@ -50,7 +50,7 @@ def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stripes(tmp_path_factory) -> Path:
     """A prepared dataset of 120 stripes, 32 pixels wide."""
     source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)

@@ -34,9 +34,11 @@ def options(stripes, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(options) -> RunFolder:
-    job = run_job("train.py", *options, "--run-name", "undisturbed")
+def undisturbed(options, tmp_path_factory) -> RunFolder:
+    home = tmp_path_factory.mktemp("home")
+    job = run_job("train.py", *options, "--run-name", "undisturbed", HOME=str(home))
     assert job.returncode == 0, job.stderr
+    assert list(home.iterdir()) == []
     return RunFolder(f"{options[-1]}/undisturbed")
 
 
@@ -54,22 +56,17 @@ def worker_pid(run: RunFolder) -> int:
     return json.loads(Path(run.path("attempts", "0001.json")).read_text())["pid"]
 
 
-def test_no_cluster_is_started(options):
-    job = start(*options, "--run-name", "watched")
-    try:
-        commands = [" ".join(one.cmdline()) for one in psutil.Process(job.pid).children(recursive=True)]
-        assert len(commands) == 2  # the worker, and what Python starts beside such a process
-        assert not [one for one in commands if "raylet" in one or "gcs_server" in one]
-        worker = worker_pid(RunFolder(f"{options[-1]}/watched"))
-        assert Path(f"/proc/{worker}/oom_score_adj").read_text() == "1000\n"
-    finally:
-        job.kill()
-        job.communicate()
+def assert_no_cluster_was_started(job: subprocess.Popen[str], run: RunFolder) -> None:
+    commands = [" ".join(one.cmdline()) for one in psutil.Process(job.pid).children(recursive=True)]
+    assert len(commands) == 2  # the worker, and what Python starts beside such a process
+    assert not [one for one in commands if "raylet" in one or "gcs_server" in one]
+    assert Path(f"/proc/{worker_pid(run)}/oom_score_adj").read_text() == "1000\n"
 
 
 def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options, undisturbed):
     run = RunFolder(f"{options[-1]}/worker-killed")
     job = start(*options, "--run-name", run.name)
+    assert_no_cluster_was_started(job, run)
     os.kill(worker_pid(run), signal.SIGKILL)
     errors = job.communicate(timeout=120)[1]
     assert job.returncode == 0, errors
@@ -79,9 +76,9 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options
     went_on = re.search(r"attempt 2 continues after step (\d+), in epoch \d+, with 1 worker\n", errors)
     result = run.read_result()
     assert result.attempts == 2
-    (lost,) = result.incidents
+    (lost,) = result.lost_attempts
     assert (lost.attempt, lost.next_step) == (1, int(went_on[1]))
-    assert lost.what.startswith(worker)
+    assert lost.reason.startswith(worker)
     assert str(lost) in Path(run.path("note.md")).read_text()
     assert last_state(run) == last_state(undisturbed)
 
@@ -101,10 +98,9 @@ def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options
     result = run.read_result()
     assert result.attempts == 2
     assert last_state(run) == last_state(undisturbed)
-    lost, damage = result.incidents
-    assert (lost.kind, damage.kind) == ("workers lost", "files damaged")
-    assert f"{last.name}/model.safetensors is damaged" in damage.what
-    assert str(damage) in Path(run.path("note.md")).read_text()
+    (recovery,) = result.recoveries
+    assert f"{last.name}/model.safetensors is damaged" in recovery
+    assert recovery in Path(run.path("note.md")).read_text()
 
     # As the refusal of evaluate.py says.
     best = cut_off_weights(run, checkpoints.find_named(run.checkpoints, result.best_checkpoint))
@@ -142,7 +138,7 @@ def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):
     assert job.returncode == 1
     assert f"worker 0 (process {worker_pid(run)} on {platform.node()}) was killed by SIGKILL" in errors
     assert "the same command continues it" in errors
-    assert [lost.attempt for lost in run.read_incidents()] == [1]
+    assert [lost.attempt for lost in run.read_losses()] == [1]
 
 
 def test_events_arrive_in_order_before_the_result(tmp_path):
