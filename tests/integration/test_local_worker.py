@@ -76,9 +76,9 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options
     went_on = re.search(r"attempt 2 continues after step (\d+), in epoch \d+, with 1 worker\n", errors)
     result = run.read_result()
     assert result.attempts == 2
-    (lost,) = result.lost_attempts
+    (lost,) = result.incidents
     assert (lost.attempt, lost.next_step) == (1, int(went_on[1]))
-    assert lost.reason.startswith(worker)
+    assert lost.what.startswith(worker)
     assert str(lost) in Path(run.path("note.md")).read_text()
     assert last_state(run) == last_state(undisturbed)
 
@@ -98,9 +98,10 @@ def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options
     result = run.read_result()
     assert result.attempts == 2
     assert last_state(run) == last_state(undisturbed)
-    (recovery,) = result.recoveries
-    assert f"{last.name}/model.safetensors is damaged" in recovery
-    assert recovery in Path(run.path("note.md")).read_text()
+    lost, damage = result.incidents
+    assert (lost.kind, damage.kind) == ("workers lost", "files damaged")
+    assert f"{last.name}/model.safetensors is damaged" in damage.what
+    assert str(damage) in Path(run.path("note.md")).read_text()
 
     # As the refusal of evaluate.py says.
     best = cut_off_weights(run, checkpoints.find_named(run.checkpoints, result.best_checkpoint))
@@ -138,7 +139,7 @@ def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):
     assert job.returncode == 1
     assert f"worker 0 (process {worker_pid(run)} on {platform.node()}) was killed by SIGKILL" in errors
     assert "the same command continues it" in errors
-    assert [lost.attempt for lost in run.read_losses()] == [1]
+    assert [lost.attempt for lost in run.read_incidents()] == [1]
 
 
 def test_events_arrive_in_order_before_the_result(tmp_path):
