@@ -66,8 +66,9 @@ class Settings(BaseModel):
     """Other arguments of the optimizer: nesterov for SGD; beta_1, beta_2 and epsilon for the others."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of kernels; biases and BatchNorm weights do not decay."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Schedule of the learning rate after the warmup."""
+    schedule: Literal["plateau", "cosine", "constant"] = "cosine"
+    """Schedule of the learning rate after the warmup: plateau (constant until validation stops improving, then down to
+    zero), cosine (down to zero over all epochs) or constant."""
     warmup_epochs: float = Field(1.0, ge=0)
     """Epochs in which the learning rate rises linearly from zero, at most a tenth of all steps."""
     clip_norm: float = Field(0.0, ge=0)
@@ -79,6 +80,9 @@ class Settings(BaseModel):
     images it has."""
     ema_momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum per step of an exponential moving average of the weights, which is validated and kept. 0 disables it."""
+    augment: Literal["auto", "all", "none"] = "all"
+    """Random changes of the training images: auto tries which of those below lower the validation loss, none of them
+    included, and a flip; all makes all of them; none makes none. Default: auto, or all if one of them is given."""
     augment_flip: bool = False
     """Flip half of the training images left to right."""
     augment_rotation: float = Field(0.0, ge=0, le=180)
@@ -130,6 +134,9 @@ class TrainConfig(Settings):
     epochs: int = Field(10, ge=1)
     """Passes over the train split; by default those of the recipe, or more where a small split would get too few
     steps."""
+    patience: int = Field(0, ge=0)
+    """Epochs without an improvement in validation after which training ends: with --schedule plateau the rate then
+    falls to zero first. 0 trains all epochs."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Precision of the layers; variables, logits and losses are always float32."""
 

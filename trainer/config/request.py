@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from trainer.architectures import ARCHITECTURES, family_arguments
 from trainer.config.config import BatchRequest, Settings, TrainConfig, validate
 from trainer.config.optimizers import drop_foreign_arguments, upgrade_options
-from trainer.config.recipes import RECIPES, recipe_epochs
+from trainer.config.recipes import RECIPES, recipe_epochs, recipe_patience
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
@@ -46,6 +46,10 @@ class RunRequest(BaseModel):
     steps."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps to train for instead of --epochs, rounded up to whole epochs."""
+    patience: int | None = Field(None, ge=0)
+    """Early stopping: epochs without an improvement in validation after which training ends; with --schedule plateau
+    the learning rate falls to zero first. 0 trains all epochs. Default: that of the recipe, or 0 if --epochs or --steps
+    is given."""
     batch: BatchRequest
     settings: Settings
 
@@ -93,6 +97,8 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
         raise InputError(f"--arch is missing; choose from {', '.join(ARCHITECTURES)}")
     arch, recipe = given["arch"], given.get("recipe", "modern")
     check_arch(arch)
+    if "augment" not in given and any(name.startswith("augment_") for name in given):
+        given["augment"] = "all"
     values = merge_options(_recipe_of(recipe, arch), given)
     check_arch(arch, values["arch_arguments"])
     for name in ("dataset", "init_from"):
@@ -203,7 +209,14 @@ def resolve(request: RunRequest, manifest: "Manifest", num_workers: int, batch: 
         global_batch_size=batch.global_batch_size,
         precision=batch.precision,
         epochs=epochs or recipe_epochs(request.recipe, request.arch, steps_per_epoch),
+        patience=_settle_patience(request, epochs),
     )
+
+
+def _settle_patience(request: RunRequest, epochs: int | None) -> int:
+    if request.patience is not None:
+        return request.patience
+    return 0 if epochs else recipe_patience(request.recipe, request.settings.schedule)
 
 
 def _recipe_of(recipe: str, arch: str) -> Mapping[str, Any]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult
 
-History = Sequence[dict[str, float]]
+History = Sequence[Metrics]
 
 # With a loss this close to that of guessing by class frequency, nothing was learned from the images.
 _CHANCE_LOSS_SHARE = 0.95

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from trainer.config.batch_table import BatchTable
 from trainer.notes.fonts import fonts_for
+from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult, find_mistakes
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime.markdown import MOST_CLASSES, format_count
@@ -27,9 +28,7 @@ _MOST_BLOCKS = 400
 _LONGEST_NAME = 24
 
 
-def write_plots(
-    run: RunFolder, history: list[dict[str, float]], steps: pa.Table, result: RunResult, clip_norm: float
-) -> str:
+def write_plots(run: RunFolder, history: list[Metrics], steps: pa.Table, result: RunResult, clip_norm: float) -> str:
     """Write ``plots/curves.png``, ``plots/confusion.png`` and ``plots/gradients.png``.
 
     Returns:
@@ -102,7 +101,7 @@ def draw_batch_sizes(table: BatchTable) -> Figure:
     return figure
 
 
-def draw_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
+def draw_curves(history: list[Metrics], best_epoch: int) -> Figure:
     """Draw loss and accuracy of both splits and the learning rate by epoch, and mark the best epoch."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]

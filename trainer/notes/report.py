@@ -13,6 +13,7 @@ import pyarrow as pa
 from trainer.config.config import describe_value
 from trainer.notes.comparison import compare_predictions
 from trainer.notes.note import NOTEBOOK_NAME, describe_change, describe_training, describe_unfinished, format_notebook
+from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
@@ -166,7 +167,7 @@ def _fill_matrix(evaluation: EvaluationResult) -> list[list[int]]:
     return rows
 
 
-def _read(run: RunFolder) -> tuple[RunResult | RunInterruption | None, list[dict[str, float]], pa.Table | None, str]:
+def _read(run: RunFolder) -> tuple[RunResult | RunInterruption | None, list[Metrics], pa.Table | None, str]:
     """Read what the page shows of a run; if it cannot be read, return nothing and the reason."""
     try:
         return run.read_ending(), run.read_metrics(), run.read_steps(), ""

@@ -29,13 +29,14 @@ last checkpoint of the run. It is complete and belongs to this run, so an attemp
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
+from trainer.record.epoch_row import Metrics
 from trainer.runtime import storage
 from trainer.runtime.errors import DamagedError, InputError, NewerFormatError, RecordError
 from trainer.runtime.markdown import shorten_digest
@@ -72,7 +73,7 @@ class Position(Record):
     """Number of optimizer steps taken."""
     global_batch_size: int
     """Global batch size of the last step."""
-    history: list[dict[str, float]]
+    history: list[Metrics]
     """One row of metrics per finished epoch, so that no epoch counts twice after a restart: see `EpochRow`."""
     attempt: int = 0
     """Which start of the workers wrote it, from 1; 0 if unknown."""
@@ -105,7 +106,7 @@ class Checkpoint(Position):
         return rank_epoch(self.history[-1])
 
 
-def rank_epoch(row: dict[str, float]) -> tuple[float, float, int]:
+def rank_epoch(row: Metrics) -> tuple[float, float, int]:
     """Return the sort key of one epoch's metrics; larger is better."""
     return (row["val_accuracy"], -row["val_loss"], -int(row["epoch"]))
 
@@ -194,6 +195,12 @@ def find_best(folder: str) -> Checkpoint | None:
     """Return the best checkpoint by validation, or None if there are none."""
     evaluated = [checkpoint for checkpoint in find_checkpoints(folder) if checkpoint.is_evaluated]
     return max(evaluated, key=lambda checkpoint: checkpoint.rank, default=None)
+
+
+def find_epoch(folder: str, epoch: int) -> Checkpoint | None:
+    """Return the checkpoint at the end of an epoch, or None if there is none."""
+    found = [one for one in find_checkpoints(folder) if one.is_evaluated and one.epoch == epoch]
+    return found[-1] if found else None
 
 
 def find_named(folder: str, name: str) -> Checkpoint:
@@ -313,8 +320,13 @@ def _set_aside(folder: str, name: str, reason: str) -> None:
     storage.delete_file(commit)
 
 
-def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[], None] = lambda: None) -> None:
-    """Delete all checkpoints but the last and the best ones, and incomplete older ones that a killed writer left.
+def delete_old_checkpoints(
+    folder: str,
+    keep_best: int,
+    check_owner: Callable[[], None] = lambda: None,
+    needed_epochs: Collection[int] = (),
+) -> None:
+    """Delete all checkpoints but the last, the best and the needed ones, and incomplete older ones of killed writers.
 
     Damaged ones that were set aside stay.
 
@@ -322,12 +334,14 @@ def delete_old_checkpoints(folder: str, keep_best: int, check_owner: Callable[[]
         folder: the folder of the checkpoints.
         keep_best: how many of the best ones are kept.
         check_owner: raises if a later attempt writes the run; called after the list of what to delete is made.
+        needed_epochs: epochs whose checkpoints are kept because others may start from them.
     """
     names = [(parsed, name) for name in storage.find_folders(folder) if (parsed := _parse_name(name))]
     checkpoints = find_checkpoints(folder)
     evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.is_evaluated]
     best = sorted(evaluated, key=lambda checkpoint: checkpoint.rank, reverse=True)[:keep_best]
-    kept = {(checkpoint.step, checkpoint.attempt) for checkpoint in [*best, *checkpoints[-1:]]}
+    needed = [checkpoint for checkpoint in evaluated if checkpoint.epoch in needed_epochs]
+    kept = {(checkpoint.step, checkpoint.attempt) for checkpoint in [*best, *needed, *checkpoints[-1:]]}
     old = [name for parsed, name in names if parsed not in kept and parsed < max(kept, default=(0, 0))]
     old = [name for name in old if not storage.exists(storage.join(folder, name, _DAMAGED_NAME))]
     check_owner()

@@ -1,6 +1,10 @@
 """The metrics of one epoch: a row of ``metrics.parquet`` and of a checkpoint's history."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
+
+Metrics = dict[str, Any]
+"""The metrics of one epoch by name: numbers, and the names of what was done."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,13 @@ class EpochRow:
     """Seconds that training stood still for checkpoints since the row before."""
     epoch_seconds: float
     """Duration of training and evaluation together."""
+    stage: str
+    """Part of the run that the epoch belongs to; see `trainer.training.stages`."""
+    augmentation: str
+    """What was varied in the training images."""
+    started_from: int
+    """The epoch whose weights this one started from: the one before, except where candidates are compared."""
 
-    def to_metrics(self) -> dict[str, float]:
+    def to_metrics(self) -> Metrics:
         """Return the values by metric name."""
         return asdict(self)

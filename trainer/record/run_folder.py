@@ -42,6 +42,7 @@ from trainer.config.batch_table import BatchChoice
 from trainer.config.config import TrainConfig
 from trainer.config.optimizers import find_former_arguments
 from trainer.record import checkpoint as checkpoints
+from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.incident import Incident, find_former_incidents
 from trainer.runtime import storage
@@ -82,6 +83,8 @@ class RunRecord(Record):
         "config.optimizer_arguments": lambda record: find_former_arguments(record["config"]),
         "config.class_weights": "none",
         "config.ema_momentum": 0.0,
+        "config.augment": "all",
+        "config.patience": 0,
         "config.augment_flip": False,
         "config.augment_rotation": 0.0,
         "config.augment_translation": 0.0,
@@ -468,18 +471,18 @@ class RunFolder:
         """Return how often the test split has been evaluated, in words."""
         return f"the test split has been read {format_count(self.count_test_reads(), 'time')} for this run"
 
-    def write_metrics(self, history: list[dict[str, float]]) -> None:
+    def write_metrics(self, history: list[Metrics]) -> None:
         """Rewrite ``metrics.parquet``."""
         self.write(storage.parquet_bytes(pa.Table.from_pylist(history)), "metrics.parquet")
 
-    def read_metrics(self) -> list[dict[str, float]]:
+    def read_metrics(self) -> list[Metrics]:
         """Return one row of metrics per epoch; empty before the first.
 
         Raises:
             RecordError: the file is damaged.
         """
         table = _read_table(self.path("metrics.parquet"))
-        rows: list[dict[str, float]] = [] if table is None else table.to_pylist()
+        rows: list[Metrics] = [] if table is None else table.to_pylist()
         return rows
 
     def write_steps(self, steps: pa.Table) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.runtime.markdown import format_count
 
@@ -194,7 +195,7 @@ class WeightsTransferred:
 class EpochFinished:
     """An epoch has been trained and evaluated."""
 
-    row: dict[str, float]
+    row: dict[str, Any]
     """Metrics by name, as in ``metrics.parquet``."""
     epochs: int
 
@@ -204,7 +205,7 @@ class EpochFinished:
             f"epoch {row['epoch']:.0f}/{self.epochs} - loss: {row['loss']:.4f} - accuracy: {row['accuracy']:.4f} - "
             f"val_loss: {row['val_loss']:.4f} - val_accuracy: {row['val_accuracy']:.4f} - "
             f"learning_rate: {row['learning_rate']:.2e} - {row['images_per_second']:.0f} images/s - "
-            f"{row['epoch_seconds']:.1f} s"
+            f"{row['epoch_seconds']:.1f} s - {row['stage']}, augmentation: {row['augmentation']}"
         )
 
 

@@ -7,12 +7,29 @@ share, so that a run depends neither on the number of workers nor on where it wa
 import math
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from trainer.config.config import TrainConfig
 
+# What can be varied, in the order of the strengths.
+PARTS = ("rotation", "translation", "zoom", "flip", "contrast")
 
-def augment(images: Any, step: Any, config: TrainConfig) -> Any:
+
+def find_strengths(augmentation: str, config: TrainConfig) -> npt.NDArray[np.float32]:
+    """Return how much of each of PARTS is varied: the config's value where it is named, else 0; float32 ``[5]``.
+
+    Args:
+        augmentation: names joined by "+", from `trainer.training.stages.list_augmentations`.
+        config: the config of the run.
+    """
+    # A flip that the config does not ask for can still be tried.
+    values = {part: 1.0 if part == "flip" else getattr(config, f"augment_{part}") for part in PARTS}
+    return np.array([values[part] if part in augmentation.split("+") else 0.0 for part in PARTS], np.float32)
+
+
+def augment(images: Any, step: Any, strengths: Any, config: TrainConfig) -> Any:
     """Return this replica's images, each rotated, shifted, zoomed, mirrored and changed in contrast at random.
 
     One affine transform with bilinear interpolation does everything that moves pixels; what lies outside of an image
@@ -21,26 +38,28 @@ def augment(images: Any, step: Any, config: TrainConfig) -> Any:
     Args:
         images: float32 ``[per_replica_batch_size, size, size, channels]``.
         step: int64 scalar, the optimizer step.
-        config: how much of each change, and the seed.
+        strengths: float32 ``[5]``, of `find_strengths`; one graph serves all of them.
+        config: the seed and the batch sizes.
     """
     share = config.per_replica_batch_size
     seed = tf.stack([tf.constant(config.seed, tf.int64), tf.cast(step, tf.int64)])
     first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
     # One column per quantity, whatever is turned on: turning one off leaves the others unchanged.
     drawn = tf.random.stateless_uniform([config.global_batch_size, 6], seed, -1.0, 1.0)[first : first + share]
-    turn, zoom, shift_x, shift_y, mirror, contrast = tf.unstack(drawn, axis=1)
+    turn, grow, shift_x, shift_y, mirror, brighten = tf.unstack(drawn, axis=1)
+    rotation, translation, zoom, flip, contrast = tf.unstack(strengths)
 
-    if config.augment_flip or config.augment_rotation or config.augment_translation or config.augment_zoom:
-        angle = turn * (config.augment_rotation * math.pi / 180)
+    def move() -> Any:
+        angle = turn * (rotation * math.pi / 180)
         # Output coordinates to input coordinates: a larger picture takes smaller steps.
-        scale = 1 / (1 + zoom * config.augment_zoom)
+        scale = 1 / (1 + grow * zoom)
         cosine, sine = tf.cos(angle) * scale, tf.sin(angle) * scale
-        side = tf.where(mirror < 0, -1.0, 1.0) if config.augment_flip else tf.ones_like(mirror)
+        side = tf.where((mirror < 0) & (flip > 0), -1.0, 1.0)
         size = images.shape[1]
         center = (size - 1) / 2
-        moved_x = center + shift_x * (config.augment_translation * size)
-        moved_y = center + shift_y * (config.augment_translation * size)
-        images = tf.raw_ops.ImageProjectiveTransformV3(
+        moved_x = center + shift_x * (translation * size)
+        moved_y = center + shift_y * (translation * size)
+        return tf.raw_ops.ImageProjectiveTransformV3(
             images=images,
             transforms=tf.stack(
                 [
@@ -60,7 +79,8 @@ def augment(images: Any, step: Any, config: TrainConfig) -> Any:
             interpolation="BILINEAR",
             fill_mode="REFLECT",
         )
-    if config.augment_contrast:
-        mean = tf.reduce_mean(images, axis=(1, 2, 3), keepdims=True)
-        images = mean + (images - mean) * (1 + contrast * config.augment_contrast)[:, None, None, None]
-    return images
+
+    moved = tf.cond(rotation + translation + zoom + flip > 0, move, lambda: images)
+    mean = tf.reduce_mean(moved, axis=(1, 2, 3), keepdims=True)
+    # Without contrast exactly the same pixels.
+    return moved + (moved - mean) * (brighten * contrast)[:, None, None, None]

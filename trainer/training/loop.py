@@ -21,7 +21,7 @@ from trainer.architectures.source import format_layers
 from trainer.config.config import TrainConfig, resize_batch
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Checkpoint, Position
-from trainer.record.epoch_row import EpochRow
+from trainer.record.epoch_row import EpochRow, Metrics
 from trainer.record.evaluation_result import find_mistakes
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
@@ -41,6 +41,7 @@ from trainer.training.evaluation import Evaluator, mean_loss_and_accuracy, predi
 from trainer.training.export import write_exports
 from trainer.training.job import WorkerJob, WorkerResult
 from trainer.training.profile import StepProfiler
+from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
 from trainer.training.step import (
     STEP_GRAD_NORM,
     STEP_LOSS,
@@ -152,39 +153,39 @@ class _Training:
         self._lineage = (*last.lineage, (last.attempt, last.step)) if last else ()
         self._train, self.val = (open_split(config.dataset, job.manifest, name) for name in ("train", "val"))
         initial_weights = read_weights(config.init_from) if config.init_from and last is None else None
-        steps_per_epoch = len(self._train) // config.global_batch_size
-        self.network = build_network(job.manifest, config, steps_per_epoch, initial_weights)
+        self._steps_per_epoch = len(self._train) // config.global_batch_size
+        self.network = build_network(job.manifest, config, self._steps_per_epoch, initial_weights)
         if self.network.transferred and rank == 0:
             job.send_event(WeightsTransferred(self.network.transferred))
         self._train_step = compile_train_step(self.network, job.manifest, config)
         self._eval_step = compile_eval_step(self.network, job.manifest, config)
         self._estimate = compile_estimate(self.network, job.manifest, config)
         self.gather = compile_gather(self.network)
-        self._history: list[dict[str, float]] = []
+        self._history: list[Metrics] = []
         self._steps = STEPS_SCHEMA.empty_table()
         # Rows of the unfinished epoch that were trained on.
         self._epoch_rows = 0
         self._checkpoint_seconds = 0.0
         self._profiler = StepProfiler(self._run, rank, job.profile_steps)
         if last is not None:
-            self._continue(last, steps_per_epoch)
+            self._continue(last)
 
-    def _continue(self, last: Checkpoint, steps_per_epoch: int) -> None:
-        with averaged_weights(self.network):
-            _restore(self.network, self._run, last)
+    def _continue(self, last: Checkpoint) -> None:
+        self._restore(last)
         self._history, self._epoch_rows = list(last.history), last.epoch_rows
         self._steps = storage.parquet_table(checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME))
         if last.global_batch_size != self._config.global_batch_size:
             # The schedule counts steps: it resumes where as many epochs with this batch would have ended.
             in_epoch = self._epoch_rows // self._config.global_batch_size
-            self.network.optimizer.iterations.assign(len(self._history) * steps_per_epoch + in_epoch)
+            self.network.optimizer.iterations.assign(len(self._history) * self._steps_per_epoch + in_epoch)
 
     def run(self) -> str:
         """Train to the last epoch, and return why it ended early, or an empty string."""
         with _background_writer() as write:
             try:
-                while len(self._history) < self._config.epochs:
-                    row = self._run_epoch(write)
+                while plan := plan_epoch(self._history, self._config, self._steps_per_epoch):
+                    self._start_epoch(plan, write)
+                    row = self._run_epoch(plan, write)
                     if self._rank == 0:
                         self._job.send_event(EpochFinished(row.to_metrics(), self._config.epochs))
             except DivergedError as error:
@@ -193,24 +194,46 @@ class _Training:
                 self._report(self._profiler.close())
         return ""
 
-    def _run_epoch(self, write: Writer) -> EpochRow:
+    def _start_epoch(self, plan: EpochPlan, write: Writer) -> None:
+        """Take up the weights and the optimizer state that an epoch starts from, unless it has begun already."""
+        taken = self._epoch_rows // self._config.global_batch_size
+        if plan.started_from != len(self._history) and not taken:
+            write(_wait_for_checkpoint)
+            found = checkpoints.find_epoch(self._run.checkpoints, plan.started_from) if self._rank == 0 else None
+            start = broadcast_from_rank_zero(found)
+            if start is not None:
+                self._restore(start)
+        first_step = int(self.network.optimizer.iterations.numpy()) - taken
+        self.network.start_epoch(plan, self._config, first_step, self._steps_per_epoch)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        with averaged_weights(self.network):
+            _restore(self.network, self._run, checkpoint)
+
+    def _run_epoch(self, plan: EpochPlan, write: Writer) -> EpochRow:
         """Take the remaining steps of an epoch, evaluate, save a checkpoint, and return the metrics."""
         started = time.perf_counter()
         images_per_second, wait_seconds = self._take_steps(write)
         with averaged_weights(self.network):
             self._estimate_batch_norm()
             outcomes = self.evaluate(self.val)
-            row = self._summarize_epoch(outcomes, images_per_second, wait_seconds, started)
+            row = self._summarize_epoch(plan, outcomes, images_per_second, wait_seconds, started)
             self._history, self._epoch_rows, self._checkpoint_seconds = [*self._history, row.to_metrics()], 0, 0.0
             self._save(write, {checkpoints.PREDICTIONS_NAME: predictions_table(outcomes, self.val.labels)})
         return row
 
     def _summarize_epoch(
-        self, outcomes: npt.NDArray[np.float32], images_per_second: float, wait_seconds: float, started: float
+        self,
+        plan: EpochPlan,
+        outcomes: npt.NDArray[np.float32],
+        images_per_second: float,
+        wait_seconds: float,
+        started: float,
     ) -> EpochRow:
         """Return the metrics of the epoch whose steps were taken. Every worker must call this.
 
         Args:
+            plan: how the epoch was trained.
             outcomes: what `evaluate` returned for the validation split.
             images_per_second: the speed of the steps of this attempt.
             wait_seconds: how long this worker waited for batches.
@@ -244,6 +267,9 @@ class _Training:
             peak_memory_gib=float(peak_memory),
             checkpoint_seconds=self._checkpoint_seconds,
             epoch_seconds=time.perf_counter() - started,
+            stage=plan.stage,
+            augmentation=plan.augmentation,
+            started_from=plan.started_from,
         )
 
     def _estimate_batch_norm(self) -> None:
@@ -430,7 +456,8 @@ def _write_checkpoint(
     files = {name: checkpoints.to_safetensors(one) for name, one in arrays.items()}
     files |= {name: storage.parquet_bytes(one) for name, one in tables.items()}
     checkpoints.save_checkpoint(run.checkpoints, position, files, run.check_owner)
-    checkpoints.delete_old_checkpoints(run.checkpoints, job.config.keep_best, run.check_owner)
+    needed = needed_epochs(position.history)
+    checkpoints.delete_old_checkpoints(run.checkpoints, job.config.keep_best, run.check_owner, needed)
     if position.epoch_rows:
         return
     run.write_metrics(position.history)

@@ -18,10 +18,11 @@ from trainer.architectures import build_model
 from trainer.config.config import TrainConfig
 from trainer.runtime import compat
 from trainer.runtime.errors import InputError
-from trainer.training.augment import augment
+from trainer.training.augment import augment, find_strengths
 from trainer.training.dropout import fix_dropout
 from trainer.training.scaling import build_scaling
-from trainer.training.schedule import build_schedule
+from trainer.training.schedule import StagedSchedule, build_schedule
+from trainer.training.stages import EpochPlan, list_augmentations
 from trainer.training.transfer import LayerWeights, freeze_trunk, transfer_weights
 from trainer.workers.backend import tolerate_silence
 
@@ -41,6 +42,23 @@ class Network:
     optimizer: Any
     transferred: str
     """Which layers started from other weights, in words; empty if none did."""
+    schedule: Any = None
+    """The learning rate schedule of the optimizer."""
+    strengths: Any = None
+    """float32 ``[5]``, a variable: how much the training images are varied (`trainer.training.augment`)."""
+
+    def start_epoch(self, plan: EpochPlan, config: TrainConfig, first_step: int, num_steps: int) -> None:
+        """Train the next epoch as planned.
+
+        Args:
+            plan: how.
+            config: the config of the run.
+            first_step: the optimizer step at which the epoch started.
+            num_steps: optimizer steps of an epoch.
+        """
+        self.strengths.assign(find_strengths(plan.augmentation, config))
+        if isinstance(self.schedule, StagedSchedule):
+            self.schedule.start_epoch(first_step, num_steps, plan.first_rate, plan.last_rate)
 
     @property
     def optimizer_variables(self) -> list[Any]:
@@ -70,9 +88,15 @@ def build_network(
         transferred = str(transfer_weights(model, initial_weights)) if initial_weights else ""
         if config.freeze_trunk:
             freeze_trunk(model)
-        optimizer = _build_optimizer(config, build_schedule(config, steps_per_epoch))
+        schedule = build_schedule(config, steps_per_epoch)
+        optimizer = _build_optimizer(config, schedule)
         optimizer.build(model.trainable_variables)
-    return Network(strategy, model, optimizer, transferred)
+        strengths = tf.Variable(
+            find_strengths(list_augmentations(config)[-1], config),
+            trainable=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+    return Network(strategy, model, optimizer, transferred, schedule, strengths)
 
 
 def build_network_for_evaluation(manifest: Manifest, config: TrainConfig) -> Network:
@@ -165,7 +189,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
 
     def replica_step(images: Any, labels: Any) -> Any:
         fix_dropout(model, optimizer, config)  # while tracing, for this batch size
-        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, config)
+        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, network.strengths, config)
         with tf.GradientTape() as tape:
             logits = model(scale_pixels(augmented), training=True)
             targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes

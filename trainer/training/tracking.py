@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.config import TrainConfig
+from trainer.record.epoch_row import Metrics
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime.errors import InputError, JobError
 
 TRACKERS = ("tensorboard", "mlflow")
 
-History = Sequence[dict[str, float]]
+History = Sequence[Metrics]
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -45,7 +46,8 @@ def write_tensorboard(run: RunFolder, history: History) -> None:
         with SummaryWriter(folder) as writer:
             for row in history:
                 for name, value in row.items():
-                    writer.add_scalar(name, value, int(row["step"]))
+                    if not isinstance(value, str):
+                        writer.add_scalar(name, value, int(row["step"]))
         (written,) = Path(folder).iterdir()
         content = written.read_bytes()
     run.write(content, "tensorboard", "events.out.tfevents.0.training-notes")
@@ -63,7 +65,7 @@ def log_to_mlflow(run: RunFolder, config: TrainConfig, history: History, result:
         with mlflow.start_run(run_name=run.name):
             mlflow.log_params(config.model_dump())
             for row in history:
-                metrics = {name: value for name, value in row.items() if name != "step"}
+                metrics = {name: value for name, value in row.items() if name != "step" and not isinstance(value, str)}
                 mlflow.log_metrics(metrics, step=int(row["step"]))
             mlflow.log_metrics({"best_val_accuracy": result.val.accuracy, "best_val_loss": result.val.loss})
             mlflow.set_tags({"status": result.status, "run_folder": run.uri})

@@ -58,10 +58,10 @@ def test_the_notes_keep_their_epochs_and_optimizer(arch, epochs, optimizer):
 @pytest.mark.parametrize(
     ("recipe", "arch", "steps_per_epoch", "epochs"),
     [
-        ("modern", "alexnet", 50, 10),
-        ("modern", "alexnet", 12, 25),
-        ("modern", "alexnet", 1, 300),
-        ("modern", "cnn_tapered", 18, 20),
+        ("modern", "alexnet", 100, 30),
+        ("modern", "alexnet", 60, 34),
+        ("modern", "alexnet", 1, 2000),
+        ("modern", "cnn_tapered", 51, 40),
         ("notes", "cnn_sigmoid", 1, 10),
     ],
 )

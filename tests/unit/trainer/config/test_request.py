@@ -118,12 +118,20 @@ def test_batch_and_precision_are_left_open_unless_the_notes_or_an_option_say_the
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"optimizer": "adamw", "epochs": 150, "weight_decay": 0.01, "recipe": "modern"}),
-        ({"recipe": "notes"}, {"optimizer": "adam", "epochs": 10, "recipe": "notes", "input_scaling": "unit"}),
+        ({}, {"optimizer": "adamw", "epochs": 1000, "weight_decay": 0.01, "recipe": "modern", "patience": 4}),
+        ({"recipe": "notes"}, {"optimizer": "adam", "epochs": 10, "input_scaling": "unit", "patience": 0}),
         ({"optimizer": "sgd", "epochs": 3, "weight_decay": 0.0}, {"optimizer": "sgd", "epochs": 3, "weight_decay": 0}),
         ({"steps": 99}, {"epochs": 50, "global_batch_size": 50}),
         ({"steps": 100, "batch": 100}, {"epochs": 100}),
-        ({"batch": 20, "num_workers": 2}, {"num_workers": 2, "global_batch_size": 20, "epochs": 60}),
+        ({"steps": 100, "batch": 100}, {"patience": 0}),
+        ({"epochs": 3}, {"patience": 0}),
+        ({"epochs": 3, "patience": 2}, {"patience": 2}),
+        ({"schedule": "cosine"}, {"patience": 0}),
+        ({}, {"augment": "auto", "augment_rotation": 10.0}),
+        ({"augment_rotation": 5.0}, {"augment": "all", "augment_rotation": 5.0, "augment_zoom": 0.1}),
+        ({"augment_rotation": 5.0, "augment": "auto"}, {"augment": "auto", "augment_rotation": 5.0}),
+        ({"augment": "none"}, {"augment": "none"}),
+        ({"batch": 20, "num_workers": 2}, {"num_workers": 2, "global_batch_size": 20, "epochs": 400}),
         ({"arch_arguments": {"dense_units": 8}}, {"arch_arguments": {"dense_units": 8}}),
     ],
 )

@@ -21,6 +21,9 @@ ROW = EpochRow(
     peak_memory_gib=2.0,
     checkpoint_seconds=0.0625,
     epoch_seconds=4.0,
+    stage="trial",
+    augmentation="rotation",
+    started_from=1,
 )
 
 
@@ -33,5 +36,6 @@ def test_the_columns_of_metrics_parquet_keep_their_names_and_their_order(tmp_pat
     expected |= {"clipped_fraction": 0.5, "images_per_second": 640.0, "data_wait_seconds": 0.75, "attempt": 1}
     expected |= {"num_workers": 2, "global_batch_size": 20, "val_loss": 1.25, "val_accuracy": 0.625}
     expected |= {"peak_memory_gib": 2.0, "checkpoint_seconds": 0.0625, "epoch_seconds": 4.0}
+    expected |= {"stage": "trial", "augmentation": "rotation", "started_from": 1}
     assert table.column_names == list(expected)
     assert table.to_pylist() == [expected] == run.read_metrics()

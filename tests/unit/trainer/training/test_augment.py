@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.training.augment import augment
+from trainer.training.augment import augment, find_strengths
+from trainer.training.stages import list_augmentations
 
 BATCH, SIZE = 16, 20
 
@@ -18,7 +19,8 @@ def augmented(make_config):
 
     def run(images: np.ndarray, step: int = 0, **values) -> np.ndarray:
         config = make_config(global_batch_size=BATCH, **values)
-        return augment(tf.constant(images), tf.constant(step, tf.int64), config).numpy()
+        strengths = find_strengths(list_augmentations(config)[-1], config)
+        return augment(tf.constant(images), tf.constant(step, tf.int64), tf.constant(strengths), config).numpy()
 
     return run
 
@@ -88,3 +90,10 @@ def test_contrast_keeps_each_images_mean_and_scales_its_differences(images, augm
     assert factors.min() >= 0.499
     assert factors.max() <= 1.501
     assert np.ptp(factors) > 0.3
+
+
+def test_only_what_is_named_is_varied_and_a_flip_can_be_tried_unasked(make_config):
+    config = make_config(augment="auto", augment_rotation=10.0, augment_zoom=0.25)
+    assert find_strengths("none", config).tolist() == [0, 0, 0, 0, 0]
+    assert find_strengths("rotation+zoom", config).tolist() == [10, 0, 0.25, 0, 0]
+    assert find_strengths("zoom+flip", config).tolist() == [0, 0, 0.25, 1, 0]

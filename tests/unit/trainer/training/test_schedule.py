@@ -53,3 +53,13 @@ def test_a_constant_rate_stays(rates):
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_a_run_of_few_steps_starts_at_its_peak(rates, schedule):
     assert rates(steps_per_epoch=1, epochs=3, schedule=schedule, warmup_epochs=1)[0] == pytest.approx(PEAK)
+
+
+def test_a_plateau_stays_at_its_peak_until_an_epoch_says_otherwise(rates, make_config):
+    assert rates(schedule="plateau", warmup_epochs=1) == rates(schedule="constant", warmup_epochs=1)
+    config = make_config(schedule="plateau", epochs=10, base_learning_rate=2.0, global_batch_size=128)
+    schedule = build_schedule(config, steps_per_epoch=20)
+    schedule.start_epoch(first_step=40, num_steps=20, first_factor=0.5, last_factor=0.1)
+    assert [float(schedule(step)) for step in (40, 50, 60)] == pytest.approx([0.5 * PEAK, 0.3 * PEAK, 0.1 * PEAK])
+    schedule.start_epoch(first_step=0, num_steps=20, first_factor=1.0, last_factor=1.0)
+    assert float(schedule(0)) == pytest.approx(PEAK / 21)

@@ -1,0 +1,154 @@
+"""The course of runs, simulated: each epoch's validation is what a test says of its stage and augmentation."""
+
+from collections.abc import Callable
+
+import pytest
+
+from trainer.training.stages import EpochPlan, list_augmentations, main_path, needed_epochs, plan_epoch
+
+STEPS = 100
+PARTS = {"augment_rotation": 10.0, "augment_translation": 0.1, "augment_zoom": 0.1}
+ALL = "rotation+zoom+translation"
+
+
+@pytest.fixture
+def make(make_config):
+    """Return a function that makes the config of a run with stages."""
+    return lambda **values: make_config(
+        **{"schedule": "plateau", "epochs": 40, "patience": 3, "augment": "auto", **PARTS, **values}
+    )
+
+
+def simulate(config, loss: Callable[[EpochPlan, list], float], steps_per_epoch: int = STEPS, history=None) -> list:
+    """Return the history of a run whose validation losses are given, and whose accuracies follow from them."""
+    history = list(history or [])
+    while plan := plan_epoch(history, config, steps_per_epoch):
+        value = loss(plan, history)
+        row = {"epoch": len(history) + 1, "val_loss": value, "val_accuracy": 1 / (1 + value), **vars(plan)}
+        history.append(row)
+    return history
+
+
+def stages(history: list) -> list[tuple[str, int]]:
+    """Return each stage and how many epochs it took, in order."""
+    taken: list[tuple[str, int]] = []
+    for row in history:
+        if taken and taken[-1][0] == row["stage"]:
+            taken[-1] = (row["stage"], taken[-1][1] + 1)
+        else:
+            taken.append((row["stage"], 1))
+    return taken
+
+
+def of_best(losses: dict[str, float], until: int = 8) -> Callable[[EpochPlan, list], float]:
+    """Return losses that fall for some epochs, towards one for each augmentation."""
+    return lambda plan, history: losses[plan.augmentation] + max(0, until - len(history)) * 0.1
+
+
+LOSSES = {"none": 0.5, "rotation+zoom": 0.3, ALL: 0.2, f"{ALL}+flip": 0.4}
+
+
+def test_a_run_takes_the_augmentation_with_the_lowest_validation_loss(make):
+    history = simulate(make(), of_best(LOSSES, until=0))
+    assert stages(history) == [("plain", 3), ("trial", 6), ("train", 4), ("decay", 2), ("clean", 1)]
+    assert {row["augmentation"] for row in history if row["stage"] in ("train", "decay")} == {ALL}
+    assert history[-1]["augmentation"] == "none"
+
+
+@pytest.mark.parametrize("best", list(LOSSES))
+def test_each_candidate_can_win_and_training_goes_on_from_its_weights(make, best):
+    history = simulate(make(), of_best({**LOSSES, best: 0.1}, until=0))
+    first = next(row for row in history if row["stage"] == "train")
+    assert first["augmentation"] == best
+    source = history[first["started_from"] - 1]
+    assert (source["stage"], source["augmentation"]) == ("trial", best)
+    # All from the same plain weights, the better two for one more epoch.
+    trials = [row for row in history if row["stage"] == "trial"]
+    assert [row["started_from"] for row in trials[:4]] == [1] * 4
+    assert len(trials) == 6
+    assert all(history[row["started_from"] - 1]["augmentation"] == row["augmentation"] for row in trials[4:])
+
+
+def test_plain_training_lasts_while_validation_improves_up_to_a_quarter(make):
+    assert stages(simulate(make(), of_best(LOSSES, until=5)))[0] == ("plain", 8)
+    assert stages(simulate(make(), of_best(LOSSES, until=40)))[0] == ("plain", 10)
+
+
+def test_training_ends_when_neither_loss_nor_accuracy_improves(make):
+    config = make(augment="none")
+    history = simulate(config, lambda plan, rows: 1.0 - 0.1 * min(len(rows), 6))
+    assert stages(history) == [("train", 10), ("decay", 2)]
+    # The rate falls to zero, from the best weights.
+    decay = [row for row in history if row["stage"] == "decay"]
+    assert [row["started_from"] for row in decay] == [7, 11]
+    assert [(row["first_rate"], row["last_rate"]) for row in decay] == [(1.0, 0.5), (0.5, 0.0)]
+
+
+def test_no_run_is_longer_than_its_epochs(make):
+    for epochs in range(1, 50):
+        history = simulate(make(epochs=epochs), lambda plan, rows: 1.0 / (1 + len(rows)))
+        assert len(history) == epochs
+        assert history[-1]["stage"] in ("decay", "clean")
+
+
+def test_without_patience_all_epochs_are_trained(make):
+    history = simulate(make(patience=0, augment="all"), lambda plan, rows: 1.0)
+    assert stages(history) == [("train", 33), ("decay", 6), ("clean", 1)]
+
+
+def test_a_run_of_few_epochs_tries_nothing(make):
+    history = simulate(make(epochs=8), of_best(LOSSES))
+    assert stages(history) == [("train", 7), ("decay", 1)]
+    assert {row["augmentation"] for row in history} == {"none"}
+
+
+def test_where_an_epoch_has_few_steps_several_count_as_one(make):
+    history = simulate(make(epochs=80), of_best(LOSSES, until=0), steps_per_epoch=25)
+    assert stages(history) == [("plain", 5), ("trial", 12), ("train", 7), ("decay", 4), ("clean", 2)]
+
+
+def test_a_finished_run_is_trained_on_from_before_its_decay(make):
+    first = simulate(make(patience=0, augment="all", epochs=20), lambda plan, rows: 1.0)
+    history = simulate(make(patience=0, augment="all"), lambda plan, rows: 1.0, history=first)
+    assert stages(history) == [("train", 16), ("decay", 3), ("clean", 1), ("train", 13), ("decay", 6), ("clean", 1)]
+    assert history[20]["started_from"] == 16
+    # The decay of the first run led nowhere.
+    assert not {17, 18, 19, 20} & {row["epoch"] for row in main_path(history)}
+
+
+def test_what_later_epochs_start_from_is_kept(make):
+    config = make()
+    loss = of_best(LOSSES, until=4)
+    history: list = []
+    kept: set[int] = set()
+    while plan := plan_epoch(history, config, STEPS):
+        if plan.started_from:
+            assert plan.started_from in kept
+        value = loss(plan, history)
+        history.append({"epoch": len(history) + 1, "val_loss": value, "val_accuracy": 1 / (1 + value), **vars(plan)})
+        # What was deleted once does not come back.
+        kept = (kept | {len(history)}) & needed_epochs(history)
+        assert len(kept) <= 9
+
+
+def test_other_schedules_have_one_stage(make):
+    cosine = simulate(make(schedule="cosine", augment="all", patience=0, epochs=5), lambda plan, rows: 1.0)
+    assert stages(cosine) == [("train", 5)]
+    assert {row["augmentation"] for row in cosine} == {ALL}
+    constant = simulate(make(schedule="constant", augment="none"), lambda plan, rows: 1.0)
+    assert stages(constant) == [("train", 4)]
+
+
+def test_the_main_path_leaves_out_what_lost(make):
+    history = simulate(make(), of_best(LOSSES, until=0))
+    path = main_path(history)
+    assert [row["stage"] for row in path].count("trial") == 2
+    assert {row["augmentation"] for row in path if row["stage"] == "trial"} == {ALL}
+
+
+def test_candidates_are_what_the_config_allows(make_config):
+    auto = make_config(augment="auto", **PARTS)
+    assert list_augmentations(auto) == ["none", "rotation+zoom", ALL, f"{ALL}+flip"]
+    assert list_augmentations(make_config(augment="all", augment_translation=0.1)) == ["none", "translation"]
+    assert list_augmentations(make_config(augment="none", **PARTS)) == ["none"]
+    assert list_augmentations(make_config(augment="auto")) == ["none", "flip"]

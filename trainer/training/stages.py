@@ -1,0 +1,179 @@
+"""What a run does in its next epoch, decided from the metrics of those before.
+
+With ``schedule=plateau`` a run goes through stages, each of which ends when its epochs say so:
+
+    plain   no augmentation, until validation stops improving                       (with augment=auto only)
+    trial   each candidate for the augmentation by itself, all from the best plain weights; the better half of them
+            once more (successive halving: Jamieson & Talwalkar 2016)               (with augment=auto only)
+    train   with the augmentation that won, from its weights, until validation stops improving
+    decay   from the best weights of `train`, while the learning rate falls to zero
+    clean   a last epoch without augmentation, at a low rate                        (where there is an augmentation)
+
+A run keeps the checkpoint that is best in validation, so decay and clean count only where they help. All decisions are
+functions of the history: alike on every worker, and in a run that was resumed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.config.config import TrainConfig
+from trainer.record.checkpoint import rank_epoch
+from trainer.record.epoch_row import Metrics
+
+NO_AUGMENTATION = "none"
+# The fewest steps between two decisions: where an epoch has fewer, several epochs count as one.
+_LEAST_STEPS = 40
+_PLAIN_PATIENCE = 2
+# The largest shares of all epochs that `plain` and the trials take.
+_PLAIN_SHARE = 0.25
+_TRIAL_SHARE = 0.25
+# Share of the epochs so far that `decay` adds.
+_DECAY_SHARE = 0.15
+# The first learning rate of `clean`, as a share of the peak.
+_CLEAN_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """How an epoch is trained."""
+
+    stage: str
+    augmentation: str
+    """What is varied: names from `list_augmentations`."""
+    started_from: int
+    """The epoch whose weights and optimizer state it starts from; 0 for the initial ones."""
+    first_rate: float = 1.0
+    """Learning rate at the first step, as a share of what the schedule says; it changes linearly."""
+    last_rate: float = 1.0
+    """The same after the last step."""
+
+
+def plan_epoch(history: Sequence[Metrics], config: TrainConfig, steps_per_epoch: int) -> EpochPlan | None:
+    """Return how the next epoch is trained; None where the run has ended.
+
+    Args:
+        history: the metrics of all epochs so far.
+        config: the config of the run.
+        steps_per_epoch: number of optimizer steps per epoch.
+    """
+    if len(history) >= config.epochs:
+        return None
+    unit = math.ceil(_LEAST_STEPS / steps_per_epoch)
+    if config.schedule != "plateau":
+        ended = _has_stalled(history, config.patience * unit)
+        return None if ended else EpochPlan("train", list_augmentations(config)[-1], len(history))
+    return _plan_search(history, config, unit) or _plan_training(history, config, unit)
+
+
+def list_augmentations(config: TrainConfig) -> list[str]:
+    """Return what can be varied in the training images of a run, from nothing to all that its config allows.
+
+    With ``augment=auto`` the last one adds a flip, which no recipe has: it makes other digits of digits.
+    """
+    if config.augment == "none":
+        return [NO_AUGMENTATION]
+    moves = [name for name in ("rotation", "zoom", "contrast") if getattr(config, f"augment_{name}")]
+    shift = ["translation"] if config.augment_translation else []
+    flip = ["flip"] if config.augment_flip or config.augment == "auto" else []
+    parts: list[list[str]] = [[], moves, [*moves, *shift], [*moves, *shift, *flip]]
+    return list(dict.fromkeys("+".join(one) or NO_AUGMENTATION for one in parts))
+
+
+def main_path(history: Sequence[Metrics]) -> list[Metrics]:
+    """Return the epochs that led to the weights of the last one, without those of candidates that lost."""
+    path: list[Metrics] = []
+    number = len(history)
+    while number:
+        path.append(history[number - 1])
+        number = int(path[-1].get("started_from", number - 1))
+    return path[::-1]
+
+
+def needed_epochs(history: Sequence[Metrics]) -> set[int]:
+    """Return the epochs whose weights a later epoch may start from."""
+    needed = {len(history)}
+    for stage in ("plain", "train"):
+        rows = _of_stage(history, stage)
+        needed |= {_best(rows), int(rows[-1]["epoch"])} if rows else set()
+    if not _of_stage(history, "train"):
+        needed |= {int(row["epoch"]) for row in _of_stage(history, "trial")}
+    return needed
+
+
+def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> EpochPlan | None:
+    """Return the next epoch of `plain` or of a trial; None where both are over."""
+    plain, trials = _of_stage(history, "plain"), _of_stage(history, "trial")
+    if config.augment != "auto" or len(history) > len(plain) + len(trials):
+        return None
+    candidates = list_augmentations(config)
+    if (len(candidates) + len(candidates) // 2) * unit > _TRIAL_SHARE * config.epochs:
+        return None
+    if not trials and len(plain) < _PLAIN_SHARE * config.epochs and not _has_stalled(plain, _PLAIN_PATIENCE * unit):
+        return EpochPlan("plain", NO_AUGMENTATION, len(history))
+    for epochs in (unit, 2 * unit):
+        for name in candidates:
+            tried = [row for row in trials if row["augmentation"] == name]
+            if len(tried) < epochs:
+                return EpochPlan("trial", name, int(tried[-1]["epoch"]) if tried else _best(plain))
+        candidates = rank_candidates(trials, epochs - unit, epochs)[: len(candidates) // 2]
+    return None
+
+
+def rank_candidates(trials: Sequence[Metrics], first: int, last: int) -> list[str]:
+    """Return the augmentations that were tried for ``last`` epochs, best first.
+
+    They are ranked by their mean validation loss from epoch ``first`` on: earlier ones were on the way from plain
+    training.
+    """
+    by_name: dict[str, list[float]] = {}
+    for row in trials:
+        by_name.setdefault(str(row["augmentation"]), []).append(float(row["val_loss"]))
+    compared = {name: losses[first:last] for name, losses in by_name.items() if len(losses) >= last}
+    return sorted(compared, key=lambda name: sum(compared[name]) / len(compared[name]))
+
+
+def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -> EpochPlan | None:
+    """Return the next epoch of `train`, `decay` or `clean`; None where the last is over."""
+    trials, train = _of_stage(history, "trial"), _of_stage(history, "train")
+    if train:
+        augmentation, start = str(train[-1]["augmentation"]), int(train[-1]["epoch"])
+    elif trials:
+        augmentation = rank_candidates(trials, unit, 2 * unit)[0]
+        start = max(int(row["epoch"]) for row in trials if row["augmentation"] == augmentation)
+    else:
+        # In a run of few epochs there is no time to try any.
+        augmentation = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
+        start = len(history)
+    ending = history[start:] if train else []
+    before = len(history) - len(ending)
+    decay = max(unit, round(_DECAY_SHARE * (before if config.patience else config.epochs)))
+    clean = unit if augmentation != NO_AUGMENTATION else 0
+    if len(history) < config.epochs - decay - clean and not _has_stalled(train, config.patience * unit):
+        return EpochPlan("train", augmentation, start)
+    decayed, cleaned = len(_of_stage(ending, "decay")), len(_of_stage(ending, "clean"))
+    if decayed < decay:
+        start = _best(train) if train and not decayed else len(history)
+        return EpochPlan("decay", augmentation, start, 1 - decayed / decay, 1 - (decayed + 1) / decay)
+    if cleaned < clean:
+        rates = (_CLEAN_RATE * (1 - done / clean) for done in (cleaned, cleaned + 1))
+        return EpochPlan("clean", NO_AUGMENTATION, len(history), *rates)
+    return None
+
+
+def _of_stage(history: Sequence[Metrics], stage: str) -> list[Metrics]:
+    # A run that an earlier version began had no other stage.
+    return [row for row in history if row.get("stage", "train") == stage]
+
+
+def _best(rows: Sequence[Metrics]) -> int:
+    return int(max(rows, key=rank_epoch)["epoch"])
+
+
+def _has_stalled(rows: Sequence[Metrics], patience: int) -> bool:
+    """Return whether neither loss nor accuracy of validation improved in the last epochs; never if patience is 0."""
+    if not patience or not rows:
+        return False
+    losses, accuracies = ([float(row[name]) for row in rows] for name in ("val_loss", "val_accuracy"))
+    best = max(losses.index(min(losses)), accuracies.index(max(accuracies)))
+    return len(rows) - 1 - best >= patience
