@@ -29,12 +29,12 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -48,6 +48,7 @@ from benchmarks.table import Mark, report
 from trainer.notes.comparison import compare_predictions
 from trainer.record.checkpoint import Checkpoint
 from trainer.record.run_folder import RunFolder
+from trainer.runtime.markdown import format_count
 from trainer.training.dataset import load_manifest, open_split
 
 SCRIPT, PRODUCT = "script", "product"
@@ -59,6 +60,8 @@ CODE = {
 # Shorter than any epoch; the run deletes the predictions of an epoch after the next one.
 POLL_SECONDS = 0.05
 SIGNIFICANCE = 0.05
+DEFAULTS = "defaults"
+COUNTED = ("script last", "script best", "product then", "final")
 
 
 class RunFailedError(Exception):
@@ -253,20 +256,22 @@ class Turn:
 
 def make_table(turns: list[Turn]) -> Table:
     """Return a row for each turn."""
-    table = Table("set", "network", "options", "seed", "script last", "script best", "s", "product then", "epochs")
-    for name in ("p last", "p best", "final", "epochs", "s", "s to last, script", "product"):
+    table = Table("set", "network", "options", "seed", "script last", "script best", "s", "product then")
+    for name in ("p last", "p best", "final", "s", "epochs then, final", "s to last: script, product"):
         table.add_column(name)
+    for column in table.columns:
+        # An interval stays on one line.
+        column.min_width = len("[0.123-0.456]") if column.header in COUNTED else None
     for turn in turns:
         script, product, then = turn.script, turn.product, turn.at_equal_seconds
-        final = "stopped" if product.ending == "stopped" else format_correct(product.curve.best)
         table.add_row(
-            *(turn.dataset, turn.arch, turn.options or "defaults", str(turn.seed)),
+            *(turn.dataset, turn.arch, turn.options or DEFAULTS, str(turn.seed)),
             *(format_correct(script.curve.last), format_correct(script.curve.best)),
-            f"{script.curve.seconds[-1]:.0f}",
-            *(format_correct(then.best), str(len(then.seconds))),
+            *(f"{script.curve.seconds[-1]:.0f}", format_correct(then.best)),
             *(f"{p:.2g}" for p in turn.p_values),
-            *(final, str(len(product.curve.seconds)), f"{product.whole_seconds:.0f}"),
-            *(f"{seconds:.0f}" for seconds in turn.seconds_to_last),
+            "stopped" if product.ending == "stopped" else format_correct(product.curve.best),
+            *(f"{product.whole_seconds:.0f}", f"{len(then.seconds)}, {len(product.curve.seconds)}"),
+            ", ".join(f"{seconds:.0f}" for seconds in turn.seconds_to_last),
         )
     return table
 
@@ -295,7 +300,7 @@ def make_summary(turns: list[Turn]) -> Table:
         )
         differences = (find_difference(then, one) for one in (last, best))
         table.add_row(
-            *(dataset, arch, options or "defaults", str(len(of_seeds))),
+            *(dataset, arch, options or DEFAULTS, str(len(of_seeds))),
             *(f"{correct.mean():.4f}" for correct in (last, best, then)),
             f"{final.mean():.4f}" if all(turn.product.ending != "stopped" for turn in of_seeds) else "stopped",
             *(f"{100 * mean:+.1f} [{100 * low:+.1f} to {100 * high:+.1f}]" for mean, low, high in differences),
@@ -308,23 +313,27 @@ def _configuration(turn: Turn) -> tuple[str, str, str]:
 
 
 def find_marks(turns: list[Turn]) -> list[Mark]:
-    """Return what the defaults are to reach beside the script."""
+    """Return what the defaults, and the options beside them, are to reach beside the script."""
+    return [
+        mark
+        for options in dict.fromkeys(turn.options for turn in turns)
+        for mark in _find_marks_of(options, [turn for turn in turns if turn.options == options])
+    ]
+
+
+def _find_marks_of(options: str, turns: list[Turn]) -> list[Mark]:
     worse = sum(
         any(p < SIGNIFICANCE and more < 0 for p, more in zip(turn.p_values, turn.advantages, strict=True))
         for turn in turns
     )
-    better = statistics.mean(min(turn.advantages) > 0 for turn in turns)
+    better = sum(min(turn.advantages) > 0 for turn in turns)
     ratios = [product / script for script, product in (turn.seconds_to_last for turn in turns)]
+    name = f"{options or DEFAULTS}, {format_count(len(turns), 'row')}"
     return [
-        Mark(f"rows of {len(turns)} significantly worse", worse, 0, at_least=False),
-        Mark("share of rows better than the script's last and best epoch", better, 0.5 + 1e-9),
-        Mark(
-            "seconds to the script's last accuracy, to the script's: median",
-            statistics.median(ratios),
-            1.0,
-            at_least=False,
-        ),
-        Mark("the same: largest", max(ratios), 1.0, at_least=False),
+        Mark(f"{name}: significantly worse than the script's last or best epoch", worse, 0, at_least=False),
+        Mark(f"{name}: better than both", better, len(turns) // 2 + 1),
+        Mark(f"{name}: seconds to the script's last accuracy, to its own, median", median(ratios), 1, at_least=False),
+        Mark(f"{name}: the same, largest", max(ratios), 1, at_least=False),
     ]
 
 

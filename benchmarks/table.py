@@ -81,6 +81,9 @@ def report(
     width = _MARKDOWN_WIDTH if as_markdown else None if sys.stdout.isatty() else _PLAIN_WIDTH
     console = Console(width=width, highlight=False)
     for table in [tables] if isinstance(tables, Table) else tables:
+        for column in table.columns:
+            # Cells that are too wide take more lines and lose nothing.
+            column.overflow = "fold"
         if as_markdown:
             table.box = box.MARKDOWN
         console.print(table)

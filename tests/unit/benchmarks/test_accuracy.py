@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,13 @@ def test_the_marks_count_rows_that_are_worse_and_rows_that_are_better(turn):
     marks = find_marks([turn, worse, better])
     assert [(mark.value, mark.is_reached) for mark in marks] == [
         (1, False),
-        (pytest.approx(1 / 3), False),
+        (1, False),
         (1.25, False),
         (float("inf"), False),
     ]
     assert [mark.is_reached for mark in find_marks([better])] == [True] * 4
+    beside = replace(worse, options="--augment-zoom 0")
+    assert [mark.is_reached for mark in find_marks([better, beside])] == [True] * 4 + [False, False, False, False]
 
 
 def test_a_run_without_an_epoch_has_no_correct_answer(turn):
