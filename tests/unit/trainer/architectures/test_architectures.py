@@ -110,26 +110,6 @@ def test_dropout_is_a_layer_only_where_it_is_asked_for(arch):
     assert rates(build_tiny(arch, dropout=0.3)) == [0.3]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_residual_blocks_may_begin_as_the_identity(arch):
-    model = build_tiny(arch, zero_init_residual=True)
-    last = "conv5_block2_2_bn" if arch == "resnet18" else "conv5_block2_3_bn"
-    assert not model.get_layer(last).gamma.numpy().any()
-    block = keras.Model(model.get_layer("conv5_block1_out").output, model.get_layer("conv5_block2_out").output)
-    before = np.random.default_rng(0).uniform(size=block.input_shape[1:]).astype(np.float32)[None]
-    np.testing.assert_allclose(block(before), before)
-
-
-def test_the_branches_of_an_inception_module_are_joined():
-    module = build_tiny("googlenet").get_layer("inception_3a_output")
-    assert [tensor.node.layer.name for tensor in module.input] == [
-        "inception_3a_1x1",
-        "inception_3a_3x3",
-        "inception_3a_5x5",
-        "inception_3a_pool_proj",
-    ]
-
-
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_smallest_image_leaves_every_layer_a_pixel(arch):
     with tf.Graph().as_default():
@@ -173,18 +153,6 @@ def test_every_variable_has_a_name_of_its_own_and_the_same_each_time(arch):
     names, again = ([variable.name for variable in build_tiny(arch).variables] for _ in range(2))
     assert len(set(names)) == len(names)
     assert again == names
-
-
-def test_the_notes_first_layer_is_as_wide_as_the_image():
-    with tf.Graph().as_default():
-        assert build_model("cnn_softmax", 40, 1, 3).layers[0].filters == 40
-        assert build_model("cnn_softmax", 40, 1, 3, {"first_filters": 8}).layers[0].filters == 8
-
-
-def test_given_arguments_take_the_place_of_the_architectures_own():
-    with tf.Graph().as_default():
-        deep = build_model("cnn_softmax", 60, 1, 3, {"later_filters": (64, 32, 32)})
-        assert deep.count_params() == count_parameters("cnn_deep", 60, 1, 3)
 
 
 def test_only_the_first_of_the_notes_scores_by_sigmoid():
