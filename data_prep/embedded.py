@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from data_prep.manifest import read_manifest
-from data_prep.prepare import PrepareConfig, prepare
 from trainer.runtime import storage
 from trainer.runtime.events import OnEvent, ignore_event
 
@@ -25,6 +24,9 @@ def prepare_embedded(dataset: str, image_size: int, on_event: OnEvent = ignore_e
         on_event: called with the progress.
     """
     if read_manifest(dataset) is None:
+        # Not at the top: most runs find it prepared.
+        from data_prep.prepare import PrepareConfig, prepare
+
         source = storage.join(storage.parent(dataset), "mnist-5000-images")
         if len(storage.find_files(source)) < _NUM_IMAGES:
             write_embedded_images(source)

@@ -33,6 +33,7 @@ def main(
     with console.exit_codes():
         request = parse_command(options)
         # Not at the top, so that --help and errors in options do not load Ray.
+        from data_prep.embedded import prepare_embedded
         from trainer import launch
         from trainer.runtime.cluster import connect
         from trainer.workers.groups import wait_for_workers
@@ -41,11 +42,7 @@ def main(
         one_process = launch.needs_one_process(request, storage)
         with connect(wait_seconds=None, one_process=one_process) as cluster, console.show_events() as on_event:
             resources = wait_for_workers(request.num_workers, cluster, wait, on_event)
-            if not request.dataset:
-                from data_prep.embedded import prepare_embedded
-
-                place = launch.embedded_dataset(request.arch, storage)
-                request = request.on_dataset(prepare_embedded(*place, on_event))
+            request = launch.choose_dataset(request, storage, prepare_embedded, on_event)
             choice, bottlenecks = launch.measure_batches(
                 request, storage, resources, probe_again=probe_again, on_event=on_event
             )

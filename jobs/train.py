@@ -47,6 +47,7 @@ def main(
     with console.exit_codes():
         request = parse_command(options) if not list_archs else None
         # Not at the top, so that --help and errors in options do not load Ray.
+        from data_prep.embedded import prepare_embedded
         from trainer import launch
         from trainer.runtime.cluster import connect
         from trainer.training.tracking import check_trackers
@@ -67,11 +68,7 @@ def main(
         with console.show_events() as on_event, connect(wait_seconds=None, one_process=one_process) as cluster:
             resources = wait_for_workers(request.num_workers, cluster, wait, on_event)
             with launch.open_run(storage, run_name, request.arch, resources) as run:
-                if not request.dataset:
-                    from data_prep.embedded import prepare_embedded
-
-                    place = launch.embedded_dataset(request.arch, storage)
-                    request = request.on_dataset(prepare_embedded(*place, on_event))
+                request = launch.choose_dataset(request, storage, prepare_embedded, on_event)
                 plan = launch.plan_run(request, run, resources, probe_again=probe_again, on_event=on_event)
                 result = launch.launch(
                     plan,

@@ -8,7 +8,7 @@ import importlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -124,6 +124,22 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
     root = storage.resolve_uri(storage_uri)
     folder = str(cache_folder()) if storage.is_local(root) else root
     return storage.join(folder, "datasets", f"mnist-5000-{image_size}"), image_size
+
+
+def choose_dataset(
+    request: RunRequest, storage_uri: str, prepare: Callable[[str, int, OnEvent], str], on_event: OnEvent
+) -> RunRequest:
+    """Return a request that names its dataset: the embedded one, prepared if it is not there yet, for one without.
+
+    Args:
+        request: the request.
+        storage_uri: where the runs are.
+        prepare: `data_prep.embedded.prepare_embedded`, which this package must not import.
+        on_event: called with the progress of the preparation.
+    """
+    if request.dataset:
+        return request
+    return request.on_dataset(prepare(*embedded_dataset(request.arch, storage_uri), on_event))
 
 
 def needs_one_process(request: RunRequest, storage_uri: str) -> bool:

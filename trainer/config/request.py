@@ -42,8 +42,7 @@ class RunRequest(BaseModel):
     num_workers: str = "auto"
     """Number of training workers: a number, MIN:MAX, or auto (one per GPU, or one without GPUs)."""
     epochs: int | None = Field(None, ge=1)
-    """Passes over the train split. Default: those of the recipe, or more where a small split would get too few
-    steps."""
+    """Passes over the train split. The recipe says more of them where a small split would get too few steps."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps to train for instead of --epochs, rounded up to whole epochs."""
     patience: int | None = Field(None, ge=0)

@@ -11,6 +11,7 @@ from trainer.launch import (
     RunPlan,
     check_dataset,
     check_request,
+    choose_dataset,
     embedded_dataset,
     launch,
     load_checked_manifest,
@@ -63,6 +64,19 @@ def plan(options, tmp_path):
         return plan_run(parse_request({**options, **SETTLED, **given}), run, ONE_MACHINE, on_event=on_event)
 
     return plan
+
+
+def test_the_embedded_dataset_is_prepared_for_a_request_without_one(options, tmp_path):
+    def prepare(*arguments) -> str:
+        prepared.append(arguments)
+        return arguments[0]
+
+    prepared = []
+    given = parse_request(options)
+    assert choose_dataset(given, str(tmp_path), prepare, ignore_event) is given
+    chosen = choose_dataset(parse_request({**options, "dataset": ""}), str(tmp_path), prepare, ignore_event)
+    place = embedded_dataset("cnn_softmax", str(tmp_path))
+    assert (chosen.dataset, prepared) == (place[0], [(*place, ignore_event)])
 
 
 def test_a_dataset_that_fits_gives_its_manifest(dataset):
