@@ -8,7 +8,7 @@ import importlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -24,6 +24,8 @@ from trainer.config.request import RunRequest, resolve
 from trainer.notes.diagnostics import find_symptoms
 from trainer.notes.note import write_note
 from trainer.record import checkpoint as checkpoints
+from trainer.record.augmentation_choice import AugmentationChoice, describe_trials, read_choice, write_choice
+from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import summarise
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
 from trainer.runtime import storage
@@ -31,6 +33,7 @@ from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.runtime.events import (
     AttemptStarted,
+    AugmentationChosen,
     BatchChosen,
     Event,
     GlyphsMissing,
@@ -330,10 +333,31 @@ def plan_run(
             on_event=on_event,
         )
     config = resolve(request, manifest, workers.now, batch)
-    if record is not None and request.epochs is None and request.steps is None:
-        # What a recipe says may have changed since.
-        config = replace_values(config, epochs=record.config.epochs)
+    if record is not None:
+        config = replace_values(config, known_augmentation=record.config.known_augmentation)
+        if request.epochs is None and request.steps is None:
+            # What a recipe says may have changed since.
+            config = replace_values(config, epochs=record.config.epochs, patience=record.config.patience)
+    elif config.augment == "auto" and not probe_again:
+        config = _recall_augmentation(config, storage.parent(run.uri), on_event)
     return RunPlan(config, manifest, batch, workers)
+
+
+def _recall_augmentation(config: TrainConfig, storage_uri: str, on_event: OnEvent) -> TrainConfig:
+    """Return the config with the augmentation that an earlier run chose for the same dataset, if one did."""
+    choice = read_choice(storage_uri, config)
+    if choice is None:
+        return config
+    on_event(AugmentationChosen(choice.augmentation, f"chosen in run {choice.run}: {choice.figures}"))
+    return replace_values(config, known_augmentation=choice.augmentation)
+
+
+def _keep_augmentation(run: RunFolder, config: TrainConfig, figures: str, history: Sequence[Metrics]) -> None:
+    """Keep the augmentation that a run chose for later runs, if it came so far."""
+    chosen = [row["augmentation"] for row in history if row["stage"] in ("train", "decay")]
+    if chosen:
+        choice = AugmentationChoice(augmentation=chosen[0], figures=figures, run=run.name, chosen=datetime.now(UTC))
+        write_choice(storage.parent(run.uri), config, choice)
 
 
 def _check_same_request(run: RunFolder, record: RunRecord, request: RunRequest, manifest: Manifest) -> None:
@@ -341,7 +365,20 @@ def _check_same_request(run: RunFolder, record: RunRecord, request: RunRequest, 
     begun = record.config
     batch = given_batch(request.batch, begun.global_batch_size, begun.precision)
     config = resolve(request, manifest, begun.num_workers, batch)
-    _check_same_config(run, begun, config, [] if request.epochs or request.steps else ["epochs"])
+    if request.epochs or request.steps:
+        _check_same_config(run, _continued_config(begun, config), config, ["known_augmentation"])
+    else:
+        _check_same_config(run, begun, config, ["known_augmentation", "epochs", "patience"])
+
+
+def _continued_config(begun: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """Return the config with which a run continues: as it began, and for more epochs if more are asked for.
+
+    After a cosine there is no rate to train on with.
+    """
+    if begun.schedule == "cosine" or config.epochs <= begun.epochs:
+        return begun
+    return replace_values(begun, epochs=config.epochs, patience=config.patience)
 
 
 def launch(
@@ -356,7 +393,7 @@ def launch(
 ) -> RunResult:
     """Start a run, or continues it from its last checkpoint, and returns its result.
 
-    A run that is finished is not started again: its result is returned.
+    A run that is finished is not started again: its result is returned. With more epochs than before it is trained on.
 
     Args:
         plan: from `plan_run`.
@@ -377,13 +414,18 @@ def launch(
     record = run.read_begun_record()
     if record is not None:
         # Another number of workers continues a run: each attempt works out its batch anew.
-        config = record.config
+        config = _continued_config(record.config, plan.config)
         _check_same_config(run, config, plan.config, ["num_workers"])
-    if result := run.read_result():
+    is_longer = record is not None and config != record.config
+    if not is_longer and (result := run.read_result()):
         return result
     if record is None:
         run.write_manifest(manifest)
-        run.write_record(describe_run(config, resources.hardware, plan.batch, plan.command))
+    if record is None or is_longer:
+        # Without its result first: a run that is interrupted here is made longer by the next job.
+        run.delete_interruption()
+        described = describe_run(config, resources.hardware, plan.batch, plan.command)
+        run.write_record(described.model_copy(update={"started": record.started}) if record else described)
     if rescaling := describe_rescaling(config):
         on_event(BatchChosen(rescaling))
     largest_per_replica = plan.batch.largest_per_replica
@@ -526,10 +568,13 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         attempts=worker_result.attempts,
         incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
-        findings=find_symptoms(last.history, val, worker_result.reason),
+        augmentation=describe_trials(last.history),
+        findings=find_symptoms(main_path(last.history), val, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )
+    if result.augmentation:
+        _keep_augmentation(run, config, result.augmentation, last.history)
     run.write_metrics(last.history)
     steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
     run.write_steps(steps)

@@ -137,6 +137,8 @@ class TrainConfig(Settings):
     patience: int = Field(0, ge=0)
     """Epochs without an improvement in validation after which training ends: with --schedule plateau the rate then
     falls to zero first. 0 trains all epochs."""
+    known_augmentation: str = ""
+    """With augment=auto: what an earlier run on this dataset chose; empty to try the candidates."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Precision of the layers; variables, logits and losses are always float32."""
 

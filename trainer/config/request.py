@@ -72,7 +72,7 @@ OPTIONS: Mapping[str, FieldInfo] = {
 ARGUMENTS = ("arch_arguments", "optimizer_arguments")
 """Options that are tables of NAME = VALUE."""
 # What config.json of a run says beside its options.
-_NO_OPTIONS = {"dataset_fingerprint"}
+_NO_OPTIONS = {"dataset_fingerprint", "known_augmentation"}
 
 
 def parse_request(options: Mapping[str, Any]) -> RunRequest:

@@ -20,7 +20,7 @@ _CONTINUES = "the same command continues"
 _SAID_ELSEWHERE = {
     *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
     *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint"),
-    *("checkpoint_every", "keep_best", "evaluate_test", "export"),
+    *("augment", "patience", "checkpoint_every", "keep_best", "evaluate_test", "export"),
 }
 
 
@@ -170,6 +170,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
         f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
+        *([f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []),
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]

@@ -1,5 +1,6 @@
-"""The metrics of one epoch: a row of ``metrics.parquet`` and of a checkpoint's history."""
+"""The metrics of an epoch, a row of ``metrics.parquet`` and of a checkpoint's history, and the order of these rows."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,3 +55,13 @@ class EpochRow:
     def to_metrics(self) -> Metrics:
         """Return the values by metric name."""
         return asdict(self)
+
+
+def main_path(history: Sequence[Metrics]) -> list[Metrics]:
+    """Return the epochs that led to the weights of the last one, without those of candidates that lost."""
+    path: list[Metrics] = []
+    number = len(history)
+    while number:
+        path.append(history[number - 1])
+        number = int(path[-1].get("started_from", number - 1))
+    return path[::-1]

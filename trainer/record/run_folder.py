@@ -84,6 +84,7 @@ class RunRecord(Record):
         "config.class_weights": "none",
         "config.ema_momentum": 0.0,
         "config.augment": "all",
+        "config.known_augmentation": "",
         "config.patience": 0,
         "config.augment_flip": False,
         "config.augment_rotation": 0.0,
@@ -154,6 +155,8 @@ class RunResult(Record):
     attempts: int
     incidents: tuple[Incident, ...]
     """Each loss of the workers, and each time that damaged files were set aside."""
+    augmentation: str = ""
+    """What was tried for the augmentation, and what each reached; empty if nothing was."""
     layers: str
     """The network's layers, as code."""
     findings: list[str]

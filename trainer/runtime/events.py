@@ -210,6 +210,17 @@ class EpochFinished:
 
 
 @dataclass(frozen=True)
+class AugmentationChosen:
+    """Candidates for the augmentation were compared, or an earlier run has compared them."""
+
+    augmentation: str
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"augmentation: {self.augmentation}; {self.evidence}"
+
+
+@dataclass(frozen=True)
 class GlyphsMissing:
     """No font on this machine has some of the characters that pictures need."""
 
@@ -367,6 +378,7 @@ Event = (
     | WorkerHeardAgain
     | WorkersLost
     | AttemptStarted
+    | AugmentationChosen
     | RunStarted
     | WeightsTransferred
     | EpochFinished

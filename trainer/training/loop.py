@@ -20,6 +20,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from trainer.architectures.source import format_layers
 from trainer.config.config import TrainConfig, resize_batch
 from trainer.record import checkpoint as checkpoints
+from trainer.record.augmentation_choice import describe_trials
 from trainer.record.checkpoint import Checkpoint, Position
 from trainer.record.epoch_row import EpochRow, Metrics
 from trainer.record.evaluation_result import find_mistakes
@@ -27,6 +28,7 @@ from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.events import (
     AttemptStarted,
+    AugmentationChosen,
     CheckpointsSetAside,
     EpochFinished,
     StageProgressed,
@@ -184,6 +186,10 @@ class _Training:
         with _background_writer() as write:
             try:
                 while plan := plan_epoch(self._history, self._config, self._steps_per_epoch):
+                    before = self._history[-1].get("stage") if self._history else ""
+                    if self._rank == 0 and (before, plan.stage) == ("trial", "train"):
+                        evidence = f"validation loss: {describe_trials(self._history)}"
+                        self._job.send_event(AugmentationChosen(plan.augmentation, evidence))
                     self._start_epoch(plan, write)
                     row = self._run_epoch(plan, write)
                     if self._rank == 0:

@@ -80,16 +80,6 @@ def list_augmentations(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys("+".join(one) or NO_AUGMENTATION for one in parts))
 
 
-def main_path(history: Sequence[Metrics]) -> list[Metrics]:
-    """Return the epochs that led to the weights of the last one, without those of candidates that lost."""
-    path: list[Metrics] = []
-    number = len(history)
-    while number:
-        path.append(history[number - 1])
-        number = int(path[-1].get("started_from", number - 1))
-    return path[::-1]
-
-
 def needed_epochs(history: Sequence[Metrics]) -> set[int]:
     """Return the epochs whose weights a later epoch may start from."""
     needed = {len(history)}
@@ -104,7 +94,8 @@ def needed_epochs(history: Sequence[Metrics]) -> set[int]:
 def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> EpochPlan | None:
     """Return the next epoch of `plain` or of a trial; None where both are over."""
     plain, trials = _of_stage(history, "plain"), _of_stage(history, "trial")
-    if config.augment != "auto" or len(history) > len(plain) + len(trials):
+    is_open = config.augment == "auto" and not config.known_augmentation
+    if not is_open or len(history) > len(plain) + len(trials):
         return None
     candidates = list_augmentations(config)
     if (len(candidates) + len(candidates) // 2) * unit > _TRIAL_SHARE * config.epochs:
@@ -143,8 +134,8 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
         start = max(int(row["epoch"]) for row in trials if row["augmentation"] == augmentation)
     else:
         # In a run of few epochs there is no time to try any.
-        augmentation = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
-        start = len(history)
+        unknown = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
+        augmentation, start = config.known_augmentation or unknown, len(history)
     ending = history[start:] if train else []
     before = len(history) - len(ending)
     decay = max(unit, round(_DECAY_SHARE * (before if config.patience else config.epochs)))

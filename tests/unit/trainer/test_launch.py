@@ -180,8 +180,8 @@ def test_a_run_name_and_a_storage_are_looked_at_without_a_cluster(options, tmp_p
 def test_what_the_command_line_leaves_open_the_recipe_says(plan):
     planned = plan()
     config = planned.config
-    assert (config.optimizer, config.epochs, config.weight_decay) == ("adamw", 20, 0.01)
-    assert plan(global_batch_size="50").config.epochs == 150  # two steps each
+    assert (config.optimizer, config.epochs, config.weight_decay) == ("adamw", 80, 0.01)
+    assert plan(global_batch_size="50").config.epochs == 1000  # two steps each
     assert config.dataset_fingerprint == planned.manifest.fingerprint
     assert plan(recipe="notes").config.optimizer == "adam"
 
@@ -292,8 +292,30 @@ def test_a_used_name_with_another_dataset_is_refused_before_anything_is_measured
 
 def test_a_used_name_with_another_config_is_refused_with_the_differences(finished, plan):
     run, _ = finished
-    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 20 -> 3\); choose another --run-name"):
+    with pytest.raises(InputError, match=r"run first .* another config \(epochs: 80 -> 3; .*choose another --run-name"):
         launch(plan(run, epochs=3), run, ONE_MACHINE)
+
+
+def test_more_epochs_train_a_finished_run_on(finished, plan, monkeypatch):
+    def fail(*arguments, **options):
+        raise JobError("stopped")
+
+    monkeypatch.setattr("trainer.launch.run_workers", fail)
+    run, planned = finished
+    with pytest.raises(JobError, match="stopped"):
+        launch(plan(run, epochs=100), run, ONE_MACHINE)
+    config = run.read_record().config
+    assert (config.epochs, config.patience) == (100, 0)
+    assert config.model_copy(update={"epochs": 80, "patience": 4}) == planned.config
+    assert run.read_ending().status == "failed"
+
+
+def test_a_cosine_that_has_come_down_is_not_trained_on(plan, tmp_path, make_result):
+    planned, run = plan(schedule="cosine", epochs=5), RunFolder(str(tmp_path / "runs" / "first"))
+    run.write_record(describe_run(planned.config, "1 node"))
+    run.write_ending(make_result())
+    with pytest.raises(InputError, match=r"epochs: 5 -> 9"):
+        plan(run, schedule="cosine", epochs=9)
 
 
 @pytest.mark.parametrize(

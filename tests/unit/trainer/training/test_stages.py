@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from trainer.training.stages import EpochPlan, list_augmentations, main_path, needed_epochs, plan_epoch
+from trainer.record.epoch_row import main_path
+from trainer.training.stages import EpochPlan, list_augmentations, needed_epochs, plan_epoch
 
 STEPS = 100
 PARTS = {"augment_rotation": 10.0, "augment_translation": 0.1, "augment_zoom": 0.1}
@@ -94,6 +95,12 @@ def test_no_run_is_longer_than_its_epochs(make):
 def test_without_patience_all_epochs_are_trained(make):
     history = simulate(make(patience=0, augment="all"), lambda plan, rows: 1.0)
     assert stages(history) == [("train", 33), ("decay", 6), ("clean", 1)]
+
+
+def test_what_an_earlier_run_found_is_not_tried_again(make):
+    history = simulate(make(known_augmentation=ALL), lambda plan, rows: 1.0)
+    assert stages(history) == [("train", 4), ("decay", 1), ("clean", 1)]
+    assert history[0]["augmentation"] == ALL
 
 
 def test_a_run_of_few_epochs_tries_nothing(make):

@@ -1,0 +1,53 @@
+from datetime import UTC, datetime
+
+import pytest
+
+from trainer.record.augmentation_choice import AugmentationChoice, describe_trials, read_choice, write_choice
+from trainer.runtime import storage
+
+CHOICE = AugmentationChoice(
+    augmentation="rotation+zoom", figures="rotation+zoom 0.061 after 2 epochs", run="first", chosen=datetime.now(UTC)
+)
+
+
+@pytest.fixture
+def make(make_config):
+    return lambda **values: make_config(**{"augment": "auto", "augment_rotation": 10.0, **values})
+
+
+def test_a_later_run_finds_what_an_earlier_one_chose(make, tmp_path):
+    write_choice(str(tmp_path), make(), CHOICE)
+    later = make(seed=3, global_batch_size=8, base_learning_rate=0.5, epochs=7)
+    assert read_choice(str(tmp_path), later) == CHOICE
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dataset_fingerprint": "other"},
+        {"arch": "alexnet"},
+        {"augment_rotation": 20.0},
+        {"augment_translation": 0.1},
+        {"input_scaling": "unit"},
+    ],
+)
+def test_another_dataset_network_or_candidate_is_tried_anew(make, tmp_path, values):
+    write_choice(str(tmp_path), make(), CHOICE)
+    assert read_choice(str(tmp_path), make(**values)) is None
+
+
+def test_a_damaged_choice_is_tried_anew(make, tmp_path):
+    write_choice(str(tmp_path), make(), CHOICE)
+    (name,) = storage.find_files(str(tmp_path / "augmentations"))
+    (tmp_path / "augmentations" / name).write_text("{")
+    assert read_choice(str(tmp_path), make()) is None
+
+
+def test_trials_are_told_with_their_last_losses_the_longest_tried_first():
+    rows = [("plain", "none", 0.9), ("trial", "none", 0.5), ("trial", "rotation", 0.4), ("trial", "flip", 0.2)]
+    rows += [("trial", "none", 0.3), ("trial", "rotation", 0.25), ("train", "rotation", 0.1)]
+    history = [{"stage": stage, "augmentation": name, "val_loss": loss} for stage, name, loss in rows]
+    assert describe_trials(history) == (
+        "rotation 0.250 after 2 epochs, none 0.300 after 2 epochs, flip 0.200 after 1 epoch"
+    )
+    assert describe_trials(history[:1]) == ""

@@ -1,0 +1,60 @@
+"""Which augmentation won in a run, kept in the storage for later runs with the same dataset and architecture."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from trainer.config.config import TrainConfig
+from trainer.record.epoch_row import Metrics
+from trainer.runtime import storage
+from trainer.runtime.errors import RecordError
+from trainer.runtime.markdown import format_count
+from trainer.runtime.record_format import Record
+
+# What the choice is between.
+_CANDIDATES = [name for name in TrainConfig.model_fields if name.startswith("augment_")]
+
+
+class AugmentationChoice(Record):
+    """The augmentation that won, and by how much."""
+
+    augmentation: str
+    figures: str
+    """What each candidate reached."""
+    run: str
+    """The name of the run that tried them."""
+    chosen: datetime
+
+
+def write_choice(storage_uri: str, config: TrainConfig, choice: AugmentationChoice) -> None:
+    """Keep a choice for later runs in a storage; it replaces an earlier one."""
+    storage.write_bytes(_uri(storage_uri, config), choice.to_json())
+
+
+def read_choice(storage_uri: str, config: TrainConfig) -> AugmentationChoice | None:
+    """Return what an earlier run with this dataset, this architecture and these candidates chose; None if none did."""
+    uri = _uri(storage_uri, config)
+    try:
+        return AugmentationChoice.parse(storage.read_bytes(uri), uri)
+    except (FileNotFoundError, RecordError):
+        return None  # it is tried again
+
+
+def _uri(storage_uri: str, config: TrainConfig) -> str:
+    key: dict[str, Any] = config.model_dump(include={"arch", "dataset_fingerprint", "input_scaling", *_CANDIDATES})
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return storage.join(storage_uri, "augmentations", f"{digest}.json")
+
+
+def describe_trials(history: Sequence[Metrics]) -> str:
+    """Return what was tried in a run and the last validation loss of each, best first; empty if nothing was."""
+    losses: dict[str, list[float]] = {}
+    for row in history:
+        if row.get("stage") == "trial":
+            losses.setdefault(row["augmentation"], []).append(row["val_loss"])
+    best_first = sorted(losses, key=lambda name: (-len(losses[name]), losses[name][-1]))
+    return ", ".join(
+        f"{name} {losses[name][-1]:.3f} after {format_count(len(losses[name]), 'epoch')}" for name in best_first
+    )
