@@ -21,8 +21,10 @@ from trainer.runtime import storage
 from trainer.runtime.errors import JobError
 from trainer.runtime.events import AttemptStarted, EpochFinished, RunStarted, StepProfiled, WorkersLost
 from trainer.training import step
-from trainer.training.dataset import load_manifest, open_split
+from trainer.training.batches import make_batch
+from trainer.training.dataset import epoch_order, load_manifest, open_split
 from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
+from trainer.training.noise import compile_noise
 
 # 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
 GLOBAL_BATCH_SIZE = 20
@@ -160,6 +162,18 @@ def test_validation_over_two_workers_is_exactly_that_of_one_process(plain_run_of
     outcomes = Evaluator(val, config.per_replica_batch_size, 0, 1, eval_step, gather).evaluate()
     row = best.history[-1]
     assert mean_loss_and_accuracy(outcomes, val.labels) == (row["val_loss"], row["val_accuracy"])
+
+
+def test_the_noise_that_two_workers_measure_is_that_of_two_halves_of_the_batch(plain_run_of_two, dataset):
+    manifest = load_manifest(str(dataset))
+    config = plain_run_of_two.read_record().config.model_copy(update={"num_workers": 1})
+    train = open_split(str(dataset), manifest, "train")
+    first_rows = epoch_order(len(train), config.seed, 1)[:GLOBAL_BATCH_SIZE]
+    measure = compile_noise(step.build_network(manifest, config, steps_per_epoch=4), manifest, config)
+    noises = plain_run_of_two.read_steps()["grad_noise"].to_numpy()
+    assert noises[0] == pytest.approx(float(measure(*make_batch(train, first_rows))), rel=1e-3)
+    assert np.isfinite(noises).all()
+    assert np.isfinite(metrics(plain_run_of_two)["noise_scale"]).all()
 
 
 def test_both_workers_hold_the_same_weights(plain_run_of_two):

@@ -29,6 +29,9 @@ class EpochRow:
     """Mean L2 norm of the unclipped gradient."""
     clipped_fraction: float
     """Share of the steps whose gradient was clipped."""
+    noise_scale: float
+    """Gradient noise scale in images (`trainer.record.noise_scale`); NaN where it was not measured, infinite where the
+    gradients are no longer than their noise."""
     images_per_second: float
     data_wait_seconds: float
     """Seconds that the training steps waited for batches; the maximum over the workers."""
@@ -65,3 +68,8 @@ def main_path(history: Sequence[Metrics]) -> list[Metrics]:
         path.append(history[number - 1])
         number = int(path[-1].get("started_from", number - 1))
     return path[::-1]
+
+
+def complete_row(metrics: Metrics) -> Metrics:
+    """Return a row of metrics of an earlier version with NaN for the noise scale, which it did not measure."""
+    return {"noise_scale": float("nan"), **metrics}

@@ -22,8 +22,9 @@ from trainer.config.config import TrainConfig, resize_batch
 from trainer.record import checkpoint as checkpoints
 from trainer.record.augmentation_choice import describe_trials
 from trainer.record.checkpoint import Checkpoint, Position
-from trainer.record.epoch_row import EpochRow, Metrics
+from trainer.record.epoch_row import EpochRow, Metrics, complete_row
 from trainer.record.evaluation_result import find_mistakes
+from trainer.record.noise_scale import find_noise_scale
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.events import (
@@ -42,6 +43,7 @@ from trainer.training.devices import peak_memory_gib, share_devices
 from trainer.training.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
 from trainer.training.export import write_exports
 from trainer.training.job import WorkerJob, WorkerResult
+from trainer.training.noise import add_noise
 from trainer.training.profile import StepProfiler
 from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
 from trainer.training.step import (
@@ -68,6 +70,7 @@ STEPS_SCHEMA = pa.schema(
         ("accuracy", pa.float32()),
         ("grad_norm", pa.float32()),
         ("clipped", pa.float32()),
+        ("grad_noise", pa.float32()),
     ]
 )
 
@@ -159,7 +162,8 @@ class _Training:
         self.network = build_network(job.manifest, config, self._steps_per_epoch, initial_weights)
         if self.network.transferred and rank == 0:
             job.send_event(WeightsTransferred(self.network.transferred))
-        self._train_step = compile_train_step(self.network, job.manifest, config)
+        train_step = compile_train_step(self.network, job.manifest, config)
+        self._train_step = add_noise(train_step, self.network, job.manifest, config)
         self._eval_step = compile_eval_step(self.network, job.manifest, config)
         self._estimate = compile_estimate(self.network, job.manifest, config)
         self.gather = compile_gather(self.network)
@@ -174,8 +178,9 @@ class _Training:
 
     def _continue(self, last: Checkpoint) -> None:
         self._restore(last)
-        self._history, self._epoch_rows = list(last.history), last.epoch_rows
-        self._steps = storage.parquet_table(checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME))
+        self._history, self._epoch_rows = [complete_row(row) for row in last.history], last.epoch_rows
+        content = checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME)
+        self._steps = _upgrade_steps(storage.parquet_table(content))
         if last.global_batch_size != self._config.global_batch_size:
             # The schedule counts steps: it resumes where as many epochs with this batch would have ended.
             in_epoch = self._epoch_rows // self._config.global_batch_size
@@ -263,6 +268,9 @@ class _Training:
             learning_rate=float(self.network.optimizer.learning_rate.numpy()),
             grad_norm=_finite_mean(of_epoch["grad_norm"]),
             clipped_fraction=_finite_mean(of_epoch["clipped"]),
+            noise_scale=find_noise_scale(
+                of_epoch["grad_noise"].to_numpy(), of_epoch["grad_norm"].to_numpy(), config.global_batch_size
+            ),
             images_per_second=images_per_second,
             data_wait_seconds=float(longest_wait),
             attempt=self._attempt,
@@ -317,7 +325,7 @@ class _Training:
         started = last_event = time.perf_counter()
         stats: list[Any] = []
         for images, labels in feed.batches(lambda step: self._make_batch(order, step), range(num_steps)):
-            stats.append(self._train_step(images, labels))
+            stats.append(self._train_step(images, labels, first_step + len(stats)))
             taken = len(stats)
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
             self._epoch_rows += config.global_batch_size
@@ -408,6 +416,14 @@ def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
         return STEPS_SCHEMA.empty_table()
     numbers = pa.array(range(taken_before + 1, taken_before + len(stats) + 1), pa.int64())
     return pa.table([numbers, *np.stack(stats).T.astype(np.float32)], schema=STEPS_SCHEMA)
+
+
+def _upgrade_steps(steps: pa.Table) -> pa.Table:
+    """Return the steps of a checkpoint, which may be older than a column."""
+    for field in STEPS_SCHEMA:
+        if field.name not in steps.column_names:
+            steps = steps.append_column(field, pa.array(np.full(steps.num_rows, np.nan), field.type))
+    return steps
 
 
 def _finite_mean(column: pa.ChunkedArray) -> float:

@@ -30,7 +30,7 @@ from trainer.workers.backend import tolerate_silence
 # the last layers are exchanged while those of the first are computed (docs/performance.md).
 _COMMUNICATION = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
 # The columns that a training step returns, over the global batch.
-STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED = range(4)
+STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED, STEP_GRAD_NOISE = range(5)
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
     return [sum(rows) / (present * count) if count else 0.0 for count in rows]
 
 
-def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
-    """Return ``train_step(images, labels)``, which updates the model once.
+def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
+    """Return ``gradients(images, labels)`` for this replica's share of the training objective.
 
-    It takes uint8 ``[per_replica_batch_size, height, width, channels]`` and int32 ``[per_replica_batch_size]``. It
-    returns float32 ``[4]`` over the global batch: mean cross-entropy, accuracy, L2 norm of the unclipped gradient, and
-    whether the gradient was clipped.
+    It takes float32 images with pixels from 0 to 255, augmented, and int32 labels. It returns a list with the gradient
+    of each trainable variable, and the logits. The gradients are divided by the global batch of the config, so that
+    their sum over the workers is that of its mean loss.
     """
     model, optimizer = network.model, network.optimizer
     scale_pixels = build_scaling(manifest, config)
@@ -187,23 +187,43 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
     scales_loss = config.precision == "mixed_float16"
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
-    def replica_step(images: Any, labels: Any) -> Any:
-        fix_dropout(model, optimizer, config)  # while tracing, for this batch size
-        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, network.strengths, config)
+    def gradients_of(images: Any, labels: Any) -> Any:
         with tf.GradientTape() as tape:
-            logits = model(scale_pixels(augmented), training=True)
+            logits = model(scale_pixels(images), training=True)
             targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
-            # Divided by the global batch, so that the sum over the workers is its mean.
             objective = tf.reduce_sum(losses) / config.global_batch_size
             if scales_loss:
                 objective = optimizer.get_scaled_loss(objective)
         gradients = tape.gradient(objective, model.trainable_variables)
         if scales_loss:
             gradients = optimizer.get_unscaled_gradients(gradients)
+        return gradients, logits
+
+    return gradients_of
+
+
+def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
+    """Return ``train_step(images, labels)``, which updates the model once.
+
+    It takes uint8 ``[per_replica_batch_size, height, width, channels]`` and int32 ``[per_replica_batch_size]``. It
+    returns float32 ``[5]`` over the global batch: mean cross-entropy, accuracy, L2 norm of the unclipped gradient,
+    whether the gradient was clipped, and the noise of the gradient, `trainer.record.noise_scale`: NaN with one worker
+    (`trainer.training.noise`).
+    """
+    model, optimizer = network.model, network.optimizer
+    gradients_of = build_gradients(network, manifest, config)
+
+    def replica_step(images: Any, labels: Any) -> Any:
+        fix_dropout(model, optimizer, config)  # while tracing, for this batch size
+        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, network.strengths, config)
+        gradients, logits = gradients_of(augmented, labels)
         cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
+        # This worker's gradient is of a part of the batch; its length comes with the exchange that there is anyway.
+        own = tf.linalg.global_norm(gradients) * config.num_workers if config.num_workers > 1 else tf.constant(0.0)
         means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size
+        means = tf.concat([means, [own**2 / config.num_workers]], axis=0)
         *gradients, means = tf.distribute.get_replica_context().all_reduce(
             tf.distribute.ReduceOp.SUM, [*gradients, means], options=_COMMUNICATION
         )
@@ -215,7 +235,10 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
         optimizer.apply_gradients(
             zip(gradients, model.trainable_variables, strict=True), skip_gradients_aggregation=True
         )
-        return tf.stack([means[0], means[1], norm, clipped])
+        noise = tf.constant(float("nan"))
+        if config.num_workers > 1:
+            noise = (means[2] - norm**2) * config.global_batch_size / (config.num_workers - 1)
+        return tf.stack([means[0], means[1], norm, clipped, noise])
 
     @tf.function  # type: ignore[untyped-decorator]
     def train_step(images: Any, labels: Any) -> Any:

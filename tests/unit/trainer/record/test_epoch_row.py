@@ -1,6 +1,8 @@
+import math
+
 import pyarrow.parquet as pq
 
-from trainer.record.epoch_row import EpochRow
+from trainer.record.epoch_row import EpochRow, complete_row
 from trainer.record.run_folder import RunFolder
 
 ROW = EpochRow(
@@ -11,6 +13,7 @@ ROW = EpochRow(
     learning_rate=0.125,
     grad_norm=3.0,
     clipped_fraction=0.5,
+    noise_scale=48.0,
     images_per_second=640.0,
     data_wait_seconds=0.75,
     attempt=1,
@@ -33,9 +36,17 @@ def test_the_columns_of_metrics_parquet_keep_their_names_and_their_order(tmp_pat
     table = pq.read_table(run.path("metrics.parquet"))
     # Notes, plots, plans and the users' own scripts read these.
     expected = {"epoch": 2, "step": 8, "loss": 1.5, "accuracy": 0.25, "learning_rate": 0.125, "grad_norm": 3.0}
-    expected |= {"clipped_fraction": 0.5, "images_per_second": 640.0, "data_wait_seconds": 0.75, "attempt": 1}
+    expected |= {"clipped_fraction": 0.5, "noise_scale": 48.0, "images_per_second": 640.0}
+    expected |= {"data_wait_seconds": 0.75, "attempt": 1}
     expected |= {"num_workers": 2, "global_batch_size": 20, "val_loss": 1.25, "val_accuracy": 0.625}
     expected |= {"peak_memory_gib": 2.0, "checkpoint_seconds": 0.0625, "epoch_seconds": 4.0}
     expected |= {"stage": "trial", "augmentation": "rotation", "started_from": 1}
     assert table.column_names == list(expected)
     assert table.to_pylist() == [expected] == run.read_metrics()
+
+
+def test_a_row_of_an_earlier_version_has_nan_for_what_was_not_measured_then():
+    earlier = {name: value for name, value in ROW.to_metrics().items() if name != "noise_scale"}
+    row = complete_row(earlier)
+    assert math.isnan(row.pop("noise_scale"))
+    assert row == earlier

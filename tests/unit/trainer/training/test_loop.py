@@ -24,6 +24,7 @@ from trainer.training.loop import (
     _finite_mean,
     _steps_table,
     _Training,
+    _upgrade_steps,
     _write_checkpoint,
 )
 
@@ -34,25 +35,33 @@ def test_an_epoch_of_which_less_than_a_batch_is_left_has_no_steps_to_check():
 
 
 def test_a_step_without_a_finite_loss_stops_training_and_the_message_says_between_which_steps():
-    stats = [np.float32([1.0, 0.5, 2.0, 0.0])] * 51 + [np.float32([np.nan, 0.5, 2.0, 0.0])]
+    stats = [np.float32([1.0, 0.5, 2.0, 0.0, 0.1])] * 51 + [np.float32([np.nan, 0.5, 2.0, 0.0, 0.1])]
     # Step 50 of these was checked: the two after it were not.
     with pytest.raises(DivergedError, match=r"within steps \[55, 56\]"):
         _check_finite(stats, first_step=4, precision="float32")
 
 
 def test_an_overflow_of_the_gradient_is_an_error_unless_loss_scaling_takes_care_of_it():
-    stats = [np.float32([1.0, 0.5, np.inf, 0.0])]
+    stats = [np.float32([1.0, 0.5, np.inf, 0.0, 0.1])]
     _check_finite(stats, first_step=0, precision="mixed_float16")
     with pytest.raises(DivergedError, match=r"\[1, 1\]"):
         _check_finite(stats, first_step=0, precision="float32")
 
 
 def test_steps_are_numbered_from_those_before_and_the_mean_leaves_out_overflows():
-    table = _steps_table([np.float32([1.0, 0.5, norm, 0.0]) for norm in (2.0, np.inf, 4.0)], taken_before=7)
+    table = _steps_table([np.float32([1.0, 0.5, norm, 0.0, np.nan]) for norm in (2.0, np.inf, 4.0)], taken_before=7)
     assert table.schema == STEPS_SCHEMA
     assert table["step"].to_pylist() == [8, 9, 10]
     assert _finite_mean(table["grad_norm"]) == 3.0
     assert _steps_table([], taken_before=7).num_rows == 0
+
+
+def test_steps_of_an_earlier_version_have_nan_where_nothing_was_measured():
+    earlier = _steps_table([np.float32([1.0, 0.5, 2.0, 0.0, 0.1])], taken_before=0)
+    upgraded = _upgrade_steps(earlier.drop_columns(["grad_noise"]))
+    assert upgraded.schema == STEPS_SCHEMA
+    assert np.isnan(upgraded["grad_noise"].to_numpy()).all()
+    assert _upgrade_steps(earlier).equals(earlier)
 
 
 @pytest.fixture
@@ -86,7 +95,7 @@ def test_an_epoch_leaves_its_metrics_and_the_next_attempt_goes_on_from_the_same_
     (row,), last = run.read_metrics(), checkpoints.find_last(run.checkpoints)
     (event,) = (event for event in events if isinstance(event, EpochFinished))
     assert list(row) == [field.name for field in dataclasses.fields(EpochRow)]
-    assert event.row == row
+    assert event.row == pytest.approx(row, abs=0, nan_ok=True)
     assert [row[name] for name in ("epoch", "step", "attempt", "global_batch_size")] == [1, 3, 1, 4]
     assert row["loss"] == pytest.approx(np.mean(run.read_steps()["loss"].to_numpy()))
     predictions = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.PREDICTIONS_NAME))

@@ -58,7 +58,7 @@ class Started:
     train_step: object
 
     def train(self, batch, steps: int = 1) -> np.ndarray:
-        """Takes steps on one batch and returns what each told, [steps, 4]."""
+        """Takes steps on one batch and returns what each told, [steps, 5]."""
         return np.stack([self.train_step(*map(tf.constant, batch)).numpy() for _ in range(steps)])
 
     def weights(self) -> dict[str, np.ndarray]:
