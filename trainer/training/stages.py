@@ -26,7 +26,7 @@ NO_AUGMENTATION = "none"
 _LEAST_STEPS = 40
 _PLAIN_PATIENCE = 2
 # The largest shares of all epochs that `plain` and the trials take.
-_PLAIN_SHARE = 0.25
+_PLAIN_SHARE = 0.15
 _TRIAL_SHARE = 0.25
 # Share of the epochs so far that `decay` adds.
 _DECAY_SHARE = 0.15

@@ -70,9 +70,10 @@ def test_each_candidate_can_win_and_training_goes_on_from_its_weights(make, best
     assert all(history[row["started_from"] - 1]["augmentation"] == row["augmentation"] for row in trials[4:])
 
 
-def test_plain_training_lasts_while_validation_improves_up_to_a_quarter(make):
-    assert stages(simulate(make(), of_best(LOSSES, until=5)))[0] == ("plain", 8)
-    assert stages(simulate(make(), of_best(LOSSES, until=40)))[0] == ("plain", 10)
+def test_plain_training_lasts_while_validation_improves_up_to_a_limit(make):
+    assert stages(simulate(make(), of_best(LOSSES, until=3)))[0] == ("plain", 6)
+    assert stages(simulate(make(epochs=60), of_best(LOSSES, until=40)))[0] == ("plain", 9)
+    assert stages(simulate(make(epochs=60), of_best(LOSSES, until=4)))[0] == ("plain", 7)
 
 
 def test_training_ends_when_neither_loss_nor_accuracy_improves(make):
