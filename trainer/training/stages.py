@@ -16,6 +16,7 @@ functions of the history: alike on every worker, and in a run that was resumed.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import rank_epoch
@@ -136,10 +137,12 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
         # In a run of few epochs there is no time to try any.
         unknown = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
         augmentation, start = config.known_augmentation or unknown, len(history)
-    ending = history[start:] if train else []
+    ending = list(takewhile(lambda row: row.get("stage") in ("decay", "clean"), reversed(history)))
     before = len(history) - len(ending)
-    decay = max(unit, round(_DECAY_SHARE * (before if config.patience else config.epochs)))
-    clean = unit if augmentation != NO_AUGMENTATION else 0
+    # In a short run too the rate falls to zero.
+    least = min(unit, max(1, config.epochs // 3))
+    decay = max(least, round(_DECAY_SHARE * (before if config.patience else config.epochs)))
+    clean = least if augmentation != NO_AUGMENTATION else 0
     if len(history) < config.epochs - decay - clean and not _has_stalled(train, config.patience * unit):
         return EpochPlan("train", augmentation, start)
     decayed, cleaned = len(_of_stage(ending, "decay")), len(_of_stage(ending, "clean"))

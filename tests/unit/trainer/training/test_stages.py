@@ -110,6 +110,18 @@ def test_a_run_of_few_epochs_tries_nothing(make):
     assert {row["augmentation"] for row in history} == {"none"}
 
 
+@pytest.mark.parametrize("augment", ["none", "all"])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 11])
+def test_the_rate_of_a_short_run_falls_to_zero_however_few_steps_an_epoch_has(make, augment, epochs):
+    config = make(augment=augment, patience=0, epochs=epochs)
+    history = simulate(config, lambda plan, rows: 1.0, steps_per_epoch=4)
+    decay = [row for row in history if row["stage"] == "decay"]
+    assert len(history) == epochs
+    assert (decay[0]["first_rate"], decay[-1]["last_rate"], history[-1]["last_rate"]) == (1, 0, 0)
+    assert [row["first_rate"] for row in decay[1:]] == [row["last_rate"] for row in decay[:-1]]
+    assert history[-1]["stage"] == ("clean" if augment == "all" and epochs > 1 else "decay")
+
+
 def test_where_an_epoch_has_few_steps_several_count_as_one(make):
     history = simulate(make(epochs=80), of_best(LOSSES, until=0), steps_per_epoch=25)
     assert stages(history) == [("plain", 5), ("trial", 12), ("train", 7), ("decay", 4), ("clean", 2)]
