@@ -9,7 +9,7 @@ import pytest
 from trainer.config.config import TrainConfig
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Position
-from trainer.record.epoch_row import EpochRow
+from trainer.record.epoch_row import EpochRow, main_path
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.errors import LeaseLostError
@@ -68,20 +68,20 @@ def test_steps_of_an_earlier_version_have_nan_where_nothing_was_measured():
 def start(write_dataset, make_config, tmp_path):
     """Return a function that starts a run of one worker, or continues it, and returns it and what it tells."""
     dataset = write_dataset(rows=(14, 5, 1), image_size=22)
-    config = make_config(
-        arch_arguments={"first_filters": 3, "later_filters": [4], "dense_units": 8},
-        dataset=dataset.uri,
-        global_batch_size=4,
-        epochs=1,
-        ema_momentum=0.5,
-        optimizer="sgd",
-        augment_rotation=0.0,
-        augment_translation=0.0,
-        augment_zoom=0.0,
-    )
 
-    def start() -> tuple[RunFolder, _Training, list]:
-        run, events = RunFolder(str(tmp_path / "run")), []
+    def start(name: str = "run", **values) -> tuple[RunFolder, _Training, list]:
+        config = make_config(
+            **{
+                "arch_arguments": {"first_filters": 3, "later_filters": [4], "dense_units": 8},
+                "dataset": dataset.uri,
+                "global_batch_size": 4,
+                "epochs": 1,
+                "ema_momentum": 0.5,
+                "optimizer": "sgd",
+                **values,
+            }
+        )
+        run, events = RunFolder(str(tmp_path / name)), []
         job = WorkerJob(config, dataset.manifest, run.uri, None, (), 0, None, events.append)
         attempt = run.start_attempt()
         return run, _Training(job, run, config, 0, attempt, checkpoints.find_last(run.checkpoints)), events
@@ -113,6 +113,64 @@ def test_an_epoch_leaves_its_metrics_and_the_next_attempt_goes_on_from_the_same_
         assert arrays.keys() == others.keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(array, others[name], err_msg=name)
+
+
+class StoppedError(Exception):
+    """Ends an attempt as if its worker had died."""
+
+
+STAGED = {
+    "schedule": "plateau",
+    "epochs": 26,
+    "patience": 3,
+    "augment": "auto",
+    "augment_rotation": 90.0,
+    "augment_translation": 0.3,
+    "base_learning_rate": 3.0,
+    "checkpoint_every": 1,
+    "ema_momentum": 0.0,
+}
+# Of what an epoch did, all but seconds and the like.
+DONE = ("epoch", "step", "stage", "augmentation", "started_from", "loss", "val_loss", "val_accuracy", "learning_rate")
+
+
+def train_in_attempts(start, name: str, stops: list[int]) -> tuple[list, dict]:
+    """Train a run whose attempts end before the given numbers of steps, and return its history and last weights."""
+    for stop in [*stops, None]:
+        run, training, _ = start(name, **STAGED)
+        steps, take = itertools.count(training._steps.num_rows + 1), training._train_step
+
+        def step(*batch, stop=stop, steps=steps, take=take):
+            if next(steps) == stop:
+                raise StoppedError
+            return take(*batch)
+
+        training._train_step = step
+        with contextlib.suppress(StoppedError):
+            training.run()
+    # An epoch takes three steps. The optimizer's state is that of the epochs that led to its weights.
+    assert training.network.optimizer.iterations.numpy() == 3 * len(main_path(run.read_metrics()))
+    weights = checkpoints.read_variables(training.network.model.variables)
+    return [{key: row[key] for key in DONE} for row in run.read_metrics()], weights
+
+
+def test_a_run_goes_through_its_stages_alike_wherever_it_was_interrupted(start, monkeypatch):
+    monkeypatch.setattr("trainer.training.stages._LEAST_STEPS", 3)
+    # There is one worker, and Ray refuses to speak outside of its workers.
+    monkeypatch.setattr("trainer.training.loop.broadcast_from_rank_zero", lambda value: value)
+    undisturbed, weights = train_in_attempts(start, "undisturbed", [])
+    assert {row["stage"] for row in undisturbed} >= {"plain", "trial", "train", "decay"}
+    branches = [row["epoch"] for row in undisturbed if row["started_from"] != row["epoch"] - 1]
+    assert len(branches) >= 4
+    # Within an epoch of `plain`; in a trial's first step and within it; in the first step of `train` and of `decay`.
+    firsts = {
+        stage: next(row["step"] for row in undisturbed if row["stage"] == stage) - 2 for stage in ("train", "decay")
+    }
+    stops = [5, 3 * branches[1] - 2, 3 * branches[2] - 1, firsts["train"], firsts["decay"]]
+    history, resumed = train_in_attempts(start, "interrupted", stops)
+    assert history == undisturbed
+    for name, array in weights.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
 
 
 # The first epoch is the best.
