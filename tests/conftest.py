@@ -25,6 +25,22 @@ hypothesis.settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).parent.parent
 
+# Enough of each family to run its every layer in no time.
+TINY_NETWORKS = {
+    "cnn_sigmoid": {"first_filters": 4, "dense_units": 8},
+    "cnn_softmax": {"first_filters": 4, "dense_units": 8},
+    "cnn_deep": {"first_filters": 4, "dense_units": 8},
+    "cnn_tapered": {"first_filters": 4, "dense_units": 8},
+    "alexnet": {"width": 0.05, "dense_units": 16},
+    "vgg16": {"filters": [8, 8, 16, 16, 16], "dense_units": 32},
+    "vgg19": {"filters": [8, 8, 16, 16, 16], "dense_units": 32},
+    "inception_notes": {"width": 0.25},
+    "googlenet": {"width": 0.125},
+    "resnet18": {"width": 0.125},
+    "resnet34": {"width": 0.125},
+    "resnet50": {"width": 0.125},
+}
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):

@@ -15,6 +15,17 @@ from trainer.runtime.errors import InputError, RecordError
 from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table
 
 NOTEBOOK_NAME = "NOTES.md"
+_MODEL = """
+`model.keras` holds the weights of the best epoch, the scaling of the pixels and the names of the classes. Keras 3 and
+`tf_keras` open it. Images have pixels from 0 to 255, scores are in the order of the names:
+
+```python
+import json, zipfile, keras
+model = keras.saving.load_model("model.keras")
+class_names = json.loads(zipfile.ZipFile("model.keras").read("metadata.json"))["class_names"]
+scores = model.predict(images)
+```
+"""
 _CONTINUES = "the same command continues"
 # Options that another part of the sentence or of the note states, or that do not change what is learned.
 _SAID_ELSEWHERE = {
@@ -25,10 +36,10 @@ _SAID_ELSEWHERE = {
 
 
 def write_note(run: RunFolder, result: RunResult) -> None:
-    """Write ``note.md`` into the folder of a run."""
+    """Write ``note.md`` into the folder of a run: its note, and how to load its model."""
     runs, _ = find_runs(storage.parent(run.uri))
     own = next(one for one in runs if one.folder.uri == run.uri)
-    run.write(format_note(own, runs, result).encode(), "note.md")
+    run.write((format_note(own, runs, result) + _MODEL).encode(), "note.md")
 
 
 def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> str:

@@ -10,7 +10,7 @@ STORAGE/RUN/damaged/         records that could not be read and were replaced, f
 STORAGE/RUN/checkpoints/     see `trainer.record.checkpoint`
 STORAGE/RUN/metrics.parquet  one EpochRow per epoch
 STORAGE/RUN/steps.parquet    one row per optimizer step
-STORAGE/RUN/model.keras      the best weights, for use elsewhere; STORAGE/RUN/saved_model/ on request
+STORAGE/RUN/model.keras      the best weights, for Keras 3 and tf_keras; STORAGE/RUN/saved_model/ on request
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/profile/         a trace of a few steps, for TensorBoard; Ray's timeline of the whole run
 STORAGE/RUN/note.md          the note of the run

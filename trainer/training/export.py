@@ -1,6 +1,9 @@
 """Export the best weights of a run: as a Keras model, and on request as a SavedModel for plain TensorFlow."""
 
+import json
 import tempfile
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ from trainer.runtime.errors import InputError
 from trainer.training.scaling import build_scaling
 
 
-def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> Any:
+def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig, *, is_flat: bool = False) -> Any:
     """Return a `tf_keras.Model` without strategy or mixed precision.
 
     It takes uint8 or float ``[batch, height, width, channels]`` with values 0-255 and returns float32 scores
-    ``[batch, num_classes]``.
+    ``[batch, num_classes]``. Its layers are the input, the scaling, the network and the head; if it is flat, those of
+    the network are in place of the network.
     """
     keras.mixed_precision.set_global_policy("float32")
     network = build_model(
@@ -29,8 +33,19 @@ def build_export(arrays: checkpoints.Arrays, manifest: Manifest, config: TrainCo
     checkpoints.assign_variables(network.variables, arrays)
     images = keras.Input((manifest.image_size, manifest.image_size, manifest.channels), name="images")
     scaled = build_scaling(manifest, config)(images)
-    scores = keras.layers.Activation(ARCHITECTURES[config.arch].head, name="scores")(network(scaled))
+    logits = _apply_layers(network, scaled) if is_flat else network(scaled)
+    scores = keras.layers.Activation(ARCHITECTURES[config.arch].head, name="scores")(logits)
     return keras.Model(images, scores, name=config.arch)
+
+
+def _apply_layers(network: Any, tensor: Any) -> Any:
+    """Apply the layers of a network to another input, and return its output."""
+    applied = {id(network.input): tensor}
+    for layer in network.layers:
+        if not isinstance(layer, keras.layers.InputLayer):
+            inputs, outputs = layer.input, layer.output
+            applied[id(outputs)] = layer(tf.nest.map_structure(lambda one: applied[id(one)], inputs))
+    return applied[id(network.output)]
 
 
 def load_export(run: RunFolder) -> Any:
@@ -51,16 +66,43 @@ def load_export(run: RunFolder) -> Any:
 
 def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> None:
     """Write ``model.keras``, and ``saved_model/`` where the config asks for it."""
-    model = build_export(arrays, manifest, config)
+    model = build_export(arrays, manifest, config, is_flat=True)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.keras")
-        model.save(path)
-        run.write(path.read_bytes(), "model.keras")
+        _save_keras_model(model, manifest.class_names, Path(folder, "model.keras"))
         if config.export == "saved_model":
             _save_saved_model(model, manifest, Path(folder, "saved_model"))
-            for file in Path(folder, "saved_model").rglob("*"):
-                if file.is_file():
-                    run.write(file.read_bytes(), *file.relative_to(folder).parts)
+        for file in Path(folder).rglob("*"):
+            if file.is_file():
+                run.write(file.read_bytes(), *file.relative_to(folder).parts)
+
+
+def _save_keras_model(model: Any, class_names: Sequence[str], path: Path) -> None:
+    """Save a flat model as a file that both Keras 3 and `tf_keras` open, with the class names in ``metadata.json``.
+
+    A ``.keras`` file is a ZIP archive of three files. Keras 3 opens the one that `tf_keras` writes, if no model is
+    within the model, except for a few terms of the config.
+    """
+    config = json.dumps(keras.saving.serialize_keras_object(model))
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path, "w") as archive:
+        weights = Path(folder, "model.weights.h5")
+        model.save_weights(weights)
+        metadata = {"keras_version": keras.__version__, "class_names": list(class_names)}
+        archive.writestr("metadata.json", json.dumps(metadata))
+        archive.writestr("config.json", json.dumps(json.loads(config, object_hook=_use_common_terms)))
+        archive.write(weights, weights.name)
+
+
+def _use_common_terms(serialized: dict[str, Any]) -> dict[str, Any]:
+    """Return an object that `tf_keras` serialized in terms that Keras 3 knows, too."""
+    config: Any = serialized.get("config")
+    match serialized.get("class_name"), config:
+        case "Functional", {"input_layers": [images], "output_layers": [scores]}:
+            # The name that is public in both, and tensors in place of lists of one.
+            public_name = {"module": "keras", "class_name": "Model", "registered_name": None}
+            return {**serialized, **public_name, "config": {**config, "input_layers": images, "output_layers": scores}}
+        case "BatchNormalization", {"axis": [axis]}:
+            return {**serialized, "config": {**config, "axis": axis}}
+    return serialized
 
 
 def _save_saved_model(model: Any, manifest: Manifest, folder: Path) -> None:

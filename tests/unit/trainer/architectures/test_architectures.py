@@ -6,23 +6,9 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
+from tests.conftest import TINY_NETWORKS
 from trainer.architectures import ARCHITECTURES, build_model, count_parameters, family_arguments
 
-# Enough of each family to run its every layer in no time.
-TINY = {
-    "cnn_sigmoid": {"first_filters": 4, "dense_units": 8},
-    "cnn_softmax": {"first_filters": 4, "dense_units": 8},
-    "cnn_deep": {"first_filters": 4, "dense_units": 8},
-    "cnn_tapered": {"first_filters": 4, "dense_units": 8},
-    "alexnet": {"width": 0.05, "dense_units": 16},
-    "vgg16": {"filters": (8, 8, 16, 16, 16), "dense_units": 32},
-    "vgg19": {"filters": (8, 8, 16, 16, 16), "dense_units": 32},
-    "inception_notes": {"width": 0.25},
-    "googlenet": {"width": 0.125},
-    "resnet18": {"width": 0.125},
-    "resnet34": {"width": 0.125},
-    "resnet50": {"width": 0.125},
-}
 # One of each family: their variants differ in numbers only.
 FAMILIES = ["cnn_tapered", "alexnet", "vgg19", "inception_notes", "googlenet", "resnet18"]
 
@@ -41,7 +27,7 @@ def image_size_of(arch: str) -> int:
 
 def build_tiny(arch: str, num_classes: int = 3, channels: int = 1, **arguments):
     keras.utils.set_random_seed(0)
-    return build_model(arch, image_size_of(arch), channels, num_classes, {**TINY[arch], **arguments})
+    return build_model(arch, image_size_of(arch), channels, num_classes, {**TINY_NETWORKS[arch], **arguments})
 
 
 def images_for(arch: str, count: int, channels: int = 1) -> np.ndarray:
@@ -124,7 +110,7 @@ def test_one_pixel_less_than_the_smallest_image_is_too_few(arch):
 
 
 def test_every_architecture_has_a_tiny_form_here():
-    assert TINY.keys() == ARCHITECTURES.keys()
+    assert TINY_NETWORKS.keys() == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -162,7 +148,7 @@ def test_only_the_first_of_the_notes_scores_by_sigmoid():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_arguments_of_a_family_are_those_that_it_takes(arch):
     names = family_arguments(arch)
-    assert TINY[arch].keys() | ARCHITECTURES[arch].arguments.keys() <= names.keys()
+    assert TINY_NETWORKS[arch].keys() | ARCHITECTURES[arch].arguments.keys() <= names.keys()
     assert not {"image_size", "channels", "num_classes"} & names.keys()
     assert names["kernel_initializer"] is str
 

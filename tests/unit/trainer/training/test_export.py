@@ -1,7 +1,13 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tf_keras as keras
 
+from tests.conftest import TINY_NETWORKS
+from trainer.architectures import ARCHITECTURES, build_model
 from trainer.record.checkpoint import read_variables
 from trainer.record.run_folder import RunFolder
 from trainer.training.export import build_export, write_exports
@@ -10,6 +16,14 @@ from trainer.training.step import build_network_for_evaluation
 
 SIZE = 22
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
+# All kinds of layers, and few of each.
+SHORT: dict[str, dict] = {
+    **TINY_NETWORKS,
+    "cnn_tapered": {**TINY_NETWORKS["cnn_tapered"], "batch_norm": True, "dropout": 0.5},
+    "vgg16": {**TINY_NETWORKS["vgg16"], "convolutions": [1, 1, 1, 1, 1]},
+    "vgg19": {**TINY_NETWORKS["vgg19"], "convolutions": [1, 1, 1, 1, 2]},
+    **{arch: {**TINY_NETWORKS[arch], "blocks": [1, 1, 1, 1]} for arch in ("resnet18", "resnet34", "resnet50")},
+}
 
 
 @pytest.fixture
@@ -24,7 +38,7 @@ def images() -> np.ndarray:
 
 def expected_scores(network, manifest, config, images: np.ndarray) -> np.ndarray:
     scaled = build_scaling(manifest, config)(images.astype(np.float32))
-    logits = network.model(scaled, training=False).numpy().astype(np.float64)
+    logits = network(scaled, training=False).numpy().astype(np.float64)
     if config.arch == "cnn_sigmoid":
         return 1 / (1 + np.exp(-logits))
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -35,7 +49,7 @@ def test_an_export_scores_raw_pixels_as_the_network_does(make_config, manifest, 
     config = make_config(arch=arch, precision=precision, arch_arguments=NETWORK)
     network = build_network_for_evaluation(manifest, config)
     try:
-        expected = expected_scores(network, manifest, config, images)
+        expected = expected_scores(network.model, manifest, config, images)
     finally:
         keras.mixed_precision.set_global_policy("float32")
     exported = build_export(read_variables(network.model.variables), manifest, config)
@@ -45,10 +59,72 @@ def test_an_export_scores_raw_pixels_as_the_network_does(make_config, manifest, 
     assert exported.name == arch
 
 
-def test_a_keras_model_is_always_written(make_config, manifest, images, tmp_path):
+# Without this package, and with Keras 3 as tf.keras, as where most people would open the file.
+_LOAD = """
+import json, sys, warnings, zipfile, numpy, keras, tensorflow
+warnings.simplefilter("error", UserWarning)
+assert tensorflow.keras.Model is keras.Model and keras.__version__ >= "3"
+for path in sys.argv[1:]:
+    model = keras.saving.load_model(path)
+    images = numpy.load(path + ".images.npy")
+    names = json.loads(zipfile.ZipFile(path).read("metadata.json"))["class_names"]
+    numpy.savez(path + ".npz", scores=model(images), predicted=model.predict(images, verbose=0), names=names)
+    assert not [name for name in sys.modules if name.startswith(("tf_keras", "trainer"))]
+"""
+
+
+def build_random(manifest, config):
+    """Returns a network of which no two arrays are alike, as those of a new BatchNorm are."""
+    network = build_model(config.arch, manifest.image_size, manifest.channels, 3, config.arch_arguments)
+    random = np.random.default_rng(0)
+    for variable in network.variables:
+        if len(variable.shape) == 1:
+            variable.assign(random.uniform(0.5, 1.5, variable.shape))
+        else:
+            variable.assign(random.normal(0, 0.3 * np.prod(variable.shape[:-1]) ** -0.5, variable.shape))
+    return network
+
+
+def write_random_export(manifest, config, run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the exports of a network of random weights; returns images, and the scores that the network gives them."""
+    network = build_random(manifest, config)
+    write_exports(run, read_variables(network.variables), manifest, config)
+    shape = (3, manifest.image_size, manifest.image_size, manifest.channels)
+    images = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    return images, expected_scores(network, manifest, config, images)
+
+
+def test_keras_3_opens_every_architecture_and_gives_equal_scores(make_config, write_dataset, tmp_path):
+    expected = {}
+    for arch, arguments in SHORT.items():
+        size = max(8, ARCHITECTURES[arch].min_image_size)
+        channels, scaling = (3, "image") if arch == "resnet50" else (1, "standardise")
+        manifest = write_dataset(rows=(1, 1, 1), image_size=size, channels=channels).manifest
+        config = make_config(arch=arch, arch_arguments=arguments, input_scaling=scaling)
+        run = RunFolder(str(tmp_path / arch))
+        images, expected[run.path("model.keras")] = write_random_export(manifest, config, run)
+        np.save(run.path("model.keras.images.npy"), images)
+    environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
+    command = [sys.executable, "-c", _LOAD, *expected]
+    subprocess.run(command, check=True, env={**environment, "KERAS_BACKEND": "tensorflow"}, cwd=tmp_path)
+    for path, scores in expected.items():
+        loaded = np.load(f"{path}.npz")
+        np.testing.assert_allclose(loaded["scores"], scores, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(loaded["predicted"], scores, rtol=0, atol=1e-6)
+        assert loaded["names"].tolist() == manifest.class_names
+
+
+@pytest.mark.parametrize("arch", ["cnn_sigmoid", "resnet18"])
+def test_tf_keras_opens_the_same_file(make_config, write_dataset, tmp_path, arch):
+    manifest = write_dataset(rows=(1, 1, 1), image_size=32).manifest
+    config, run = make_config(arch=arch, arch_arguments=SHORT[arch]), RunFolder(str(tmp_path / "run"))
+    images, scores = write_random_export(manifest, config, run)
+    loaded = keras.models.load_model(run.path("model.keras"))
+    np.testing.assert_allclose(loaded(images), scores, rtol=0, atol=1e-6)
+
+
+def test_only_the_keras_model_is_written_without_being_asked(make_config, manifest, tmp_path):
     config, run = make_config(arch_arguments=NETWORK), RunFolder(str(tmp_path / "run"))
     network = build_network_for_evaluation(manifest, config)
     write_exports(run, read_variables(network.model.variables), manifest, config)
-    loaded = keras.models.load_model(run.path("model.keras"), compile=False)
-    np.testing.assert_allclose(loaded(images), expected_scores(network, manifest, config, images), atol=1e-5)
-    assert not (tmp_path / "run" / "saved_model").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model.keras"]
