@@ -569,7 +569,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
         augmentation=describe_trials(last.history),
-        findings=find_symptoms(main_path(last.history), val, worker_result.reason),
+        findings=find_symptoms(main_path(last.history), val, config, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )

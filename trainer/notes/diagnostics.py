@@ -1,119 +1,330 @@
-"""Findings from the metrics of a run: one line for each, with its evidence and what to try."""
+"""Findings from the metrics of a run: one line for each, with its evidence and options to try.
 
-from collections.abc import Sequence
+Each function below tests for one symptom: its docstring says what is tested, the constants where the line is drawn and
+why. The options that a finding names are to be added to the command of the run. Findings that exclude each other or ask
+for opposite remedies never stand together: only the first of `_BROKEN` that holds is reported, and nothing else about
+such a run; of `_CURVE`, too, only the first that holds.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.config.config import TrainConfig
+from trainer.config.recipes import recipe_epochs
 from trainer.record.epoch_row import Metrics
-from trainer.record.evaluation_result import EvaluationResult
+from trainer.record.evaluation_result import ClassResult, EvaluationResult
+from trainer.runtime.markdown import format_count
 
 History = Sequence[Metrics]
 
-# With a loss this close to that of guessing by class frequency, nothing was learned from the images.
+# A loss this close to that of guessing by class frequency is that of guessing: a few epochs of noise cover the rest.
 _CHANCE_LOSS_SHARE = 0.95
-# Relative rise of the validation loss over its lowest value that is more than noise between epochs.
-_OVERFITTING_RISE = 0.15
-# Relative fall of the validation loss over the last quarter of the epochs that suggests more epochs.
-_STILL_FALLING = 0.05
-# A change of the validation loss, in nats, too small to matter: a loss near zero changes by large factors.
+# A loss near zero changes by large factors; so much, in nats, changes no prediction.
 _NEGLIGIBLE_CHANGE = 0.02
-# Trends are not judged from fewer epochs.
+# Relative rise of the training loss since the first epoch: dropout and the order of the images make a few percent.
+_TRAINING_RISE = 0.1
+# Relative rise of the validation loss over its lowest value: neighboring epochs of a sound run differ by as much.
+_OVERFITTING_RISE = 0.15
+# Relative fall of the validation loss below its earlier minimum: smaller ones cost more epochs than they are worth.
+_STILL_FALLING = 0.05
+# A rate below this share of the highest has come down: that the loss falls then is what it came down for.
+_FULL_RATE_SHARE = 0.5
+# Late epochs whose accuracy differs by more than this, and by more than four sampling errors, differ by more than luck.
+_LARGE_DROP = 0.05
+_SAMPLING_ERRORS = 4
+# Trends are not judged from fewer epochs: a quarter of them would be one.
 _LEAST_EPOCHS = 8
+# Small sets of ten classes had 0.95 of the training images correct after 200 to 300 steps (docs/LOG.md).
+_FEW_STEPS = 300
+_FITTED_ACCURACY = 0.95
+# Above this accuracy an augmentation that is harder than the task costs little.
+_LOW_ACCURACY = 0.9
+# As wide as this, the interval cannot tell runs apart whose accuracies differ by ten points.
+_WIDE_INTERVAL = 0.2
+# A class without a correct prediction is no accident where that is rarer than this, over all classes.
+_SIGNIFICANCE = 0.05
+_MOST_CLASSES = 5
 
 
-def find_symptoms(history: History, val: EvaluationResult, reason: str = "") -> list[str]:
+@dataclass(frozen=True)
+class _Run:
+    """What the findings are about."""
+
+    history: History
+    """The epochs that led to the last weights; `trainer.record.epoch_row.main_path`."""
+    val: EvaluationResult
+    config: TrainConfig
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of the run, those that led nowhere included."""
+        return int(self.history[-1]["epoch"])
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Number of optimizer steps per epoch."""
+        return float(self.history[-1]["step"]) / self.epochs
+
+    @property
+    def alike(self) -> History:
+        """The epochs whose losses can be compared: those trained on images varied as in the last, `clean` apart."""
+        trained = [row for row in self.history if row.get("stage") != "clean"] or self.history
+        return [row for row in trained if row.get("augmentation") == trained[-1].get("augmentation")]
+
+
+def find_symptoms(history: History, val: EvaluationResult, config: TrainConfig, reason: str = "") -> list[str]:
     """Return one line for each symptom of a run; none if it trained as it should.
 
     Args:
-        history: one row of metrics per epoch.
+        history: one row of metrics for each epoch that led to the last weights.
         val: evaluation of the best checkpoint.
-        reason: why the run ended early; empty if it did not.
+        config: config of the run.
+        reason: why the run diverged; empty if it did not.
     """
-    found = [
-        f"diverged: {reason}; try half the --base-learning-rate, --clip-norm 1, or more --warmup-epochs"
-        if reason
-        else "",
-        _did_not_train(val),
-        _training_loss_rose(history),
-    ]
-    if len(history) >= _LEAST_EPOCHS:
-        found += [_overfitted(history), _still_improving(history), _saturated_early(history), _unsteady(history, val)]
+    run = _Run(history, val, config)
+    if broken := _diverged(run, reason) or _first(run, _BROKEN):
+        return [broken]
+    found = [_first(run, _CURVE), *(find(run) for find in _INDEPENDENT)]
     return [line for line in found if line]
 
 
-def _did_not_train(val: EvaluationResult) -> str:
-    counts = np.array([one.total for one in val.per_class if one.total])
-    prior = counts / counts.sum()
-    chance, prior_loss = float(prior.max()), float(-(prior * np.log(prior)).sum())
+def _first(run: _Run, tests: Sequence[Callable[[_Run], str]]) -> str:
+    return next((line for find in tests if (line := find(run))), "")
+
+
+def _diverged(run: _Run, reason: str) -> str:
+    """The loss, a gradient or a weight became infinite."""
+    if not reason:
+        return ""
+    rate = run.config.base_learning_rate / 2
+    return f"diverged: {reason}; try --base-learning-rate {rate:.3g} --clip-norm 1"
+
+
+def _training_loss_rose(run: _Run) -> str:
+    """The training loss is higher than after the first epoch of the same augmentation, and validation no better."""
+    first, last = run.alike[0], run.alike[-1]
+    rise = last["loss"] - first["loss"]
+    if rise <= max(_TRAINING_RISE * first["loss"], _NEGLIGIBLE_CHANGE) or last["val_loss"] < first["val_loss"]:
+        return ""
+    return (
+        f"training loss rose from {first['loss']:.3f} (epoch {first['epoch']:.0f}) to {last['loss']:.3f} (epoch "
+        f"{last['epoch']:.0f}), and val_loss did not fall: the learning rate is too high; try "
+        f"--base-learning-rate {run.config.base_learning_rate / 10:.3g}"
+    )
+
+
+def _did_not_train(run: _Run) -> str:
+    """Neither accuracy nor loss of validation is better than a guess by class frequency.
+
+    Where the training loss is better, few validation images could be wrong by chance: the interval must exclude a
+    network that is half as good as can be.
+    """
+    val, config, loss = run.val, run.config, float(run.history[-1]["loss"])
+    chance, prior_loss = _chance(val)
     low, high = val.accuracy_interval
     if low > chance or val.loss < _CHANCE_LOSS_SHARE * prior_loss:
         return ""
-    return (
+    if loss < _CHANCE_LOSS_SHARE * prior_loss and high > (1 + chance) / 2:
+        return ""
+    line = (
         f"did not train: {val.correct} of {val.total} correct ({low:.2f}-{high:.2f}) is no better than always "
-        f"predicting the most frequent class ({chance:.2f}), and the loss {val.loss:.3f} is close to that of guessing "
-        f"by class frequency ({prior_loss:.3f}); try --recipe modern, a --base-learning-rate ten times "
-        "lower or higher, or batch_norm=true"
+        f"predicting the most frequent class ({chance:.2f}), and the loss {val.loss:.3f} is no better than that of "
+        f"guessing by class frequency ({prior_loss:.3f})"
+    )
+    if loss < prior_loss / 2:
+        return (
+            f"{line}, though the training loss fell to {loss:.3f}: the validation images or their labels are not like "
+            "those of training; look at README.md and contact_sheet.png of the dataset"
+        )
+    if advice := _advise_steps(run):
+        return f"{line}; {advice}"
+    if config.recipe == "notes":
+        return f"{line}; try --recipe modern"
+    rate = config.base_learning_rate
+    return f"{line}; try --base-learning-rate {rate / 10:.3g}, then --base-learning-rate {rate * 10:.3g}"
+
+
+def _overfitted(run: _Run) -> str:
+    """The validation loss ended well above its lowest value, while the training loss went on falling."""
+    rows, config = run.alike, run.config
+    if len(rows) < _LEAST_EPOCHS:
+        return ""
+    lowest, last = _lowest(rows), rows[-1]
+    least_rise = max(_OVERFITTING_RISE * lowest["val_loss"], _NEGLIGIBLE_CHANGE)
+    if last["val_loss"] < lowest["val_loss"] + least_rise or last["loss"] >= lowest["loss"]:
+        return ""
+    if config.augment == "none":
+        remedy = "--augment auto"
+    elif not config.label_smoothing:
+        remedy = "--label-smoothing 0.1"
+    else:
+        remedy = f"--weight-decay {10 * config.weight_decay or 0.01:.3g}"
+    return (
+        f"overfitting: val_loss rose from {lowest['val_loss']:.3f} (epoch {lowest['epoch']:.0f}) to "
+        f"{last['val_loss']:.3f} (epoch {last['epoch']:.0f}) while loss fell from {lowest['loss']:.3f} to "
+        f"{last['loss']:.3f}; the best weights are kept; try {remedy}"
     )
 
 
-def _training_loss_rose(history: History) -> str:
-    first, last = history[0]["loss"], history[-1]["loss"]
-    if len(history) < 2 or last <= first:
+def _saturated_early(run: _Run) -> str:
+    """The validation loss was lowest within the first tenth of the epochs, and was not negligible."""
+    rows = run.history
+    losses = [row["val_loss"] for row in rows]
+    place = int(np.argmin(losses)) + 1
+    if len(rows) < _LEAST_EPOCHS or place > max(1, len(rows) // 10) or min(losses) <= _NEGLIGIBLE_CHANGE:
         return ""
     return (
-        f"training loss rose from {first:.3f} (epoch 1) to {last:.3f} (epoch {len(history)}): the learning rate is too "
-        "high, or the labels do not match the images; try a --base-learning-rate ten times lower, then look at the "
-        "dataset's contact sheet"
+        f"saturated early: val_loss was lowest ({min(losses):.3f}) in epoch {rows[place - 1]['epoch']:.0f} of "
+        f"{run.epochs}, within the first tenth; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
     )
 
 
-def _overfitted(history: History) -> str:
-    losses = [row["val_loss"] for row in history]
-    lowest = int(np.argmin(losses))
-    least_rise = max(_OVERFITTING_RISE * losses[lowest], _NEGLIGIBLE_CHANGE)
-    if losses[-1] < losses[lowest] + least_rise or history[-1]["loss"] >= history[lowest]["loss"]:
+def _too_few_steps(run: _Run) -> str:
+    """The run took few optimizer steps, did not end by itself, and has not fitted the training images."""
+    last = run.history[-1]
+    if last["accuracy"] >= _FITTED_ACCURACY or not (advice := _advise_steps(run)):
         return ""
-    return (
-        f"overfitting: val_loss rose from {losses[lowest]:.3f} (epoch {lowest + 1}) to {losses[-1]:.3f} while loss "
-        f"fell from {history[lowest]['loss']:.3f} to {history[-1]['loss']:.3f}; try augmentation, --label-smoothing "
-        f"0.1, more --weight-decay or dropout, or --epochs {lowest + 1}"
-    )
+    return f"too few steps: only {last['accuracy']:.2f} of the training images are correct; {advice}"
 
 
-def _still_improving(history: History) -> str:
-    quarter = len(history) // 4
-    before, last = (
-        float(np.mean([row["val_loss"] for row in part]))
-        for part in (history[-2 * quarter : -quarter], history[-quarter:])
-    )
-    if last > before - max(_STILL_FALLING * before, _NEGLIGIBLE_CHANGE):
+def _advise_steps(run: _Run) -> str:
+    """Return the advice to take more steps, or nothing if there were enough or the run ended by itself."""
+    steps = round(len(run.history) * run.steps_per_epoch)
+    if steps >= _FEW_STEPS or _ended_by_patience(run) or run.config.init_from:
         return ""
+    epochs = recipe_epochs("modern", run.config.arch, max(1, math.floor(run.steps_per_epoch)))
     return (
-        f"still improving: mean val_loss fell from {before:.3f} to {last:.3f} over the last quarter of the epochs; try "
-        f"--epochs {2 * len(history)}"
+        f"its weights took {format_count(steps, 'step')}, and fewer than {_FEW_STEPS} rarely suffice; try "
+        f"--epochs {epochs} --patience 4"
     )
 
 
-def _saturated_early(history: History) -> str:
-    losses = [row["val_loss"] for row in history]
-    best = int(np.argmin(losses)) + 1
-    if best > max(1, len(history) // 10):
+def _unsteady(run: _Run) -> str:
+    """The validation accuracy fell from one late epoch to a later one by more than chance (tuning playbook)."""
+    rows, val = run.history, run.val
+    ending = [row for row in rows if row.get("stage") in ("decay", "clean")] or rows[-(len(rows) // 4) :]
+    if len(rows) < _LEAST_EPOCHS:
         return ""
-    return (
-        f"saturated early: val_loss was lowest ({losses[best - 1]:.3f}) in epoch {best} of {len(history)}, within the "
-        "first tenth; try a lower --base-learning-rate or fewer --epochs"
-    )
-
-
-def _unsteady(history: History, val: EvaluationResult) -> str:
-    """Describe a validation accuracy that varies late in training, as the tuning playbook advises to look for."""
-    late = [row["val_accuracy"] for row in history[-(len(history) // 4) :]]
-    spread = max(late) - min(late)
+    accuracies = np.array([row["val_accuracy"] for row in ending])
+    highest = np.maximum.accumulate(accuracies)
+    place = int(np.argmax(highest - accuracies))
+    drop = float(highest[place] - accuracies[place])
     sampling_error = (val.accuracy * (1 - val.accuracy) / val.total) ** 0.5
-    if spread <= max(4 * sampling_error, 0.05):
+    if drop <= max(_SAMPLING_ERRORS * sampling_error, _LARGE_DROP):
+        return ""
+    if run.config.schedule == "constant":
+        remedy = "--schedule plateau"
+    elif not run.config.ema_momentum:
+        remedy = "--ema-momentum 0.99"
+    else:
+        remedy = f"--base-learning-rate {run.config.base_learning_rate / 3:.3g}"
+    return (
+        f"unsteady: val_accuracy fell from {highest[place]:.3f} to {accuracies[place]:.3f} (epoch "
+        f"{ending[place]['epoch']:.0f}) within the last {len(ending)} epochs, by "
+        f"{drop / max(sampling_error, 1 / val.total):.0f} times the sampling error; try {remedy}"
+    )
+
+
+def _still_improving(run: _Run) -> str:
+    """At a rate that has not come down, the validation loss of the last quarter is below all earlier, and the last low.
+
+    The number of epochs ended the run, not its patience.
+    """
+    rows = [row for row in run.history if row.get("stage") not in ("decay", "clean")]
+    if len(rows) < _LEAST_EPOCHS or _ended_by_patience(run):
+        return ""
+    if rows[-1]["learning_rate"] < _FULL_RATE_SHARE * max(row["learning_rate"] for row in rows):
+        return ""
+    losses, quarter = np.array([row["val_loss"] for row in rows]), len(rows) // 4
+    before, last = float(losses[:-quarter].min()), float(losses[-quarter:].mean())
+    has_fallen = last < before - max(_STILL_FALLING * before, _NEGLIGIBLE_CHANGE)
+    lowest = float(losses.min())
+    is_low = losses[-1] < lowest + max(_STILL_FALLING * lowest, _NEGLIGIBLE_CHANGE)
+    if not has_fallen or not is_low:
         return ""
     return (
-        f"unsteady: val_accuracy ranged from {min(late):.3f} to {max(late):.3f} in the last quarter of the epochs, "
-        f"{spread / max(sampling_error, 1 / val.total):.0f} times the sampling error; try --schedule cosine, a lower "
-        "--base-learning-rate, a larger batch or --ema-momentum 0.99"
+        f"still improving: mean val_loss of epochs {rows[-quarter]['epoch']:.0f} to {rows[-1]['epoch']:.0f} is "
+        f"{last:.3f}, the lowest before them was {before:.3f}; try --epochs {2 * run.epochs}"
     )
+
+
+def _augmentation_costs(run: _Run) -> str:
+    """Fewer of the varied training images are correct than of the unvaried validation images, and those are few."""
+    rows, val = run.alike, run.val
+    name, accuracy = rows[-1].get("augmentation", "none"), float(rows[-1]["accuracy"])
+    # What `auto` uses has been compared with no augmentation.
+    if name == "none" or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
+        return ""
+    if accuracy >= val.accuracy_interval[0]:
+        return ""
+    return (
+        f"augmentation costs: with {name}, {accuracy:.2f} of the training images are correct, and {val.accuracy:.2f} "
+        "of the unvaried validation images: the variation is harder than the task, and is not learned; try --augment "
+        "auto"
+    )
+
+
+def _never_predicted(run: _Run) -> str:
+    """A class has no correct prediction, which would be rare if it were as easy as the other classes."""
+    val = run.val
+    seen = [one for one in val.per_class if one.total]
+    missed = [one for one in seen if not one.correct and _is_no_accident(one, val, len(seen))]
+    if not missed:
+        return ""
+    names = [_describe_missed(one) for one in missed[:_MOST_CLASSES]]
+    if more := len(missed) - len(names):
+        names.append(f"{more} more")
+    is_rare = max(one.total for one in missed) < val.total / len(seen) / 2
+    if is_rare and run.config.class_weights == "none":
+        advice = "they have few images; try --class-weights balanced"
+    else:
+        advice = "look at their images in plots/mistakes.png: are the labels right, and can one tell them apart?"
+    return f"never correct: {'; '.join(names)}; {advice}"
+
+
+def _is_no_accident(one: ClassResult, val: EvaluationResult, classes: int) -> bool:
+    others = val.correct / max(1, val.total - one.total)
+    return float((1 - others) ** one.total) < _SIGNIFICANCE / classes
+
+
+def _describe_missed(one: ClassResult) -> str:
+    other, count = next(iter(one.taken_for.items()))
+    return f"{one.name} (0 of {one.total}, {count} predicted as {other})"
+
+
+def _small_validation(run: _Run) -> str:
+    """The 95% interval of the accuracy is so wide that large differences between runs cannot be seen."""
+    val = run.val
+    low, high = val.accuracy_interval
+    if high - low <= _WIDE_INTERVAL:
+        return ""
+    # An interval is as wide as one over the root of the number of images.
+    needed = round(val.total * ((high - low) / (_WIDE_INTERVAL / 2)) ** 2)
+    return (
+        f"few validation images: of {val.total}, the interval {low:.2f}-{high:.2f} cannot tell this run from one "
+        f"that is ten points better or worse; about {needed} would show five points: prepare the dataset with more "
+        "images or a larger --val-fraction"
+    )
+
+
+def _chance(val: EvaluationResult) -> tuple[float, float]:
+    """Return the accuracy of always predicting the most frequent class, and the loss of guessing by frequency."""
+    counts = np.array([one.total for one in val.per_class if one.total])
+    prior = counts / counts.sum()
+    return float(prior.max()), float(-(prior * np.log(prior)).sum())
+
+
+def _lowest(rows: History) -> Metrics:
+    return min(rows, key=lambda row: float(row["val_loss"]))
+
+
+def _ended_by_patience(run: _Run) -> bool:
+    return bool(run.config.patience) and run.epochs < run.config.epochs
+
+
+_BROKEN = (_training_loss_rose, _did_not_train)
+_CURVE = (_overfitted, _saturated_early, _too_few_steps, _unsteady, _still_improving, _augmentation_costs)
+_INDEPENDENT = (_never_predicted, _small_validation)
