@@ -22,11 +22,11 @@ from trainer.config.config import TrainConfig, find_differences, replace_values,
 from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, resolve
 from trainer.notes.diagnostics import find_symptoms
-from trainer.notes.note import write_note
+from trainer.notes.note import compare_with_previous, find_until, write_note
 from trainer.record import checkpoint as checkpoints
 from trainer.record.augmentation_choice import AugmentationChoice, describe_trials, read_choice, write_choice
 from trainer.record.epoch_row import Metrics, main_path
-from trainer.record.evaluation_result import summarise
+from trainer.record.evaluation_result import average_last, summarise
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
@@ -554,7 +554,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
     if config.evaluate_test and not worker_result.reason:
         content = storage.read_bytes(run.path("test_predictions.parquet"))
         test = summarise("test", storage.parquet_table(content), manifest.class_names)
-    val = summarise("val", predictions, manifest.class_names)
+    val, path = summarise("val", predictions, manifest.class_names), main_path(last.history)
+    runs = find_until(run)
     result = RunResult(
         status="diverged" if worker_result.reason else "completed",
         reason=worker_result.reason,
@@ -562,6 +563,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         best_epoch=best.epoch,
         best_checkpoint=best.name,
         val=val,
+        late=average_last(path, val.total),
+        comparison=compare_with_previous(runs, predictions),
         test=test,
         epochs=last.epoch,
         steps=last.step,
@@ -569,7 +572,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
         augmentation=describe_trials(last.history),
-        findings=find_symptoms(main_path(last.history), val, config, worker_result.reason),
+        findings=find_symptoms(path, val, config, worker_result.reason),
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )
@@ -589,6 +592,6 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
     if "mlflow" in job.trackers:
         run.check_owner()
         log_to_mlflow(run, config, last.history, result)
-    write_note(run, result)
+    write_note(run, runs, result)
     run.write_ending(result)
     return result

@@ -8,7 +8,7 @@ import pytest
 from data_prep.manifest import SPLITS, Manifest, Split
 from data_prep.shards import write_data_file
 from trainer.config.config import TrainConfig
-from trainer.record.evaluation_result import EvaluationResult, summarise
+from trainer.record.evaluation_result import EvaluationResult, LateEpochs, summarise
 from trainer.record.run_folder import RunFolder, RunResult, describe_run
 from trainer.runtime import storage
 
@@ -135,6 +135,8 @@ def make_result(evaluation):
             "best_epoch": 7,
             "best_checkpoint": "step-00000070",
             "val": evaluation,
+            "late": LateEpochs(epochs=3, loss=0.9512, accuracy=0.75, accuracy_interval=(0.634, 0.838)),
+            "comparison": "",
             "epochs": 10,
             "steps": 100,
             "attempts": 1,

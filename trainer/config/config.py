@@ -1,6 +1,7 @@
 """The whole config of a run: typed, frozen, and enough to run it again."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -217,5 +218,7 @@ def find_differences(old: Model, new: Model) -> list[str]:
 
 
 def describe_value(name: str, value: Any) -> str:
-    """Return the value of a field as notes and messages show it."""
-    return shorten_digest(value) if name == "dataset_fingerprint" else str(value)
+    """Return the value of a field as notes and messages show it: checksums are shortened, in paths, too."""
+    if name == "dataset_fingerprint":
+        return shorten_digest(value)
+    return re.sub(r"\b[0-9a-f]{64}\b", lambda digest: shorten_digest(digest[0]), str(value))

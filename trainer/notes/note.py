@@ -4,10 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from trainer.architectures import ARCHITECTURES
 from trainer.config.config import TrainConfig, find_differences
 from trainer.config.optimizers import complete_arguments
 from trainer.config.recipes import describe_rescaling
+from trainer.notes.comparison import compare_predictions
 from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
@@ -35,11 +38,22 @@ _SAID_ELSEWHERE = {
 }
 
 
-def write_note(run: RunFolder, result: RunResult) -> None:
-    """Write ``note.md`` into the folder of a run: its note, and how to load its model."""
+def write_note(run: RunFolder, runs: Sequence[StartedRun], result: RunResult) -> None:
+    """Write ``note.md`` into the folder of a run: its note, and how to load its model.
+
+    Args:
+        run: the run.
+        runs: from `find_until`.
+        result: of the run.
+    """
+    run.write((format_note(runs[-1], runs, result) + _MODEL).encode(), "note.md")
+
+
+def find_until(run: RunFolder) -> list[StartedRun]:
+    """Return the runs of a storage in the order in which they were started, up to and including a run."""
     runs, _ = find_runs(storage.parent(run.uri))
-    own = next(one for one in runs if one.folder.uri == run.uri)
-    run.write((format_note(own, runs, result) + _MODEL).encode(), "note.md")
+    place = next(number for number, one in enumerate(runs) if one.folder.uri == run.uri)
+    return runs[: place + 1]
 
 
 def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> str:
@@ -85,18 +99,48 @@ def _format_head(run: StartedRun, runs: Sequence[StartedRun]) -> list[str]:
 
 
 def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
-    """Describe how the config differs from that of the previous run of the same architecture.
+    """Describe how the config differs from that of the previous run of the same dataset and architecture.
 
     Args:
         run: one of ``runs``.
         runs: all runs of one storage, in the order in which they were started.
     """
-    config = run.record.config
-    previous = [one for one in runs[: runs.index(run)] if one.record.config.arch == config.arch]
-    if not previous:
-        return f"the first {config.arch} run here"
-    changes = find_differences(previous[-1].record.config, config)
-    return f"after {previous[-1].folder.name}: {'; '.join(changes) or 'no changes'}"
+    previous, config = find_previous(run, runs), run.record.config
+    if previous is None:
+        return f"the first {config.arch} run on this dataset here"
+    changes = find_differences(previous.record.config, config)
+    return f"after {previous.folder.name}: {'; '.join(changes) or 'no changes'}"
+
+
+def find_previous(run: StartedRun, runs: Sequence[StartedRun]) -> StartedRun | None:
+    """Return the last run of the same dataset and architecture that was started before, or None."""
+
+    def key(one: StartedRun) -> tuple[str, str]:
+        return one.record.config.arch, one.record.config.dataset_fingerprint
+
+    return next((one for one in reversed(runs[: runs.index(run)]) if key(one) == key(run)), None)
+
+
+def compare_with_previous(runs: Sequence[StartedRun], predictions: pa.Table) -> str:
+    """Describe whether the last of some runs differs from the one before of the same dataset and architecture.
+
+    Args:
+        runs: from `find_until`.
+        predictions: the validation predictions of the last one.
+
+    Returns:
+        The verdict in words; empty if there is no such run, or if it has not finished or cannot be read.
+    """
+    previous = find_previous(runs[-1], runs)
+    try:
+        if previous is None or previous.folder.read_result() is None:
+            return ""
+        others = previous.folder.read_predictions()
+    except InputError:
+        return ""
+    if others is None or len(others) != len(predictions):
+        return ""
+    return compare_predictions(others, predictions).describe(previous.folder.name, runs[-1].folder.name)
 
 
 def describe_unfinished(ending: RunInterruption | None) -> str:
@@ -172,14 +216,18 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         "```sh",
         record.command,
         "```",
-        f"{result.val}",
+        f"{result.val}, {result.choice}",
     ]
+    if result.late is not None:
+        lines += ["", f"{result.late}; no epoch was chosen for this"]
+    if result.comparison:
+        lines += ["", result.comparison]
     if result.test is not None:
         lines += ["", f"test: {result.test}; {run.describe_test_reads()}"]
     lines += [
         "",
-        f"best epoch {result.best_epoch} of {result.epochs}, {result.train_seconds:.0f} s, attempts: {result.attempts}"
-        f"; top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
+        f"{result.train_seconds:.0f} s, attempts: {result.attempts}; "
+        f"top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
         *([f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []),
         *(f"\n{incident}" for incident in result.listed_incidents),

@@ -1,7 +1,7 @@
 """The evaluation of a model on a split: what is computed from a table of predictions, and its record."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,13 +9,16 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from trainer.runtime.markdown import MOST_CLASSES
+from trainer.record.epoch_row import Metrics
+from trainer.runtime.markdown import MOST_CLASSES, format_count
 from trainer.runtime.record_format import Record
 
 _CALIBRATION_BINS = 15
 
 _MOST_LISTED = 20
 _MOST_MISTAKES = 16
+# Enough to even out a lucky epoch, few enough to be about the network as it ended.
+_LATE_EPOCHS = 3
 
 
 class ClassResult(BaseModel):
@@ -28,6 +31,26 @@ class ClassResult(BaseModel):
     total: int
     taken_for: dict[str, int] = {}
     """Number of wrong predictions by the predicted class, most frequent first."""
+
+
+class LateEpochs(BaseModel):
+    """Mean validation of the last epochs: unlike that of the best epoch, it was not chosen for being high."""
+
+    model_config = ConfigDict(frozen=True)
+
+    epochs: int
+    """Number of epochs that the means are over."""
+    loss: float
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    """95% Wilson score interval for as many images as one epoch validates."""
+
+    def __str__(self) -> str:
+        low, high = self.accuracy_interval
+        return (
+            f"mean of the last {format_count(self.epochs, 'epoch')}: loss: {self.loss:.4f} - accuracy: "
+            f"{self.accuracy:.4f} (95% interval {low:.3f}-{high:.3f})"
+        )
 
 
 class EvaluationResult(Record):
@@ -102,6 +125,19 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def average_last(history: Sequence[Metrics], total: int) -> LateEpochs:
+    """Average validation over the last three epochs, or over all of fewer.
+
+    Args:
+        history: one row of metrics for each epoch that led to the last weights.
+        total: number of validation images.
+    """
+    last = history[-_LATE_EPOCHS:]
+    loss, accuracy = (float(np.mean([row[name] for row in last])) for name in ("val_loss", "val_accuracy"))
+    interval = accuracy_interval(round(accuracy * total), total)
+    return LateEpochs(epochs=len(last), loss=loss, accuracy=accuracy, accuracy_interval=interval)
 
 
 def describe_accuracy(correct: int, total: int) -> str:

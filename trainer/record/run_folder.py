@@ -43,7 +43,7 @@ from trainer.config.config import TrainConfig
 from trainer.config.optimizers import find_former_arguments
 from trainer.record import checkpoint as checkpoints
 from trainer.record.epoch_row import Metrics
-from trainer.record.evaluation_result import EvaluationResult
+from trainer.record.evaluation_result import EvaluationResult, LateEpochs
 from trainer.record.incident import Incident, find_former_incidents
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, LeaseLostError, NewerFormatError, RecordError
@@ -136,6 +136,8 @@ class RunResult(Record):
     FORMAT: ClassVar[int] = 2
     ADDED: ClassVar[Mapping[str, Any]] = {
         "incidents": find_former_incidents,
+        "late": None,
+        "comparison": "",
         "layers": "",
         "findings": (),
         "weights_crc32": (),
@@ -147,7 +149,11 @@ class RunResult(Record):
     best_epoch: int
     best_checkpoint: str
     val: EvaluationResult
-    """Validation of the best checkpoint."""
+    """Validation of the best checkpoint, the best of all epochs on these very images."""
+    late: LateEpochs | None
+    """Validation of the last epochs, whichever was best; None for runs of earlier versions."""
+    comparison: str
+    """Whether it differs from the last run of the same dataset and architecture; empty if none has finished."""
     test: EvaluationResult | None = None
     """Test of the best checkpoint, if requested."""
     epochs: int
@@ -175,12 +181,19 @@ class RunResult(Record):
         return lines
 
     @property
+    def choice(self) -> str:
+        """What the weights were chosen from, which the interval does not account for."""
+        return f"best of {format_count(self.epochs, 'epoch')} on these images: epoch {self.best_epoch}"
+
+    @property
     def summary(self) -> list[str]:
         """The outcome of the run, line by line."""
         return [
-            f"best epoch  {self.best_epoch} of {self.epochs}",
             f"val         {self.val}",
+            f"            {self.choice}",
+            *([f"            {self.late}"] if self.late else []),
             *([f"test        {self.test}"] if self.test else []),
+            *([f"compared    {self.comparison}"] if self.comparison else []),
             *(f"incident    {incident}" for incident in self.listed_incidents),
             *(f"finding     {finding}" for finding in self.findings),
         ]

@@ -7,7 +7,16 @@ import pyarrow as pa
 import pytest
 
 from trainer.config.config import TrainConfig
-from trainer.notes.note import describe_change, describe_training, format_note, format_notebook, write_note
+from trainer.notes.note import (
+    compare_with_previous,
+    describe_change,
+    describe_training,
+    find_until,
+    format_note,
+    format_notebook,
+    write_note,
+)
+from trainer.record.checkpoint import PREDICTIONS_NAME, Position, save_checkpoint
 from trainer.record.evaluation_result import summarise
 from trainer.record.incident import Incident
 from trainer.record.run_folder import RunFolder, describe_run, find_runs
@@ -44,7 +53,7 @@ def test_the_note_has_the_form_of_the_users_own(start, make_result):
         == """\
 ### 2023-04-12
 #### alexnet: first
-the first alexnet run here
+the first alexnet run on this dataset here
 
 ```python
 model = Sequential([
@@ -61,9 +70,11 @@ recipe modern: sgd, learning rate 0.1 (cosine) at global batch 64 = 2 x 32, epoc
 ```sh
 python jobs/train.py --arch alexnet
 ```
-loss: 0.9315 - accuracy: 0.7727 (51 of 66, 95% interval 0.658-0.857)
+loss: 0.9315 - accuracy: 0.7727 (51 of 66, 95% interval 0.658-0.857), best of 10 epochs on these images: epoch 7
 
-best epoch 7 of 10, 61 s, attempts: 1; top 1: 51 of 66; calibration error 0.073
+mean of the last 3 epochs: loss: 0.9512 - accuracy: 0.7500 (95% interval 0.634-0.838); no epoch was chosen for this
+
+61 s, attempts: 1; top 1: 51 of 66; calibration error 0.073
 
 overfitting: try less
 
@@ -125,12 +136,64 @@ def test_a_run_that_ended_without_a_result_says_why_and_what_to_do(start, status
 def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     start("first", 12)
     start("other", 13, arch="vgg19")
+    start("elsewhere", 13, dataset_fingerprint="beef")
     start("second", 14, epochs=20, seed=4)
     third = start("third", 15, epochs=20, seed=4)
     runs, _ = find_runs(storage.parent(third.uri))
-    assert [run.folder.name for run in runs] == ["first", "other", "second", "third"]
-    assert describe_change(runs[2], runs) == "after first: seed: 3 -> 4; epochs: 50 -> 20"
-    assert describe_change(runs[3], runs) == "after second: no changes"
+    assert [run.folder.name for run in runs] == ["first", "elsewhere", "other", "second", "third"]
+    assert describe_change(runs[1], runs) == "the first alexnet run on this dataset here"
+    assert describe_change(runs[3], runs) == "after first: seed: 3 -> 4; epochs: 50 -> 20"
+    assert describe_change(runs[4], runs) == "after second: no changes"
+
+
+def test_no_checksum_stands_in_what_changed_with_all_its_digits(start):
+    start("first", 12, dataset=f"/cache/{'ab' * 32}/mnist")
+    start("second", 13, dataset=f"/cache/{'cd' * 32}/mnist")
+    runs, _ = find_runs(storage.parent(start("third", 14).uri))
+    assert (
+        describe_change(runs[1], runs) == "after first: dataset: /cache/abababababab/mnist -> /cache/cdcdcdcdcdcd/mnist"
+    )
+
+
+def finish(run: RunFolder, result, right: int) -> pa.Table:
+    """Write the result of a run that predicts the first images of 66 correctly."""
+    predicted = [0] * right + [1] * (66 - right)
+    predictions = pa.table({"label": [0] * 66, "predicted": predicted})
+    row = {"epoch": 7, "val_accuracy": right / 66, "val_loss": 0.1}
+    position = Position(epoch=7, epoch_rows=0, step=70, global_batch_size=4, history=[row])
+    save_checkpoint(run.checkpoints, position, {PREDICTIONS_NAME: storage.parquet_bytes(predictions)})
+    run.write_ending(result)
+    return predictions
+
+
+def test_a_run_is_compared_with_the_last_of_its_dataset_and_architecture(start, make_result):
+    finish(start("first", 12), make_result(), 51)
+    finish(start("other", 13, arch="vgg19"), make_result(), 20)
+    finish(start("elsewhere", 13, dataset_fingerprint="beef"), make_result(), 20)
+    second, third, fourth = start("second", 14), start("third", 15), start("fourth", 16)
+    of_second, of_third = finish(second, make_result(), 53), finish(third, make_result(), 40)
+    assert compare_with_previous(find_until(second), of_second) == (
+        "not distinguishable on 66 images (correct only in first: 0, only in second: 2; p = 0.5)"
+    )
+    assert compare_with_previous(find_until(third), of_third) == (
+        "second is better than third on 66 images (correct only in second: 13, only in third: 0; p = 0.00024)"
+    )
+    assert compare_with_previous(find_until(start("alone", 17, arch="googlenet")), of_third) == ""
+    storage.write_bytes(third.path("result.json"), b"{")
+    assert compare_with_previous(find_until(fourth), of_third) == ""
+
+
+def test_the_verdict_and_the_test_split_have_lines_of_their_own(start, make_result, evaluation):
+    verdict = "not distinguishable on 66 images (correct only in a: 0, only in b: 2; p = 0.5)"
+    result = make_result(comparison=verdict, test=evaluation)
+    lines = note_of(start("first"), result).splitlines()
+    of_val, of_late, of_all, of_test = (
+        next(number for number, line in enumerate(lines) if line.startswith(beginning))
+        for beginning in ("loss:", "mean of the last", verdict, "test:")
+    )
+    assert of_val < of_late < of_all < of_test
+    assert [line.split("  ")[0] for line in result.summary] == ["val", "", "", "test", "compared"]
+    assert "            best of 10 epochs on these images: epoch 7" in result.summary
 
 
 @pytest.mark.parametrize(
@@ -157,7 +220,7 @@ def test_a_new_option_is_in_the_note_without_being_named_there(make_config):
 
 def test_the_note_is_written_into_the_run_folder(start, make_result):
     run, result = start("first"), make_result()
-    write_note(run, result)
+    write_note(run, find_until(run), result)
     note, how_to_load = note_of(run, result), 'model = keras.saving.load_model("model.keras")'
     written = storage.read_bytes(run.path("note.md")).decode()
     assert written.startswith(note)
@@ -167,8 +230,8 @@ def test_the_note_is_written_into_the_run_folder(start, make_result):
 def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_result):
     run, neighbour = start("first", 12), start("another", 11)
     storage.write_bytes(neighbour.path("config.json"), b'{"model_type": "bert"}')
-    write_note(run, make_result())
-    assert "the first alexnet run here" in storage.read_bytes(run.path("note.md")).decode()
+    write_note(run, find_until(run), make_result())
+    assert "the first alexnet run on this dataset here" in storage.read_bytes(run.path("note.md")).decode()
 
 
 def test_the_notebook_has_all_runs_by_date(start, make_result):

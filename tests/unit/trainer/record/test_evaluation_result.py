@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trainer.record.evaluation_result import EvaluationResult, find_mistakes, summarise
+from trainer.record.evaluation_result import EvaluationResult, average_last, find_mistakes, summarise
 
 
 def predictions_of(labels, predicted, loss=0.5, confidence=0.9, likelier=None) -> pa.Table:
@@ -102,6 +102,23 @@ def test_a_class_that_is_not_in_the_split_has_none_of_none():
 def test_the_interval_is_wilsons(correct, total, interval):
     result = summary([0] * total, [0] * correct + [1] * (total - correct), ("a", "b"))
     assert result.accuracy_interval == pytest.approx(interval, abs=5e-5)
+
+
+@pytest.mark.parametrize(("accuracies", "epochs", "accuracy"), [([0.9, 0.7, 0.8, 0.9], 3, 0.8), ([0.6, 0.8], 2, 0.7)])
+def test_the_last_epochs_are_averaged_whichever_was_best(accuracies, epochs, accuracy):
+    late = average_last([{"val_accuracy": one, "val_loss": 1 - one} for one in accuracies], 100)
+    assert (late.epochs, late.accuracy, late.loss) == (epochs, pytest.approx(accuracy), pytest.approx(1 - accuracy))
+    assert (
+        late.accuracy_interval
+        == summary([0] * 100, [0] * round(100 * accuracy) + [1] * round(100 - 100 * accuracy)).accuracy_interval
+    )
+
+
+def test_the_mean_of_the_last_epochs_reads_like_the_other_numbers():
+    rows = [{"val_accuracy": 0.75, "val_loss": 0.5}]
+    assert str(average_last(rows, 100)) == (
+        "mean of the last 1 epoch: loss: 0.5000 - accuracy: 0.7500 (95% interval 0.657-0.825)"
+    )
 
 
 def test_the_numbers_read_as_in_the_notes(evaluation):
