@@ -354,7 +354,7 @@ def main(
         script = run_once(results, SCRIPT, dataset, name, a_seed, {"epochs": epochs})
         if script is None:
             continue
-        limit = stop_after * script.curve.seconds[-1] or None
+        limit = stop_after * float(script.curve.seconds[-1]) or None
         for arguments in options:
             of_product = {"arguments": arguments, "stop_after": limit}
             product = run_once(results, PRODUCT, dataset, name, a_seed, of_product)
