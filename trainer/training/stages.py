@@ -141,10 +141,12 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
     before = len(history) - len(ending)
     # In a short run too the rate falls to zero.
     least = min(unit, max(1, config.epochs // 3))
-    decay = max(least, round(_DECAY_SHARE * (before if config.patience else config.epochs)))
     clean = least if augmentation != NO_AUGMENTATION else 0
-    if len(history) < config.epochs - decay - clean and not _has_stalled(train, config.patience * unit):
+    decay = max(least, round(_DECAY_SHARE * (before if config.patience else config.epochs)))
+    # The end of a run that is longer now came too early: it goes on from before it.
+    if before < config.epochs - decay - clean and not _has_stalled(train, config.patience * unit):
         return EpochPlan("train", augmentation, start)
+    decay = max(1, min(decay, config.epochs - before - clean))
     decayed, cleaned = len(_of_stage(ending, "decay")), len(_of_stage(ending, "clean"))
     if decayed < decay:
         start = _best(train) if train and not decayed else len(history)

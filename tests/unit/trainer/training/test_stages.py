@@ -91,6 +91,7 @@ def test_no_run_is_longer_than_its_epochs(make):
         history = simulate(make(epochs=epochs), lambda plan, rows: 1.0 / (1 + len(rows)))
         assert len(history) == epochs
         assert history[-1]["stage"] in ("decay", "clean")
+        assert history[-1]["last_rate"] == 0
 
 
 def test_without_patience_all_epochs_are_trained(make):
@@ -134,6 +135,18 @@ def test_a_finished_run_is_trained_on_from_before_its_decay(make):
     assert history[20]["started_from"] == 16
     # The decay of the first run led nowhere.
     assert not {17, 18, 19, 20} & {row["epoch"] for row in main_path(history)}
+
+
+@pytest.mark.parametrize("augment", ["none", "all"])
+def test_a_finished_run_is_trained_on_for_all_epochs_asked_for_however_few(make, augment):
+    for epochs in range(1, 40):
+        first = simulate(make(patience=0, augment=augment, epochs=epochs), lambda plan, rows: 1.0)
+        for more in range(1, 9):
+            config = make(patience=0, augment=augment, epochs=epochs + more)
+            history = simulate(config, lambda plan, rows: 1.0, history=first)
+            assert len(history) == epochs + more
+            # One epoch alone has no time to come down.
+            assert more == 1 or history[-1]["last_rate"] == 0
 
 
 def test_what_later_epochs_start_from_is_kept(make):
