@@ -1,9 +1,13 @@
-"""Workers that a real cluster has no room for."""
+"""Workers of a real cluster: without room for them, and with an error that would come again."""
+
+import os
+import time
 
 import pytest
 import ray
+import ray.train
 
-from trainer.runtime.errors import JobError
+from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import WorkersAwaited
 from trainer.workers import groups
 from trainer.workers.groups import WorkerCount, run_workers
@@ -25,3 +29,18 @@ def test_workers_without_room_are_waited_for_aloud_and_not_for_ever(resources, m
         run_workers(lambda _: None, "no-room", WorkerCount(2, 2, 2), resources, on_event=events.append)
     ray.kill(holder)
     assert {(type(event), event.least) for event in events} == {(WorkersAwaited, 2)}
+
+
+def test_an_error_that_would_come_again_ends_all_workers_at_once(resources, tmp_path, capfd):
+    def fail_on_one(_) -> None:
+        (tmp_path / f"started-{os.getpid()}").touch()
+        if ray.train.get_context().get_world_rank() == 1:
+            raise InputError("shards/00001.arrow is damaged")
+        time.sleep(60)
+
+    events = []
+    with pytest.raises(InputError, match=r"shards/00001\.arrow is damaged"):
+        run_workers(fail_on_one, "damaged", WorkerCount(2, 2, 2), resources, max_failures=3, on_event=events.append)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert events == []
+    assert "Traceback" not in capfd.readouterr().err

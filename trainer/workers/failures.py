@@ -10,8 +10,8 @@ import ray.train
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.runtime.compat import cause_of_death
-from trainer.runtime.errors import WorkerDiedError
+from trainer.runtime.compat import cause_of_death, error_of_function
+from trainer.runtime.errors import InputError, JobError, WorkerDiedError
 from trainer.runtime.events import OnEvent, WorkersLost
 from trainer.workers.pulse import Pulse, Traces, Watch, describe_death, keep_pulse, read_traces
 
@@ -38,7 +38,14 @@ class FailureSender(ray.train.UserCallback):
         self._send = send
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Send the failure to the driver."""
+        """Send the failure to the driver, or end the group for an error that would come again.
+
+        Raises:
+            InputError, JobError: a worker raised it. What a callback raises ends the controller without a restart.
+        """
+        for error in map(error_of_function, worker_exceptions.values()):
+            if isinstance(error, InputError | JobError):
+                raise error
         died, raised, is_preempted = {}, {}, False
         for rank, error in worker_exceptions.items():
             if (cause := cause_of_death(error)) is not None:

@@ -375,7 +375,9 @@ def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_fai
 
 
 def _find_causes(error: "TrainingFailedError") -> list[Exception]:
-    """Return the error of each worker that failed in the last attempt, or else the error of Ray Train itself."""
+    """Return the error of each worker that failed in the last attempt, or else that of Ray Train's controller."""
+    if isinstance(raised := getattr(error, "controller_failure", None), InputError | JobError):
+        return [raised]  # by `FailureSender`
     causes = [error_of_function(one) for one in getattr(error, "worker_failures", {}).values()]
     return [WorkerDiedError(str(one)) if cause_of_death(one) else one for one in causes] or [error]
 

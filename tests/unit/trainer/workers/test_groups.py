@@ -1,6 +1,7 @@
 """How many workers a job has, what each gets, and what their errors mean; with a cluster: tests/integration."""
 
 import pytest
+from ray.train import ControllerError
 
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
@@ -94,3 +95,10 @@ def test_a_worker_that_died_is_started_again_as_often_as_allowed(fail):
 def test_an_error_that_would_come_again_is_not_tried_again(fail, error, kind):
     with pytest.raises(kind, match="x"):
         fail(error, max_failures=3)
+
+
+@pytest.mark.parametrize("kind", [InputError, JobError])
+def test_the_error_that_ended_the_controller_is_that_of_the_job(kind):
+    error = ControllerError(kind("shards/00001.arrow is damaged"))
+    explained = groups._explain_failure(error, WorkerCount(2, 2, 2), death=None)
+    assert explained is error.controller_failure
