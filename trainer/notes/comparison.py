@@ -22,13 +22,18 @@ class Comparison(BaseModel):
     total: int
     p_value: float
 
+    @property
+    def is_distinguishable(self) -> bool:
+        """Whether the difference is more than chance."""
+        return self.p_value < _SIGNIFICANCE
+
     def describe(self, first: str, second: str) -> str:
         """Return the verdict in words, given the names of the runs."""
         counts = (
             f"correct only in {first}: {self.first_only}, only in {second}: {self.second_only}; p = {self.p_value:.2g}"
         )
         images = format_count(self.total, "image")
-        if self.p_value >= _SIGNIFICANCE:
+        if not self.is_distinguishable:
             return f"not distinguishable on {images} ({counts})"
         better, worse = (first, second) if self.first_only > self.second_only else (second, first)
         return f"{better} is better than {worse} on {images} ({counts})"

@@ -123,7 +123,7 @@ def _did_not_train(run: _Run) -> str:
     network that is half as good as can be.
     """
     val, config, loss = run.val, run.config, float(run.history[-1]["loss"])
-    chance, prior_loss = _chance(val)
+    chance, prior_loss = val.chance, _guessing_loss(val)
     low, high = val.accuracy_interval
     if low > chance or val.loss < _CHANCE_LOSS_SHARE * prior_loss:
         return ""
@@ -310,11 +310,10 @@ def _small_validation(run: _Run) -> str:
     )
 
 
-def _chance(val: EvaluationResult) -> tuple[float, float]:
-    """Return the accuracy of always predicting the most frequent class, and the loss of guessing by frequency."""
-    counts = np.array([one.total for one in val.per_class if one.total])
-    prior = counts / counts.sum()
-    return float(prior.max()), float(-(prior * np.log(prior)).sum())
+def _guessing_loss(val: EvaluationResult) -> float:
+    """Return the loss of guessing by class frequency."""
+    prior = np.array([one.total for one in val.per_class if one.total]) / val.total
+    return float(-(prior * np.log(prior)).sum())
 
 
 def _lowest(rows: History) -> Metrics:

@@ -102,6 +102,11 @@ class EvaluationResult(Record):
         return of_true, of_predicted, counts
 
     @property
+    def chance(self) -> float:
+        """The accuracy of always predicting the most frequent class."""
+        return max(one.total for one in self.per_class) / self.total
+
+    @property
     def listed(self) -> list[ClassResult]:
         """The classes that a list shows: all, or, if there are many, those with the lowest accuracy."""
         if len(self.per_class) <= MOST_CLASSES:

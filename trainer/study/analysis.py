@@ -73,6 +73,46 @@ def rank_trials(study: Study, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(completed, key=lambda one: (-_score(study, one), one.index))
 
 
+def is_above_chance(trial: Trial, chance: float) -> bool:
+    """Return whether the 95% interval of a trial's accuracy lies above that of always predicting one class."""
+    return not trial.total or accuracy_interval(trial.correct, trial.total)[0] > chance
+
+
+def find_rivals(study: Study, trials: Sequence[Trial]) -> list[Trial]:
+    """Return what the best trial must differ from, if the study is to have an answer.
+
+    That is the best trial of each other scientific value; where nothing is scientific, each trial whose objective is
+    the same.
+    """
+    ranked = rank_trials(study, trials)
+    scientific = [one for one in study.parameters if one.role == "scientific"]
+    if not scientific:
+        return [one for one in ranked[1:] if one.objective == ranked[0].objective]
+    best = [group.best for one in scientific for group in isolate(study, one, trials)]
+    return list({one.index: one for one in best if one and one.index != ranked[0].index}.values())
+
+
+def is_as_good(study: Study, trial: Trial, best: Trial) -> bool:
+    """Return whether the objective of a trial is that of the best within its sampling error."""
+    return _score(study, best) - _score(study, trial) <= _tolerance(study, best)
+
+
+def find_no_difference(study: Study, trials: Sequence[Trial], chance: float) -> str:
+    """Return why nothing can be concluded from which trials are better; empty if something can be.
+
+    Args:
+        study: the study.
+        trials: its trials.
+        chance: accuracy of always predicting the most frequent class; 0 if unknown.
+    """
+    ranked = rank_trials(study, trials)
+    if ranked and not any(is_above_chance(one, chance) for one in ranked):
+        return f"no trial is above chance ({chance:.2f})"
+    if len(ranked) > 1 and all(is_as_good(study, one, ranked[0]) for one in ranked):
+        return f"all {len(ranked)} completed trials are as good as the best within {_tolerance(study, ranked[0]):.3g}"
+    return ""
+
+
 def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list[BestOf]:
     """Return the best trial for each value of a scientific parameter, or for each quarter of its range."""
     groups: dict[str, list[Trial]] = {}
@@ -93,11 +133,16 @@ def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list
     return [BestOf(name, find_best(study, of_group), len(of_group)) for name, of_group in groups.items()]
 
 
-def check_boundaries(study: Study, trials: Sequence[Trial]) -> list[str]:
-    """Return one line for each range that the best trial lies at the edge of, with a range to try next."""
+def check_boundaries(study: Study, trials: Sequence[Trial], chance: float) -> list[str]:
+    """Return one line for each range that the best trial lies at the edge of, with a range to try next.
+
+    Where the trials do not differ beyond chance, the values of the best are no better than the others.
+    """
     best = find_best(study, trials)
     if best is None:
         return []
+    if reason := find_no_difference(study, trials, chance):
+        return [f"not judged: {reason}, so that the values of the best say nothing"]
     lines = []
     for one in study.parameters:
         if not isinstance(one.domain, Range) or not _varies(best, one):
@@ -138,14 +183,20 @@ def best_of_k(
     return np.arange(1, len(scores) + 1), sign * running.mean(axis=0), band
 
 
-def check_points(study: Study, trials: Sequence[Trial]) -> str:
-    """Return whether there were enough trials: how many are as good as the best, and what half of them would give."""
+def check_points(study: Study, trials: Sequence[Trial], chance: float) -> str:
+    """Return whether there were enough trials: how many are as good as the best, and what half of them would give.
+
+    More trials are no remedy where none is above chance (the accuracy of always predicting the most frequent class; 0
+    if unknown), or where all are tied.
+    """
     best = find_best(study, trials)
     if best is None:
         return "no trial has completed"
+    if reason := find_no_difference(study, trials, chance):
+        return f"{reason}: more trials of these ranges will not help"
     completed = rank_trials(study, trials)
     tolerance = _tolerance(study, best)
-    good = sum(_score(study, best) - _score(study, one) <= tolerance for one in completed)
+    good = sum(is_as_good(study, one, best) for one in completed)
     _, means, _ = best_of_k(study, trials)
     gain = abs(means[-1] - means[(len(means) - 1) // 2])
     verdict = "enough" if good > 1 and gain <= tolerance else "too few: add trials to the study and run it again"

@@ -1,14 +1,15 @@
 """The report of a study: the answer and its evidence, as Markdown and as one HTML page."""
 
+import contextlib
 from collections.abc import Sequence
 
 from trainer.config.options import format_value
-from trainer.notes.comparison import compare_predictions
+from trainer.notes.comparison import Comparison, compare_predictions
 from trainer.notes.fonts import fonts_for
 from trainer.notes.plots import to_png
 from trainer.record.evaluation_result import describe_accuracy
 from trainer.runtime import storage
-from trainer.runtime.errors import DamagedError
+from trainer.runtime.errors import DamagedError, InputError
 from trainer.runtime.events import GlyphsMissing
 from trainer.runtime.html import Section, Table, render_sections
 from trainer.runtime.markdown import format_count, format_table
@@ -19,6 +20,9 @@ from trainer.study.analysis import (
     check_points,
     check_steps,
     decide_adoption,
+    find_rivals,
+    is_above_chance,
+    is_as_good,
     isolate,
     rank_trials,
 )
@@ -72,16 +76,19 @@ def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[st
 
 def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> list[Section]:
     ranked = rank_trials(study, trials)
-    sections = [_describe_best(folder, study, ranked)]
+    chance = _read_chance(folder, ranked)
+    sections = [_describe_answer(folder, study, trials, chance)]
     for one in study.parameters:
         if one.role == "scientific":
             sections.append(_describe_isolation(folder, study, one.label, isolate(study, one, trials), ranked))
     sections += [
         Section("Adopt it?", [decide_adoption(study, trials)]),
         Section(
-            "Ranges", check_boundaries(study, trials) or ["the best values lie inside their ranges"], picture="axes"
+            "Ranges",
+            check_boundaries(study, trials, chance) or ["the best values lie inside their ranges"],
+            picture="axes",
         ),
-        Section("Enough trials?", [check_points(study, trials)], picture="best_of_k"),
+        Section("Enough trials?", [check_points(study, trials, chance)], picture="best_of_k"),
         Section("Trials without result", check_infeasible(study, trials)),
         Section("Steps", [check_steps(study, trials), *_describe_symptoms(folder, ranked)], picture="curves"),
         Section("These conclusions hold only for", study.caveats),
@@ -90,16 +97,61 @@ def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> lis
     return sections
 
 
-def _describe_best(folder: StudyFolder, study: Study, ranked: Sequence[Trial]) -> Section:
+def _read_chance(folder: StudyFolder, ranked: Sequence[Trial]) -> float:
+    """Return the accuracy of always predicting the most frequent class of the validation split; 0 if unknown."""
+    with contextlib.suppress(InputError):
+        if ranked and (result := folder.run(ranked[0]).read_result()):
+            return result.val.chance
+    return 0.0
+
+
+def _describe_answer(folder: StudyFolder, study: Study, trials: Sequence[Trial], chance: float) -> Section:
+    """Describe the best trial; or why it is no answer, and what to do."""
+    ranked = rank_trials(study, trials)
     if not ranked:
-        return Section("Answer", ["no trial has completed yet"])
+        return Section("No answer", ["no trial has completed yet"])
     best = ranked[0]
+    if not is_above_chance(best, chance):
+        lines = [
+            f"no trial is above chance: the best, {_describe_trial(study, best)}, against {chance:.2f} for always "
+            "predicting the most frequent class",
+            "look at what is found under Steps; then begin another round (--new-round) with lower and higher "
+            'base_learning_rate, more epochs, or a base that is known to train, such as recipe = "modern"',
+        ]
+        return Section("No answer", lines)
+    tied = [one for one in find_rivals(study, trials) if _is_tied(folder, study, best, one)]
+    if tied:
+        cheapest = min([best, *tied], key=lambda one: one.seconds)
+        lines = [
+            "the best trials are tied; the validation images cannot tell them apart:",
+            *(f"{_describe_trial(study, one)}; {_format_values(one)}" for one in (best, *tied)),
+            f"prepare the dataset with more validation images, or choose by cost: {cheapest.run_name} took the least "
+            f"time ({cheapest.seconds:.0f} s); --characterize 5 shows how far seeds alone move the best",
+        ]
+        return Section("No answer", lines, command=_read_command(folder, cheapest))
     lines = [
-        f"{best.run_name}: {study.objective} {best.objective:.4f}; {describe_accuracy(best.correct, best.total)}",
+        _describe_trial(study, best),
         *(f"{name} = {format_value(value)}" for name, value in best.values.items()),
     ]
-    record = folder.run(best).read_record()
-    return Section("Answer", lines, command=record.command if record else "")
+    return Section("Answer", lines, command=_read_command(folder, best))
+
+
+def _describe_trial(study: Study, trial: Trial) -> str:
+    return f"{trial.run_name}: {study.objective} {trial.objective:.4f}; {describe_accuracy(trial.correct, trial.total)}"
+
+
+def _format_values(trial: Trial) -> str:
+    return "; ".join(f"{name} = {format_value(value)}" for name, value in trial.values.items())
+
+
+def _read_command(folder: StudyFolder, trial: Trial) -> str:
+    record = folder.run(trial).read_record()
+    return record.command if record else ""
+
+
+def _is_tied(folder: StudyFolder, study: Study, best: Trial, other: Trial) -> bool:
+    comparison = _read_comparison(folder, best, other)
+    return is_as_good(study, other, best) if isinstance(comparison, str) else not comparison.is_distinguishable
 
 
 def _describe_isolation(
@@ -121,13 +173,19 @@ def _describe_isolation(
 
 
 def _compare(folder: StudyFolder, one: Trial, other: Trial) -> str:
+    comparison = _read_comparison(folder, one, other)
+    return comparison if isinstance(comparison, str) else comparison.describe(one.run_name, other.run_name)
+
+
+def _read_comparison(folder: StudyFolder, one: Trial, other: Trial) -> Comparison | str:
+    """Return the test of two trials' predictions, or why they cannot be compared."""
     try:
         tables = [folder.run(trial).read_predictions() for trial in (one, other)]
     except DamagedError as error:
         return str(error)
     if tables[0] is None or tables[1] is None:
         return "its predictions are gone"
-    return compare_predictions(tables[0], tables[1]).describe(one.run_name, other.run_name)
+    return compare_predictions(tables[0], tables[1])
 
 
 def _describe_symptoms(folder: StudyFolder, ranked: Sequence[Trial]) -> list[str]:

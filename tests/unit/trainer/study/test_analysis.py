@@ -10,6 +10,8 @@ from trainer.study.analysis import (
     check_steps,
     decide_adoption,
     find_best,
+    find_no_difference,
+    find_rivals,
     isolate,
 )
 from trainer.study.file import parse_study
@@ -87,15 +89,15 @@ def test_each_scientific_value_has_its_best():
     ],
 )
 def test_a_best_value_at_an_end_asks_for_more_room(rate, expected):
-    lines = check_boundaries(STUDY, [trial(0, 90, rate=rate), trial(1, 80, rate=0.001)])
+    lines = check_boundaries(STUDY, [trial(0, 90, rate=rate), trial(1, 80, rate=0.001)], 0.1)
     assert len(lines) == len(expected)
     for line, text in zip(lines, expected, strict=True):
         assert text in line
 
 
 def test_there_is_no_room_below_zero():
-    assert check_boundaries(STUDY, [trial(0, 90, values={"weight_decay": 0.001})]) == []
-    (line,) = check_boundaries(STUDY, [trial(0, 90, values={"weight_decay": 0.099})])
+    assert check_boundaries(STUDY, [trial(0, 90, values={"weight_decay": 0.001})], 0.1) == []
+    (line,) = check_boundaries(STUDY, [trial(0, 90, values={"weight_decay": 0.099})], 0.1)
     assert "expand it to 0.05 to 0.15" in line
 
 
@@ -117,9 +119,47 @@ def test_a_lower_loss_is_better_in_the_best_of_k():
 
 
 def test_one_lucky_trial_is_not_enough():
-    assert "too few" in check_points(STUDY, [trial(0, 95), *(trial(index, 30) for index in range(1, 8))])
-    assert check_points(STUDY, [trial(index, 90 - index % 3) for index in range(8)]).endswith(": enough")
-    assert check_points(STUDY, [trial(0, status="failed")]) == "no trial has completed"
+    assert "too few" in check_points(STUDY, [trial(0, 95), *(trial(index, 30) for index in range(1, 8))], 0.1)
+    assert check_points(STUDY, [*(trial(index, 90 - index % 3) for index in range(7)), trial(7, 50)], 0.1).endswith(
+        ": enough"
+    )
+    assert check_points(STUDY, [trial(0, status="failed")], 0.1) == "no trial has completed"
+
+
+# 90 of 100: the 95% interval begins at 0.826; 18 of 100: at 0.117, and 17 of 100 at 0.109.
+@pytest.mark.parametrize(
+    ("correct", "chance", "reason"),
+    [
+        ((18, 10), 0.11, ""),
+        ((17, 10), 0.11, "no trial is above chance (0.11)"),
+        ((17, 10), 0.0, ""),
+        ((90, 82), 0.11, ""),
+        ((90, 83), 0.11, "all 2 completed trials are as good as the best within 0.0744"),
+        ((90,), 0.11, ""),
+        ((), 0.11, ""),
+    ],
+)
+def test_nothing_is_concluded_from_trials_at_chance_or_tied(correct, chance, reason):
+    trials = [trial(index, one, rate=0.9) for index, one in enumerate(correct)]
+    assert find_no_difference(STUDY, trials, chance) == reason
+    if reason:
+        assert check_points(STUDY, trials, chance) == f"{reason}: more trials of these ranges will not help"
+        assert check_boundaries(STUDY, trials, chance) == [
+            f"not judged: {reason}, so that the values of the best say nothing"
+        ]
+
+
+def test_the_rivals_of_the_best_are_the_best_of_the_other_scientific_values():
+    trials = [trial(0, 70), trial(1, 90), trial(2, 80), trial(3, 90), trial(4, 80)]
+    assert [one.index for one in find_rivals(STUDY, trials)] == [2]
+    assert find_rivals(STUDY, [trial(1, 90), trial(3, 90)]) == []
+
+
+def test_where_nothing_is_scientific_the_rivals_have_the_same_objective():
+    nuisance = STUDY.model_copy(update={"scientific": {}})
+    trials = [trial(0, 90), trial(1, 89), trial(2, 90)]
+    assert [one.index for one in find_rivals(nuisance, trials)] == [2]
+    assert find_rivals(nuisance, []) == []
 
 
 def test_trials_without_result_are_counted_with_their_reason():
@@ -177,7 +217,7 @@ def rate_at(position: float) -> float:
 
 @pytest.mark.parametrize(("position", "is_at_an_end"), [(0.09, True), (0.11, False), (0.89, False), (0.91, True)])
 def test_the_last_tenth_at_either_end_is_an_end(position, is_at_an_end):
-    assert bool(check_boundaries(STUDY, [trial(0, 90, rate=rate_at(position))])) is is_at_an_end
+    assert bool(check_boundaries(STUDY, [trial(0, 90, rate=rate_at(position))], 0.1)) is is_at_an_end
 
 
 @pytest.mark.parametrize(("distance", "is_unstable"), [(-0.01, False), (0.0, True), (0.09, True), (0.11, False)])
@@ -190,26 +230,28 @@ def test_divergence_within_a_tenth_above_the_best_rate_holds_it_down(distance, i
 @pytest.mark.parametrize(("loss", "good"), [(1.04, 2), (1.06, 1)])
 def test_a_loss_within_5_percent_is_as_good(loss, good):
     losses = STUDY.model_copy(update={"objective": "val_loss"})
-    trials = [trial(0, 50, objective=1.0), trial(1, 50, objective=loss)]
-    assert check_points(losses, trials).startswith(f"{good} of 2 completed trials are as good as the best within 0.05;")
+    trials = [trial(0, 50, objective=1.0), trial(1, 50, objective=loss), trial(2, 50, objective=2.0)]
+    assert check_points(losses, trials, 0.1).startswith(
+        f"{good} of 3 completed trials are as good as the best within 0.05;"
+    )
 
 
 @pytest.mark.parametrize(("correct", "good"), [(83, 2), (82, 1)])
 def test_an_accuracy_within_the_interval_of_the_best_is_as_good(correct, good):
     """The 95% interval of 90 of 100 begins at 0.826."""
-    line = check_points(STUDY, [trial(0, 90), trial(1, correct)])
-    assert line.startswith(f"{good} of 2 completed trials are as good as the best within 0.0744;")
+    line = check_points(STUDY, [trial(0, 90), trial(1, correct), trial(2, 50)], 0.1)
+    assert line.startswith(f"{good} of 3 completed trials are as good as the best within 0.0744;")
 
 
 @pytest.mark.parametrize(("good", "verdict"), [(2, "too few"), (4, "enough")])
 def test_trials_are_enough_where_half_of_them_would_have_done(good, verdict):
     """90 of 100 in 2 or 4 of 16 trials: half of them would lose 0.13 or 0.05 on average; 0.074 is noise."""
     trials = [trial(index, 90 if index < good else 30) for index in range(16)]
-    assert verdict in check_points(STUDY, trials)
+    assert verdict in check_points(STUDY, trials, 0.1)
 
 
 def test_a_single_best_trial_is_never_enough():
-    assert "too few" in check_points(STUDY, [trial(0, 90), *(trial(index, 82) for index in range(1, 16))])
+    assert "too few" in check_points(STUDY, [trial(0, 90), *(trial(index, 82) for index in range(1, 16))], 0.1)
 
 
 @pytest.mark.parametrize(
