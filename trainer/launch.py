@@ -4,7 +4,7 @@
 """
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import re
 import threading
@@ -250,6 +250,8 @@ def _check_fits(request: RunRequest, manifest: Manifest) -> None:
             f"--init-from {settings.init_from}: there is no such run or file; give a run folder or a weights file "
             "(.safetensors or .h5)"
         )
+    if settings.export == "onnx" and importlib.util.find_spec("tf2onnx") is None:
+        raise InputError("--export onnx needs a package that is not installed: pip install -e '.[onnx]'")
     if settings.evaluate_test and not manifest.splits["test"].rows:
         raise InputError(f"--evaluate-test: {request.dataset} has no test images; prepare it with a --test-fraction")
 

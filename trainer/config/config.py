@@ -106,8 +106,9 @@ class Settings(BaseModel):
     """Number of best checkpoints to keep besides the last one, ranked by validation accuracy, then loss."""
     evaluate_test: bool = False
     """Evaluate the best checkpoint once on the test split when training ends."""
-    export: Literal["keras", "saved_model"] = "keras"
-    """Format in which the best weights are exported: model.keras, or a SavedModel in addition."""
+    export: Literal["keras", "saved_model", "tflite", "onnx"] = "keras"
+    """Format in which the best weights are exported: model.keras, or a SavedModel, a TensorFlow Lite file or an ONNX
+    file in addition."""
 
     @field_validator("optimizer_arguments", mode="before")
     @classmethod

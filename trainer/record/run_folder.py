@@ -10,7 +10,8 @@ STORAGE/RUN/damaged/         records that could not be read and were replaced, f
 STORAGE/RUN/checkpoints/     see `trainer.record.checkpoint`
 STORAGE/RUN/metrics.parquet  one EpochRow per epoch
 STORAGE/RUN/steps.parquet    one row per optimizer step
-STORAGE/RUN/model.keras      the best weights, for Keras 3 and tf_keras; STORAGE/RUN/saved_model/ on request
+STORAGE/RUN/model.keras      the best weights, for Keras 3 and tf_keras; on request one of saved_model/,
+                             model.tflite and model.onnx
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
 STORAGE/RUN/profile/         a trace of a few steps, for TensorBoard; Ray's timeline of the whole run
 STORAGE/RUN/note.md          the note of the run
@@ -58,6 +59,7 @@ _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs
 # Files and folders that a run writes after its config.json.
 _WRITTEN_NAMES = (
     *("checkpoints", "metrics.parquet", "steps.parquet", "model.keras", "saved_model", "plots", "profile", "note.md"),
+    *("model.tflite", "model.onnx"),
     *("test_predictions.parquet", "tensorboard", "evaluations", "explanations"),
 )
 

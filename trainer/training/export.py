@@ -1,4 +1,4 @@
-"""Export the best weights of a run: as a Keras model, and on request as a SavedModel for plain TensorFlow."""
+"""Export the best weights of a run: as a Keras model, and on request as SavedModel, TensorFlow Lite or ONNX."""
 
 import json
 import tempfile
@@ -65,12 +65,17 @@ def load_export(run: RunFolder) -> Any:
 
 
 def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> None:
-    """Write ``model.keras``, and ``saved_model/`` where the config asks for it."""
+    """Write ``model.keras``, and ``saved_model/``, ``model.tflite`` or ``model.onnx`` if the config asks for it."""
     model = build_export(arrays, manifest, config, is_flat=True)
     with tempfile.TemporaryDirectory() as folder:
         _save_keras_model(model, manifest.class_names, Path(folder, "model.keras"))
-        if config.export == "saved_model":
-            _save_saved_model(model, manifest, Path(folder, "saved_model"))
+        match config.export:
+            case "saved_model":
+                _save_saved_model(model, manifest, Path(folder, "saved_model"))
+            case "tflite":
+                _save_tflite(model, manifest, Path(folder, "model.tflite"))
+            case "onnx":
+                _save_onnx(model, manifest, Path(folder, "model.onnx"))
         for file in Path(folder).rglob("*"):
             if file.is_file():
                 run.write(file.read_bytes(), *file.relative_to(folder).parts)
@@ -105,18 +110,50 @@ def _use_common_terms(serialized: dict[str, Any]) -> dict[str, Any]:
     return serialized
 
 
+def _compile_scores(model: Any, manifest: Manifest) -> Any:
+    """Return the computation of ``scores`` (float32) from ``images`` (uint8), for files that Keras does not read."""
+    shape = [None, manifest.image_size, manifest.image_size, manifest.channels]
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, name="images")])  # type: ignore[untyped-decorator]
+    def compute_scores(images: Any) -> dict[str, Any]:
+        return {"scores": model(tf.cast(images, tf.float32), training=False)}
+
+    return compute_scores
+
+
 def _save_saved_model(model: Any, manifest: Manifest, folder: Path) -> None:
     """Save the signature ``serving_default``, from images (uint8) to scores (float32) and label (the class name)."""
-    size = manifest.image_size
+    compute_scores = _compile_scores(model, manifest)
     class_names = tf.constant(manifest.class_names)
 
-    @tf.function(  # type: ignore[untyped-decorator]
-        input_signature=[tf.TensorSpec([None, size, size, manifest.channels], tf.uint8, name="images")]
-    )
+    @tf.function(input_signature=compute_scores.input_signature)  # type: ignore[untyped-decorator]
     def serve(images: Any) -> dict[str, Any]:
-        scores = model(tf.cast(images, tf.float32), training=False)
+        scores = compute_scores(images)["scores"]
         return {"scores": scores, "label": tf.gather(class_names, tf.argmax(scores, axis=1))}
 
     module = tf.Module()
     module.model = model
     tf.saved_model.save(module, str(folder), signatures={"serving_default": serve})
+
+
+def _save_tflite(model: Any, manifest: Manifest, path: Path) -> None:
+    """Save the signature ``serving_default``, from images (uint8) to scores (float32), for TensorFlow Lite.
+
+    As is usual for metadata of such files, the file is a ZIP archive, too: of ``class_names.json``.
+    """
+    function = _compile_scores(model, manifest).get_concrete_function()
+    path.write_bytes(tf.lite.TFLiteConverter.from_concrete_functions([function], model).convert())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("class_names.json", json.dumps(manifest.class_names))
+
+
+def _save_onnx(model: Any, manifest: Manifest, path: Path) -> None:
+    """Save the graph from images (uint8) to scores (float32) as ONNX, with ``class_names`` in its metadata."""
+    # Extra `onnx`.
+    import onnx
+    import tf2onnx
+
+    compute_scores = _compile_scores(model, manifest)
+    converted, _ = tf2onnx.convert.from_function(compute_scores, compute_scores.input_signature)
+    onnx.helper.set_model_props(converted, {"class_names": json.dumps(manifest.class_names)})
+    onnx.save(converted, path)

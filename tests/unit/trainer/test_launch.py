@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -254,6 +255,12 @@ def test_a_batch_larger_than_the_train_split_is_refused(check):
 def test_a_test_split_without_images_cannot_be_evaluated(check):
     with pytest.raises(InputError, match=r"--evaluate-test: .* has no test images"):
         check(evaluate_test=True)
+
+
+def test_an_export_whose_package_is_missing_is_refused_with_how_to_install_it(check, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"--export onnx .* pip install -e '.\[onnx\]'"):
+        check(export="onnx")
 
 
 @pytest.fixture

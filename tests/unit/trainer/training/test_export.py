@@ -1,9 +1,12 @@
+import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 
 from tests.conftest import TINY_NETWORKS
@@ -121,6 +124,34 @@ def test_tf_keras_opens_the_same_file(make_config, write_dataset, tmp_path, arch
     images, scores = write_random_export(manifest, config, run)
     loaded = keras.models.load_model(run.path("model.keras"))
     np.testing.assert_allclose(loaded(images), scores, rtol=0, atol=1e-6)
+
+
+def run_tflite(path: str, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    names = json.loads(zipfile.ZipFile(path).read("class_names.json"))
+    return tf.lite.Interpreter(path).get_signature_runner("serving_default")(images=images)["scores"], names
+
+
+def run_onnx(path: str, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    return session.run(["scores"], {"images": images})[0], names
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [one if one == "cnn_tapered" else pytest.param(one, marks=pytest.mark.slow) for one in SHORT],
+)
+@pytest.mark.parametrize(("export", "run_file"), [("tflite", run_tflite), ("onnx", run_onnx)])
+def test_other_runtimes_give_equal_scores(make_config, write_dataset, tmp_path, arch, export, run_file):
+    manifest = write_dataset(rows=(1, 1, 1), image_size=max(8, ARCHITECTURES[arch].min_image_size)).manifest
+    config = make_config(arch=arch, arch_arguments=SHORT[arch], export=export)
+    run = RunFolder(str(tmp_path / "run"))
+    images, scores = write_random_export(manifest, config, run)
+    given, names = run_file(run.path(f"model.{export}"), images)
+    np.testing.assert_allclose(given, scores, rtol=0, atol=1e-6)
+    assert names == manifest.class_names
 
 
 def test_only_the_keras_model_is_written_without_being_asked(make_config, manifest, tmp_path):
