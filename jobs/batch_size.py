@@ -1,4 +1,4 @@
-"""Measure batch sizes on the training workers: the table that `--global-batch-size max` is based on."""
+"""Measure all batch sizes on the training workers: the whole of the table that the choice of a batch is based on."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -37,12 +37,19 @@ def main(
         given = {"rows": images, "epochs": epochs, "per_replica_batch_size": batch}
         workload = read_workload(run)
         workload = dataclasses.replace(workload, **{name: value for name, value in given.items() if value})
+        if images or epochs:
+            # The run says nothing of the steps that other images or epochs take.
+            workload = dataclasses.replace(workload, noise_scale=None)
         machines = Machines(workers_per_node, link_gbit, local_gbit, node_price)
         predictions = predict_up_to(workload, machines, workers)
         if as_json:
             console.stdout.print_json(json.dumps([dataclasses.asdict(one) for one in predictions]))
             return
         print_predictions(predictions)
+        until = "for the same epochs"
+        if workload.noise_scale is not None:
+            until = f"to the result of the run, by its gradient noise scale of {workload.noise_scale:.0f} images"
+        console.stdout.print(f"hours   {until}", markup=False)
         console.stdout.print(f"memory  {workload.worker_gib:.2f} GiB per worker, as measured", markup=False)
         for line in find_advice(workload, machines, predictions):
             console.stdout.print(line, markup=False)

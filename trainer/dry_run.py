@@ -3,7 +3,7 @@
 from typing import Any
 
 from data_prep.manifest import Manifest, read_manifest
-from trainer.batch.finder import recall_batch, trial_sizes
+from trainer.batch.finder import describe_search, recall_batch
 from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, format_options, resolve
 from trainer.launch import describe_steps, embedded_dataset, load_checked_manifest
@@ -53,10 +53,8 @@ def _describe_open(request: RunRequest, manifest: Manifest | None, num_workers: 
     else:
         unknown.append("dataset: 5,000 MNIST images, prepared when the first run starts")
     if batch.given_size is None:
-        sizes = ", ".join(map(str, trial_sizes(request, manifest, num_workers))) if manifest else "8, 16, 32, ..."
-        unknown.append(
-            f"global_batch_size: {batch.global_batch_size}, measured on the workers at {sizes} images per replica"
-        )
+        how = describe_search(request, manifest, num_workers, resources) if manifest else "measured on the workers"
+        unknown.append(f"global_batch_size: {batch.global_batch_size}, {how}")
     else:
         known["global_batch_size"] = batch.global_batch_size
     if batch.precision == "auto":

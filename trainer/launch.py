@@ -16,17 +16,24 @@ import ray
 
 from data_prep.manifest import Manifest, read_manifest
 from trainer.architectures import ARCHITECTURES, count_parameters
-from trainer.batch.finder import choose_batch, measure_size
-from trainer.config.batch_table import BatchChoice, find_bottlenecks, given_batch
+from trainer.batch.finder import choose_batch, forget_table, measure_size
+from trainer.config.batch_table import (
+    BatchChoice,
+    find_bottlenecks,
+    find_contradiction,
+    find_noise_surprise,
+    given_batch,
+)
 from trainer.config.config import TrainConfig, find_differences, replace_values, resize_batch
 from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, resolve
-from trainer.notes.diagnostics import find_symptoms
+from trainer.notes.diagnostics import History, find_symptoms
 from trainer.notes.note import compare_with_previous, find_until, write_note
 from trainer.record import checkpoint as checkpoints
 from trainer.record.augmentation_choice import AugmentationChoice, describe_trials, read_choice, write_choice
 from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import average_last, summarise
+from trainer.record.noise_scale import remember_noise_scale, summarize_noise
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
@@ -280,7 +287,9 @@ def measure_batches(
     manifest = load_checked_manifest(request, resources)
     num_workers = parse_num_workers(request.num_workers, resources).now
     root = storage.resolve_uri(storage_uri)
-    choice = choose_batch(request, manifest, num_workers, root, resources, probe_again=probe_again, on_event=on_event)
+    choice = choose_batch(
+        request, manifest, num_workers, root, resources, probe_again=probe_again, every_size=True, on_event=on_event
+    )
     if choice.table is None:
         return choice, []
     alone = None
@@ -294,6 +303,7 @@ def plan_run(
     run: RunFolder,
     resources: Resources,
     *,
+    noise_storage_uri: str = "",
     probe_again: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> RunPlan:
@@ -303,6 +313,7 @@ def plan_run(
         request: what is asked.
         run: its folder, from `open_run`.
         resources: of the cluster, which is connected.
+        noise_storage_uri: storage with the noise scales of earlier runs; empty for that of the run.
         probe_again: measure even where the storage has a table of batch sizes.
         on_event: told of the trials.
 
@@ -331,6 +342,7 @@ def plan_run(
             workers.now,
             storage.parent(run.uri),
             resources,
+            noise_storage_uri=noise_storage_uri,
             probe_again=probe_again,
             on_event=on_event,
         )
@@ -391,6 +403,7 @@ def launch(
     max_failures: int = 3,
     trackers: tuple[str, ...] = (),
     profile_steps: int = 0,
+    remember_noise: bool = True,
     on_event: OnEvent = ignore_event,
 ) -> RunResult:
     """Start a run, or continues it from its last checkpoint, and returns its result.
@@ -404,6 +417,8 @@ def launch(
         max_failures: how often lost workers are started again.
         trackers: where metrics go besides the run folder, from `trainer.training.tracking`.
         profile_steps: how many steps are traced, the first ones left out.
+        remember_noise: keep the noise scale in the storage for the next run of the kind. The trials of a study do
+            not, so that all of them have the same batch.
         on_event: told of the start, of steps and of epochs.
 
     Raises:
@@ -440,7 +455,8 @@ def launch(
     run.delete_interruption()
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:
-        return _close_run(job, _run_workers(job, plan.workers, resources, max_failures, on_event), on_event)
+        worker_result = _run_workers(job, plan.workers, resources, max_failures, on_event)
+        return _close_run(job, worker_result, remember_noise, on_event)
     except KeyboardInterrupt:
         # Before anything is ended: `ray job stop` kills after three seconds.
         if not failure_reason():
@@ -534,7 +550,20 @@ def _load_ending() -> None:
         importlib.import_module(name)
 
 
-def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -> RunResult:
+def _learn_about_batch(run: RunFolder, manifest: Manifest, history: History, noise_scale: float | None) -> list[str]:
+    """Return what a finished run says of how its batch was chosen, and forget a table that it contradicts."""
+    record = run.read_record()
+    if record is None or record.batch is None:
+        return []
+    contradiction = find_contradiction(record.batch, history)
+    if contradiction:
+        forget_table(record.batch.table_name, storage.parent(run.uri))
+    rows = manifest.splits["train"].rows
+    surprise = find_noise_surprise(record.batch, noise_scale, rows)
+    return [line for line in (contradiction, surprise) if line]
+
+
+def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool, on_event: OnEvent) -> RunResult:
     """Write what is drawn from a run when its workers have ended: plots, note, result."""
     # Loaded by now, in `_load_ending`.
     from trainer.notes.plots import write_batch_sizes, write_mistakes, write_plots
@@ -558,6 +587,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         test = summarise("test", storage.parquet_table(content), manifest.class_names)
     val, path = summarise("val", predictions, manifest.class_names), main_path(last.history)
     runs = find_until(run)
+    steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
+    noise_scale = summarize_noise(steps, config.global_batch_size)
     result = RunResult(
         status="diverged" if worker_result.reason else "completed",
         reason=worker_result.reason,
@@ -574,14 +605,17 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
         incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
         augmentation=describe_trials(last.history),
-        findings=find_symptoms(path, val, config, worker_result.reason),
+        findings=[
+            *find_symptoms(path, val, config, worker_result.reason),
+            *_learn_about_batch(run, manifest, last.history, noise_scale),
+        ],
+        noise_scale=noise_scale,
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )
     if result.augmentation:
         _keep_augmentation(run, config, result.augmentation, last.history)
     run.write_metrics(last.history)
-    steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
     run.write_steps(steps)
     if missing := write_plots(run, last.history, steps, result, config.clip_norm):
         on_event(GlyphsMissing(missing))
@@ -594,6 +628,16 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, on_event: OnEvent) -
     if "mlflow" in job.trackers:
         run.check_owner()
         log_to_mlflow(run, config, last.history, result)
+    if remember_noise and not worker_result.reason and result.noise_scale is not None:
+        remember_noise_scale(
+            config.arch,
+            config,
+            config.dataset_fingerprint,
+            storage.parent(run.uri),
+            run=run.name,
+            noise_scale=result.noise_scale,
+            global_batch_size=config.global_batch_size,
+        )
     write_note(run, runs, result)
     run.write_ending(result)
     return result

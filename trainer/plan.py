@@ -44,6 +44,11 @@ class Workload:
     checkpoint_bytes: int
     worker_gib: float
     """Peak memory of a worker."""
+    noise_scale: float | None = None
+    """Gradient noise scale in images; None where it is not known, and every number of workers takes the same epochs."""
+    steps: int = 0
+    """Optimizer steps to the result, at ``global_batch_size``."""
+    global_batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Prediction:
     efficiency: float
     """Speed as a fraction of ``workers`` times the speed of one worker."""
     hours: float
+    """To the same result by the noise scale, if that is known; otherwise for the same epochs."""
     read_gib: float
     """From the storage: each node reads the dataset once."""
     written_gib: float
@@ -100,6 +106,9 @@ def read_workload(uri: str) -> Workload:
         image_bytes=manifest.image_size**2 * manifest.channels,
         checkpoint_bytes=sum(sizes.values()),
         worker_gib=max(row["peak_memory_gib"] for row in history),
+        noise_scale=result.noise_scale,
+        steps=result.steps,
+        global_batch_size=config.global_batch_size,
     )
 
 
@@ -114,7 +123,7 @@ def predict(workload: Workload, machines: Machines, workers: int) -> Prediction:
         step = compute * (1 + STRAGGLER_SHARE) + all_reduce - hidden
     batch = workload.per_replica_batch_size * workers
     steps = max(1, workload.rows // batch)
-    hours = steps * workload.epochs * step / 3600
+    hours = _count_steps(workload, batch, steps) * step / 3600
     return Prediction(
         workers=workers,
         nodes=nodes,
@@ -128,6 +137,16 @@ def predict(workload: Workload, machines: Machines, workers: int) -> Prediction:
         written_gib=workload.epochs * workload.checkpoint_bytes / 2**30,
         cost=hours * nodes * machines.node_price,
     )
+
+
+def _count_steps(workload: Workload, batch: int, steps_per_epoch: int) -> float:
+    """Return the optimizer steps to the same result: a larger batch takes fewer (McCandlish et al. 2018)."""
+    scale = workload.noise_scale
+    if scale is None:
+        return steps_per_epoch * workload.epochs
+    if math.isinf(scale):
+        return workload.steps * workload.global_batch_size / batch
+    return workload.steps * (1 + scale / batch) / (1 + scale / workload.global_batch_size)
 
 
 def all_reduce_seconds(parameters: int, machines: Machines, workers: int) -> float:

@@ -22,7 +22,7 @@ from trainer.runtime.errors import InputError, WorkerDiedError
 from trainer.runtime.events import StageProgressed, WorkerHeardAgain, WorkerSilent
 from trainer.workers import pulse
 from trainer.workers.groups import WorkerCount, run_workers
-from trainer.workers.local_worker import run_process
+from trainer.workers.local_worker import discard_kept, run_process
 
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 40"
 OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--checkpoint-every", "3"]
@@ -155,6 +155,32 @@ def test_events_arrive_in_order_before_the_result(tmp_path):
     assert run_process(count, str(tmp_path), events.append) != os.getpid()
     assert events == sent
     assert "for the log" in (tmp_path / "worker.log").read_text()
+
+
+def test_a_kept_process_calls_the_next_function_and_ends_with_it(tmp_path):
+    def tell_process(send_event):
+        return os.getpid()
+
+    def fail(send_event):
+        raise ValueError("no such row")
+
+    first = run_process(tell_process, str(tmp_path), print, keep=True)
+    assert psutil.pid_exists(first)
+    assert run_process(tell_process, str(tmp_path), print) == first
+    assert not psutil.pid_exists(first)
+    # A function that fails leaves no process behind, and a process that died none to the next one.
+    second = run_process(tell_process, str(tmp_path), print, keep=True)
+    with pytest.raises(RuntimeError, match="no such row"):
+        run_process(fail, str(tmp_path), print, keep=True)
+    assert not psutil.pid_exists(second)
+    third = run_process(tell_process, str(tmp_path), print, keep=True)
+    os.kill(third, signal.SIGKILL)
+    while psutil.Process(third).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    fourth = run_process(tell_process, str(tmp_path), print, keep=True)
+    assert fourth not in (first, second, third)
+    discard_kept(str(tmp_path))
+    assert not psutil.pid_exists(fourth)
 
 
 def test_the_error_of_the_function_is_raised_here(tmp_path):

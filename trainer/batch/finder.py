@@ -2,25 +2,26 @@
 
 import hashlib
 import json
-import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 from data_prep.manifest import Manifest
+from trainer.batch.job import TrialJob, TrialResult
+from trainer.batch.search import Goal, Known, Search, next_probe, settle_precision
 from trainer.config.batch_table import (
     SAFETY_MARGIN,
     BatchChoice,
     BatchTable,
-    choose_precision,
     decide,
+    describe_time,
     given_batch,
-    ladder,
     largest_for_rows,
-    next_size,
 )
-from trainer.config.config import BatchRequest, check_shares
+from trainer.config.config import BatchRequest, Settings, TrainConfig, check_shares
 from trainer.config.request import RunRequest, resolve
+from trainer.record.noise_scale import recall_noise_scale
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import BatchError, JobError, RecordError, WorkerDiedError, WorkersFailedError
@@ -30,20 +31,24 @@ from trainer.runtime.events import (
     LossesMeasured,
     OnEvent,
     SizeMeasured,
+    SizeStarted,
     StageProgressed,
     TrialStarted,
     ignore_event,
 )
 from trainer.runtime.markdown import format_count
-from trainer.training.job import TrialJob
-from trainer.workers.groups import WorkerCount, run_workers
+from trainer.workers.groups import WorkerCount, discard_kept_worker, run_workers
 
-# An exception, or a worker that died: killed by the kernel or by `trainer.training.devices.kill_beyond`.
+# An exception, or a worker that died: killed by the kernel or by `trainer.training.devices.killed_beyond`.
 _OUT_OF_MEMORY = (MemoryError, WorkerDiedError)
 # What the other workers raise when one dies, by name: the driver does not import TensorFlow.
 _LOST_PEER = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")
 _MOST_TRIALS = 8
-_FIRST_SIZE = 8
+# Where a search begins, in images: throughput stops rising at 8 to 64 on CPUs, and far beyond 128 on GPUs.
+_FIRST_ON_CPU = 32
+_FIRST_ON_GPU = 128
+# Share of its epochs that a run can be counted on to take if it ends when validation stops improving.
+_PATIENT_SHARE = 0.5
 # A cached table is used if the memory of the nodes differs by at most this share from when it was measured.
 _MEMORY_TOLERANCE = 0.1
 # Settings that change neither time nor memory of a training step.
@@ -66,7 +71,9 @@ def choose_batch(
     storage_uri: str,
     resources: Resources,
     *,
+    noise_storage_uri: str = "",
     probe_again: bool = False,
+    every_size: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> BatchChoice:
     """Choose the batch and the precision of a run, from the cache or by trials.
@@ -77,7 +84,9 @@ def choose_batch(
         num_workers: number of workers that share the batch.
         storage_uri: storage that keeps the tables.
         resources: resources of the connected cluster.
+        noise_storage_uri: storage that keeps the noise scales of finished runs; empty for the same.
         probe_again: measure without using the cache.
+        every_size: measure all sizes in all precisions, however long that takes.
         on_event: called with every size that is measured, and with the choice.
 
     Raises:
@@ -86,18 +95,18 @@ def choose_batch(
     """
     if given := _given_choice(run.batch, num_workers):
         return given
-    sizes = trial_sizes(run, manifest, num_workers)
-    uri = table_uri(run, manifest, num_workers, storage_uri, resources)
-    finder = _Finder(run, manifest, num_workers, resources, on_event)
+    noise = _find_noise(run, manifest, noise_storage_uri or storage_uri)
+    goal: Goal = "every" if every_size else _goal(run.batch)
+    search = _plan_search(run, manifest, num_workers, resources, noise[0], goal)
+    uri = table_uri(run.settings, run.arch, run.batch, manifest, num_workers, storage_uri, resources)
     cached = None if probe_again else _read_table(uri, resources)
-    if cached is not None:
-        finder.use(cached)
-    table = finder.find(sizes[-1], sizes)
-    if cached is not None and table.trials == cached.trials:
-        table = cached
-    else:
+    if cached is None or next_probe(search, _recall(cached, search)) is not None:
+        finder = _Finder(run, manifest, num_workers, resources, on_event)
+        table = finder.find(search, cached)
         storage.write_bytes(uri, table.to_json())
-    choice = _choose(run.batch, table, manifest)
+    else:
+        table = cached
+    choice = _choose(run, table, manifest, num_workers, noise, storage.basename(uri))
     on_event(BatchChosen(choice.explanation))
     return choice
 
@@ -107,23 +116,76 @@ def recall_batch(
 ) -> BatchChoice | None:
     """Find the batch of a run without trials: the given one, or the choice from a table in the storage, else None.
 
-    The arguments are those of `choose_batch`, which may still measure more sizes if the dataset has grown.
+    The arguments are those of `choose_batch`.
 
     Raises:
         BatchError: no batch fits, or the given one does not.
     """
     if given := _given_choice(run.batch, num_workers):
         return given
-    table = _read_table(table_uri(run, manifest, num_workers, storage_uri, resources), resources)
-    return _choose(run.batch, table, manifest) if table is not None else None
+    uri = table_uri(run.settings, run.arch, run.batch, manifest, num_workers, storage_uri, resources)
+    noise, table = _find_noise(run, manifest, storage_uri), _read_table(uri, resources)
+    search = _plan_search(run, manifest, num_workers, resources, noise[0], _goal(run.batch))
+    if table is None or next_probe(search, _recall(table, search)) is not None:
+        return None
+    return _choose(run, table, manifest, num_workers, noise, storage.basename(uri))
 
 
-def trial_sizes(run: RunRequest, manifest: Manifest, num_workers: int) -> tuple[int, ...]:
-    """Return the per-replica batch sizes that the first trial of each precision measures, in ascending order."""
+def describe_search(run: RunRequest, manifest: Manifest, num_workers: int, resources: Resources) -> str:
+    """Return what would be measured for a run whose batch is not a number."""
+    search = _plan_search(run, manifest, num_workers, resources, 0.0, _goal(run.batch))
+    until = {
+        "auto": "doubled while that shortens the time to a result, in at most a tenth of the run",
+        "max": "then the largest that fits",
+        "knee": "doubled while throughput rises",
+    }[search.goal]
+    return f"measured on the workers from {search.start} images per replica, {until}; at most {search.most}"
+
+
+def _goal(request: BatchRequest) -> Goal:
+    goals: dict[str, Goal] = {"auto": "auto", "max": "max", "knee": "knee"}
+    return goals.get(request.global_batch_size, "given")
+
+
+def _plan_search(
+    run: RunRequest, manifest: Manifest, num_workers: int, resources: Resources, noise_scale: float, goal: Goal
+) -> Search:
+    most = largest_for_rows(manifest.splits["train"].rows, num_workers, run.batch.min_steps_per_epoch)
+    on_cpu = max(1, _FIRST_ON_CPU // num_workers)
+    start = min(most, _FIRST_ON_GPU if resources.num_gpus else on_cpu)
     if run.batch.given_size is not None:
-        return (run.batch.given_size // num_workers,)
-    rows = manifest.splits["train"].rows
-    return ladder(_FIRST_SIZE, largest_for_rows(rows, num_workers, run.batch.min_steps_per_epoch))
+        start = most = run.batch.given_size // num_workers
+    config = _resolve_at(run, manifest, num_workers, start)
+    images = _count_steps(config, manifest) * config.global_batch_size
+    return Search(
+        goal=goal,
+        precisions=_precisions(run.batch, resources),
+        start=start,
+        most=most,
+        noise_scale=noise_scale,
+        images=round(images * _PATIENT_SHARE) if config.patience else images,
+    )
+
+
+def _precisions(request: BatchRequest, resources: Resources) -> tuple[str, ...]:
+    if request.precision != "auto":
+        return (request.precision,)
+    # CPUs rarely have hardware for float16.
+    return ("float32", "mixed_bfloat16", *(("mixed_float16",) if resources.num_gpus else ()))
+
+
+def _resolve_at(
+    run: RunRequest, manifest: Manifest, num_workers: int, size: int, precision: str = "float32"
+) -> TrainConfig:
+    return resolve(run, manifest, num_workers, given_batch(run.batch, size * num_workers, precision))
+
+
+def _count_steps(config: TrainConfig, manifest: Manifest) -> int:
+    return config.epochs * (manifest.splits["train"].rows // config.global_batch_size)
+
+
+def _find_noise(run: RunRequest, manifest: Manifest, storage_uri: str) -> tuple[float, str]:
+    return recall_noise_scale(run.arch, run.settings, manifest.fingerprint, storage_uri)
 
 
 def _given_choice(request: BatchRequest, num_workers: int) -> BatchChoice | None:
@@ -133,19 +195,28 @@ def _given_choice(request: BatchRequest, num_workers: int) -> BatchChoice | None
     return None if request.precision == "auto" else given_batch(request, request.given_size, request.precision)
 
 
-def _choose(request: BatchRequest, table: BatchTable, manifest: Manifest) -> BatchChoice:
+def _choose(
+    run: RunRequest, table: BatchTable, manifest: Manifest, num_workers: int, noise: tuple[float, str], table_name: str
+) -> BatchChoice:
+    request, (noise_scale, source) = run.batch, noise
     if not table.fitting:
         raise BatchError(_explain_misfit(request, table))
-    if request.given_size is None:
-        return decide(request, table, manifest.splits["train"].rows)
-    return BatchChoice(
-        request=request,
-        global_batch_size=request.given_size,
-        precision=table.precision,
-        limit="given",
-        explanation=f"global batch {request.given_size} as given; {table.precision_reason}",
-        table=table,
-    )
+    if request.given_size is not None:
+        return BatchChoice(
+            request=request,
+            global_batch_size=request.given_size,
+            precision=table.precision,
+            limit="given",
+            explanation=f"global batch {request.given_size} as given; {table.precision_reason}",
+            table=table,
+            table_name=table_name,
+        )
+    choice = decide(request, table, manifest.splits["train"].rows, noise_scale)
+    explanation = choice.explanation
+    steps = _count_steps(resolve(run, manifest, num_workers, choice), manifest)
+    if minutes := describe_time(choice, steps):
+        explanation += f"; {minutes}, noise scale {source}"
+    return choice.model_copy(update={"explanation": explanation, "table_name": table_name})
 
 
 def measure_size(
@@ -153,8 +224,11 @@ def measure_size(
 ) -> SizeMeasured | None:
     """Measure one per-replica batch size in fresh processes; return None if it runs out of memory."""
     finder = _Finder(run, manifest, num_workers, resources, ignore_event)
-    finder.run_trial((size,), precision)
-    return next(iter(finder.measured[precision]), None)
+    search = _plan_search(run, manifest, num_workers, resources, 0.0, "given")
+    discard_kept_worker(resources)
+    finder.run_trial(replace(search, precisions=(precision,), start=size, most=size))
+    discard_kept_worker(resources)
+    return next(iter(finder.known.rows(precision)), None)
 
 
 def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
@@ -167,25 +241,40 @@ def _explain_misfit(request: BatchRequest, table: BatchTable) -> str:
     )
 
 
-def table_uri(run: RunRequest, manifest: Manifest, num_workers: int, storage_uri: str, resources: Resources) -> str:
+def table_uri(
+    settings: Settings,
+    arch: str,
+    batch: BatchRequest,
+    manifest: Manifest,
+    num_workers: int,
+    storage_uri: str,
+    resources: Resources,
+) -> str:
     """Return the URI of the table for a run: it depends on all that changes a step, but not on the number of images."""
-    settings = run.settings.model_dump(exclude=_NOT_IN_STEP)
+    values = settings.model_dump(exclude=_NOT_IN_STEP)
     key: dict[str, Any] = {
-        "arch": run.arch,
+        "arch": arch,
         # The value of a float does not change the time of a step, unless it is zero and turns something off.
-        **{name: bool(value) if isinstance(value, float) else value for name, value in settings.items()},
+        **{name: bool(value) if isinstance(value, float) else value for name, value in values.items()},
+        # A search for the augmentation takes steps with all of it, too.
+        "augment": settings.augment != "none",
         "num_workers": num_workers,
         "image_size": manifest.image_size,
         "channels": manifest.channels,
         "num_classes": manifest.num_classes,
-        "precision": run.batch.precision,
-        "given_size": run.batch.given_size,
-        "memory_limit_gib": run.batch.memory_limit_gib,
+        "precision": batch.precision,
+        "given_size": batch.given_size,
+        "memory_limit_gib": batch.memory_limit_gib,
         "devices": resources.devices,
         "packages": {name: version(name) for name in _KEY_PACKAGES},
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return storage.join(storage.resolve_uri(storage_uri), "batch_sizes", f"{name}.json")
+
+
+def forget_table(table_name: str, storage_uri: str) -> None:
+    """Delete a table, so that the next run measures again."""
+    storage.delete_file(storage.join(storage.resolve_uri(storage_uri), "batch_sizes", table_name))
 
 
 def _read_table(uri: str, resources: Resources) -> BatchTable | None:
@@ -197,6 +286,14 @@ def _read_table(uri: str, resources: Resources) -> BatchTable | None:
     return table if change <= _MEMORY_TOLERANCE else None
 
 
+def _recall(table: BatchTable, search: Search) -> Known:
+    known = Known(memory_limit_gib=table.memory_limit_gib, measured=table.measurements, failed=table.failed)
+    if len(search.precisions) == 1 or len(table.measurements) > 1 or table.failed:
+        return replace(known, precision=(table.precision, table.precision_reason))
+    # The run that measured was too short for other precisions; this one may not be.
+    return settle_precision(search, known)
+
+
 class _Finder:
     """State of one search."""
 
@@ -205,102 +302,80 @@ class _Finder:
     ) -> None:
         self._run, self._manifest, self._num_workers, self._request = run, manifest, num_workers, run.batch
         self._resources, self._on_event = resources, on_event
-        self.measured: dict[str, tuple[SizeMeasured, ...]] = {}
-        self._failed: dict[str, int] = {}
-        self._losses: dict[str, tuple[float, ...]] = {}
-        # A worker may be killed before it reports its limit.
-        self._memory_limit_gib = run.batch.memory_limit_gib or math.inf
-        self._chosen: tuple[str, str] | None = None
+        self.known = Known()
         self.trials = 0
 
-    def use(self, table: BatchTable) -> None:
-        """Start from the measurements of a table."""
-        self.measured, self._failed, self.trials = dict(table.measurements), dict(table.failed), table.trials
-        self._memory_limit_gib, self._chosen = table.memory_limit_gib, (table.precision, table.precision_reason)
-
-    def find(self, most: int, sizes: tuple[int, ...]) -> BatchTable:
-        """Measure sizes in each requested precision, then search for the largest that fits in the best one."""
-        if self._chosen is None:
-            for precision in self._precisions():
-                self.run_trial(sizes, precision, compare_losses=True)
-            self._chosen = self._choose_precision()
-        precision, first = self._chosen[0], self.trials
-        # The limit applies to the trials of this search, not to those of a table from the cache.
-        while self.trials < first + _MOST_TRIALS - len(self.measured):
-            size = next_size(self.measured[precision], self._failed.get(precision), most, self._memory_limit_gib)
-            if size is None or self._request.global_batch_size == "knee" or self._request.given_size:
-                break
-            self.run_trial((size,), precision)
+    def find(self, search: Search, cached: BatchTable | None) -> BatchTable:
+        """Measure what a search needs beyond a table, and return the table of all."""
+        if cached is not None:
+            self.known, self.trials = _recall(cached, search), cached.trials
+        most = self.trials + _MOST_TRIALS
+        while self.trials < most and not self.run_trial(search):
+            pass
+        self.known = settle_precision(search, self.known)
+        precision, reason = self.known.precision or (search.precisions[0], "nothing was measured")
         return BatchTable(
             num_replicas=self._num_workers,
-            memory_limit_gib=self._memory_limit_gib,
+            memory_limit_gib=self.known.memory_limit_gib,
             node_memory_gib=self._resources.node_memory_gib,
             precision=precision,
-            precision_reason=self._chosen[1],
-            measurements=self.measured,
-            failed=self._failed,
+            precision_reason=reason,
+            measurements={precision: (), **self.known.measured},
+            failed=dict(self.known.failed),
             trials=self.trials,
             measured=datetime.now(UTC),
         )
 
-    def _choose_precision(self) -> tuple[str, str]:
-        given = self._request.precision
-        if given != "auto":
-            return given, f"{given} as given"
-        able = {name: rows for name, rows in self.measured.items() if rows}
-        return choose_precision(able, self._losses) if able else ("float32", "nothing fits")
+    def run_trial(self, search: Search) -> bool:
+        """Measure in one group of processes, and return whether the search has ended.
 
-    def _precisions(self) -> tuple[str, ...]:
-        if self._request.precision != "auto":
-            return (self._request.precision,)
-        # CPUs rarely have hardware for float16.
-        return ("float32", "mixed_bfloat16", *(("mixed_float16",) if self._resources.num_gpus else ()))
-
-    def run_trial(self, sizes: tuple[int, ...], precision: str, *, compare_losses: bool = False) -> None:
-        """Measure some sizes in one group of fresh processes, and keep what they sent before they ended or died."""
+        What the processes sent before they ended or died is known.
+        """
         self.trials += 1
-        seen: list[SizeMeasured] = []
+        probe = next_probe(search, settle_precision(search, self.known))
+        # Workers may die before they say what they start with.
+        started = SizeStarted(probe.precisions[0], probe.size) if probe else None
 
         def collect(event: Event) -> None:
+            nonlocal started
             if isinstance(event, TrialStarted):
-                self._memory_limit_gib = min(event.memory_limit_gib, self._memory_limit_gib)
-            elif isinstance(event, LossesMeasured):
-                self._losses[event.precision] = event.losses
-            elif isinstance(event, SizeMeasured):
-                seen.append(event)
-                self._on_event(event)
+                # A worker may be killed before it reports its limit.
+                self.known = self.known.limit(event.memory_limit_gib)
+            elif isinstance(event, SizeStarted):
+                started = event
+            elif isinstance(event, SizeMeasured | LossesMeasured):
+                self.known = self.known.add(event)
+                if isinstance(event, SizeMeasured):
+                    started = None
+                    self._on_event(event)
 
         count = self._num_workers
-        first = given_batch(self._request, sizes[0] * count, precision)
-        config = resolve(self._run, self._manifest, count, first)
-        job = TrialJob(
-            config,
-            self._manifest,
-            sizes,
-            self._request.memory_limit_gib,
-            memory_share=1 - SAFETY_MARGIN,
-            compare_losses=compare_losses,
-            reference=self.measured.get("float32", ()),
-        )
+        config = _resolve_at(self._run, self._manifest, count, search.start, search.precisions[0])
+        job = TrialJob(config, self._manifest, search, self.known, self._request.memory_limit_gib)
 
-        def work(send_event: OnEvent) -> None:
+        def work(send_event: OnEvent) -> TrialResult:
             from trainer.batch.trial import run_trial
 
-            run_trial(job, send_event)
+            return run_trial(job, send_event)
 
         self._on_event(StageProgressed(f"batch trial {self.trials}", 0, 1))
+        if self.trials > 1:
+            discard_kept_worker(self._resources)
         try:
             workers = WorkerCount(count, count, count)
-            run_workers(work, "batch-trial", workers, self._resources, on_event=collect)
+            result: TrialResult = run_workers(
+                work, "batch-trial", workers, self._resources, keep=True, on_event=collect
+            )
         except WorkersFailedError as error:
             if not _ran_out_of_memory(error):
-                raise JobError(f"a trial of batch sizes {sizes} failed: {error}") from error
-            # Sizes are measured in order; if the workers died after the last one, none of them failed.
-            if len(seen) < len(sizes):
-                failed = sizes[len(seen)]
-                self._failed[precision] = min(failed, self._failed.get(precision, failed))
-        known = {one.size: one for one in (*self.measured.get(precision, ()), *seen)}
-        self.measured[precision] = tuple(known[size] for size in sorted(known))
+                raise JobError(f"a trial of batch sizes from {search.start} failed: {error}") from error
+            # If the workers died after a size, that size did not fail.
+            if started is not None:
+                self.known = self.known.add_failure(started.precision, started.size)
+            self.known = settle_precision(search, self.known)
+            return next_probe(search, self.known) is None
+        self.known = result.known
+        return result.is_complete
 
 
 def _ran_out_of_memory(error: WorkersFailedError) -> bool:

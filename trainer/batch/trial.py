@@ -1,44 +1,52 @@
-"""One trial of batch sizes: real training steps in fresh worker processes, which may run out of memory at any time.
+"""One trial of batch sizes: real training steps in worker processes, which may run out of memory at any time.
 
 Measurements are sent as events as soon as they are made, since a process that is killed returns nothing.
 """
 
+import contextlib
+import ctypes
+import gc
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray.train
 import tensorflow as tf
 
-from trainer.config.batch_table import is_far_slower, predict_gib
+from trainer.batch.job import TrialJob, TrialResult
+from trainer.batch.search import Probe, Search, next_probe, settle_precision
 from trainer.config.config import replace_values
 from trainer.record import checkpoint as checkpoints
-from trainer.runtime.events import LossesMeasured, OnEvent, SizeMeasured, TrialStarted
+from trainer.runtime.events import LossesMeasured, OnEvent, SizeMeasured, SizeStarted, TrialStarted
 from trainer.training.batches import make_batch
 from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.training.devices import (
     has_gpu,
-    kill_beyond,
+    killed_beyond,
     memory_limit_gib,
     peak_memory_gib,
     reset_peak_memory,
     share_devices,
 )
-from trainer.training.job import TrialJob
 from trainer.training.step import STEP_LOSS, Network, build_network, compile_gather, compile_train_step
 
 # Number of first steps whose losses show whether a precision trains like another.
 _LOSS_STEPS = 8
-# Timed steps with real and with synthetic input: as many as fit into the seconds, at least one.
-_MOST_TIMED_STEPS = 5
-_TIMED_SECONDS = 1.5
-# A size that would take longer than this, without compilation, is left to a trial of its own.
-_LONGEST_SIZE_SECONDS = 20.0
+# Each size is timed so often, precisions by turns, and together for a second or more.
+_ROUNDS = 3
+_ROUND_SECONDS = 0.35
+# Activations, their gradients and what the operations need besides, in multiples of the layers' outputs.
+_ACTIVATION_COPIES = 3
+# The first size takes at most this share of the memory limit, as far as the layers' outputs tell.
+_FIRST_SHARE = 0.5
+_GIB = 2**30
 
 
-def run_trial(job: TrialJob, send_event: OnEvent) -> None:
-    """Measure each size in turn, as long as the next one is expected to fit, to be fast enough and to be useful.
+def run_trial(job: TrialJob, send_event: OnEvent) -> TrialResult:
+    """Measure one size after the other, as the search decides, as long as these processes can.
 
     Raises:
         MemoryError: a size needs more memory than there is, and TensorFlow reported it.
@@ -48,107 +56,213 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> None:
     share_devices(context.get_local_world_size())
     limit = job.memory_limit_gib or memory_limit_gib(context.get_local_world_size())
     send_event(TrialStarted(limit))
-    if not has_gpu():
-        kill_beyond(limit)
-    split = open_split(job.config.dataset, job.manifest, "train")
-    trial = _Trial(job, split, rank, num_workers)
-    # All workers must stop at the same size.
-    limit = -float(trial.gather([[-limit]]).max())
-    measured: list[SizeMeasured] = []
-    for size in job.sizes:
-        if not _promises_to_fit(measured, size, limit * job.memory_share):
-            return
-        if measured and measured[-1].seconds_per_step / measured[-1].size * size * 3 > _LONGEST_SIZE_SECONDS:
-            return
-        try:
-            if job.compare_losses and not measured:
-                losses = trial.first_losses(size)
-                if rank == 0:
-                    send_event(LossesMeasured(job.config.precision, losses))
-            measured.append(trial.measure(size))
-        except tf.errors.ResourceExhaustedError as error:
-            raise MemoryError(f"batch {size} per replica: {error.message}") from error
-        if rank == 0:
-            send_event(measured[-1])
-        if is_far_slower(measured[-1], job.reference):
-            return
+    with contextlib.ExitStack() as stack:
+        if not has_gpu():
+            stack.enter_context(killed_beyond(limit))
+        split = open_split(job.config.dataset, job.manifest, "train")
+        bench = stack.enter_context(contextlib.closing(_Bench(job, split, rank, num_workers)))
+        search, known = job.search, job.known
+        while True:
+            known = settle_precision(search, known)
+            if (probe := next_probe(search, known)) is None or not bench.can_measure(probe):
+                return TrialResult(known, is_complete=probe is None)
+            if not bench.is_built:
+                # All workers must measure the same.
+                known = known.limit(-float(bench.build(probe.precisions[0]).gather([[-limit]]).max()))
+                search = _start_smaller(search, bench.image_gib, known.memory_limit_gib)
+                continue
+            try:
+                for event in bench.measure(probe, compare_losses=len(search.precisions) > 1):
+                    if not isinstance(event, SizeStarted):
+                        known = known.add(event)
+                    if rank == 0:
+                        send_event(event)
+            except tf.errors.ResourceExhaustedError as error:
+                raise MemoryError(f"batch {probe.size} per replica: {error.message}") from error
 
 
-def _promises_to_fit(measured: list[SizeMeasured], size: int, target_gib: float) -> bool:
-    needed = predict_gib(measured, size)
-    return needed is None or needed <= target_gib
+def _start_smaller(search: Search, image_gib: float, limit_gib: float) -> Search:
+    """Return the search with a first size that can be expected to fit; the size of a search for a given one stays."""
+    size = search.start
+    while search.goal != "given" and size > 1 and size * image_gib > _FIRST_SHARE * limit_gib:
+        size //= 2
+    return replace(search, start=size)
 
 
-class _Trial:
-    """A network that takes training steps of any batch size."""
+@dataclass
+class _Workbench:
+    """The network of one precision."""
+
+    network: Network
+    gather: Callable[[Any], Any]
+    steps: dict[int, Callable[[Any, Any], Any]]
+    """Compiled, by per-replica size."""
+
+
+class _Bench:
+    """Networks that take training steps of any batch size."""
 
     def __init__(self, job: TrialJob, split: ImageSplit, rank: int, num_workers: int) -> None:
         self._job, self._split, self._rank, self._num_workers = job, split, rank, num_workers
-        # The full learning rate from the first step on, so that the losses change.
-        config = replace_values(
-            job.config, schedule="constant", warmup_epochs=0.0, global_batch_size=job.sizes[0] * num_workers
-        )
-        self._network: Network = build_network(job.manifest, config, steps_per_epoch=1)
-        self.gather = compile_gather(self._network)
         self._order = epoch_order(len(split), job.config.seed, 1)
+        self._networks: dict[str, _Workbench] = {}
+        self._was_built: set[str] = set()
+        self._largest = 0
 
-    def first_losses(self, size: int) -> tuple[float, ...]:
-        """Return the losses of the first steps from the seeded weights."""
-        step, batch_of_step = self._compile(size)
-        return tuple(float(np.asarray(step(*batch_of_step(number)))[STEP_LOSS]) for number in range(_LOSS_STEPS))
+    @property
+    def is_built(self) -> bool:
+        """Whether there has been a network already."""
+        return bool(self._was_built)
 
-    def measure(self, size: int) -> SizeMeasured:
-        """Measure time and memory of training steps; each number is the largest of all replicas."""
-        step, batch_of_step = self._compile(size)
+    @property
+    def image_gib(self) -> float:
+        """About what training takes for each image of a batch."""
+        model = next(iter(self._networks.values())).network.model
+        outputs = [getattr(layer, "output", None) for layer in model.layers]
+        values = sum(math.prod(one.shape[1:]) for one in outputs if one is not None and hasattr(one, "shape"))
+        return float(values) * 4 * _ACTIVATION_COPIES / _GIB
+
+    def can_measure(self, probe: Probe) -> bool:
+        """Return whether these processes can measure a size as exactly as is asked."""
+        return not probe.alone or self._is_alone(probe)
+
+    def _is_alone(self, probe: Probe) -> bool:
+        if len(probe.precisions) > 1:
+            return False
+        # A GPU's memory is counted exactly. A CPU's is that of the process, which keeps what it held before.
+        return has_gpu() or (self._was_built <= set(probe.precisions) and probe.size > self._largest)
+
+    def close(self) -> None:
+        """Give the memory back, since the process may go on to train."""
+        self._networks.clear()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         reset_peak_memory()
-        held = self._checkpoint_copy()
-        first_batch = batch_of_step(0)
-        _seconds(step, first_batch)  # traces and compiles
-        once = float(self.gather([[_seconds(step, first_batch)]]).max())
-        count = int(np.clip(_TIMED_SECONDS / once, 1, _MOST_TIMED_STEPS))
-        synthetic = [once] + [_seconds(step, first_batch) for _ in range(count - 1)]
-        real = []
-        started = time.perf_counter()
-        for batch in BatchFeed().batches(batch_of_step, range(1, count + 1)):
-            np.asarray(step(*batch))
-            real.append(time.perf_counter() - started)
+
+    def measure(self, probe: Probe, *, compare_losses: bool) -> Iterator[SizeStarted | LossesMeasured | SizeMeasured]:
+        """Measure time and memory of training steps; each number is the largest of all replicas."""
+        is_alone, size = self._is_alone(probe), probe.size
+        if has_gpu():
+            for other in set(self._networks) - set(probe.precisions):
+                del self._networks[other]
+            gc.collect()
+        taken, numbers = dict.fromkeys(probe.precisions, 0.0), {}
+        for precision in probe.precisions:
             started = time.perf_counter()
-        del held
-        peak = peak_memory_gib()
-        numbers = [float(np.median(real)), float(np.ptp(real)), float(np.median(synthetic)), peak]
-        seconds, spread, synthetic_seconds, peak = (float(one) for one in self.gather([numbers]).max(axis=0))
+            yield SizeStarted(precision, size)
+            # From the seeded weights: before the first step of this network.
+            is_new = not self.build(precision).steps
+            if compare_losses and is_new and precision not in self._job.known.losses:
+                yield LossesMeasured(precision, self._first_losses(precision, size))
+            numbers[precision] = self._warm_up(precision, size)
+            taken[precision] += time.perf_counter() - started
+        self._largest = max(size, self._largest)
+        real: dict[str, list[float]] = {precision: [] for precision in probe.precisions}
+        for number in range(_ROUNDS):
+            for precision in probe.precisions:
+                started = time.perf_counter()
+                real[precision].append(self._time_real(precision, size, numbers[precision][0], number))
+                taken[precision] += time.perf_counter() - started
+        for precision in probe.precisions:
+            yield self._summarize(precision, size, real[precision], numbers[precision], taken[precision], is_alone)
+
+    def _summarize(
+        self,
+        precision: str,
+        size: int,
+        real: list[float],
+        numbers: tuple[float, float],
+        taken: float,
+        is_alone: bool,
+    ) -> SizeMeasured:
+        row = [float(np.median(real)), float(np.ptp(real)), *numbers, taken]
+        gathered = self._networks[precision].gather([row]).max(axis=0)
+        seconds, spread, synthetic, peak, taken = (float(one) for one in gathered)
         return SizeMeasured(
-            precision=self._job.config.precision,
+            precision=precision,
             size=size,
             num_replicas=self._num_workers,
             seconds_per_step=seconds,
             seconds_spread=spread,
-            synthetic_seconds_per_step=synthetic_seconds,
+            synthetic_seconds_per_step=synthetic,
             peak_memory_gib=peak,
+            seconds=taken,
+            alone=is_alone,
         )
 
-    def _compile(self, size: int) -> tuple[Callable[[Any, Any], Any], Callable[[int], tuple[Any, Any]]]:
+    def build(self, precision: str) -> _Workbench:
+        """Build the network of a precision, unless it is there."""
+        if precision not in self._networks:
+            self._was_built.add(precision)
+            # The full learning rate from the first step on, so that the losses change.
+            config = replace_values(self._job.config, schedule="constant", warmup_epochs=0.0, precision=precision)
+            network = build_network(self._job.manifest, config, steps_per_epoch=1)
+            self._networks[precision] = _Workbench(network, compile_gather(network), {})
+        return self._networks[precision]
+
+    def _first_losses(self, precision: str, size: int) -> tuple[float, ...]:
+        """Return the losses of the first steps from the seeded weights."""
+        step = self._compile(precision, size)
+        return tuple(float(np.asarray(step(*self._batch(size, number)))[STEP_LOSS]) for number in range(_LOSS_STEPS))
+
+    def _warm_up(self, precision: str, size: int) -> tuple[float, float]:
+        """Return the seconds of a step whose batch is there already, and the peak memory in GiB."""
+        step, batch = self._compile(precision, size), self._batch(size, 0)
+        reset_peak_memory()
+        held = self._checkpoint_copy(precision)
+        _seconds(step, batch, 1)  # traces and compiles
+        gather = self._networks[precision].gather
+        once = float(gather([[_seconds(step, batch, 1)]]).max())
+        synthetic = _seconds(step, batch, _count(once))
+        for more in BatchFeed().batches(lambda number: self._batch(size, number), range(2)):
+            np.asarray(step(*more))
+        del held
+        return float(gather([[synthetic]]).max()), peak_memory_gib()
+
+    def _time_real(self, precision: str, size: int, synthetic: float, number: int) -> float:
+        """Return the seconds of a step with input; steps follow each other without waiting for the device."""
+        step, count = self._compile(precision, size), _count(synthetic)
+        batches = BatchFeed().batches(lambda one: self._batch(size, number * count + one), range(count + 1))
+        np.asarray(step(*next(batches)))
+        started = time.perf_counter()
+        for batch in batches:
+            stats = step(*batch)
+        np.asarray(stats)
+        return (time.perf_counter() - started) / count
+
+    def _compile(self, precision: str, size: int) -> Callable[[Any, Any], Any]:
+        bench = self._networks[precision]
+        if size not in bench.steps:
+            values = {"global_batch_size": size * self._num_workers, "precision": precision}
+            config = replace_values(self._job.config, **values)
+            bench.steps[size] = compile_train_step(bench.network, self._job.manifest, config)
+        return bench.steps[size]
+
+    def _batch(self, size: int, number: int) -> tuple[Any, Any]:
         global_batch_size = size * self._num_workers
-        config = replace_values(self._job.config, global_batch_size=global_batch_size)
-        step = compile_train_step(self._network, self._job.manifest, config)
-        steps_in_order = max(1, len(self._order) // global_batch_size)
+        number %= max(1, len(self._order) // global_batch_size)
+        return make_batch(
+            self._split, worker_rows(self._order, number, global_batch_size, self._rank, self._num_workers)
+        )
 
-        def batch_of_step(number: int) -> tuple[Any, Any]:
-            rows = worker_rows(self._order, number % steps_in_order, global_batch_size, self._rank, self._num_workers)
-            return make_batch(self._split, rows)
-
-        return step, batch_of_step
-
-    def _checkpoint_copy(self) -> list[Any]:
+    def _checkpoint_copy(self, precision: str) -> list[Any]:
         """Return copies as large as those held while a checkpoint is written: on a CPU they take the same memory."""
         if has_gpu():
             return []
-        network = self._network
+        network = self._networks[precision].network
         arrays = [checkpoints.read_variables(part) for part in (network.model.variables, network.optimizer_variables)]
         return [arrays, [checkpoints.to_safetensors(one) for one in arrays]]
 
 
-def _seconds(step: Callable[[Any, Any], Any], batch: tuple[Any, Any]) -> float:
+def _count(seconds: float) -> int:
+    """Return how many steps fill a round."""
+    return math.ceil(_ROUND_SECONDS / seconds)
+
+
+def _seconds(step: Callable[[Any, Any], Any], batch: tuple[Any, Any], count: int) -> float:
+    """Return the seconds of a step, over some that follow each other without waiting for the device."""
     started = time.perf_counter()
-    np.asarray(step(*batch))
-    return time.perf_counter() - started
+    for _ in range(count):
+        stats = step(*batch)
+    np.asarray(stats)
+    return (time.perf_counter() - started) / count

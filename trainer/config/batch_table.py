@@ -1,9 +1,9 @@
 """What trials of batch sizes measured, which size to try next, and which batch follows from it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -32,8 +32,27 @@ _FAR_SLOWER = 1.5
 _LOSS_TOLERANCE = 0.1
 
 
+# Training that is faster or slower than the table by this factor contradicts it.
+_CONTRADICTION = 1.3
+# A noise scale that differs from the assumed one by this factor is worth a line.
+_NOISE_SURPRISE = 2.0
+# Gradient noise scale in images where no run has measured it.
+ASSUMED_NOISE_SCALE = 100.0
+
+
+def result_seconds(row: SizeMeasured, noise_scale: float) -> float:
+    """Return the time to a result with one size, relative to that with others.
+
+    A batch of B images takes steps in proportion to 1 + noise scale / B to reach a result (McCandlish et al. 2018).
+    """
+    images = row.size * row.num_replicas
+    if math.isinf(noise_scale):
+        return row.seconds_per_step / images
+    return row.seconds_per_step * (1 + noise_scale / images) / (1 + noise_scale)
+
+
 class BatchTable(Record):
-    """The measurements behind ``--global-batch-size max``."""
+    """The measurements behind the choice of a batch."""
 
     num_replicas: int
     memory_limit_gib: float
@@ -72,11 +91,33 @@ class BatchTable(Record):
         best = max(one.images_per_second for one in self.fitting)
         return next(one for one in self.fitting if one.images_per_second >= best * (1 - _THROUGHPUT_TOLERANCE))
 
+    @property
+    def fills_memory(self) -> bool:
+        """Whether a size much larger than the largest fitting one would not fit."""
+        if self.failed.get(self.precision) or self.fitting[-1] != self.rows[-1]:
+            return True
+        needed = predict_gib(self.rows, math.ceil(self.rows[-1].size * _CLOSE))
+        return needed is not None and needed > self.target_gib
+
+    @property
+    def largest_per_replica(self) -> int | None:
+        """The largest size that is known or predicted to fit; None where one size was measured and more would fit."""
+        last = self.fitting[-1]
+        more_gib = predict_gib(self.rows, last.size + 1)
+        if self.fills_memory or more_gib is None:
+            return last.size if self.fills_memory else None
+        return last.size + int((self.target_gib - last.peak_memory_gib) / (more_gib - last.peak_memory_gib))
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a size above the knee was measured, so that throughput is known to stop rising there."""
+        return self.knee != self.fitting[-1]
+
     def verdict(self, row: SizeMeasured) -> str:
         """Return what is to be said of one size."""
         if row.peak_memory_gib > self.target_gib:
             return "over the margin"
-        return "fits, knee" if row == self.knee else "fits"
+        return "fits, knee" if row == self.knee and self.saturates else "fits"
 
 
 class BatchChoice(BaseModel):
@@ -87,16 +128,20 @@ class BatchChoice(BaseModel):
     request: BatchRequest
     global_batch_size: int
     precision: str
-    limit: Literal["given", "rows", "memory", "throughput"]
-    """What set the batch."""
+    limit: Literal["given", "rows", "memory", "throughput", "time"]
+    """What set the batch; ``time``: a larger or a smaller one would take longer to the same result."""
     explanation: str
     table: BatchTable | None = None
     """None where nothing had to be measured."""
+    table_name: str = ""
+    """The file of the table in the storage."""
+    noise_scale: float | None = None
+    """The gradient noise scale in images that the choice assumed; None where it needed none."""
 
     @property
     def largest_per_replica(self) -> int | None:
-        """The largest size that is known to fit into a worker's memory; None where none was measured."""
-        return self.table.fitting[-1].size if self.table else None
+        """The largest size that a worker's memory holds; None where that was not measured."""
+        return self.table.largest_per_replica if self.table else None
 
 
 def given_batch(request: BatchRequest, global_batch_size: int, precision: str) -> BatchChoice:
@@ -117,15 +162,6 @@ def round_size(size: int) -> int:
 def largest_for_rows(rows: int, num_replicas: int, min_steps_per_epoch: int) -> int:
     """Return the largest per-replica size that leaves an epoch its steps; at least 1."""
     return max(1, round_size(rows // min_steps_per_epoch // num_replicas))
-
-
-def ladder(first: int, most: int) -> tuple[int, ...]:
-    """Return increasing sizes to try in one trial: doubled each time, up to the largest that is of use."""
-    sizes = []
-    while first < most:
-        sizes.append(first)
-        first *= 2
-    return (*sizes, most)
 
 
 def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
@@ -206,62 +242,168 @@ def is_far_slower(row: SizeMeasured, reference: Sequence[SizeMeasured]) -> bool:
 
 
 def choose_precision(
-    measurements: dict[str, tuple[SizeMeasured, ...]], losses: dict[str, tuple[float, ...]]
+    measurements: Mapping[str, tuple[SizeMeasured, ...]], losses: Mapping[str, tuple[float, ...]]
 ) -> tuple[str, str]:
     """Return the precision to train in, and why: the fastest whose first losses are not worse than those of float32.
 
     Args:
-        measurements: by precision, the most exact one first (float32, if it fits); each has at least one.
+        measurements: by precision, the most exact one first (float32, if it fits); each has at least one. Another
+            precision must be faster at every size that was measured in both.
         losses: of the same first steps, by precision.
     """
     exact, *others = measurements
     if not others:
         return exact, f"{exact}, the only precision that fits"
-    sizes = [{one.size: one for one in rows} for rows in measurements.values()]
-    common = max(set.intersection(*map(set, sizes)))
-    speeds = {name: of_size[common].images_per_second for name, of_size in zip(measurements, sizes, strict=True)}
+    by_size = {name: {one.size: one.images_per_second for one in rows} for name, rows in measurements.items()}
+    gains = {
+        name: min(by_size[name][size] / by_size[exact][size] for size in by_size[name].keys() & by_size[exact].keys())
+        for name in measurements
+    }
     reference = float(np.mean(losses[exact][-4:]))
     means = {name: float(np.mean(losses[name][-4:])) for name in measurements}
     sane = [name for name in measurements if means[name] <= reference * (1 + _LOSS_TOLERANCE)]
-    fastest = max(sane or [exact], key=lambda name: speeds[name])
-    chosen = fastest if speeds[fastest] > speeds[exact] * (1 + _THROUGHPUT_TOLERANCE) else exact
-    against = ", ".join(
-        f"{name} {speeds[name]:.0f} images/s and loss {means[name]:.3f}" for name in measurements if name != chosen
+    fastest = max(sane or [exact], key=lambda name: gains[name])
+    chosen = fastest if gains[fastest] > 1 + _THROUGHPUT_TOLERANCE else exact
+    return chosen, f"{_describe_speed(chosen, by_size, means)} against " + ", ".join(
+        _describe_speed(name, by_size, means) for name in measurements if name != chosen
     )
-    return chosen, f"{chosen} {speeds[chosen]:.0f} images/s and loss {means[chosen]:.3f} at {common} against {against}"
 
 
-def decide(request: BatchRequest, table: BatchTable, rows: int) -> BatchChoice:
+def _describe_speed(name: str, by_size: Mapping[str, Mapping[int, float]], losses: Mapping[str, float]) -> str:
+    speeds = [
+        (size, speed) for size, speed in sorted(by_size[name].items()) if all(size in one for one in by_size.values())
+    ]
+    listed = " and ".join(f"{speed:.0f}" for _, speed in speeds)
+    sizes = " and ".join(str(size) for size, _ in speeds)
+    return f"{name} {listed} images/s at {sizes} and loss {losses[name]:.3f}"
+
+
+def decide(
+    request: BatchRequest, table: BatchTable, rows: int, noise_scale: float = ASSUMED_NOISE_SCALE
+) -> BatchChoice:
     """Return the batch that a table gives for a request.
 
     Args:
-        request: its batch is max or knee.
+        request: its batch is auto, max or knee.
         table: with at least one fitting size.
         rows: of the train split.
+        noise_scale: gradient noise scale in images.
     """
-    replicas, knee = table.num_replicas, table.knee
-    largest, failed = table.fitting[-1], table.failed.get(table.precision)
-    for_rows = largest_for_rows(rows, replicas, request.min_steps_per_epoch)
-    size, limit = (for_rows, "rows") if for_rows <= largest.size else (largest.size, "memory")
-    if request.global_batch_size == "knee" and knee.size < size:
-        size, limit = knee.size, "throughput"
-    reasons = {
-        "rows": f"set by the rows: {format_count(rows, 'image')} in at least "
-        f"{format_count(request.min_steps_per_epoch, 'step')} an epoch",
-        "memory": f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker"
-        + (f", {format_count(failed, 'image')} ran out of it" if failed else "")
-        + f"; {SAFETY_MARGIN:.0%} stay free",
-        "throughput": "set by throughput",
-    }
+    replicas = table.num_replicas
+    most = largest_for_rows(rows, replicas, request.min_steps_per_epoch)
+    allowed = [one for one in table.fitting if one.size <= most] or table.fitting[:1]
+    # The largest size is known to fit where a larger one does, measured or not.
+    largest, bound = (most, "rows") if most <= table.fitting[-1].size else (table.fitting[-1].size, "memory")
+    chosen, size = allowed[-1], largest
+    if request.global_batch_size == "auto":
+        chosen = min(allowed, key=lambda one: result_seconds(one, noise_scale))
+        size = min(chosen.size, most)
+    elif request.global_batch_size == "knee":
+        size = min(table.knee.size, largest)
+    limit: Any = bound
+    if size < largest or (bound == "memory" and not table.fills_memory):
+        limit = "time" if request.global_batch_size == "auto" else "throughput"
     return BatchChoice(
         request=request,
         global_batch_size=size * replicas,
         precision=table.precision,
         limit=limit,
         explanation=f"global batch {size * replicas} = {replicas} x {size} ({request.global_batch_size}), "
-        f"{reasons[limit]}; throughput stops rising at {replicas} x {knee.size} ({knee.images_per_second:.0f} "
-        f"images/s); {table.precision_reason}",
+        + "; ".join([_describe_limit(limit, request, table, rows), *_describe_knee(table), table.precision_reason]),
         table=table,
+        noise_scale=noise_scale if request.global_batch_size == "auto" else None,
+    )
+
+
+def _describe_limit(limit: str, request: BatchRequest, table: BatchTable, rows: int) -> str:
+    failed = table.failed.get(table.precision)
+    match limit:
+        case "rows":
+            least = format_count(request.min_steps_per_epoch, "step")
+            return f"set by the rows: {format_count(rows, 'image')} in at least {least} an epoch"
+        case "memory":
+            largest = table.fitting[-1]
+            return (
+                f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker"
+                + (f", {format_count(failed, 'image')} ran out of it" if failed else "")
+                + f"; {SAFETY_MARGIN:.0%} stay free"
+            )
+    return "set by the time to a result" if limit == "time" else "set by throughput"
+
+
+def _describe_knee(table: BatchTable) -> list[str]:
+    if not table.saturates:
+        return []
+    knee = table.knee
+    return [f"throughput stops rising at {table.num_replicas} x {knee.size} ({knee.images_per_second:.0f} images/s)"]
+
+
+def describe_time(choice: BatchChoice, steps: int) -> str:
+    """Describe how long a run takes with the batch that ``auto`` chose, with half of it and with double.
+
+    Args:
+        choice: a choice that was measured.
+        steps: optimizer steps of the run.
+    """
+    table, noise_scale = choice.table, choice.noise_scale
+    if table is None or noise_scale is None:
+        return ""
+    size = choice.global_batch_size // table.num_replicas
+    by_size = {one.size: one for one in table.fitting}
+    if size not in by_size:
+        return ""
+    unit = by_size[size].seconds_per_step * steps / 60 / result_seconds(by_size[size], noise_scale)
+    texts = [f"about {unit * result_seconds(by_size[size], noise_scale):.1f} minutes of steps"]
+    for factor, other in (("half", size // 2), ("double", 2 * size)):
+        if other in by_size:
+            minutes = unit * result_seconds(by_size[other], noise_scale)
+            texts.append(f"{minutes:.1f} to the same result at {factor}")
+        else:
+            texts.append(f"{factor} was not measured")
+    return f"{', '.join(texts)} (time of a step x (1 + {noise_scale:.0f} / batch))"
+
+
+def find_contradiction(choice: BatchChoice, history: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is to be said where training was far faster or slower than its size was measured; empty if not.
+
+    Args:
+        choice: the choice of the run.
+        history: one row of metrics per epoch. The first one, which compiles, does not count.
+    """
+    table = choice.table
+    rates = [row["images_per_second"] for row in history[1:] if row["global_batch_size"] == choice.global_batch_size]
+    if table is None or not rates:
+        return ""
+    measured = [one for one in table.rows if one.size * table.num_replicas == choice.global_batch_size]
+    if not measured:
+        return ""
+    trained, expected = float(np.median(rates)), measured[0].images_per_second
+    if max(trained / expected, expected / trained) < _CONTRADICTION:
+        return ""
+    return (
+        f"batch table: training took {trained:.0f} images/s where {expected:.0f} were measured at a batch of "
+        f"{choice.global_batch_size}; the next run measures again"
+    )
+
+
+def find_noise_surprise(choice: BatchChoice, noise_scale: float | None, rows: int) -> str:
+    """Return what is to be said where the noise scale is far from what the choice of ``auto`` assumed; empty if not.
+
+    Args:
+        choice: the choice of the run.
+        noise_scale: that the run measured, in images; None if it did not.
+        rows: of the train split.
+    """
+    assumed, table = choice.noise_scale, choice.table
+    if assumed is None or table is None or noise_scale is None:
+        return ""
+    if 1 / _NOISE_SURPRISE < (noise_scale + 1) / (assumed + 1) < _NOISE_SURPRISE:
+        return ""
+    better = decide(choice.request, table, rows, noise_scale).global_batch_size
+    return (
+        f"noise scale: {noise_scale:.0f} images, {assumed:.0f} were assumed; with it the batch of the next run is "
+        + (f"{better} instead of {choice.global_batch_size}" if better != choice.global_batch_size else f"{better} too")
+        + ", as far as sizes were measured"
     )
 
 

@@ -20,13 +20,13 @@ class BatchRequest(BaseModel):
     # The text under each field is its help on the command line, here as below.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    global_batch_size: str = "max"
-    """Images per optimizer step over all workers: max (the most that memory holds), knee (the smallest batch that is
-    about as fast as the fastest), or a number."""
+    global_batch_size: str = "auto"
+    """Images per optimizer step over all workers: auto (the batch with the shortest time to a result), max (the most
+    that memory holds), knee (the smallest batch that is about as fast as the fastest), or a number."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
     """Precision of the layers; auto measures which is fastest. Variables, logits and losses are always float32."""
     min_steps_per_epoch: int = Field(10, ge=1)
-    """Minimum optimizer steps per epoch that a batch of max or knee leaves."""
+    """Minimum optimizer steps per epoch that a batch of auto, max or knee leaves."""
     memory_limit_gib: float | None = Field(None, gt=0)
     """Memory limit of one worker in GiB. Default: the memory of its GPU, or its share of the node's memory
     as Ray reports it."""
@@ -35,8 +35,8 @@ class BatchRequest(BaseModel):
     @classmethod
     def _check_global_batch_size(cls, value: Any) -> str:
         text = str(value)
-        if text not in ("max", "knee") and not (text.isdecimal() and int(text) > 0):
-            raise ValueError("give max, knee or a number from 1")
+        if text not in ("auto", "max", "knee") and not (text.isdecimal() and int(text) > 0):
+            raise ValueError("give auto, max, knee or a number from 1")
         return text
 
     @property

@@ -230,6 +230,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
         *([f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []),
+        *([] if result.noise_scale is None else [f"\ngradient noise scale: {result.noise_scale:.0f} images"]),
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]

@@ -5,8 +5,35 @@ length G^2 + S / B, where G is the true gradient and S, the noise, the sum of th
 scale is S / G^2; with it, reaching a result takes steps in proportion to 1 + scale / B.
 """
 
+import hashlib
+import json
+import math
+from datetime import UTC, datetime
+
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+
+from trainer.config.batch_table import ASSUMED_NOISE_SCALE
+from trainer.config.config import Settings
+from trainer.runtime import storage
+from trainer.runtime.errors import RecordError
+from trainer.runtime.record_format import Record
+
+# Settings that do not change what a run learns.
+_NOT_IN_TRAINING = {"seed", "checkpoint_every", "keep_best", "evaluate_test", "export"}
+
+
+class NoiseRecord(Record):
+    """The noise scale of a finished run, which the batch of the next run of its kind rests on."""
+
+    run: str
+    """Name of the run."""
+    noise_scale: float
+    """In images."""
+    global_batch_size: int
+    """That it was measured at."""
+    measured: datetime
 
 
 def find_noise_scale(
@@ -27,3 +54,58 @@ def find_noise_scale(
     noise = float(measured.mean(dtype=np.float64))
     signal = float(np.mean(finite.astype(np.float64) ** 2)) - noise / global_batch_size
     return noise / signal if signal > 0 else float("inf")
+
+
+def summarize_noise(steps: pa.Table, global_batch_size: int) -> float | None:
+    """Return the noise scale over the second half of a run; None where it was not measured.
+
+    Most of a run's steps are like those of its second half, and few of them measure the noise: pooled they tell more
+    than by epoch.
+
+    Args:
+        steps: ``steps.parquet`` of the run.
+        global_batch_size: images of a batch.
+    """
+    if "grad_noise" not in steps.column_names:
+        return None
+    noises, norms = (steps[name].to_numpy() for name in ("grad_noise", "grad_norm"))
+    for first in (len(steps) // 2, 0):
+        scale = find_noise_scale(noises[first:], norms[first:], global_batch_size)
+        if not math.isnan(scale):
+            return scale
+    return None
+
+
+def noise_uri(arch: str, settings: Settings, dataset_fingerprint: str, storage_uri: str) -> str:
+    """Return the URI of the noise scale of all runs that train alike, whatever their batch and precision."""
+    values = {name: getattr(settings, name) for name in Settings.model_fields if name not in _NOT_IN_TRAINING}
+    key = json.dumps({"arch": arch, "dataset": dataset_fingerprint, **values}, sort_keys=True)
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return storage.join(storage.resolve_uri(storage_uri), "noise_scales", f"{name}.json")
+
+
+def recall_noise_scale(arch: str, settings: Settings, dataset_fingerprint: str, storage_uri: str) -> tuple[float, str]:
+    """Return the noise scale that the last run of a kind measured, or the assumed one, and which of them it is."""
+    uri = noise_uri(arch, settings, dataset_fingerprint, storage_uri)
+    try:
+        record = NoiseRecord.parse(storage.read_bytes(uri), uri)
+    except (FileNotFoundError, RecordError):
+        return ASSUMED_NOISE_SCALE, "assumed"
+    return record.noise_scale, f"measured by {record.run}"
+
+
+def remember_noise_scale(
+    arch: str,
+    settings: Settings,
+    dataset_fingerprint: str,
+    storage_uri: str,
+    *,
+    run: str,
+    noise_scale: float,
+    global_batch_size: int,
+) -> None:
+    """Write the noise scale that a run measured."""
+    record = NoiseRecord(
+        run=run, noise_scale=noise_scale, global_batch_size=global_batch_size, measured=datetime.now(UTC)
+    )
+    storage.write_bytes(noise_uri(arch, settings, dataset_fingerprint, storage_uri), record.to_json())

@@ -173,6 +173,8 @@ class RunResult(Record):
     """Checksum of the final weights of each worker: all equal."""
     train_seconds: float
     """Sum of the durations of the epochs, including evaluation."""
+    noise_scale: float | None = None
+    """Gradient noise scale in images (`trainer.record.noise_scale`); None where it was not measured."""
 
     @property
     def listed_incidents(self) -> list[str]:
@@ -508,7 +510,7 @@ class RunFolder:
         self.write(storage.parquet_bytes(steps), "steps.parquet")
 
     def read_steps(self) -> pa.Table | None:
-        """Return step, loss, accuracy, grad_norm and clipped of each optimizer step; None before the first checkpoint.
+        """Return loss, accuracy and gradient of each optimizer step; None before the first checkpoint.
 
         Raises:
             RecordError: the file is damaged.

@@ -318,6 +318,14 @@ class LossesMeasured:
 
 
 @dataclass(frozen=True)
+class SizeStarted:
+    """A trial is about to take training steps with one batch size, which may be its end."""
+
+    precision: str
+    size: int
+
+
+@dataclass(frozen=True)
 class SizeMeasured:
     """A trial took training steps with one batch size."""
 
@@ -333,6 +341,10 @@ class SizeMeasured:
     """Median when every step uses the same batch, so that input costs nothing."""
     peak_memory_gib: float
     """Peak memory of the worker that used the most."""
+    seconds: float = 0.0
+    """What measuring took, with building and compiling."""
+    alone: bool = True
+    """Whether the processes held no other network and no larger size before: else the memory is an upper bound."""
 
     @property
     def images_per_second(self) -> float:
@@ -368,7 +380,7 @@ class StudyTrialEnded:
         return f"{self.name} {self.outcome}"
 
 
-TrialEvent = TrialStarted | LossesMeasured | SizeMeasured
+TrialEvent = TrialStarted | LossesMeasured | SizeStarted | SizeMeasured
 Event = (
     StageProgressed
     | SourceListed

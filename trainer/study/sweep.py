@@ -397,9 +397,13 @@ class _TrialActor:
         try:
             # The study is this job's: whoever still has the run is gone.
             with launch.open_run(storage_uri, trial.run_name, options["arch"], resources, wait=True):
-                plan = launch.plan_run(parse_request(options), run, resources)
+                # What runs outside of the study have measured, so that all trials have the same batch.
+                noise_storage_uri = storage.parent(storage.parent(storage_uri))
+                plan = launch.plan_run(parse_request(options), run, resources, noise_storage_uri=noise_storage_uri)
                 plan = replace(plan, command=_describe_command(options, plan.config, run))
-                result = launch.launch(plan, run, resources, max_failures=max_failures, on_event=send_event)
+                result = launch.launch(
+                    plan, run, resources, max_failures=max_failures, remember_noise=False, on_event=send_event
+                )
         except BatchError as error:
             return Outcome("infeasible", str(error))
         except InputError as error:

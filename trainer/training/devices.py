@@ -1,10 +1,11 @@
 """A worker's share of its node: cores, GPU and memory, how much memory it uses, and how much it may use."""
 
+import contextlib
 import os
 import re
 import signal
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -74,18 +75,24 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def kill_beyond(limit_gib: float) -> None:
-    """Kill this process by SIGKILL, as the kernel would, as soon as it holds more memory than its limit.
+@contextlib.contextmanager
+def killed_beyond(limit_gib: float) -> Iterator[None]:
+    """Kill this process by SIGKILL, as the kernel would, when it holds more memory than its limit within the context.
 
     That is before it takes memory from others: without a container the kernel acts only when the machine has none left.
     """
+    ended = threading.Event()
 
     def watch() -> None:
-        while _resident_gib("VmRSS") <= limit_gib:
-            time.sleep(_GUARD_INTERVAL_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
+        while not ended.wait(_GUARD_INTERVAL_SECONDS):
+            if _resident_gib("VmRSS") > limit_gib:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="memory guard", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _resident_gib(field: str) -> float:

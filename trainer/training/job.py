@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
-from trainer.runtime.events import OnEvent, SizeMeasured
+from trainer.runtime.events import OnEvent
 from trainer.runtime.lease import Lease
 
 
@@ -46,22 +46,3 @@ class WorkerResult:
     """Checksum of the final weights of each worker: all equal."""
     mistakes: npt.NDArray[np.uint8]
     """``[mistakes, height, width, channels]``: the validation images of `find_mistakes`, for the best checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrialJob:
-    """What the workers of a trial receive."""
-
-    config: TrainConfig
-    """The config of the run; its batch is replaced by those of the trial."""
-    manifest: Manifest
-    sizes: tuple[int, ...]
-    """Per-replica batch sizes, ascending."""
-    memory_limit_gib: float | None
-    """Memory of one worker in GiB; None for its share of the machine."""
-    memory_share: float
-    """Sizes that are predicted to need more than this share of the limit are skipped."""
-    compare_losses: bool
-    """Whether to send the losses of the first few steps at the first size."""
-    reference: tuple[SizeMeasured, ...]
-    """What float32 measured so far: a trial of another precision ends early if it is far slower."""

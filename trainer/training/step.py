@@ -5,6 +5,7 @@ and communicate with the other workers inside.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[A
     keras.utils.set_random_seed(config.seed)
     keras.mixed_precision.set_global_policy(config.precision)
     tolerate_silence()
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    strategy = _join_workers()
     with strategy.scope():
         try:
             model = build_model(
@@ -120,6 +121,12 @@ def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[A
                 f"{manifest.image_size} pixels: {str(error).splitlines()[0]}"
             ) from error
     return strategy, model
+
+
+@functools.cache
+def _join_workers() -> Any:
+    """Return the strategy of this process: its workers can be joined once only, and several networks share them."""
+    return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:

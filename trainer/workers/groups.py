@@ -26,7 +26,7 @@ from trainer.runtime.events import OnEvent, StageProgressed, WorkersAwaited, Wor
 from trainer.runtime.folders import hold_folder
 from trainer.runtime.markdown import format_count
 from trainer.runtime.processes import end_with, this_process
-from trainer.workers.local_worker import run_process
+from trainer.workers.local_worker import discard_kept, run_process
 from trainer.workers.pulse import Pulse, Watch
 
 if TYPE_CHECKING:
@@ -166,9 +166,12 @@ def run_workers(
     resources: Resources,
     *,
     max_failures: int = 0,
+    keep: bool = False,
     on_event: OnEvent,
 ) -> Any:
-    """Call a function on all workers at once, each in a new process, and return what the first one returns.
+    """Call a function on all workers at once and return what the first one returns.
+
+    Each is a new process, except for a single worker on this machine after a call with ``keep``.
 
     Args:
         function: takes a function that sends an event to the driver without waiting. It must import TensorFlow itself,
@@ -177,6 +180,7 @@ def run_workers(
         workers: number of workers; each gets a GPU if the cluster has GPUs.
         resources: resources of the connected cluster.
         max_failures: how often the workers are restarted, all together, after a failure.
+        keep: leave the process of a single worker on this machine to the next call.
         on_event: called with the events of the workers until they have ended.
 
     Raises:
@@ -186,7 +190,7 @@ def run_workers(
         WorkersFailedError: the workers failed in another way, more often than allowed.
     """
     if workers.most == 1 and resources.is_one_machine:
-        return _run_alone(function, resources, max_failures, on_event)
+        return _run_alone(function, resources, max_failures, keep, on_event)
     # Not at the top: a job without a cluster saves the second that it takes.
     from ray.train import TrainingFailedError
 
@@ -359,10 +363,17 @@ def _waits_for_room(workers: WorkerCount, resources: Resources) -> bool:
     )
 
 
-def _run_alone(function: Callable[[OnEvent], Any], resources: Resources, max_failures: int, on_event: OnEvent) -> Any:
+def discard_kept_worker(resources: Resources) -> None:
+    """End the process that a call with ``keep`` left, if there is one: the next call has a new one."""
+    discard_kept(resources.folder)
+
+
+def _run_alone(
+    function: Callable[[OnEvent], Any], resources: Resources, max_failures: int, keep: bool, on_event: OnEvent
+) -> Any:
     for failures in itertools.count():
         try:
-            return run_process(function, resources.folder, on_event)
+            return run_process(function, resources.folder, on_event, keep=keep)
         except WorkerDiedError as error:
             if failures == max_failures:
                 raise WorkersFailedError([error]) from error

@@ -30,7 +30,8 @@ def test_a_run_with_nothing_to_measure_is_described_as_its_config_and_arithmetic
 def test_what_would_be_measured_stands_in_comments(dataset, tmp_path):
     request = parse_request({"arch": "cnn_softmax", "dataset": dataset.uri, "min_steps_per_epoch": 5, "seed": 4})
     text = preview_run(request, str(tmp_path), ONE_MACHINE)
-    assert "# global_batch_size: max, measured on the workers at 8, 16, 20 images per replica" in text
+    assert "# global_batch_size: auto, measured on the workers from 20 images per replica" in text
+    assert "in at most a tenth of the run; at most 20" in text
     assert "# precision: " in text
     (tmp_path / "run.toml").write_text(text)
     assert parse_request(read_options(str(tmp_path / "run.toml"))) == request

@@ -1,5 +1,8 @@
 """The model of a distributed run: its arithmetic, and the figures that others have published."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from trainer.plan import Machines, Workload, all_reduce_seconds, find_advice, predict, predict_up_to
@@ -68,3 +71,19 @@ def test_too_few_steps_and_a_slow_link_are_said():
     assert few == "an epoch has 3 steps only: 156 workers would do for 100000 images"
     assert "the all-reduce of 222 MiB takes 393 ms a step" in link
     assert find_advice(ALEXNET, Machines(), predict_up_to(ALEXNET, Machines(), 8)) == []
+
+
+@pytest.mark.parametrize(
+    ("noise_scale", "workers", "steps"),
+    [
+        # 1,000 steps at a batch of 64; 1 + scale / batch is 2 there.
+        (64.0, 1, 1000),
+        (64.0, 2, 750),
+        (math.inf, 4, 250),
+        (0.0, 8, 1000),
+    ],
+)
+def test_a_larger_batch_takes_fewer_steps_to_the_result_as_far_as_the_noise_scale_reaches(noise_scale, workers, steps):
+    measured = replace(ALEXNET, noise_scale=noise_scale, steps=1000, global_batch_size=64)
+    predicted = predict(measured, Machines(), workers)
+    assert predicted.hours == pytest.approx(steps * predicted.step_seconds / 3600)

@@ -2,50 +2,83 @@
 
 import numpy as np
 import pytest
+import tf_keras as keras
 
-from trainer.batch.trial import _promises_to_fit, _Trial
-from trainer.runtime.events import SizeMeasured
+from trainer.batch.job import TrialJob
+from trainer.batch.search import Known, Probe, Search
+from trainer.batch.trial import _Bench, _start_smaller
+from trainer.runtime.events import LossesMeasured, SizeMeasured, SizeStarted
 from trainer.training.dataset import open_split
-from trainer.training.job import TrialJob
+
+BOTH = ("float32", "mixed_bfloat16")
 
 
 @pytest.fixture
-def make_trial(write_dataset, make_config):
-    """Return a function that makes a trial of a tiny network on 16 images."""
+def make_bench(write_dataset, make_config):
+    """Return a function that makes a bench for a tiny network on 16 images."""
     written = write_dataset(rows=(16, 1, 1), image_size=22)
     config = make_config(
         dataset=written.uri, arch_arguments={"first_filters": 3, "later_filters": [4], "dense_units": 8}
     )
     split = open_split(written.uri, written.manifest, "train")
 
-    def make(*sizes: int) -> _Trial:
-        job = TrialJob(config, written.manifest, sizes, None, memory_share=0.9, compare_losses=True, reference=())
-        return _Trial(job, split, rank=0, num_workers=1)
+    def make() -> _Bench:
+        job = TrialJob(config, written.manifest, Search("auto", BOTH, 4, 16, 100.0, 1000), Known(), None)
+        return _Bench(job, split, rank=0, num_workers=1)
 
-    return make
-
-
-def test_the_first_losses_are_those_of_the_seeded_weights(make_trial):
-    losses = make_trial(4).first_losses(4)
-    assert len(losses) == 8
-    assert np.isfinite(losses).all()
-    assert len(set(losses)) == 8
-    assert make_trial(4).first_losses(4) == pytest.approx(losses, rel=1e-5)
+    yield make
+    keras.mixed_precision.set_global_policy("float32")
 
 
-def test_a_size_is_measured_with_real_and_with_synthetic_input(make_trial):
-    measured = make_trial(4, 16).measure(16)
+def measure(bench: _Bench, size: int, *precisions: str, compare_losses: bool = False) -> list:
+    return list(bench.measure(Probe(size, precisions), compare_losses=compare_losses))
+
+
+def test_precisions_are_measured_by_turns_after_the_losses_of_their_first_steps(make_bench):
+    bench = make_bench()
+    # The network whose size told where to start.
+    bench.build("float32")
+    events = measure(bench, 4, *BOTH, compare_losses=True)
+    kinds = [SizeStarted, LossesMeasured]
+    assert [type(one) for one in events] == [*kinds, *kinds, SizeMeasured, SizeMeasured]
+    losses = {one.precision: one.losses for one in events if isinstance(one, LossesMeasured)}
+    assert len(set(losses["float32"])) == len(losses["float32"]) == 8
+    assert losses["mixed_bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    again = measure(make_bench(), 4, "float32", compare_losses=True)[1]
+    assert again.losses == pytest.approx(losses["float32"], rel=1e-5)
+    # Once is enough.
+    assert [type(one) for one in measure(bench, 8, *BOTH, compare_losses=True)][:2] == [SizeStarted, SizeStarted]
+
+
+def test_a_size_is_measured_with_real_and_with_synthetic_input(make_bench):
+    started, measured = measure(make_bench(), 16, "float32")
+    assert started == SizeStarted("float32", 16)
     assert (measured.size, measured.num_replicas, measured.precision) == (16, 1, "float32")
     assert min(measured.seconds_per_step, measured.synthetic_seconds_per_step, measured.peak_memory_gib) > 0
     assert measured.seconds_spread >= 0
+    # Of a second or more.
+    assert measured.seconds > 1
     assert measured.images_per_second == pytest.approx(16 / measured.seconds_per_step)
 
 
-def test_memory_counts_the_copies_that_a_checkpoint_holds(make_trial):
-    trial = make_trial(4)
-    arrays, files = trial._checkpoint_copy()
+def test_memory_is_exact_only_where_nothing_else_was_in_the_process(make_bench, monkeypatch):
+    monkeypatch.setattr("trainer.batch.trial.has_gpu", lambda: False)
+    bench = make_bench()
+    assert [measure(bench, size, "float32")[-1].alone for size in (4, 8, 4)] == [True, True, False]
+    alone = {size: bench.can_measure(Probe(size, ("float32",), alone=True)) for size in (8, 16)}
+    assert alone == {8: False, 16: True}
+    assert bench.can_measure(Probe(8, ("float32",)))
+    assert not bench.can_measure(Probe(16, ("mixed_bfloat16",), alone=True))
+    assert not measure(bench, 16, "mixed_bfloat16")[-1].alone
+    assert not bench.can_measure(Probe(32, ("float32",), alone=True))
+
+
+def test_memory_counts_the_copies_that_a_checkpoint_holds(make_bench):
+    bench = make_bench()
+    network = bench.build("float32").network
+    arrays, files = bench._checkpoint_copy("float32")
     for copied, written, variables in zip(
-        arrays, files, (trial._network.model.variables, trial._network.optimizer_variables), strict=True
+        arrays, files, (network.model.variables, network.optimizer_variables), strict=True
     ):
         size = sum(np.asarray(variable).nbytes for variable in variables)
         assert sum(array.nbytes for array in copied.values()) == size
@@ -53,16 +86,7 @@ def test_memory_counts_the_copies_that_a_checkpoint_holds(make_trial):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "target_gib", "fits"),
-    [
-        # A line needs two sizes.
-        ((), 0.0, True),
-        ((8,), 0.0, True),
-        # 1 GiB and 0.1 GiB per image: 4.2 GiB for 32.
-        ((8, 16), 4.3, True),
-        ((8, 16), 4.1, False),
-    ],
+    ("goal", "image_gib", "first"), [("auto", 0.01, 32), ("max", 0.5, 8), ("auto", 100.0, 1), ("given", 0.5, 32)]
 )
-def test_a_size_is_tried_where_the_line_through_the_last_two_fits(sizes, target_gib, fits):
-    measured = [SizeMeasured("float32", size, 1, 0.1, 0.0, 0.1, 1 + size / 10) for size in sizes]
-    assert _promises_to_fit(measured, 32, target_gib) is fits
+def test_the_first_size_is_halved_where_the_outputs_of_the_layers_fill_half_of_the_memory(goal, image_gib, first):
+    assert _start_smaller(Search(goal, BOTH, 32, 64, 100.0, 1000), image_gib, 10.0).start == first

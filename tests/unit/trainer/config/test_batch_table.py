@@ -7,9 +7,12 @@ from trainer.config.batch_table import (
     BatchTable,
     choose_precision,
     decide,
+    describe_time,
     find_bottlenecks,
+    find_contradiction,
+    find_noise_surprise,
+    given_batch,
     is_far_slower,
-    ladder,
     largest_for_rows,
     next_size,
     round_size,
@@ -56,13 +59,6 @@ def test_an_epoch_keeps_its_least_steps():
     assert largest_for_rows(rows=1442, num_replicas=1, min_steps_per_epoch=10) == 144
     assert largest_for_rows(rows=1442, num_replicas=4, min_steps_per_epoch=10) == 36
     assert largest_for_rows(rows=5, num_replicas=2, min_steps_per_epoch=10) == 1
-
-
-@pytest.mark.parametrize(
-    ("most", "sizes"), [(3, (3,)), (8, (8,)), (9, (8, 9)), (64, (8, 16, 32, 64)), (70, (8, 16, 32, 64, 70))]
-)
-def test_sizes_double_up_to_the_largest_of_use(most, sizes):
-    assert ladder(8, most) == sizes
 
 
 def search(memory, most: int, limit_gib: float, first=(8, 16)) -> tuple[int, int]:
@@ -147,6 +143,111 @@ def test_rows_or_memory_or_throughput_set_the_batch_and_it_is_said_which(asked, 
     assert "throughput stops rising at 1 x 32 (200 images/s)" in choice.explanation
 
 
+def test_throughput_is_not_said_to_stop_rising_where_nothing_larger_was_measured():
+    rising = make_table(SATURATING[:3])
+    choice = decide(BatchRequest(global_batch_size="max"), rising, 320)
+    assert "stops rising" not in choice.explanation
+    assert rising.verdict(rising.rows[-1]) == "fits"
+
+
+# Rates in images/s: a CPU's stop rising at once, a GPU's never; both from 8 images on.
+CPU = [size(images, seconds=(images + 8) / 900) for images in (8, 16, 32, 64, 128)]
+GPU = [size(images, seconds=0.01) for images in (8, 16, 32, 64, 128)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "noise_scale", "batch", "limit"),
+    [
+        (CPU, 100.0, 32, "time"),
+        (CPU, 10.0, 8, "time"),
+        (CPU, 2000.0, 128, "rows"),
+        (CPU, math.inf, 128, "rows"),
+        (GPU, 100.0, 128, "rows"),
+        (GPU, 0.0, 8, "time"),
+    ],
+)
+def test_auto_takes_the_size_with_the_shortest_time_to_a_result(rows, noise_scale, batch, limit):
+    choice = decide(BatchRequest(), make_table(rows), rows=1280, noise_scale=noise_scale)
+    assert (choice.global_batch_size, choice.limit, choice.noise_scale) == (batch, limit, noise_scale)
+    assert (
+        f"global batch {batch} = 1 x {batch} (auto), set by the {'rows' if limit == 'rows' else 'time to a result'}"
+        in (choice.explanation)
+    )
+
+
+def test_auto_is_set_by_memory_where_a_larger_size_would_be_faster_and_does_not_fit():
+    table = make_table([size(images, images / 16, 0.01) for images in (32, 64, 128)], limit_gib=10.0)
+    choice = decide(BatchRequest(), table, rows=100_000)
+    assert (choice.global_batch_size, choice.limit) == (128, "memory")
+
+
+def test_the_time_of_half_and_double_is_that_to_the_same_result():
+    choice = decide(BatchRequest(), make_table(CPU), rows=1280, noise_scale=100.0)
+    # 900 steps of 40 / 900 s; 1 + 100 / B is 4.125 at 32, 7.25 at 16 and 2.5625 at 64.
+    assert describe_time(choice, 1350) == (
+        "about 1.0 minutes of steps, 1.1 to the same result at half, 1.1 to the same result at double "
+        "(time of a step x (1 + 100 / batch))"
+    )
+    assert describe_time(decide(BatchRequest(global_batch_size="max"), make_table(CPU), 1280), 1350) == ""
+    most = decide(BatchRequest(), make_table(GPU), rows=1280)
+    assert "double was not measured" in describe_time(most, 1350)
+
+
+def history(*rates: float, batch: int = 32) -> list[dict[str, float]]:
+    return [{"images_per_second": rate, "global_batch_size": batch} for rate in rates]
+
+
+@pytest.mark.parametrize(
+    ("rates", "contradicts"),
+    [
+        # 720 images/s were measured at 32.
+        ((100.0, 700.0, 740.0, 760.0), False),
+        ((700.0, 500.0, 510.0, 520.0), True),
+        ((700.0, 1000.0, 990.0), True),
+        ((500.0,), False),
+    ],
+)
+def test_training_that_is_far_faster_or_slower_than_its_size_was_measured_contradicts_the_table(rates, contradicts):
+    choice = decide(BatchRequest(), make_table(CPU), rows=1280)
+    line = find_contradiction(choice, history(*rates))
+    assert bool(line) == contradicts
+    if contradicts:
+        assert "where 720 were measured at a batch of 32; the next run measures again" in line
+    # Fewer workers may have had another batch.
+    assert find_contradiction(choice, history(*rates, batch=24)) == ""
+    assert find_contradiction(given_batch(BatchRequest(), 32, "float32"), history(*rates)) == ""
+
+
+@pytest.mark.parametrize(
+    ("noise_scale", "line"),
+    [
+        (100.0, ""),
+        (180.0, ""),
+        (None, ""),
+        (2000.0, "noise scale: 2000 images, 100 were assumed; with it the batch of the next run is 128 instead of 32"),
+        (9.0, "noise scale: 9 images, 100 were assumed; with it the batch of the next run is 8 instead of 32"),
+        (math.inf, "noise scale: inf images, 100 were assumed; with it the batch of the next run is 128 instead of 32"),
+    ],
+)
+def test_a_noise_scale_far_from_the_assumed_one_says_what_the_next_batch_is(noise_scale, line):
+    choice = decide(BatchRequest(), make_table(CPU), rows=1280, noise_scale=100.0)
+    assert find_noise_surprise(choice, noise_scale, 1280).removesuffix(", as far as sizes were measured") == line
+
+
+@pytest.mark.parametrize(
+    ("rows", "largest"),
+    [
+        # 10 GiB, of which 9 are for use; 1 GiB and 1/32 per image.
+        ([size(images, 1 + images / 32) for images in (32, 64)], 256),
+        ([size(images, 1 + images / 32) for images in (32, 256, 512)], 256),
+        ([size(32, 2.0)], None),
+        ([size(images, 2.0) for images in (32, 64)], None),
+    ],
+)
+def test_what_a_worker_holds_is_known_or_predicted(rows, largest):
+    assert make_table(rows).largest_per_replica == largest
+
+
 def test_a_size_over_the_safety_margin_is_not_used():
     table = make_table([size(8, 5.0), size(16, 8.9), size(32, 9.1)])
     assert [one.size for one in table.fitting] == [8, 16]
@@ -158,7 +259,8 @@ def test_a_size_over_the_safety_margin_is_not_used():
 
 def test_the_batch_is_that_of_all_replicas():
     rows = [size(images, 1.0, 1.0, replicas=4) for images in (8, 16)]
-    assert decide(BatchRequest(), make_table(rows, replicas=4), rows=640).global_batch_size == 64
+    choice = decide(BatchRequest(global_batch_size="max"), make_table(rows, replicas=4), rows=640)
+    assert choice.global_batch_size == 64
 
 
 def by_precision(**seconds: float) -> dict[str, tuple[SizeMeasured, ...]]:
@@ -182,7 +284,19 @@ def test_the_fastest_precision_with_sane_losses_is_taken_and_named(bfloat16_seco
     precision, reason = choose_precision(by_precision(float32=1.0, mixed_bfloat16=bfloat16_seconds), losses)
     assert precision == chosen
     assert reason.startswith(f"{chosen} ")
-    assert "32 images/s" in reason
+    assert "32 images/s at 32 and loss" in reason
+
+
+def test_another_precision_must_be_faster_at_both_sizes():
+    def rows(*seconds: float) -> tuple[SizeMeasured, ...]:
+        return tuple(size(images, 1.0, value) for images, value in zip((32, 64), seconds, strict=True))
+
+    measured = {"float32": rows(1.0, 2.0), "mixed_bfloat16": rows(0.9, 1.0)}
+    assert choose_precision(measured, SAME_LOSSES)[0] == "mixed_bfloat16"
+    measured = {"float32": rows(1.0, 2.0), "mixed_bfloat16": rows(1.1, 1.0)}
+    precision, reason = choose_precision(measured, SAME_LOSSES)
+    assert precision == "float32"
+    assert reason.startswith("float32 32 and 32 images/s at 32 and 64 and loss 2.150 against mixed_bfloat16 29 and 64")
 
 
 def test_where_float32_does_not_fit_the_others_are_compared():

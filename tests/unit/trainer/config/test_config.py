@@ -65,8 +65,8 @@ def test_the_learning_rate_grows_with_the_global_batch(optimizer, peak):
     assert config.per_replica_batch_size == 32
 
 
-@pytest.mark.parametrize("value", ["max", "knee", "1", "4096"])
-def test_a_batch_is_max_or_knee_or_a_number(value):
+@pytest.mark.parametrize("value", ["auto", "max", "knee", "1", "4096"])
+def test_a_batch_is_auto_max_or_knee_or_a_number(value):
     request = validate(BatchRequest, {"global_batch_size": value})
     assert request.given_size == (int(value) if value.isdecimal() else None)
 

@@ -103,7 +103,7 @@ def test_a_value_that_is_not_allowed_is_refused_with_its_option(options, message
 @pytest.mark.parametrize(
     ("options", "batch", "precision"),
     [
-        ({}, "max", "auto"),
+        ({}, "auto", "auto"),
         ({"recipe": "notes"}, "32", "float32"),
         ({"recipe": "notes", "precision": "auto"}, "32", "auto"),
         ({"global_batch_size": 48}, "48", "auto"),

@@ -52,15 +52,18 @@ from trainer.training import devices
 devices.share_devices(10_000)
 print(tf.config.threading.get_intra_op_parallelism_threads(), tf.config.threading.get_inter_op_parallelism_threads())
 limit = devices.peak_memory_gib() + 0.25
-devices.kill_beyond(limit)
-print("below the limit", flush=True)
+with devices.killed_beyond(limit):
+    print("below the limit", flush=True)
 held = np.ones(2**29, np.uint8)
-time.sleep(60)
+time.sleep(0.5)
+print("not watched any more", flush=True)
+with devices.killed_beyond(limit):
+    time.sleep(60)
 print("beyond the limit", flush=True)
 """
 
 
 def test_a_worker_has_a_core_at_least_and_ends_by_sigkill_when_it_holds_too_much_memory():
     worker = subprocess.run([sys.executable, "-c", WORKER], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert worker.stdout.splitlines() == ["1 1", "below the limit"]
+    assert worker.stdout.splitlines() == ["1 1", "below the limit", "not watched any more"]
     assert worker.returncode == -signal.SIGKILL

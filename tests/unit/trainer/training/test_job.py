@@ -6,7 +6,7 @@ from ray import cloudpickle
 
 from tests.conftest import REPOSITORY
 from trainer.runtime.events import ignore_event
-from trainer.training.job import TrialJob, WorkerJob, WorkerResult
+from trainer.training.job import WorkerJob, WorkerResult
 
 
 def test_what_the_driver_and_its_workers_exchange_is_read_without_tensorflow():
@@ -18,8 +18,6 @@ def test_a_job_arrives_at_its_worker_as_it_was_sent(make_config, write_dataset):
     config, manifest = make_config(epochs=7), write_dataset().manifest
     job = WorkerJob(config, manifest, "s3://bucket/run", None, ("mlflow",), 3, 64, ignore_event)
     assert cloudpickle.loads(cloudpickle.dumps(job)) == job
-    trial = TrialJob(config, manifest, (1, 2, 4), None, 0.9, True, ())
-    assert cloudpickle.loads(cloudpickle.dumps(trial)) == trial
 
 
 def test_the_pictures_of_a_result_arrive_at_the_driver():

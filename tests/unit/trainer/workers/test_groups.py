@@ -66,13 +66,13 @@ def fail(monkeypatch):
     def run(*errors: Exception, max_failures: int) -> list:
         left, events = list(errors), []
 
-        def run_process(*_):
+        def run_process(*_, keep):
             if left:
                 raise left.pop(0)
             return "trained"
 
         monkeypatch.setattr(groups, "run_process", run_process)
-        groups._run_alone(print, machines(), max_failures, events.append)
+        groups._run_alone(print, machines(), max_failures, False, events.append)
         return events
 
     return run
