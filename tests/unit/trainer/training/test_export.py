@@ -69,9 +69,8 @@ warnings.simplefilter("error", UserWarning)
 assert tensorflow.keras.Model is keras.Model and keras.__version__ >= "3"
 for path in sys.argv[1:]:
     model = keras.saving.load_model(path)
-    images = numpy.load(path + ".images.npy")
     names = json.loads(zipfile.ZipFile(path).read("metadata.json"))["class_names"]
-    numpy.savez(path + ".npz", scores=model(images), predicted=model.predict(images, verbose=0), names=names)
+    numpy.savez(path + ".npz", scores=model(numpy.load(path + ".images.npy")), names=names)
     assert not [name for name in sys.modules if name.startswith(("tf_keras", "trainer"))]
 """
 
@@ -113,7 +112,6 @@ def test_keras_3_opens_every_architecture_and_gives_equal_scores(make_config, wr
     for path, scores in expected.items():
         loaded = np.load(f"{path}.npz")
         np.testing.assert_allclose(loaded["scores"], scores, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(loaded["predicted"], scores, rtol=0, atol=1e-6)
         assert loaded["names"].tolist() == manifest.class_names
 
 
