@@ -36,7 +36,7 @@ def main(
     with connect() as resources:
         for name in arch:
             options = {"arch": name, "dataset": dataset, "memory_limit_gib": memory_limit, "precision": precision}
-            request = parse_request({**options, "min_steps_per_epoch": 1})
+            request = parse_request({**options, "global_batch_size": "max", "min_steps_per_epoch": 1})
             manifest = launch.load_checked_manifest(request, resources)
             started = time.perf_counter()
             with tempfile.TemporaryDirectory() as storage:
