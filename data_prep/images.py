@@ -62,8 +62,9 @@ def decode_file(location: str, options: ImageOptions) -> Pixels:
 def read_images(found: Source, options: ImageOptions) -> tuple[Any, int]:
     """Return a lazy `ray.data.Dataset` that decodes the images of a source, with or without labels, and their number.
 
-    The columns are path (string), label (string, the class name, or empty if there is none), image (uint8
-    ``[image_size, image_size, channels]``, zeros if it could not be decoded) and error (string, the reason, or empty).
+    The columns are path (string), label (string, the class name, or empty if there is none), sha256 (string, hash of
+    the file's bytes, as in a dataset), image (uint8 ``[image_size, image_size, channels]``, zeros if it could not be
+    decoded) and error (string, the reason, or empty).
 
     Args:
         found: the source, from `data_prep.sources.find_images`.
@@ -84,12 +85,13 @@ def _decode_slice(
     items: dict[str, Any], images: Any, source: str, class_names: list[str], options: ImageOptions
 ) -> dict[str, Any]:
     listed = ray.get(images).slice(items["start"][0], items["rows"][0])
-    _, outcomes = decode_listed(source, listed, options)
+    contents, outcomes = decode_listed(source, listed, options)
     nothing = np.zeros((options.image_size, options.image_size, options.channels), np.uint8)
     labels = listed["label"].to_pylist()
     return {
         "path": np.array(listed["path"].to_pylist(), np.object_),
         "label": np.array(["" if label is None else class_names[label] for label in labels], np.object_),
+        "sha256": np.array([hashlib.sha256(content or b"").hexdigest() for content in contents], np.object_),
         "image": np.stack([outcome if isinstance(outcome, np.ndarray) else nothing for outcome in outcomes]),
         "error": np.array([outcome if isinstance(outcome, str) else "" for outcome in outcomes], np.object_),
     }

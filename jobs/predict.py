@@ -15,6 +15,14 @@ from trainer.runtime.markdown import format_count
 if TYPE_CHECKING:
     from trainer.inference import PredictionSummary
 
+# What the accuracy of each part is worth.
+_PARTS = {
+    "new": "",
+    "test": "; of the test split: counted as a reading of it",
+    "val": "; the best epoch was chosen on them",
+    "train": "; the network was trained on them",
+}
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -35,7 +43,7 @@ def main(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the predictions in OUTPUT.")] = False,
     wait: Wait = 0,
 ) -> None:
-    """Write path, label, predicted class, confidence and probabilities for every image of SOURCE."""
+    """Write path, label, split, predicted class, confidence and probabilities for every image of SOURCE."""
     with console.exit_codes():
         from data_prep.decode import ImageOptions
         from data_prep.images import read_images
@@ -59,14 +67,23 @@ def main(
 
 
 def print_summary(output: str, summary: "PredictionSummary") -> None:
-    """Print the number of images, how many could not be decoded, and how many were predicted correctly."""
+    """Print the number of images, how many could not be decoded, and how many were predicted correctly.
+
+    Images of the run's own dataset are counted apart: what the network was trained on says nothing about new images.
+    """
     from trainer.record.evaluation_result import describe_accuracy
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
     bad = f", {sum(summary.rejected.values())} not decoded ({reasons})" if reasons else ""
     console.stdout.print(f"{output}: {format_count(summary.images, 'image')}{bad}", markup=False)
-    if summary.labelled:
-        console.stdout.print(describe_accuracy(summary.correct, summary.labelled))
+    for name, part in summary.parts.items():
+        accuracy = f", {describe_accuracy(part.correct, part.labelled)}" if part.labelled else ""
+        console.stdout.print(f"{name:5}  {format_count(part.images, 'image')}{accuracy}{_PARTS[name]}", markup=False)
+    if summary.parts_unknown:
+        if summary.labelled:
+            console.stdout.print(describe_accuracy(summary.correct, summary.labelled))
+        reason = f"whether the network was trained on some of these images is not known: {summary.parts_unknown}"
+        console.stdout.print(reason, markup=False)
 
 
 def check_summary(source: str, output: str, summary: "PredictionSummary") -> None:

@@ -1,15 +1,17 @@
 """Use the best checkpoint of a finished run: evaluate it on a split, or predict images."""
 
+import contextlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import ray
+from pydantic import BaseModel
 from ray.util.annotations import RayDeprecationWarning
 
 from data_prep.manifest import Manifest, SplitName
@@ -25,7 +27,7 @@ from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
 from trainer.runtime.markdown import format_count
 from trainer.runtime.pages import check_place
 from trainer.runtime.record_format import Record
-from trainer.training.dataset import load_manifest, open_split
+from trainer.training.dataset import load_manifest, open_split, read_hashes
 from trainer.training.evaluation import Evaluator, predictions_table
 from trainer.workers.groups import call_in_worker
 
@@ -34,12 +36,27 @@ SUMMARY_NAME = "_summary.json"
 # No source has files of this name, so that replacing predictions never deletes images.
 _FILE_PREFIX = "predictions-"
 _ROWS_PER_FILE = 10_000
+NEW = "new"
+# In the order in which they are reported.
+PARTS = (NEW, "test", "val", "train")
 # Largest size of the probabilities in a file: with many classes a file has fewer rows.
 _BYTES_PER_FILE = 128 * 2**20
 
 
+class PartCount(BaseModel):
+    """The predicted images that are in one split of the run's dataset, or in none."""
+
+    images: int = 0
+    labelled: int = 0
+    """Those that were predicted and whose label is a class of the run."""
+    correct: int = 0
+    """Labeled images that were predicted correctly."""
+
+
 class PredictionSummary(Record):
     """Contents of ``_summary.json``."""
+
+    ADDED: ClassVar[Mapping[str, Any]] = {"parts": {}, "parts_unknown": "an earlier version did not look"}
 
     run: str
     checkpoint: str
@@ -51,6 +68,10 @@ class PredictionSummary(Record):
     """Images that were predicted and whose label is a class of the run."""
     correct: int
     """Labeled images that were predicted correctly."""
+    parts: dict[str, PartCount]
+    """The images by the split of the run's dataset that has the same file: new (none), test, val or train."""
+    parts_unknown: str
+    """Why parts is empty; empty if it is not."""
 
 
 def read_finished_run(uri: str) -> tuple[RunFolder, TrainConfig, RunResult]:
@@ -232,9 +253,9 @@ def predict_images(
 ) -> PredictionSummary:
     """Write the predictions of a run's best weights as Parquet files, and a summary, which is written last.
 
-    The columns are path, label (null if there is none), predicted (null if the image could not be decoded),
-    confidence, probabilities (float32 ``[num_classes]``, in the order of class_names) and error (null, or why the image
-    could not be decoded).
+    The columns are path, label (null if there is none), split (train, val or test where the run's dataset has the same
+    file, else null), predicted (null if the image could not be decoded), confidence, probabilities (float32
+    ``[num_classes]``, in the order of class_names) and error (null, or why the image could not be decoded).
 
     Args:
         images: a `ray.data.Dataset` with the columns of `data_prep.images.read_images`, of the run's size and channels.
@@ -249,8 +270,9 @@ def predict_images(
         InputError: the run is not finished or its checkpoint is gone.
         JobError: a task of Ray Data failed.
     """
-    run, _, result = read_finished_run(uri)
+    run, config, result = read_finished_run(uri)
     checkpoints.find_named(run.checkpoints, result.best_checkpoint)
+    splits, parts_unknown = _read_splits(config)
     # Delete the summary first: without it, predictions count as interrupted.
     for name in (SUMMARY_NAME, *storage.find_files(output)):
         if name == SUMMARY_NAME or name.startswith(_FILE_PREFIX):
@@ -273,28 +295,67 @@ def predict_images(
         )
     rejected: Counter[str] = Counter()
     known = set(class_names)
-    done = labelled = correct = 0
-    on_event(StageProgressed("predict", done, num_images))
+    parts = {} if parts_unknown else {name: PartCount() for name in PARTS}
+    whole = PartCount()
+    on_event(StageProgressed("predict", 0, num_images))
     rows = min(_ROWS_PER_FILE, max(1, _BYTES_PER_FILE // (4 * len(class_names))))
-    for part, table in enumerate(_iterate(predicted, rows)):
-        file = storage.join(output, f"{_FILE_PREFIX}{part:05d}.parquet")
+    for number, table in enumerate(_iterate(predicted, rows)):
+        table = _name_splits(table, splits)
+        file = storage.join(output, f"{_FILE_PREFIX}{number:05d}.parquet")
         storage.write_bytes(file, storage.parquet_bytes(table))
         rejected.update(reason for reason in table["error"].to_pylist() if reason is not None)
-        pairs = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
-        judged = [label == name for label, name in pairs if name is not None and label in known]
-        done, labelled, correct = done + len(table), labelled + len(judged), correct + sum(judged)
-        on_event(StageProgressed("predict", done, num_images))
+        _count(table, known, whole, parts)
+        on_event(StageProgressed("predict", whole.images, num_images))
+    if parts and parts["test"].labelled:
+        # What the test split says is known now; in a run of somebody else that cannot be recorded.
+        with contextlib.suppress(InputError):
+            run.record_test_read("predict.py")
     summary = PredictionSummary(
         run=run.uri,
         checkpoint=result.best_checkpoint,
         class_names=class_names,
-        images=done,
         rejected=dict(rejected.most_common()),
-        labelled=labelled,
-        correct=correct,
+        **whole.model_dump(),
+        parts={name: part for name, part in parts.items() if part.images},
+        parts_unknown=parts_unknown,
     )
     storage.write_bytes(storage.join(output, SUMMARY_NAME), summary.to_json())
     return summary
+
+
+def _read_splits(config: TrainConfig) -> tuple[dict[str, SplitName], str]:
+    """Return the splits of the images of a run's dataset by their hashes, or why they are not known."""
+    try:
+        manifest = load_manifest(config.dataset)
+        if manifest.fingerprint != config.dataset_fingerprint:
+            return {}, f"{config.dataset} was prepared again after the run was trained on it"
+        return read_hashes(config.dataset, manifest), ""
+    except InputError as error:
+        return {}, str(error)
+
+
+def _name_splits(table: pa.Table, splits: dict[str, SplitName]) -> pa.Table:
+    """Replace the column of hashes by one of the splits that have them, null for none."""
+    place = table.schema.get_field_index("sha256")
+    names = pa.array([splits.get(one) for one in table["sha256"].to_pylist()], pa.string())
+    return table.set_column(place, "split", names)
+
+
+def _count(table: pa.Table, known: set[str], whole: PartCount, parts: dict[str, PartCount]) -> None:
+    """Count the images of a table of predictions.
+
+    Args:
+        table: the predictions.
+        known: names of the classes of the run.
+        whole: counts of all images, which are added to.
+        parts: counts by split, which are added to; empty where the splits are not known.
+    """
+    for row in table.select(["label", "predicted", "split"]).to_pylist():
+        is_judged = row["predicted"] is not None and row["label"] in known
+        for part in (whole, parts[row["split"] or NEW]) if parts else (whole,):
+            part.images += 1
+            part.labelled += is_judged
+            part.correct += is_judged and row["label"] == row["predicted"]
 
 
 def _iterate(predicted: Any, rows: int) -> Iterator[pa.Table]:
@@ -328,6 +389,7 @@ class _Predictor:
             {
                 "path": pa.array(batch["path"], pa.string()),
                 "label": pa.array(batch["label"], pa.string(), mask=batch["label"] == ""),
+                "sha256": pa.array(batch["sha256"], pa.string()),
                 "predicted": pa.array(predicted, pa.string(), mask=is_missing),
                 "confidence": pa.array(scores.max(axis=1), pa.float32(), mask=is_missing),
                 "probabilities": probabilities,

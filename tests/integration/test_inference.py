@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,11 @@ def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run, resource
     summary = json.loads((output / "_summary.json").read_text())
     assert (summary["images"], summary["labelled"], summary["rejected"]) == (92, 90, {"damaged": 1})
     assert summary["correct"] == sum(row["label"] == row["predicted"] for row in rows.values())
+    assert summary["parts"].pop("new") == {"images": 1, "labelled": 0, "correct": 0}  # the broken one
+    found = [*(row["split"] for row in rows.values()), loose["split"]]
+    assert {name: part["images"] for name, part in summary["parts"].items()} == Counter(found)
+    assert summary["parts"].keys() == {"train", "val", "test"}
+    assert "the network was trained on them" in finished.stdout
     assert {path.name for path in output.iterdir()} == {"predictions-00000.parquet", "_summary.json", "_notes.txt"}
 
 

@@ -37,9 +37,8 @@ def write_dataset(tmp_path):
             for start in range(0, count, rows_per_file):
                 part = slice(start, start + rows_per_file)
                 paths = [f"{split}/{row}.png" for row in range(start, min(start + rows_per_file, count))]
-                table = pa.table(
-                    {"label": pa.array(labels[split][part], pa.int32()), "path": paths, "sha256": [""] * len(paths)}
-                )
+                hashes = [hashlib.sha256(one.encode()).hexdigest() for one in paths]
+                table = pa.table({"label": pa.array(labels[split][part], pa.int32()), "path": paths, "sha256": hashes})
                 path = f"{split}/part-{len(files):05d}.parquet"
                 files.append(write_data_file(uri, path, images[split][part], table))
             counts = np.bincount(labels[split], minlength=len(CLASS_NAMES)).tolist()

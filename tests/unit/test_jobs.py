@@ -146,9 +146,30 @@ def test_the_formats_of_a_source_are_those_that_are_read(job):
 def test_a_source_of_which_nothing_can_be_predicted_is_refused():
     check_summary = runpy.run_path(str(REPOSITORY / "jobs" / "predict.py"))["check_summary"]
     required = {"run": "r", "checkpoint": "c", "class_names": ["a"], "images": 5, "labelled": 0, "correct": 0}
+    required |= {"parts": {}, "parts_unknown": ""}
     check_summary("in", "out", PredictionSummary(**required, rejected={"damaged": 2, "empty": 2}))
     with pytest.raises(InputError, match="none of the files of in is an image that can be read; out has the reasons"):
         check_summary("in", "out", PredictionSummary(**required, rejected={"damaged": 2, "empty": 3}))
+
+
+def test_predictions_of_images_that_the_network_knows_are_reported_apart(capsys):
+    print_summary = runpy.run_path(str(REPOSITORY / "jobs" / "predict.py"))["print_summary"]
+    required = {"run": "r", "checkpoint": "c", "class_names": ["a"], "rejected": {}}
+    parts = {"new": {"images": 3}, "val": {"images": 9, "labelled": 8, "correct": 6}}
+    parts["train"] = {"images": 90, "labelled": 90, "correct": 90}
+    counts = {"images": 102, "labelled": 98, "correct": 96}
+    print_summary("out", PredictionSummary(**required, **counts, parts=parts, parts_unknown=""))
+    assert capsys.readouterr().out.splitlines() == [
+        "out: 102 images",
+        "new    3 images",
+        "val    9 images, accuracy: 0.7500 (6 of 8, 95% interval 0.409-0.929); the best epoch was chosen on them",
+        "train  90 images, accuracy: 1.0000 (90 of 90, 95% interval 0.959-1.000); the network was trained on them",
+    ]
+    print_summary("out", PredictionSummary(**required, **counts, parts={}, parts_unknown="the dataset is gone"))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "accuracy: 0.9796 (96 of 98, 95% interval 0.929-0.994)",
+        "whether the network was trained on some of these images is not known: the dataset is gone",
+    ]
 
 
 def test_the_defaults_of_prepare_are_those_of_its_config():

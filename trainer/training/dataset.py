@@ -19,10 +19,11 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from data_prep.manifest import MANIFEST_NAME, DataFile, Manifest, SplitName, read_manifest
+from data_prep.manifest import MANIFEST_NAME, SPLITS, DataFile, Manifest, SplitName, read_manifest
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 from trainer.runtime.folders import cache_folder
@@ -97,6 +98,25 @@ def open_split(dataset: str, manifest: Manifest, split: SplitName) -> ImageSplit
         if not labels_path.exists():
             _fill_cache(dataset, manifest, split, images_path, labels_path)
     return ImageSplit(np.load(images_path, mmap_mode="r"), np.load(labels_path))
+
+
+def read_hashes(dataset: str, manifest: Manifest) -> dict[str, SplitName]:
+    """Return the split of each image of a dataset by the SHA-256 of its source file; train where it is in several.
+
+    Raises:
+        InputError: a file of the dataset is missing or cannot be read.
+    """
+    splits: dict[str, SplitName] = {}
+    for split in reversed(SPLITS):
+        for data_file in manifest.splits[split].files:
+            uri = storage.join(dataset, data_file.path)
+            try:
+                with storage.open_file(uri) as file:
+                    hashes = pq.read_table(file, columns=["sha256"])["sha256"]
+            except (FileNotFoundError, pa.ArrowException) as error:
+                raise InputError(f"{uri} cannot be read: {error}") from error
+            splits.update((one, split) for one in hashes.to_pylist() if one)
+    return splits
 
 
 def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path: Path, labels_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,12 @@ import pytest
 
 from trainer.explain import page as explain
 from trainer.inference import (
+    PartCount,
+    _count,
     _evaluate,
+    _name_splits,
     _Predictor,
+    _read_splits,
     _record_test_read,
     check_output,
     describe_test_reads,
@@ -171,17 +176,50 @@ def test_an_evaluation_has_a_row_for_each_image_as_the_export_predicts_it(traine
 def test_an_image_that_cannot_be_decoded_has_no_prediction(trained_run):
     images = np.random.default_rng(0).integers(0, 256, (2, 22, 22, 1), np.uint8)
     batch = {"image": images, "path": np.array(["a.png", "b.png"]), "label": np.array(["cat", ""])}
+    batch["sha256"] = np.array(["aa", "bb"], np.object_)
     table = _Predictor(trained_run.uri, ["cat", "dog", "eel"])({**batch, "error": np.array(["", "damaged"])})
     scores = load_export(trained_run).predict_on_batch(images)[0]
     first, second = table.to_pylist()
     assert first["predicted"] == ["cat", "dog", "eel"][scores.argmax()]
     np.testing.assert_allclose(first.pop("probabilities"), scores, atol=1e-6)
-    assert (first["path"], first["label"], first["error"]) == ("a.png", "cat", None)
+    assert (first["path"], first["label"], first["sha256"], first["error"]) == ("a.png", "cat", "aa", None)
     assert second == {
         "path": "b.png",
         "label": None,
+        "sha256": "bb",
         "predicted": None,
         "confidence": None,
         "probabilities": None,
         "error": "damaged",
     }
+
+
+def test_images_are_known_by_the_hash_of_their_file_and_counted_by_split():
+    columns = {"label": ["cat", "dog", "cat", None, "owl", "dog"], "sha256": ["a", "a", "b", "c", "d", "e"]}
+    table = pa.table({**columns, "predicted": ["cat", "cat", "cat", "cat", "cat", None]})
+    named = _name_splits(table, {"a": "train", "b": "test", "c": "val"})
+    assert named["split"].to_pylist() == ["train", "train", "test", "val", None, None]
+    assert "sha256" not in named.column_names
+    whole, parts = PartCount(), {name: PartCount() for name in ("new", "test", "val", "train")}
+    _count(named, {"cat", "dog"}, whole, parts)
+    assert whole == PartCount(images=6, labelled=3, correct=2)
+    assert parts == {
+        "new": PartCount(images=2),  # of another class, and not decoded
+        "test": PartCount(images=1, labelled=1, correct=1),
+        "val": PartCount(images=1),  # without a label
+        "train": PartCount(images=2, labelled=2, correct=1),
+    }
+    again = PartCount()
+    _count(named, {"cat", "dog"}, again, {})
+    assert again == whole
+
+
+def test_whether_images_are_known_is_not_said_without_the_dataset_of_the_run(trained_run):
+    config = trained_run.read_record().config
+    splits, reason = _read_splits(config)
+    assert (Counter(splits.values()), reason) == ({"train": 6, "val": 5, "test": 3}, "")
+    other = config.model_copy(update={"dataset_fingerprint": "beef"})
+    assert _read_splits(other)[1].endswith("was prepared again after the run was trained on it")
+    shutil.rmtree(config.dataset)
+    splits, reason = _read_splits(config)
+    assert (splits, "holds no prepared dataset" in reason) == ({}, True)

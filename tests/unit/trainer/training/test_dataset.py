@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,7 +13,15 @@ import pytest
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 from trainer.training import dataset
-from trainer.training.dataset import BatchFeed, cache_folder, epoch_order, load_manifest, open_split, worker_rows
+from trainer.training.dataset import (
+    BatchFeed,
+    cache_folder,
+    epoch_order,
+    load_manifest,
+    open_split,
+    read_hashes,
+    worker_rows,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +281,24 @@ try:
 except MemoryError:
     print("refused")
 """
+
+
+def test_the_split_of_each_image_is_found_by_the_hash_of_its_file(write_dataset):
+    written = write_dataset(rows=(7, 4, 3))
+    paths = {
+        f"{split}/{row}.png": split for split, rows in (("train", 7), ("val", 4), ("test", 3)) for row in range(rows)
+    }
+    expected = {hashlib.sha256(path.encode()).hexdigest(): split for path, split in paths.items()}
+    assert read_hashes(written.uri, written.manifest) == expected
+    shared = {
+        split: described.model_copy(update={"files": written.manifest.splits["val"].files})
+        for split, described in written.manifest.splits.items()
+    }
+    everywhere = written.manifest.model_copy(update={"splits": shared})
+    assert set(read_hashes(written.uri, everywhere).values()) == {"train"}
+    storage.write_bytes(storage.join(written.uri, "val/part-00000.parquet"), b"PAR1 no more")
+    with pytest.raises(InputError, match=r"val/part-00000\.parquet cannot be read"):
+        read_hashes(written.uri, written.manifest)
+    storage.delete_file(storage.join(written.uri, "test/part-00000.parquet"))
+    with pytest.raises(InputError, match=r"test/part-00000\.parquet cannot be read"):
+        read_hashes(written.uri, written.manifest)
