@@ -24,7 +24,7 @@ from trainer.workers import pulse
 from trainer.workers.groups import WorkerCount, run_workers
 from trainer.workers.local_worker import discard_kept, run_process
 
-TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 40"
+TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 20"
 OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--checkpoint-every", "3"]
 
 
