@@ -213,8 +213,8 @@ def _choose(
         )
     choice = decide(request, table, manifest.splits["train"].rows, noise_scale)
     explanation = choice.explanation
-    steps = _count_steps(resolve(run, manifest, num_workers, choice), manifest)
-    if minutes := describe_time(choice, steps):
+    config = resolve(run, manifest, num_workers, choice)
+    if minutes := describe_time(choice, _count_steps(config, manifest), may_end_early=config.patience > 0):
         explanation += f"; {minutes}, noise scale {source}"
     return choice.model_copy(update={"explanation": explanation, "table_name": table_name})
 

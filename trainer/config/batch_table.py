@@ -338,12 +338,13 @@ def _describe_knee(table: BatchTable) -> list[str]:
     return [f"throughput stops rising at {table.num_replicas} x {knee.size} ({knee.images_per_second:.0f} images/s)"]
 
 
-def describe_time(choice: BatchChoice, steps: int) -> str:
+def describe_time(choice: BatchChoice, steps: int, *, may_end_early: bool = False) -> str:
     """Describe how long a run takes with the batch that ``auto`` chose, with half of it and with double.
 
     Args:
         choice: a choice that was measured.
         steps: optimizer steps of the run.
+        may_end_early: whether the run may take fewer steps.
     """
     table, noise_scale = choice.table, choice.noise_scale
     if table is None or noise_scale is None:
@@ -352,8 +353,9 @@ def describe_time(choice: BatchChoice, steps: int) -> str:
     by_size = {one.size: one for one in table.fitting}
     if size not in by_size:
         return ""
-    unit = by_size[size].seconds_per_step * steps / 60 / result_seconds(by_size[size], noise_scale)
-    texts = [f"about {unit * result_seconds(by_size[size], noise_scale):.1f} minutes of steps"]
+    minutes = by_size[size].seconds_per_step * steps / 60
+    unit = minutes / result_seconds(by_size[size], noise_scale)
+    texts = [f"{'at most' if may_end_early else 'about'} {minutes:.1f} minutes of steps"]
     for factor, other in (("half", size // 2), ("double", 2 * size)):
         if other in by_size:
             minutes = unit * result_seconds(by_size[other], noise_scale)

@@ -188,6 +188,7 @@ def test_the_time_of_half_and_double_is_that_to_the_same_result():
         "about 1.0 minutes of steps, 1.1 to the same result at half, 1.1 to the same result at double "
         "(time of a step x (1 + 100 / batch))"
     )
+    assert describe_time(choice, 1350, may_end_early=True).startswith("at most 1.0 minutes of steps")
     assert describe_time(decide(BatchRequest(global_batch_size="max"), make_table(CPU), 1280), 1350) == ""
     most = decide(BatchRequest(), make_table(GPU), rows=1280)
     assert "double was not measured" in describe_time(most, 1350)
