@@ -24,7 +24,8 @@ def test_a_run_with_nothing_to_measure_is_described_as_its_config_and_arithmetic
     batch = recall_batch(request, dataset.manifest, 1, str(tmp_path), ONE_MACHINE)
     config = resolve(request, dataset.manifest, 1, batch)
     assert resolve(again, dataset.manifest, 1, batch) == config
-    assert "epochs = 100\n" in text
+    # 2,000 steps of the recipe, three an epoch.
+    assert "epochs = 667\n" in text
 
 
 def test_what_would_be_measured_stands_in_comments(dataset, tmp_path):

@@ -34,7 +34,7 @@ def test_every_option_of_a_run_is_one_of_its_commands():
 
     added = inspect.signature(add_run_options(command)).parameters.keys()
     assert added == OPTIONS.keys() - set(ARGUMENTS) | {"arch_argument", "optimizer_argument", "config"}
-    assert TrainConfig.model_fields.keys() - {"dataset_fingerprint"} <= OPTIONS.keys()
+    assert TrainConfig.model_fields.keys() - {"dataset_fingerprint", "known_augmentation"} <= OPTIONS.keys()
 
 
 def test_an_option_is_named_without_the_unit_that_its_help_tells(invoke, received):
