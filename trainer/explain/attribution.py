@@ -21,15 +21,16 @@ _NOISY_COPIES = 16
 # Standard deviation of the noise, as a share of the range of an image's values (Smilkov et al. 2017, section 3.1).
 _NOISE_SHARE = 0.1
 _OCCLUDED_SHARE = 0.15
+_LEAST_MAP_SIDE = 7
 
 
 def grad_cam(network: Any, images: Images, labels: Labels) -> Maps:
-    """Return where the last feature map raises the class's logit (Selvaraju et al. 2017, section 3); never negative.
+    """Return where a late feature map raises the class's logit (Selvaraju et al. 2017, section 3); never negative.
 
     Raises:
         ValueError: the network has no feature map.
     """
-    features = find_last_features(network)
+    features = find_features(network).output
     model = keras.Model(network.inputs, [features, network.output])
     watched = tf.constant(images)
     with tf.GradientTape() as tape:
@@ -92,17 +93,25 @@ METHODS: Mapping[str, Callable[[Any, Images, Labels], Maps]] = {
 }
 
 
-def find_last_features(network: Any) -> Any:
-    """Return the symbolic output of the last layer that still has a height and a width.
+def find_features(network: Any) -> Any:
+    """Return the last layer whose feature map can still tell the parts of an image apart.
+
+    That is a map of 7x7 or more, as ResNet's last is at 224 pixels, or of a quarter of the side of an image of fewer
+    than 28 pixels. Where an image is small for its network, the very last maps have fewer cells. Where no map has as
+    many, the last of the largest is taken.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the network has no feature map.
     """
-    for layer in reversed(network.layers):
-        shape = layer.output.shape
-        if len(shape) == 4 and shape[1] > 1 and not isinstance(layer, keras.layers.InputLayer):
-            return layer.output
-    raise ValueError("the network has no feature map")
+    sizes = {
+        layer: min(layer.output.shape[1:3])
+        for layer in network.layers
+        if len(layer.output.shape) == 4 and not isinstance(layer, keras.layers.InputLayer)
+    }
+    if not sizes or max(sizes.values()) < 2:
+        raise ValueError("the network has no feature map")
+    least = min(_LEAST_MAP_SIDE, max(2, network.input_shape[1] // 4), max(sizes.values()))
+    return next(layer for layer in reversed(network.layers) if sizes.get(layer, 0) >= least)
 
 
 def _gradients(network: Any, images: Images, labels: Labels) -> Images:

@@ -1,7 +1,7 @@
 """Explain a run's network: attribution maps, a test of whether they mean anything, and the first layer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from trainer.explain.perturbation import PerturbationTest, check_attribution
+from trainer.explain.perturbation import EXPLAINED, PerturbationTest, check_attribution
 from trainer.inference import read_finished_run
 from trainer.notes.plots import to_png
 from trainer.record.run_folder import RunFolder
@@ -155,11 +155,7 @@ def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str],
     sections = [
         Section(
             _FIRST_TITLE,
-            [
-                "Tested on validation images, for the class that the network predicts, by setting pixels to the mean "
-                "pixel. Each method is tested on its own; the threshold is divided by the number of methods.",
-                *map(str, tests),
-            ],
+            [*EXPLAINED, *_describe_layer(network.logits, methods), *map(str, tests)],
         )
     ]
     for index, one in enumerate(images):
@@ -167,7 +163,8 @@ def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str],
         title = f"{one.name}: {predicted} (confidence {confidence[index]:.2f})"
         title += f", true class {one.label}" if one.label else ""
         name = f"image-{index:03d}"
-        pictures[name] = to_png(_draw_maps(one.pixels, {method: maps[method][index] for method in methods}))
+        of_image = {test.method: maps[test.method][index] for test in tests}
+        pictures[name] = to_png(_draw_maps(one.pixels, of_image, {test.method for test in tests if not test.passed}))
         sections.append(Section(title, [], picture=name))
     for name, figure in network.draw_first_layer(shown[:1]).items():
         pictures[name] = to_png(figure)
@@ -215,7 +212,19 @@ class _Network:
         return np.asarray(self._head(self.logits(images, training=False)), np.float32)
 
 
-def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any]) -> Figure:
+def _describe_layer(logits: Any, methods: Sequence[str]) -> list[str]:
+    """Describe which feature map Grad-CAM reads, if it is one of the methods."""
+    from trainer.explain.attribution import find_features
+
+    if "grad_cam" not in methods:
+        return []
+    layer = find_features(logits)
+    height, width = layer.output.shape[1:3]
+    return [f"grad_cam reads the layer {layer.name}, a map of {height}x{width}, enlarged to the image."]
+
+
+def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any], failed: Collection[str]) -> Figure:
+    """Draw an image and its maps; those of methods that failed their test say so."""
     figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.9), layout="constrained")
     first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     first.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
@@ -226,7 +235,10 @@ def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any]) -> Figure:
         # A percentile, so that one outlier does not wash out the rest.
         limit = max(float(np.percentile(np.abs(values), 99)), 1e-12)
         axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
-        axes.set_title(name, fontsize=9)
+        if name in failed:
+            axes.set_title(f"{name}: failed its test", fontsize=9, color="#b00020")
+        else:
+            axes.set_title(name, fontsize=9)
     for axes in figure.axes:
         axes.set_axis_off()
     return figure

@@ -15,6 +15,18 @@ from trainer.runtime.markdown import format_count
 _CELLS = 8
 _BLANKED_SHARE = 0.25
 _RANDOM_DRAWS = 8
+_BOOTSTRAP_SAMPLES = 4000
+
+EXPLAINED = [
+    "A map claims that the pixels it marks are what the network decides by. To test that, the quarter of an image that "
+    "a method marks is blanked (set to the mean pixel), and, for comparison, quarters drawn at random. If the maps are "
+    "right, the probability of the predicted class falls further in the first case.",
+    "The effect is how much further it falls, averaged over validation images. Where its 95% interval (for all methods "
+    "together) includes 0, the difference may be luck: the method fails, and its maps below are marked. The sign test "
+    "asks in how many images it falls further, by however little; p is the probability of so many if the marks were "
+    "random. A method can have a large effect in some images and none in most: then no single map is evidence.",
+]
+"""What the test means, in plain words."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,10 @@ class PerturbationTest:
     """The result for one method."""
 
     method: str
+    effect: float
+    """Mean over the images of how much further the probability falls: `marked_fall` less `random_fall`."""
+    effect_interval: tuple[float, float]
+    """Bootstrap interval of the effect, at 95% for all methods that are tested together."""
     wins: int
     """Images whose score falls more when the marked cells are blanked than when random ones are."""
     images: int
@@ -33,22 +49,25 @@ class PerturbationTest:
     p_value: float
     """Probability of at least as many wins if the marks were random: exact, one-sided."""
     threshold: float
-    """The p-value below which the method passes."""
+    """The p-value below which the sign test is not luck; the interval has the same confidence."""
 
     @property
     def passed(self) -> bool:
-        """Whether the maps predict the network's behavior better than chance."""
-        return self.p_value < self.threshold
+        """Whether the maps predict the network's behavior better than chance, averaged over the images."""
+        return self.effect_interval[0] > 0
 
     def __str__(self) -> str:
-        verdict = (
-            "it predicts this network's behavior better than chance"
-            if self.passed
-            else "no better than chance here: do not read its maps as reasons"
-        )
+        if not self.passed:
+            verdict = "no better than chance here: do not read its maps as reasons"
+        elif self.p_value < self.threshold:
+            verdict = "it predicts this network's behavior better than chance"
+        else:
+            verdict = "better than chance on average, but not in most images: no single map is evidence"
+        low, high = self.effect_interval
         return (
             f"{self.method}: blanking the quarter of the image that it marks lowers the class's probability by "
-            f"{self.marked_fall:.3f} on average, a random quarter by {self.random_fall:.3f}; more in {self.wins} of "
+            f"{self.marked_fall:.3f} on average, a random quarter by {self.random_fall:.3f}: an effect of "
+            f"{self.effect:.3f} (95% interval {low:.3f} to {high:.3f}); it falls further in {self.wins} of "
             f"{format_count(self.images, 'image')} (sign test, p = {self.p_value:.2g}): {verdict}"
         )
 
@@ -67,7 +86,7 @@ def check_attribution(
         maps: float32 ``[images, height, width]``.
         images: float32 ``[images, height, width, channels]``; zero is the mean pixel.
         score: returns the score of each image, float32 ``[images]``.
-        threshold: the p-value below which the method passes; smaller if several methods are tested.
+        threshold: one less the confidence; smaller if several methods are tested.
     """
     from scipy.stats import binomtest
 
@@ -85,8 +104,20 @@ def check_attribution(
     random_fall = np.mean(draws, axis=0)
     wins, losses = int(np.sum(marked_fall > random_fall)), int(np.sum(marked_fall < random_fall))
     p_value = float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
-    falls = float(marked_fall.mean()), float(random_fall.mean())
-    return PerturbationTest(method, wins, wins + losses, *falls, p_value, threshold)
+    effects = (marked_fall - random_fall).astype(np.float64)
+    means = random.choice(effects, (_BOOTSTRAP_SAMPLES, len(effects))).mean(axis=1)
+    low, high = np.percentile(means, [50 * threshold, 100 - 50 * threshold])
+    return PerturbationTest(
+        method=method,
+        effect=float(effects.mean()),
+        effect_interval=(float(low), float(high)),
+        wins=wins,
+        images=wins + losses,
+        marked_fall=float(marked_fall.mean()),
+        random_fall=float(random_fall.mean()),
+        p_value=p_value,
+        threshold=threshold,
+    )
 
 
 def _cell_of_pixel(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:

@@ -6,7 +6,7 @@ import tf_keras as keras
 
 from trainer.explain.attribution import (
     METHODS,
-    find_last_features,
+    find_features,
     grad_cam,
     integrated_gradients,
     occlusion,
@@ -112,4 +112,27 @@ def test_frozen_weights_change_nothing(images):
 
 def test_a_network_without_feature_map_is_told(linear):
     with pytest.raises(ValueError, match="no feature map"):
-        find_last_features(linear)
+        find_features(linear)
+
+
+def stack(size: int, *strides: int) -> keras.Model:
+    """A network of convolutions that divide the side of an image by these."""
+    layers = [keras.layers.Conv2D(1, 1, strides=stride, name=f"map{place}") for place, stride in enumerate(strides)]
+    return keras.Sequential([keras.Input((size, size, 1)), *layers, keras.layers.Flatten(), keras.layers.Dense(2)])
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "name"),
+    [
+        # The last map of 224 pixels has 7 cells on a side, as in the paper; that of 64 pixels would have 2.
+        (224, (2, 2, 2, 2, 2), "map4"),
+        (64, (2, 2, 2, 2, 2), "map2"),
+        (56, (2, 2, 2, 1, 2), "map3"),
+        # A quarter of the side of a small image will do.
+        (16, (2, 2, 2), "map1"),
+        # There is none as large: the last of the largest.
+        (64, (16, 1, 2), "map1"),
+    ],
+)
+def test_grad_cam_reads_the_last_map_that_tells_parts_of_the_image_apart(size, strides, name):
+    assert find_features(stack(size, *strides)).name == name

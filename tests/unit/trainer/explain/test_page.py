@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from trainer.explain.page import _explain, check_output, choose_worst, explain_run, save_explanation
+from trainer.explain.page import _draw_maps, _explain, check_output, choose_worst, explain_run, save_explanation
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError
@@ -49,6 +49,8 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
     for title, one in zip(titles[1:3], images, strict=True):
         assert re.fullmatch(rf"{one.name}: (cat|dog|eel) \(confidence 0\.\d\d\), true class {one.label}", title)
     assert set(re.findall(r'src="(.{10})', explanation.page)) == {"data:image"}
+    assert "grad_cam reads the layer " in explanation.page
+    assert "To test that, the quarter of an image that a method marks is blanked" in explanation.page
     for test in explanation.tests:
         assert f"{test.method}: blanking the quarter of the image that it marks" in explanation.page
 
@@ -60,6 +62,12 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
     storage.delete_file(report)
     with pytest.raises(InputError, match=r"out/.*\.png was not written by this job .* another folder with --output"):
         check_output(trained_run.uri, output)
+
+
+def test_the_maps_of_a_method_that_failed_say_so():
+    maps = {"grad_cam": np.ones((8, 8)), "occlusion": np.ones((8, 8))}
+    figure = _draw_maps(np.zeros((8, 8, 1), np.uint8), maps, {"grad_cam"})
+    assert [axes.get_title() for axes in figure.axes] == ["image", "grad_cam: failed its test", "occlusion"]
 
 
 @pytest.mark.parametrize("name", ["report.html", "image-000.png", "filters of the first convolution.png"])

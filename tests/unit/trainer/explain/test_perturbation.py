@@ -29,6 +29,8 @@ def test_maps_that_mark_what_counts_pass(samples):
     assert (found.wins, found.images) == (40, 40)
     assert found.marked_fall == pytest.approx(1)
     assert found.random_fall == pytest.approx(0.25, abs=0.03)
+    assert found.effect == pytest.approx(found.marked_fall - found.random_fall)
+    assert 0.7 < found.effect_interval[0] < found.effect < found.effect_interval[1] < 0.8
     assert "in 40 of 40 images (sign test, p = 9.1e-13): it predicts" in str(found)
 
 
@@ -36,22 +38,40 @@ def test_maps_of_noise_do_not_pass(samples):
     pixels, _, noise = samples
     found = check_attribution("noise", noise, pixels, brightness)
     assert not found.passed
+    assert found.effect_interval[0] < 0 < found.effect_interval[1]
     assert "do not read its maps as reasons" in str(found)
+
+
+def test_a_large_effect_in_a_few_images_is_told_as_that(samples):
+    """Of 40 images 12 fall by 1 where they are marked; in the others a random quarter weighs a little more."""
+    pixels, good, _ = samples
+    decisive = np.arange(40) < 12
+
+    away = np.where(decisive[:, None, None], good, 1 - good)
+    found = check_attribution("few", away, pixels, lambda images: np.where(decisive, 1, 1e-3) * brightness(images))
+    assert found.wins == 12
+    assert found.passed
+    assert found.p_value > 0.9
+    assert f"an effect of {found.effect:.3f} (95% interval " in str(found)
+    assert "in 12 of 40 images (sign test, p = 1): better than chance on average, but not in most images" in str(found)
 
 
 def test_a_score_that_does_not_move_decides_nothing(samples):
     pixels, good, _ = samples
     found = check_attribution("good", good, pixels, lambda images: np.ones(len(images), np.float32))
     assert (found.images, found.p_value) == (0, 1.0)
+    assert (found.effect_interval, found.passed) == ((0, 0), False)
 
 
-def test_a_method_passes_only_below_its_threshold(samples):
+def test_the_more_methods_are_tested_the_more_confident_each_must_be(samples):
     pixels, good, _ = samples
-    found = check_attribution("good", good[:5], pixels[:5], brightness, threshold=0.05)
+    alone, of_two = (check_attribution("good", good[:5], pixels[:5], brightness, 0.05 / count) for count in (1, 2))
     # Five wins of five: one half to the fifth power.
-    assert found.p_value == pytest.approx(1 / 32)
-    assert found.passed
-    assert not check_attribution("good", good[:5], pixels[:5], brightness, threshold=0.05 / 2).passed
+    assert alone.p_value == pytest.approx(1 / 32)
+    assert "it predicts this network's behavior" in str(alone)
+    assert "not in most images" in str(of_two)
+    narrow, wide = alone.effect_interval, of_two.effect_interval
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
 def test_a_quarter_of_the_cells_is_blanked_with_zeros_whatever_the_size(samples):
