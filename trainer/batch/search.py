@@ -194,7 +194,8 @@ def _is_affordable(search: Search, known: Known, probe: Probe, times: int = 1) -
     if not rows:
         return True
     fastest = max(one.images_per_second for one in rows)
-    cost = max(one.seconds for one in rows) * len(probe.precisions) * times
+    of_probe = [one for name in probe.precisions for one in known.rows(name)] or rows
+    cost = max(one.seconds for one in of_probe) * len(probe.precisions) * times
     return known.seconds + cost <= BUDGET_SHARE * search.images / fastest
 
 

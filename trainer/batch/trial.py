@@ -35,6 +35,8 @@ from trainer.training.step import STEP_LOSS, Network, build_network, compile_gat
 
 # Number of first steps whose losses show whether a precision trains like another.
 _LOSS_STEPS = 8
+# A precision whose step takes so many times that of another one is emulated, and not measured further.
+_HOPELESS = 3
 # Each size is timed so often, precisions by turns, and together for a second or more.
 _ROUNDS = 3
 _ROUND_SECONDS = 0.35
@@ -146,36 +148,45 @@ class _Bench:
             for other in set(self._networks) - set(probe.precisions):
                 del self._networks[other]
             gc.collect()
-        taken, numbers = dict.fromkeys(probe.precisions, 0.0), {}
+        taken = dict.fromkeys(probe.precisions, 0.0)
+        numbers: dict[str, tuple[float, float]] = {}
         for precision in probe.precisions:
             started = time.perf_counter()
             yield SizeStarted(precision, size)
             # From the seeded weights: before the first step of this network.
             is_new = not self.build(precision).steps
             if compare_losses and is_new and precision not in self._job.known.losses:
-                yield LossesMeasured(precision, self._first_losses(precision, size))
+                longest = _HOPELESS * min((seconds for seconds, _ in numbers.values()), default=math.inf)
+                losses, seconds = self._first_losses(precision, size, longest)
+                yield LossesMeasured(precision, losses)
+                if seconds > longest:
+                    row = [seconds, 0.0, seconds, peak_memory_gib(), time.perf_counter() - started]
+                    yield self._summarize(precision, size, row, alone=False)
+                    continue
             numbers[precision] = self._warm_up(precision, size)
             taken[precision] += time.perf_counter() - started
         self._largest = max(size, self._largest)
         real: dict[str, list[float]] = {precision: [] for precision in probe.precisions}
         for number in range(_ROUNDS):
-            for precision in probe.precisions:
+            for precision in numbers:
                 started = time.perf_counter()
                 real[precision].append(self._time_real(precision, size, numbers[precision][0], number))
                 taken[precision] += time.perf_counter() - started
-        for precision in probe.precisions:
-            yield self._summarize(precision, size, real[precision], numbers[precision], taken[precision], is_alone)
+        for precision in numbers:
+            timed = real[precision]
+            row = [float(np.median(timed)), float(np.ptp(timed)), *numbers[precision], taken[precision]]
+            yield self._summarize(precision, size, row, is_alone)
 
-    def _summarize(
-        self,
-        precision: str,
-        size: int,
-        real: list[float],
-        numbers: tuple[float, float],
-        taken: float,
-        is_alone: bool,
-    ) -> SizeMeasured:
-        row = [float(np.median(real)), float(np.ptp(real)), *numbers, taken]
+    def _summarize(self, precision: str, size: int, row: list[float], alone: bool) -> SizeMeasured:
+        """Return a measurement of all replicas.
+
+        Args:
+            precision: the precision.
+            size: images per replica.
+            row: seconds per step, their spread, the same for a batch that is there already, GiB at the peak, and the
+                seconds that the measurement took.
+            alone: whether nothing else was in the process.
+        """
         gathered = self._networks[precision].gather([row]).max(axis=0)
         seconds, spread, synthetic, peak, taken = (float(one) for one in gathered)
         return SizeMeasured(
@@ -187,7 +198,7 @@ class _Bench:
             synthetic_seconds_per_step=synthetic,
             peak_memory_gib=peak,
             seconds=taken,
-            alone=is_alone,
+            alone=alone,
         )
 
     def build(self, precision: str) -> _Workbench:
@@ -200,10 +211,21 @@ class _Bench:
             self._networks[precision] = _Workbench(network, compile_gather(network), {})
         return self._networks[precision]
 
-    def _first_losses(self, precision: str, size: int) -> tuple[float, ...]:
-        """Return the losses of the first steps from the seeded weights."""
-        step = self._compile(precision, size)
-        return tuple(float(np.asarray(step(*self._batch(size, number)))[STEP_LOSS]) for number in range(_LOSS_STEPS))
+    def _first_losses(self, precision: str, size: int, longest: float) -> tuple[tuple[float, ...], float]:
+        """Return the losses of the first steps from the seeded weights, and the seconds of the second one.
+
+        Where that takes longer than ``longest``, there are no more: the precision is not worth its losses.
+        """
+        step, losses, seconds = self._compile(precision, size), list[float](), 0.0
+        for number in range(_LOSS_STEPS):
+            started = time.perf_counter()
+            losses.append(float(np.asarray(step(*self._batch(size, number)))[STEP_LOSS]))
+            if number == 1:  # the first one compiles
+                gathered = self._networks[precision].gather([[time.perf_counter() - started]])
+                seconds = float(gathered.max())
+                if seconds > longest:
+                    break
+        return tuple(losses), seconds
 
     def _warm_up(self, precision: str, size: int) -> tuple[float, float]:
         """Return the seconds of a step whose batch is there already, and the peak memory in GiB."""
