@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import run_job, write_stripes
+from tests.conftest import run_job
 from trainer.runtime.errors import InputError
 from trainer.runtime.events import StudyTrialEnded
 from trainer.runtime.lease import hold_lease
@@ -35,17 +34,9 @@ base_learning_rate = [0.05, 1e30]
 """
 
 
-@pytest.fixture(scope="module")
-def dataset(resources, tmp_path_factory) -> Path:
-    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
-    folder = tmp_path_factory.mktemp("prepared") / "dataset"
-    prepare(str(source), str(folder), PrepareConfig(image_size=32))
-    return folder
-
-
 @pytest.fixture
-def study_text(dataset) -> str:
-    return STUDY.format(dataset=dataset).replace("base_learning_rate = 0.05\n", "", 1)
+def study_text(stripes) -> str:
+    return STUDY.format(dataset=stripes).replace("base_learning_rate = 0.05\n", "", 1)
 
 
 def interrupt_after_the_first(event) -> None:
