@@ -14,6 +14,7 @@ import tf_keras as keras
 
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
+from trainer.training.dropout import fix_dropout
 from trainer.training.scaling import build_scaling
 from trainer.training.step import Network
 
@@ -42,6 +43,8 @@ def compile_estimate(network: Network, manifest: Manifest, config: TrainConfig) 
     scale_pixels = build_scaling(manifest, config)
 
     def replica_step(images: Any, momentum: Any) -> None:
+        # Another computation may have traced dropout with tensors of its own.
+        fix_dropout(network.model, network.optimizer, config)
         momenta = [layer.momentum for layer in layers]
         for layer in layers:
             layer.momentum = momentum  # while tracing

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from trainer.record.checkpoint import read_variables
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
+from trainer.training.noise import compile_noise
 from trainer.training.scaling import build_scaling
 from trainer.training.step import build_network, compile_train_step
 
@@ -68,6 +69,14 @@ def test_an_estimate_changes_nothing_that_is_trained_and_leaves_training_its_mom
     assert network.model.get_layer("conv1_bn").momentum == 0.9
     assert network.optimizer.iterations.numpy() == 0
     train_step(tf.constant(noise(2)), tf.constant(np.zeros(BATCH, np.int32)))
+
+
+def test_dropout_is_that_of_training_whatever_measured_the_noise_before(build, manifest):
+    config, network, train_step = build(arch_arguments={**NETWORK, "dropout": 0.5})
+    batch = tf.constant(noise(1)), tf.constant(np.zeros(BATCH, np.int32))
+    compile_noise(network, manifest, config)(*batch)
+    compile_estimate(network, manifest, config)(batch[0], 0)
+    train_step(*batch)
 
 
 def test_a_network_without_averages_to_learn_has_no_estimate(build, manifest):
