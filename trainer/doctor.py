@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.runtime import storage
+from trainer.runtime import gpu, storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError
 from trainer.runtime.folders import cache_folder
@@ -55,6 +55,8 @@ class NodeReport:
     """Free disk space in GiB, by folder that jobs write to."""
     storage_error: str
     cache_error: str = ""
+    missing_for_gpus: tuple[str, ...] = ()
+    """Libraries and tools that TensorFlow needs to use a GPU, and does not find."""
 
 
 def check_packages() -> list[Finding]:
@@ -163,6 +165,7 @@ def inspect_node(uri: str) -> NodeReport:
         free_gib={str(folder): shutil.disk_usage(folder).free / 2**30 for folder in folders},
         storage_error=storage_error,
         cache_error=cache_error,
+        missing_for_gpus=(*gpu.find_missing_libraries(), *gpu.find_missing_tools()),
     )
 
 
@@ -191,6 +194,11 @@ def check_node(name: str, report: NodeReport, versions: dict[str, str], gpus: in
             "gpus",
             f"TensorFlow sees {report.gpus} of {gpus}",
             "pip install -e '.[gpu]', and a driver that fits its CUDA" * (report.gpus < gpus),
+        ),
+        Finding(
+            "CUDA",
+            f"not found: {', '.join(report.missing_for_gpus)}",
+            gpu.FIX * bool(gpus and report.missing_for_gpus),
         ),
         Finding("disk", disks, "make room" * bool(full)),
         Finding("storage", "cannot be used", report.storage_error),

@@ -206,8 +206,10 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
 
 def _evaluate(request: EvaluationRequest) -> pa.Table:
     # Runs in a worker: the driver must not import TensorFlow.
+    from trainer.training.devices import check_gpu
     from trainer.training.step import build_network_for_evaluation, compile_eval_step
 
+    check_gpu()
     config, trained_on = request.config, request.trained_on
     network = build_network_for_evaluation(trained_on, config)
     content = checkpoints.read_file(request.run.checkpoints, request.checkpoint, checkpoints.MODEL_NAME)

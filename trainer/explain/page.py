@@ -128,7 +128,9 @@ def save_explanation(explanation: Explanation, output: str) -> str:
 def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], tested_images: int) -> Explanation:
     # Runs in a worker: the driver must not import TensorFlow.
     from trainer.explain.attribution import METHODS
+    from trainer.training.devices import check_gpu
 
+    check_gpu()
     run, config, _ = read_finished_run(uri)
     manifest = run.read_manifest()
     network = _Network(run)

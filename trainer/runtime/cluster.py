@@ -17,6 +17,7 @@ from trainer.runtime import compat
 from trainer.runtime.address import find_cluster
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.folders import hold_folder, keep_folder
+from trainer.runtime.gpu import visible_devices
 from trainer.runtime.markdown import format_count
 from trainer.runtime.signals import call_deferring_signals, defer_signals_of_start
 from trainer.runtime.storage import ANSWERED_VARIABLE
@@ -25,6 +26,8 @@ from trainer.runtime.storage import ANSWERED_VARIABLE
 WORKER_ENVIRONMENT = {
     # Makes tf.keras tf_keras: Keras 3 cannot train under MultiWorkerMirroredStrategy.
     "TF_USE_LEGACY_KERAS": "1",
+    # CUDA then numbers GPUs as Ray and NVML do.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     # Log errors only.
     "TF_CPP_MIN_LOG_LEVEL": "2",
     # On CPUs without AVX-512, TensorFlow leaves oneDNN off and takes 1.7 to 4.6 times as long (docs/performance.md).
@@ -113,7 +116,8 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
         environment = {**WORKER_ENVIRONMENT, "TMPDIR": folder}
         # No cloud provider takes nodes of this cluster away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        options = {"address": "local", "num_cpus": int(machine.num_cpus), "include_dashboard": False}
+        options = {"address": "local", "num_cpus": int(machine.num_cpus), "num_gpus": machine.num_gpus}
+        options |= {"include_dashboard": False}
         with _own_token(folder), _connected_ray(environment, wait_seconds, _temp_dir=folder, **options):
             yield read_resources(folder)
 
@@ -238,12 +242,15 @@ def read_machine(folder: str = "") -> Resources:
     """Return the resources that Ray would find on this machine, without starting Ray."""
     # Ray would find no core in a container with less than one.
     spec = compat.measure_machine(max(1, compat.count_cores()))
+    # Ray would count an entry of CUDA_VISIBLE_DEVICES that is no GPU, such as -1.
+    visible = visible_devices()
+    num_gpus = int(spec.num_gpus) if visible is None else min(int(spec.num_gpus), len(visible))
     return Resources(
         num_nodes=1,
         num_cpus=float(spec.num_cpus),
-        num_gpus=int(spec.num_gpus),
-        free_gpus=int(spec.num_gpus),
-        devices=_name_devices(spec.resources, spec.num_cpus),
+        num_gpus=num_gpus,
+        free_gpus=num_gpus,
+        devices=_name_devices(spec.resources if num_gpus else {}, spec.num_cpus),
         node_memory_gib=spec.memory / 2**30,
         folder=folder,
     )

@@ -11,17 +11,24 @@ from pathlib import Path
 import ray
 import tensorflow as tf
 
+from trainer.runtime import gpu
 from trainer.runtime.cluster import read_machine
 from trainer.runtime.compat import count_cores
+from trainer.runtime.errors import JobError
 
 _GIB = 2**30
 _GUARD_INTERVAL_SECONDS = 0.02
 
 
 def share_devices(workers_on_node: int) -> None:
-    """Give each worker its share of the node's cores; Ray has already given it its one GPU, if any."""
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
+    """Give each worker its share of the node's cores; Ray has already given it its one GPU, if any.
+
+    Raises:
+        JobError: TensorFlow does not see that one GPU, or sees more.
+    """
+    check_gpu()
+    for device in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(device, True)
     # Ray counts what a container may use, which the kernel's affinity does not show.
     cores = min(len(os.sched_getaffinity(0)), count_cores())
     threads = max(1, cores // workers_on_node)
@@ -31,6 +38,28 @@ def share_devices(workers_on_node: int) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
+def check_gpu() -> None:
+    """Check that TensorFlow sees the one GPU that Ray gave to this process, if any.
+
+    Raises:
+        JobError: it does not: it would compute on the CPU, and only say so in its log. Or it sees several.
+    """
+    seen, given = len(tf.config.list_physical_devices("GPU")), _count_given_gpus()
+    if seen < given:
+        raise JobError(gpu.explain_unseen(seen, given))
+    if seen > 1:
+        raise JobError(
+            f"a worker sees {seen} GPUs, and the strategy would make a replica of each: a worker has one; unset "
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES, and let Ray count the GPUs (no --num-gpus 0)"
+        )
+
+
+def _count_given_gpus() -> int:
+    if not ray.is_initialized():
+        return read_machine().num_gpus
+    return len(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+
+
 def has_gpu() -> bool:
     """Return whether this worker uses a GPU."""
     # Not the logical devices: listing them would initialize TensorFlow before the strategy can.
@@ -38,20 +67,13 @@ def has_gpu() -> bool:
 
 
 def memory_limit_gib(workers_on_node: int) -> float:
-    """Return the memory in GiB that this worker may use: its GPU's, else its share of what Ray calls the node's memory.
+    """Return the memory in GiB that this worker may use: what is free on its GPU, else its share of the node's memory.
 
-    Ray accounts for a container's limit, the object store and what was running before; `ray start --memory` changes it.
+    Ray says what the node's is: it accounts for a container's limit, the object store and what was running before;
+    `ray start --memory` changes it.
     """
     if has_gpu():
-        import pynvml
-
-        pynvml.nvmlInit()
-        # The first one, a number or a UUID, is TensorFlow's GPU:0; Ray sets the variable for its workers.
-        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-        handle = (
-            pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        )
-        return float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / _GIB
+        return gpu.read_free_gib()
     if not ray.is_initialized():
         return read_machine().node_memory_gib / workers_on_node
     own_node = ray.get_runtime_context().get_node_id()

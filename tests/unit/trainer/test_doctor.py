@@ -24,12 +24,21 @@ def test_a_node_that_is_well_is_one_line():
     )
 
 
+def test_a_node_without_gpus_needs_no_libraries_for_them():
+    (line,) = check_node("a", replace(WELL, gpus=0, missing_for_gpus=("libcudnn.so.9 (cuDNN)",)), VERSIONS, 0)
+    assert line.fix == ""
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"packages": {**VERSIONS, "ray": "2.59.0"}}, "wrong  node a, versions: {'ray': '2.59.0'}, the driver has"),
         ({"keras": "keras"}, "wrong  node a, tf.keras: keras; set TF_USE_LEGACY_KERAS=1"),
         ({"gpus": 0}, "wrong  node a, gpus: TensorFlow sees 0 of 2; pip install -e '.[gpu]'"),
+        (
+            {"missing_for_gpus": ("libcudnn.so.9 (cuDNN)", "ptxas")},
+            "wrong  node a, CUDA: not found: libcudnn.so.9 (cuDNN), ptxas; install the driver",
+        ),
         ({"free_gib": {"/tmp": 0.5, "/data": 9.0}}, "wrong  node a, disk: /tmp has 0.5 GiB; make room"),
         ({"cache_error": "set XDG_CACHE_HOME"}, "wrong  node a, cache: cannot be used; set XDG_CACHE_HOME"),
         ({"storage_error": "no s3:PutObject"}, "wrong  node a, storage: cannot be used; no s3:PutObject"),

@@ -1,5 +1,7 @@
 """What stands in the way of a cluster on this machine before one is started; started ones are in tests/integration."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from trainer.runtime import cluster
@@ -34,6 +36,15 @@ def test_logs_of_a_failed_job_are_kept_and_named(monkeypatch, tmp_path):
     with pytest.raises(JobError, match=f"out of memory; logs are in {tmp_path}/ray-"), connect(one_process=True):
         raise JobError("out of memory")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("visible", "num_gpus"), [("", 0), ("-1", 0), ("0,-1,1", 1), ("GPU-4f1,GPU-77a", 2)])
+def test_gpus_that_cuda_does_not_show_are_not_counted(monkeypatch, visible, num_gpus):
+    machine = SimpleNamespace(num_cpus=8, num_gpus=2, memory=2**30, resources={"accelerator_type:H100": 1})
+    monkeypatch.setattr(cluster.compat, "measure_machine", lambda num_cpus: machine)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = read_machine()
+    assert (found.num_gpus, found.devices) == (num_gpus, "H100" if num_gpus else "8 cores")
 
 
 def test_a_container_with_half_a_core_has_one(monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
+from trainer.runtime.errors import JobError
 from trainer.training import devices
 
 SIZE_GIB = 0.25
@@ -36,6 +37,22 @@ def test_the_peak_counts_memory_that_is_freed_again_until_it_is_reset():
 def test_workers_on_one_node_share_its_memory():
     # What ran before the two calls counts too, and it changes.
     assert devices.memory_limit_gib(4) == pytest.approx(devices.memory_limit_gib(1) / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("seen", "given", "expected"),
+    [
+        (0, 1, r"Ray gave this worker 1 GPU and TensorFlow sees 0: cannot load libcudnn.so.9 \(cuDNN\); install"),
+        (2, 1, "a worker sees 2 GPUs, and the strategy would make a replica of each"),
+        (2, 0, "a worker sees 2 GPUs"),
+    ],
+)
+def test_a_worker_with_other_gpus_than_its_own_one_does_not_start(monkeypatch, seen, given, expected):
+    monkeypatch.setattr(devices.tf.config, "list_physical_devices", lambda kind: ["GPU"] * seen)
+    monkeypatch.setattr(devices, "_count_given_gpus", lambda: given)
+    monkeypatch.setattr(devices.gpu, "find_missing_libraries", lambda: ["libcudnn.so.9 (cuDNN)"])
+    with pytest.raises(JobError, match=expected):
+        devices.share_devices(1)
 
 
 def test_a_field_that_the_kernel_does_not_have_is_named():
