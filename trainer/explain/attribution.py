@@ -21,7 +21,8 @@ _NOISY_COPIES = 16
 # Standard deviation of the noise, as a share of the range of an image's values (Smilkov et al. 2017, section 3.1).
 _NOISE_SHARE = 0.1
 _OCCLUDED_SHARE = 0.15
-_LEAST_MAP_SIDE = 7
+# Cells on a side of the map that Grad-CAM reads; docs/LOG.md has the effect of each layer.
+_LEAST_MAP_SIDE = 4
 
 
 def grad_cam(network: Any, images: Images, labels: Labels) -> Maps:
@@ -94,11 +95,10 @@ METHODS: Mapping[str, Callable[[Any, Images, Labels], Maps]] = {
 
 
 def find_features(network: Any) -> Any:
-    """Return the last layer whose feature map can still tell the parts of an image apart.
+    """Return the last layer whose feature map can still tell the parts of an image apart: one of 4x4 or more.
 
-    That is a map of 7x7 or more, as ResNet's last is at 224 pixels, or of a quarter of the side of an image of fewer
-    than 28 pixels. Where an image is small for its network, the very last maps have fewer cells. Where no map has as
-    many, the last of the largest is taken.
+    Where an image is small for its network, the very last maps have fewer cells. Earlier maps than needed have more of
+    them, but are less about the class. Where no map has as many, the last of the largest is taken.
 
     Raises:
         ValueError: the network has no feature map.
@@ -108,9 +108,10 @@ def find_features(network: Any) -> Any:
         for layer in network.layers
         if len(layer.output.shape) == 4 and not isinstance(layer, keras.layers.InputLayer)
     }
-    if not sizes or max(sizes.values()) < 2:
+    largest = max(sizes.values(), default=1)
+    if largest < 2:
         raise ValueError("the network has no feature map")
-    least = min(_LEAST_MAP_SIDE, max(2, network.input_shape[1] // 4), max(sizes.values()))
+    least = min(_LEAST_MAP_SIDE, largest)
     return next(layer for layer in reversed(network.layers) if sizes.get(layer, 0) >= least)
 
 

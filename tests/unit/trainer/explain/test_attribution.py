@@ -126,12 +126,11 @@ def stack(size: int, *strides: int) -> keras.Model:
     [
         # The last map of 224 pixels has 7 cells on a side, as in the paper; that of 64 pixels would have 2.
         (224, (2, 2, 2, 2, 2), "map4"),
-        (64, (2, 2, 2, 2, 2), "map2"),
-        (56, (2, 2, 2, 1, 2), "map3"),
-        # A quarter of the side of a small image will do.
-        (16, (2, 2, 2), "map1"),
+        (64, (2, 2, 2, 2, 2), "map3"),
+        (128, (2, 2, 2, 2, 2), "map4"),
+        (48, (2, 2, 2, 1, 2), "map3"),
         # There is none as large: the last of the largest.
-        (64, (16, 1, 2), "map1"),
+        (48, (16, 1, 2), "map1"),
     ],
 )
 def test_grad_cam_reads_the_last_map_that_tells_parts_of_the_image_apart(size, strides, name):
