@@ -36,7 +36,7 @@ _MODERN = {
     "augment_translation": 0.1,
     "augment_zoom": 0.1,
     # The most: training ends when validation has stopped improving.
-    "epochs": 30,
+    "epochs": 24,
 }
 _ADAMW = {**_MODERN, "optimizer": "adamw", "weight_decay": 0.01}
 _SGD = {**_MODERN, "optimizer": "sgd", "base_learning_rate": 0.08, "weight_decay": 5e-4}

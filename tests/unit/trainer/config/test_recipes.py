@@ -58,7 +58,7 @@ def test_the_notes_keep_their_epochs_and_optimizer(arch, epochs, optimizer):
 @pytest.mark.parametrize(
     ("recipe", "arch", "steps_per_epoch", "epochs"),
     [
-        ("modern", "alexnet", 100, 30),
+        ("modern", "alexnet", 100, 24),
         ("modern", "alexnet", 60, 34),
         ("modern", "alexnet", 1, 2000),
         ("modern", "cnn_tapered", 51, 40),
