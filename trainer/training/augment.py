@@ -1,7 +1,7 @@
 """Random augmentation of the training images, on the device that trains.
 
-The numbers are drawn for the whole global batch from the seed and the optimizer step alone, and each replica takes its
-share, so that a run depends neither on the number of workers nor on where it was resumed.
+The numbers follow from the seed, the optimizer step and the row of the global batch alone, so that a run depends
+neither on the number of workers nor on where it was resumed.
 """
 
 import math
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from trainer.config.config import TrainConfig
+from trainer.training.random_rows import draw_rows
 
 # What can be varied, in the order of the strengths.
 PARTS = ("rotation", "translation", "zoom", "flip", "contrast")
@@ -45,7 +46,7 @@ def augment(images: Any, step: Any, strengths: Any, config: TrainConfig) -> Any:
     seed = tf.stack([tf.constant(config.seed, tf.int64), tf.cast(step, tf.int64)])
     first = tf.distribute.get_replica_context().replica_id_in_sync_group * share
     # One column per quantity, whatever is turned on: turning one off leaves the others unchanged.
-    drawn = tf.random.stateless_uniform([config.global_batch_size, 6], seed, -1.0, 1.0)[first : first + share]
+    drawn = draw_rows(seed, first, share, [6]) * 2 - 1
     turn, grow, shift_x, shift_y, mirror, brighten = tf.unstack(drawn, axis=1)
     rotation, translation, zoom, flip, contrast = tf.unstack(strengths)
 

@@ -11,10 +11,11 @@ import tf_keras as keras
 
 from trainer.config.config import TrainConfig
 from trainer.runtime import compat
+from trainer.training.random_rows import draw_rows
 
 
 def fix_dropout(model: Any, optimizer: Any, config: TrainConfig, first_row: Any = None) -> None:
-    """Make every Dropout layer of a model draw its mask for the global batch, of which each replica takes its share.
+    """Make every Dropout layer of a model draw this replica's share of a mask for the global batch.
 
     The layers themselves stay unchanged, so neither an architecture nor an export needs to know.
 
@@ -45,7 +46,6 @@ def _drop(
     # A seed of its own for each layer and step; augmentation draws from (seed, step).
     layer_seed = tf.constant((config.seed + 1) * 1_000_003 + number + 1, tf.int64)
     seed = tf.stack([layer_seed, tf.cast(optimizer.iterations, tf.int64)])
-    drawn = tf.random.stateless_uniform([config.global_batch_size, *inputs.shape[1:]], seed)
-    drawn = drawn[first : first + tf.shape(inputs)[0]]
+    drawn = draw_rows(seed, first, tf.shape(inputs)[0], inputs.shape[1:])
     kept = tf.cast(drawn >= rate, inputs.dtype)
     return inputs * kept / tf.cast(1 - rate, inputs.dtype)
