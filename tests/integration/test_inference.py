@@ -17,6 +17,7 @@ import ray
 
 from tests.conftest import run_job, write_stripes
 from trainer.inference import check_output, predict_images, request_evaluation
+from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder
 from trainer.runtime.errors import InputError
 from trainer.training.export import load_export
@@ -28,7 +29,7 @@ OPTIONS += ["--track", "tensorboard", "--evaluate-test"]
 
 @pytest.fixture(scope="module")
 def run(resources):
-    """Returns a function that runs a job on the cluster of this module; starting one for each takes time."""
+    """Returns a function that runs a job on the cluster of this module: one that needs a cluster starts for longer."""
     return partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 
 
@@ -37,12 +38,10 @@ def work(run, tmp_path_factory) -> Path:
     """A folder with a source, a prepared dataset and a finished run."""
     folder = tmp_path_factory.mktemp("work")
     write_stripes(folder / "source", images_per_class=30)
-    for job in (
-        ["prepare.py", "source", "dataset", "--image-size", "24"],
-        ["train.py", *SMALL, "--dataset", "dataset", "--run-name", "first", *OPTIONS],
-    ):
-        finished = run(*job, cwd=folder)
-        assert finished.returncode == 0, finished.stderr
+    prepared = run("prepare.py", "source", "dataset", "--image-size", "24", cwd=folder)
+    assert prepared.returncode == 0, prepared.stderr
+    trained = run_job("train.py", *SMALL, "--dataset", "dataset", "--run-name", "first", *OPTIONS, cwd=folder)
+    assert trained.returncode == 0, trained.stderr
     return folder
 
 
@@ -55,8 +54,8 @@ def test_evaluation_repeats_the_runs_own_numbers_exactly(run, work):
     assert json.loads(written.read_text()) == result["val"]
 
 
-def test_reading_the_test_split_again_is_counted(run, work):
-    finished = run("evaluate.py", "runs/first", "--split", "test", "--json", cwd=work)
+def test_reading_the_test_split_again_is_counted(work):
+    finished = run_job("evaluate.py", "runs/first", "--split", "test", "--json", cwd=work)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((work / "runs/first/result.json").read_text())
     assert json.loads(finished.stdout) == result["test"]
@@ -125,10 +124,10 @@ def test_plain_tensorflow_loads_the_saved_model(work, tmp_path):
     np.testing.assert_array_equal(answer["label"], names[recorded["predicted"]])
 
 
-def test_a_run_is_explained_and_each_method_is_tested(run, work):
+def test_a_run_is_explained_and_each_method_is_tested(work):
     picture = str(work / "source" / "down" / "000.png")
     few = ["--tested-images", "8"]
-    finished = run("explain.py", "runs/first", "--images", picture, "--method", "grad_cam", *few, cwd=work)
+    finished = run_job("explain.py", "runs/first", "--images", picture, "--method", "grad_cam", *few, cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "grad_cam: blanking the quarter of the image that it marks lowers" in finished.stdout
     folder = work / "runs/first/explanations"
@@ -136,20 +135,20 @@ def test_a_run_is_explained_and_each_method_is_tested(run, work):
     page = (folder / "report.html").read_text()
     assert f"{picture}: " in page
     assert "http" not in page
-    again = run("explain.py", "runs/first", "--count", "2", "--output", "explained", *few, cwd=work)
+    again = run_job("explain.py", "runs/first", "--count", "2", "--output", "explained", *few, cwd=work)
     assert again.returncode == 0, again.stderr
     assert len(again.stdout.splitlines()) == 5
     assert "val row" in (work / "explained" / "report.html").read_text()
-    wrong = run("explain.py", "runs/first", "--method", "shap", cwd=work)
+    wrong = run_job("explain.py", "runs/first", "--method", "shap", cwd=work)
     assert (wrong.returncode, wrong.stderr) == (
         2,
         "error: --method 'shap' is unknown; choose from grad_cam, integrated_gradients, smooth_grad, occlusion\n",
     )
 
 
-def test_a_run_that_is_not_there_is_refused(run, work):
+def test_a_run_that_is_not_there_is_refused(work):
     for job in (["evaluate.py", "runs/none"], ["predict.py", "runs/none", "source", "out"]):
-        finished = run(*job, cwd=work)
+        finished = run_job(*job, cwd=work)
         assert finished.returncode == 2
         assert "RUN runs/none is not a run" in finished.stderr
 
@@ -189,16 +188,17 @@ def test_a_dataset_that_does_not_fit_the_run_is_refused(resources, work, copied_
         request_evaluation(str(copied_run), "val", str(work / "dataset"))
 
 
-def test_weights_that_are_damaged_are_refused_by_the_worker(run, copied_run):
-    (weights,) = copied_run.glob("checkpoints/*/model.safetensors")
+def test_weights_that_are_damaged_are_refused_by_the_worker(copied_run):
+    best = checkpoints.find_best(RunFolder(str(copied_run)).checkpoints)
+    weights = copied_run / "checkpoints" / best.name / checkpoints.MODEL_NAME
     weights.write_bytes(weights.read_bytes()[:-1])
-    finished = run("evaluate.py", str(copied_run))
+    finished = run_job("evaluate.py", str(copied_run))
     assert finished.returncode == 2
     assert re.fullmatch(r"error: .*model\.safetensors is damaged: .*; to continue from .*\n", finished.stderr)
 
 
-def test_notes_and_report_are_made_of_the_run(run, work):
-    finished = run("notes.py", "runs", cwd=work)
+def test_notes_and_report_are_made_of_the_run(work):
+    finished = run_job("notes.py", "runs", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "#### cnn_softmax: first" in (work / "runs" / "NOTES.md").read_text()
     assert "first" in (work / "runs" / "report.html").read_text()
