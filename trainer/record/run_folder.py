@@ -492,8 +492,10 @@ class RunFolder:
         return f"the test split has been read {format_count(self.count_test_reads(), 'time')} for this run"
 
     def write_metrics(self, history: list[Metrics]) -> None:
-        """Rewrite ``metrics.parquet``."""
-        self.write(storage.parquet_bytes(pa.Table.from_pylist(history)), "metrics.parquet")
+        """Rewrite ``metrics.parquet``; rows of an earlier version lack some of its columns."""
+        names = dict.fromkeys(name for row in history for name in row)
+        table = pa.table({name: [row.get(name) for row in history] for name in names})
+        self.write(storage.parquet_bytes(table), "metrics.parquet")
 
     def read_metrics(self) -> list[Metrics]:
         """Return one row of metrics per epoch; empty before the first.

@@ -50,3 +50,11 @@ def test_a_row_of_an_earlier_version_has_nan_for_what_was_not_measured_then():
     row = complete_row(earlier)
     assert math.isnan(row.pop("noise_scale"))
     assert row == earlier
+
+
+def test_a_run_that_an_earlier_version_began_gets_the_newer_columns(tmp_path):
+    run = RunFolder(str(tmp_path))
+    run.write_metrics([{"epoch": 1, "loss": 2.0}, ROW.to_metrics()])
+    first, second = run.read_metrics()
+    assert second == ROW.to_metrics()
+    assert (first["loss"], first["stage"]) == (2.0, None)
