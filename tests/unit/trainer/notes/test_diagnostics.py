@@ -218,7 +218,8 @@ def test_a_loss_near_zero_may_double_and_halve(find):
 
 
 @pytest.mark.parametrize(
-    ("before", "last", "is_improving"), [(1.0, 0.96, False), (1.0, 0.94, True), (0.1, 0.081, False), (0.1, 0.079, True)]
+    ("before", "last", "is_improving"),
+    [(1.0, 0.952, False), (1.0, 0.948, True), (0.1, 0.081, False), (0.1, 0.079, True)],
 )
 def test_a_loss_5_percent_and_2_hundredths_below_all_before_is_still_improving(names, before, last, is_improving):
     assert ("still improving" in names(history([2.0, *[before] * 8, *[last] * 3]))) is is_improving
@@ -239,8 +240,8 @@ def test_a_curve_that_rose_within_the_last_quarter_is_not_improving(names):
 def test_a_curve_that_falls_as_the_rate_comes_down_is_not_improving(names):
     rates = 0.001 * (1 + np.cos(np.pi * np.arange(1, 13) / 12)) / 2
     assert names(history(FALLING, learning_rate=rates)) == []
-    assert names(history(FALLING, learning_rate=np.linspace(0.001, 0.0004, 12))) == []
-    assert names(history(FALLING, learning_rate=np.linspace(0.001, 0.0006, 12))) == ["still improving"]
+    assert names(history(FALLING, learning_rate=np.linspace(0.001, 0.00049, 12))) == []
+    assert names(history(FALLING, learning_rate=np.linspace(0.001, 0.00051, 12))) == ["still improving"]
 
 
 def test_a_run_that_its_epochs_cut_off_before_the_decay_is_improving(find):
@@ -344,7 +345,8 @@ def test_the_steps_of_what_was_tried_and_lost_do_not_count(find):
         (460, 0.67, "shift", "all", False),
         (460, 0.65, "none", "all", False),
         (460, 0.65, "shift", "auto", False),
-        (595, 0.65, "shift", "all", False),
+        (593, 0.65, "shift", "all", True),
+        (594, 0.65, "shift", "all", False),
     ],
 )
 def test_an_augmentation_costs_where_training_is_below_validation_and_both_are_low(
