@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from tests.conftest import REPOSITORY, free_port, run_job, write_stripes
+from trainer.runtime.cluster import connect
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 TRAINING = [*SMALL, "--num-workers", "2", "--base-learning-rate", "0.05", "--epochs", "2"]
@@ -24,17 +27,24 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dataset(bucket, source) -> str:
-    prepared = run_job("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32")
+def run_on_cluster(bucket):
+    """Returns a function that runs a job on a cluster that knows the bucket; starting one for each takes time."""
+    with connect():
+        yield partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="module")
+def dataset(run_on_cluster, bucket, source) -> str:
+    prepared = run_on_cluster("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32")
     assert prepared.returncode == 0, prepared.stderr
     assert "90 images 32x32x1, 0 files not used" in prepared.stdout
     return f"{bucket}/stripes"
 
 
 @pytest.fixture(scope="module")
-def train(bucket, dataset):
+def train(run_on_cluster, bucket, dataset):
     def run(*options: str):
-        return run_job("train.py", *TRAINING, "--dataset", dataset, "--storage", f"{bucket}/runs", *options)
+        return run_on_cluster("train.py", *TRAINING, "--dataset", dataset, "--storage", f"{bucket}/runs", *options)
 
     return run
 
@@ -128,26 +138,13 @@ def test_a_wrong_endpoint_is_refused_with_its_name(dataset):
     assert "http://127.0.0.1:9" in unreachable.stderr
 
 
-def test_the_embedded_dataset_is_prepared_once(tmp_path):
-    options = ["--arch", "cnn_tapered", "--epochs", "1", "--storage", str(tmp_path)]
-    options += ["--global-batch-size", "500", "--precision", "float32"]
-    home = tmp_path / "home"
-    home.mkdir()
-    first = run_job("train.py", *options, XDG_CACHE_HOME=str(tmp_path / "cache"), HOME=str(home))
-    assert first.returncode == 0, first.stderr
-    assert list(home.iterdir()) == []
-    assert "3500 images: 7 steps per epoch" in first.stderr
-    (manifest,) = Path(tmp_path / "cache").rglob("manifest.json")
-    assert json.loads(manifest.read_text())["splits"]["val"]["rows_per_class"] == [75] * 10
-
-
 def read_fingerprint(dataset: str) -> str:
     return json.loads(fsspec.open(f"{dataset}/manifest.json").open().read())["fingerprint"]
 
 
-def test_a_source_in_the_bucket_gives_the_same_dataset(bucket, source, dataset):
+def test_a_source_in_the_bucket_gives_the_same_dataset(run_on_cluster, bucket, source, dataset):
     fsspec.filesystem("s3", skip_instance_cache=True).put(f"{source}/", f"{bucket}/images/", recursive=True)
-    remote = run_job("prepare.py", f"{bucket}/images", f"{bucket}/again", "--image-size", "32")
+    remote = run_on_cluster("prepare.py", f"{bucket}/images", f"{bucket}/again", "--image-size", "32")
     assert remote.returncode == 0, remote.stderr
     assert read_fingerprint(f"{bucket}/again") == read_fingerprint(dataset)
 
@@ -170,8 +167,8 @@ def test_a_killed_preparation_is_finished_by_the_same_command(tmp_path):
     assert read_fingerprint(str(tmp_path / "killed")) == read_fingerprint(str(tmp_path / "whole"))
 
 
-def test_the_doctor_says_what_is_wrong(bucket):
-    finished = run_job("doctor.py", "--storage", "s3://no-such-bucket/runs")
+def test_the_doctor_says_what_is_wrong(run_on_cluster):
+    finished = run_on_cluster("doctor.py", "--storage", "s3://no-such-bucket/runs")
     assert finished.returncode == 2
     *well, ill = finished.stdout.splitlines()
     assert [line[:5] for line in well] == ["ok   "] * 4

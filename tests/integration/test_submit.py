@@ -1,6 +1,7 @@
 """`ray job submit` as a user types it, against a head with token authentication."""
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -39,11 +40,16 @@ def submit(ray_job):
 
 
 def test_the_command_as_typed_trains_in_the_checkout_of_the_head(submit, tmp_path):
-    job = submit("--", "python", "jobs/train.py", *TRAINING, "--storage", str(tmp_path / "runs"), "--run-name", "one")
+    places = ["--storage", str(tmp_path / "runs"), "--run-name", "one"]
+    job = submit("--", "python", "jobs/train.py", *TRAINING, "--global-batch-size", "500", *places)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert "of 750, 95% interval" in job.stdout
+    assert "3500 images: 7 steps per epoch" in job.stdout
     assert (tmp_path / "runs" / "one" / "result.json").exists()
+    # The embedded dataset, for the next run too.
+    (manifest,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("mnist-5000-28/manifest.json")
+    assert json.loads(manifest.read_text())["splits"]["val"]["rows_per_class"] == [75] * 10
 
 
 def test_a_working_directory_ships_its_own_code(submit, tmp_path):
@@ -54,18 +60,15 @@ def test_a_working_directory_ships_its_own_code(submit, tmp_path):
     for name in tracked.stdout.split():
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_bytes((REPOSITORY / name).read_bytes())
-    (checkout / "trainer" / "runtime" / "errors.py").write_text(
-        (checkout / "trainer" / "runtime" / "errors.py").read_text() + "\nSHIPPED = 1\n"
-    )
-    script = "import trainer.runtime.errors; print('shipped code', trainer.runtime.errors.SHIPPED)"
-    (checkout / "jobs" / "which.py").write_text(script)
-    which = submit("--working-dir", str(checkout), "--", "python", "jobs/which.py")
-    assert "shipped code 1" in which.stdout, which.stdout + which.stderr
+    for name in ("trainer/runtime/errors.py", "data_prep/prepare.py"):
+        (checkout / name).write_text((checkout / name).read_text() + f"\nprint('shipped {name}')\n")
     source = write_stripes(tmp_path / "source", images_per_class=8)
     job = submit(
         "--working-dir", str(checkout), "--", "python", "jobs/prepare.py", str(source), str(tmp_path / "dataset")
     )
     assert job.returncode == 0, job.stdout + job.stderr
+    assert "shipped trainer/runtime/errors.py" in job.stdout
+    assert "shipped data_prep/prepare.py" in job.stdout
     assert (tmp_path / "dataset" / "manifest.json").exists()
 
 
