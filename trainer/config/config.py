@@ -67,6 +67,10 @@ class Settings(BaseModel):
     """Other arguments of the optimizer: nesterov for SGD; beta_1, beta_2 and epsilon for the others."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of kernels; biases and BatchNorm weights do not decay."""
+    all_reduce: Literal["auto", "nccl", "ring"] = "auto"
+    """Implementation of the communication between workers: auto (nccl if they have GPUs), nccl, or ring (gRPC)."""
+    gradient_exchange: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which workers exchange gradients; bfloat16 is half the bytes."""
     schedule: Literal["plateau", "cosine", "constant"] = "cosine"
     """Schedule of the learning rate after the warmup: plateau (constant until validation stops improving, then down to
     zero), cosine (down to zero over all epochs) or constant."""

@@ -20,6 +20,7 @@ from trainer.config.config import TrainConfig
 from trainer.runtime import compat
 from trainer.runtime.errors import InputError
 from trainer.training.augment import augment, find_strengths
+from trainer.training.devices import has_gpu
 from trainer.training.dropout import fix_dropout
 from trainer.training.scaling import build_scaling
 from trainer.training.schedule import StagedSchedule, build_schedule
@@ -29,7 +30,7 @@ from trainer.workers.backend import tolerate_silence
 
 # Without a size, all gradients form one pack, which is exchanged after the backward pass. With one, the gradients of
 # the last layers are exchanged while those of the first are computed (docs/performance.md).
-_COMMUNICATION = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
+_PACKS = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
 # The columns that a training step returns, over the global batch.
 STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED, STEP_GRAD_NOISE = range(5)
 
@@ -84,7 +85,7 @@ def build_network(
     Raises:
         InputError: the network cannot be built with these arguments, or cannot start from these weights.
     """
-    strategy, model = _build_distributed_model(manifest, config)
+    strategy, model = _build_distributed_model(manifest, config, config.all_reduce)
     with strategy.scope():
         transferred = str(transfer_weights(model, initial_weights)) if initial_weights else ""
         if config.freeze_trunk:
@@ -102,14 +103,15 @@ def build_network(
 
 def build_network_for_evaluation(manifest: Manifest, config: TrainConfig) -> Network:
     """Build the model without an optimizer, whose variables can take twice the memory of the model's."""
-    return Network(*_build_distributed_model(manifest, config), optimizer=None, transferred="")
+    # One process, which may have no GPU where the run had some.
+    return Network(*_build_distributed_model(manifest, config, "auto"), optimizer=None, transferred="")
 
 
-def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[Any, Any]:
+def _build_distributed_model(manifest: Manifest, config: TrainConfig, all_reduce: str) -> tuple[Any, Any]:
     keras.utils.set_random_seed(config.seed)
     keras.mixed_precision.set_global_policy(config.precision)
     tolerate_silence()
-    strategy = _join_workers()
+    strategy = _join_workers(all_reduce)
     with strategy.scope():
         try:
             model = build_model(
@@ -124,9 +126,24 @@ def _build_distributed_model(manifest: Manifest, config: TrainConfig) -> tuple[A
 
 
 @functools.cache
-def _join_workers() -> Any:
+def _join_workers(all_reduce: str) -> Any:
     """Return the strategy of this process: its workers can be joined once only, and several networks share them."""
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    # Of the strategy, not of each call: BatchNorm and validation communicate too.
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=choose_communication(all_reduce))
+
+
+def choose_communication(all_reduce: str) -> Any:
+    """Return the `tf.distribute.experimental.CommunicationOptions` for ``--all-reduce``.
+
+    Raises:
+        InputError: it is nccl, and this worker has no GPU.
+    """
+    if all_reduce == "nccl" and not has_gpu():
+        raise InputError("--all-reduce nccl needs workers with GPUs; give auto or ring")
+    kinds = tf.distribute.experimental.CommunicationImplementation
+    # TensorFlow's own AUTO is never NCCL.
+    kind = {"nccl": kinds.NCCL, "ring": kinds.RING}.get(all_reduce, kinds.NCCL if has_gpu() else kinds.AUTO)
+    return tf.distribute.experimental.CommunicationOptions(implementation=kind)
 
 
 def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
@@ -210,6 +227,19 @@ def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -
     return gradients_of
 
 
+def sum_over_workers(gradients: list[Any], means: Any, config: TrainConfig) -> tuple[list[Any], Any]:
+    """Return the sums of the gradients and of a float32 tensor over the workers; called by each replica."""
+    if config.num_workers == 1:
+        return gradients, means
+    context, total = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
+    if config.gradient_exchange == "float32":
+        *gradients, means = context.all_reduce(total, [*gradients, means], options=_PACKS)
+        return gradients, means
+    # A pack has tensors of one type.
+    sums = context.all_reduce(total, [tf.cast(one, tf.bfloat16) for one in gradients], options=_PACKS)
+    return [tf.cast(one, tf.float32) for one in sums], context.all_reduce(total, means)
+
+
 def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
     """Return ``train_step(images, labels)``, which updates the model once.
 
@@ -231,9 +261,7 @@ def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig
         own = tf.linalg.global_norm(gradients) * config.num_workers if config.num_workers > 1 else tf.constant(0.0)
         means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size
         means = tf.concat([means, [own**2 / config.num_workers]], axis=0)
-        *gradients, means = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.SUM, [*gradients, means], options=_COMMUNICATION
-        )
+        gradients, means = sum_over_workers(gradients, means, config)
         norm = tf.linalg.global_norm(gradients)
         clipped = tf.constant(0.0)
         if config.clip_norm:
@@ -283,6 +311,8 @@ def compile_eval_step(network: Network, manifest: Manifest, config: TrainConfig)
 
 def compile_gather(network: Network) -> Callable[[Any], Any]:
     """Return ``gather(values)``: float32 ``[rows, columns]`` of every worker, stacked by rank, on every worker."""
+    if network.strategy.num_replicas_in_sync == 1:
+        return lambda values: np.array(values, np.float32)
 
     def replica_gather(values: Any) -> Any:
         # The identity is on the replica's device, which tells the strategy where to gather to.

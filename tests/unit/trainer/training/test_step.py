@@ -7,6 +7,8 @@ import tf_keras as keras
 
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import read_variables
+from trainer.runtime.errors import InputError
+from trainer.training import step
 from trainer.training.evaluation import COLUMNS
 from trainer.training.scaling import build_scaling
 from trainer.training.step import (
@@ -17,9 +19,11 @@ from trainer.training.step import (
     Network,
     averaged_weights,
     build_network,
+    choose_communication,
     compile_eval_step,
     compile_gather,
     compile_train_step,
+    sum_over_workers,
 )
 
 SIZE, ROWS = 22, 6
@@ -298,3 +302,31 @@ def test_evaluation_changes_nothing_and_does_not_depend_on_the_neighbours(make_c
 def test_one_worker_gathers_its_own_rows(start):
     values = np.arange(8, dtype=np.float32).reshape(4, 2)
     np.testing.assert_array_equal(compile_gather(start().network)(values), values)
+
+
+@pytest.mark.parametrize(
+    ("all_reduce", "on_gpu", "expected"),
+    [("auto", True, "NCCL"), ("auto", False, "AUTO"), ("ring", True, "RING"), ("nccl", True, "NCCL")],
+)
+def test_gpus_communicate_by_nccl_unless_it_is_chosen_otherwise(monkeypatch, all_reduce, on_gpu, expected):
+    monkeypatch.setattr(step, "has_gpu", lambda: on_gpu)
+    assert choose_communication(all_reduce).implementation.value == expected
+
+
+def test_nccl_is_refused_without_gpus(monkeypatch):
+    monkeypatch.setattr(step, "has_gpu", lambda: False)
+    with pytest.raises(InputError, match="--all-reduce nccl needs workers with GPUs; give auto or ring"):
+        choose_communication("nccl")
+
+
+@pytest.mark.parametrize(("gradient_exchange", "rtol"), [("float32", 0), ("bfloat16", 2**-8)])
+def test_gradients_come_back_in_float32_and_within_rounding_of_what_is_exchanged(make_config, gradient_exchange, rtol):
+    config = make_config(num_workers=2, gradient_exchange=gradient_exchange)
+    gradients = [tf.random.stateless_normal([30, 7], [1, 2]), tf.random.stateless_normal([5], [3, 4])]
+    # Summed by a strategy of one replica, the gradients are their own sum.
+    sums, means = sum_over_workers(gradients, tf.constant([1 / 3, 2 / 3]), config)
+    for one, gradient in zip(sums, gradients, strict=True):
+        assert one.dtype == tf.float32
+        np.testing.assert_allclose(one, gradient, rtol=rtol)
+        assert np.array_equal(one, gradient) is (gradient_exchange == "float32")
+    np.testing.assert_array_equal(means, np.float32([1 / 3, 2 / 3]))
