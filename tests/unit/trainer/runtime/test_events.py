@@ -57,10 +57,12 @@ def test_an_epoch_is_one_line_in_the_words_of_the_notes():
         "learning_rate": 0.00125,
         "images_per_second": 1234.6,
         "epoch_seconds": 12.34,
+        "stage": "trial",
+        "augmentation": "rotation+zoom",
     }
     assert str(EpochFinished(row, epochs=10)) == (
         "epoch 3/10 - loss: 0.9315 - accuracy: 0.7727 - val_loss: 1.5000 - val_accuracy: 0.5000 - "
-        "learning_rate: 1.25e-03 - 1235 images/s - 12.3 s"
+        "learning_rate: 1.25e-03 - 1235 images/s - 12.3 s - trial, augmentation: rotation+zoom"
     )
 
 
