@@ -88,6 +88,7 @@ def test_the_next_run_of_the_same_kind_measures_nothing(trained, run):
     assert "2 replicas x" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_table_of_a_job_has_every_size_and_serves_the_next_run(trained, run, work):
     _, options = trained
     printed = run("batch_size.py", *options[: options.index("--epochs")], "--json")
