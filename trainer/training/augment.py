@@ -82,6 +82,9 @@ def augment(images: Any, step: Any, strengths: Any, config: TrainConfig) -> Any:
         )
 
     moved = tf.cond(rotation + translation + zoom + flip > 0, move, lambda: images)
-    mean = tf.reduce_mean(moved, axis=(1, 2, 3), keepdims=True)
-    # Without contrast exactly the same pixels.
-    return moved + (moved - mean) * (brighten * contrast)[:, None, None, None]
+
+    def change_contrast() -> Any:
+        mean = tf.reduce_mean(moved, axis=(1, 2, 3), keepdims=True)
+        return moved + (moved - mean) * (brighten * contrast)[:, None, None, None]
+
+    return tf.cond(contrast > 0, change_contrast, lambda: moved)
