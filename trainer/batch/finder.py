@@ -1,7 +1,5 @@
 """Find batch and precision by trials on the workers' own resources, and keep the measurements in the storage."""
 
-import hashlib
-import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -268,8 +266,7 @@ def table_uri(
         "devices": resources.devices,
         "packages": {name: version(name) for name in _KEY_PACKAGES},
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return storage.join(storage.resolve_uri(storage_uri), "batch_sizes", f"{name}.json")
+    return storage.keyed_uri(storage_uri, "batch_sizes", key)
 
 
 def forget_table(table_name: str, storage_uri: str) -> None:

@@ -1,10 +1,7 @@
 """Which augmentation won in a run, kept in the storage for later runs with the same dataset and architecture."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from trainer.config.config import TrainConfig
 from trainer.record.epoch_row import Metrics
@@ -43,9 +40,8 @@ def read_choice(storage_uri: str, config: TrainConfig) -> AugmentationChoice | N
 
 
 def _uri(storage_uri: str, config: TrainConfig) -> str:
-    key: dict[str, Any] = config.model_dump(include={"arch", "dataset_fingerprint", "input_scaling", *_CANDIDATES})
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return storage.join(storage_uri, "augmentations", f"{digest}.json")
+    key = config.model_dump(include={"arch", "dataset_fingerprint", "input_scaling", *_CANDIDATES})
+    return storage.keyed_uri(storage_uri, "augmentations", key)
 
 
 def describe_trials(history: Sequence[Metrics]) -> str:

@@ -5,8 +5,6 @@ length G^2 + S / B, where G is the true gradient and S, the noise, the sum of th
 scale is S / G^2; with it, reaching a result takes steps in proportion to 1 + scale / B.
 """
 
-import hashlib
-import json
 import math
 from datetime import UTC, datetime
 
@@ -79,9 +77,7 @@ def summarize_noise(steps: pa.Table, global_batch_size: int) -> float | None:
 def noise_uri(arch: str, settings: Settings, dataset_fingerprint: str, storage_uri: str) -> str:
     """Return the URI of the noise scale of all runs that train alike, whatever their batch and precision."""
     values = {name: getattr(settings, name) for name in Settings.model_fields if name not in _NOT_IN_TRAINING}
-    key = json.dumps({"arch": arch, "dataset": dataset_fingerprint, **values}, sort_keys=True)
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return storage.join(storage.resolve_uri(storage_uri), "noise_scales", f"{name}.json")
+    return storage.keyed_uri(storage_uri, "noise_scales", {"arch": arch, "dataset": dataset_fingerprint, **values})
 
 
 def recall_noise_scale(arch: str, settings: Settings, dataset_fingerprint: str, storage_uri: str) -> tuple[float, str]:

@@ -9,12 +9,14 @@ that no secret gets into a config, a pickle or a log.
 import contextlib
 import errno
 import functools
+import hashlib
+import json
 import os
 import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,12 @@ def join(uri: str, *parts: str) -> str:
 def basename(uri: str) -> str:
     """Return the last component of a path or URI."""
     return uri.rstrip("/").rpartition("/")[2]
+
+
+def keyed_uri(storage_uri: str, folder: str, key: Mapping[str, Any]) -> str:
+    """Return the URI of a file in a folder of a storage that is named by a key, which JSON can hold."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return join(resolve_uri(storage_uri), folder, f"{name}.json")
 
 
 def parent(uri: str) -> str:
