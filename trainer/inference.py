@@ -207,7 +207,8 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
 def _evaluate(request: EvaluationRequest) -> pa.Table:
     # Runs in a worker: the driver must not import TensorFlow.
     from trainer.training.devices import check_gpu
-    from trainer.training.step import build_network_for_evaluation, compile_eval_step
+    from trainer.training.network import build_network_for_evaluation
+    from trainer.training.step import compile_eval_step
 
     check_gpu()
     config, trained_on = request.config, request.trained_on

@@ -23,11 +23,12 @@ from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime import storage
 from trainer.runtime.errors import JobError
 from trainer.runtime.events import AttemptStarted, EpochFinished, RunStarted, StepProfiled, WorkersLost
-from trainer.training import step
 from trainer.training.batches import make_batch
 from trainer.training.dataset import epoch_order, load_manifest, open_split
 from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy
+from trainer.training.network import build_network
 from trainer.training.noise import compile_noise
+from trainer.training.step import compile_eval_step, compile_gather
 
 # 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
 GLOBAL_BATCH_SIZE = 20
@@ -156,12 +157,12 @@ def test_every_validation_row_counts_once(plain_run_of_one, plain_run_of_two):
 
 def test_validation_over_two_workers_is_exactly_that_of_one_process(plain_run_of_two, dataset):
     config, manifest = plain_run_of_two.read_record().config, load_manifest(str(dataset))
-    network = step.build_network(manifest, config.model_copy(update={"num_workers": 1}), steps_per_epoch=4)
+    network = build_network(manifest, config.model_copy(update={"num_workers": 1}), steps_per_epoch=4)
     best = checkpoints.find_best(plain_run_of_two.checkpoints)
     content = checkpoints.read_file(plain_run_of_two.checkpoints, best, checkpoints.MODEL_NAME)
     checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
     val = open_split(str(dataset), manifest, "val")
-    eval_step, gather = step.compile_eval_step(network, manifest, config), step.compile_gather(network)
+    eval_step, gather = compile_eval_step(network, manifest, config), compile_gather(network)
     outcomes = Evaluator(val, config.per_replica_batch_size, 0, 1, eval_step, gather).evaluate()
     row = best.history[-1]
     assert mean_loss_and_accuracy(outcomes, val.labels) == (row["val_loss"], row["val_accuracy"])
@@ -172,7 +173,7 @@ def test_the_noise_that_two_workers_measure_is_that_of_two_halves_of_the_batch(p
     config = plain_run_of_two.read_record().config.model_copy(update={"num_workers": 1})
     train = open_split(str(dataset), manifest, "train")
     first_rows = epoch_order(len(train), config.seed, 1)[:GLOBAL_BATCH_SIZE]
-    measure = compile_noise(step.build_network(manifest, config, steps_per_epoch=4), manifest, config)
+    measure = compile_noise(build_network(manifest, config, steps_per_epoch=4), manifest, config)
     noises = plain_run_of_two.read_steps()["grad_noise"].to_numpy()
     assert noises[0] == pytest.approx(float(measure(*make_batch(train, first_rows))), rel=1e-3)
     assert np.isfinite(noises).all()

@@ -154,7 +154,7 @@ def make_result(evaluation):
 def trained_run(tmp_path, write_dataset, make_config, make_result) -> RunFolder:
     """A finished run of a tiny network with its checkpoint, on a dataset of 22 x 22 pixels."""
     from trainer.record import checkpoint as checkpoints
-    from trainer.training.step import build_network_for_evaluation
+    from trainer.training.network import build_network_for_evaluation
 
     written = write_dataset(rows=(6, 5, 3), image_size=22)
     arguments = {"first_filters": 3, "later_filters": [4], "dense_units": 8}

@@ -31,7 +31,8 @@ from trainer.training.devices import (
     reset_peak_memory,
     share_devices,
 )
-from trainer.training.step import STEP_LOSS, Network, build_network, compile_gather, compile_train_step
+from trainer.training.network import Network, build_network
+from trainer.training.step import STEP_LOSS, compile_gather, compile_train_step
 
 # Number of first steps whose losses show whether a precision trains like another.
 _LOSS_STEPS = 8

@@ -15,8 +15,8 @@ import tf_keras as keras
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
 from trainer.training.dropout import fix_dropout
+from trainer.training.network import Network
 from trainer.training.scaling import build_scaling
-from trainer.training.step import Network
 
 # Images that an estimate is made of: enough for averages over all their pixels, and few beside an epoch.
 _IMAGES = 1024

@@ -43,19 +43,11 @@ from trainer.training.devices import peak_memory_gib, share_devices
 from trainer.training.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
 from trainer.training.export import write_exports
 from trainer.training.job import WorkerJob, WorkerResult
+from trainer.training.network import Network, averaged_weights, build_network
 from trainer.training.noise import add_noise
 from trainer.training.profile import StepProfiler
 from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
-from trainer.training.step import (
-    STEP_GRAD_NORM,
-    STEP_LOSS,
-    Network,
-    averaged_weights,
-    build_network,
-    compile_eval_step,
-    compile_gather,
-    compile_train_step,
-)
+from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_eval_step, compile_gather, compile_train_step
 from trainer.training.tracking import write_tensorboard
 from trainer.training.transfer import read_weights
 

@@ -13,7 +13,8 @@ from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig, replace_values
 from trainer.training.augment import augment
 from trainer.training.dropout import fix_dropout
-from trainer.training.step import STEP_GRAD_NOISE, Network, build_gradients
+from trainer.training.network import Network
+from trainer.training.step import STEP_GRAD_NOISE, build_gradients
 
 # One measurement takes about as long as one step without its update, so this is less than 1% of the time. It depends on
 # the number of the step alone, so that a resumed run measures at the same steps.

@@ -4,9 +4,10 @@ import tensorflow as tf
 
 from trainer.record.checkpoint import read_variables
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
+from trainer.training.network import build_network
 from trainer.training.noise import compile_noise
 from trainer.training.scaling import build_scaling
-from trainer.training.step import build_network, compile_train_step
+from trainer.training.step import compile_train_step
 
 SIZE, BATCH = 22, 32
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8, "batch_norm": True}

@@ -14,8 +14,8 @@ from trainer.architectures import ARCHITECTURES, build_model
 from trainer.record.checkpoint import read_variables
 from trainer.record.run_folder import RunFolder
 from trainer.training.export import build_export, write_exports
+from trainer.training.network import build_network_for_evaluation
 from trainer.training.scaling import build_scaling
-from trainer.training.step import build_network_for_evaluation
 
 SIZE = 22
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}

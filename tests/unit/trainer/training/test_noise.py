@@ -4,8 +4,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from trainer.record.checkpoint import read_variables
+from trainer.training.network import build_network
 from trainer.training.noise import FIRST_STEP, STEPS_BETWEEN, add_noise, compile_noise
-from trainer.training.step import STEP_GRAD_NOISE, build_gradients, build_network, compile_train_step
+from trainer.training.step import STEP_GRAD_NOISE, build_gradients, compile_train_step
 
 SIZE, ROWS, BATCH = 22, 20, 8
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}

@@ -7,19 +7,14 @@ import tf_keras as keras
 
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import read_variables
-from trainer.runtime.errors import InputError
-from trainer.training import step
 from trainer.training.evaluation import COLUMNS
+from trainer.training.network import Network, averaged_weights, build_network
 from trainer.training.scaling import build_scaling
 from trainer.training.step import (
     STEP_ACCURACY,
     STEP_CLIPPED,
     STEP_GRAD_NORM,
     STEP_LOSS,
-    Network,
-    averaged_weights,
-    build_network,
-    choose_communication,
     compile_eval_step,
     compile_gather,
     compile_train_step,
@@ -91,14 +86,6 @@ def logits_of(started: Started, manifest, images: np.ndarray) -> np.ndarray:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def test_the_same_seed_gives_the_same_network_and_another_seed_another(start):
-    first, again, other = (start(seed=seed).weights() for seed in (1, 1, 2))
-    kernel = next(name for name in first if "kernel" in name)
-    for name in first:
-        np.testing.assert_array_equal(first[name], again[name])
-    assert not np.array_equal(first[kernel], other[kernel])
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
@@ -232,30 +219,6 @@ def test_the_network_learns_a_batch_by_heart(start, batch, optimizer, precision)
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_weight_decay_shrinks_kernels_and_nothing_else(make_config, manifest, optimizer):
-    with_batch_norm = {"arch": "alexnet", "arch_arguments": {"width": 0.05, "dense_units": 8}}
-    constant = {"schedule": "constant", "warmup_epochs": 0, "base_learning_rate": base_rate(0.01, optimizer)}
-    config = make_config(**with_batch_norm, **constant, global_batch_size=ROWS, optimizer=optimizer, weight_decay=0.5)
-    network = build_network(manifest.model_copy(update={"image_size": 67}), config, steps_per_epoch=10)
-    variables = network.model.trainable_variables
-
-    @tf.function
-    def apply_no_gradients():
-        pairs = [(tf.zeros_like(variable), variable) for variable in variables]
-        network.strategy.run(lambda: network.optimizer.apply_gradients(pairs, skip_gradients_aggregation=True))
-
-    with network.strategy.scope():
-        for variable in variables:
-            variable.assign(tf.ones_like(variable))
-    apply_no_gradients()
-    kinds = {variable.name.rpartition("/")[2] for variable in variables}
-    assert kinds == {"kernel:0", "bias:0", "gamma:0", "beta:0"}
-    for variable in variables:
-        expected = 1 - 0.01 * 0.5 if "kernel" in variable.name else 1
-        np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-6, err_msg=variable.name)
-
-
 def test_adam_with_decay_is_adamw_by_another_name(start, batch):
     adam, adamw = (start(optimizer=optimizer, weight_decay=0.1) for optimizer in ("adam", "adamw"))
     np.testing.assert_array_equal(adam.train(batch, steps=3), adamw.train(batch, steps=3))
@@ -302,21 +265,6 @@ def test_evaluation_changes_nothing_and_does_not_depend_on_the_neighbours(make_c
 def test_one_worker_gathers_its_own_rows(start):
     values = np.arange(8, dtype=np.float32).reshape(4, 2)
     np.testing.assert_array_equal(compile_gather(start().network)(values), values)
-
-
-@pytest.mark.parametrize(
-    ("all_reduce", "on_gpu", "expected"),
-    [("auto", True, "NCCL"), ("auto", False, "AUTO"), ("ring", True, "RING"), ("nccl", True, "NCCL")],
-)
-def test_gpus_communicate_by_nccl_unless_it_is_chosen_otherwise(monkeypatch, all_reduce, on_gpu, expected):
-    monkeypatch.setattr(step, "has_gpu", lambda: on_gpu)
-    assert choose_communication(all_reduce).implementation.value == expected
-
-
-def test_nccl_is_refused_without_gpus(monkeypatch):
-    monkeypatch.setattr(step, "has_gpu", lambda: False)
-    with pytest.raises(InputError, match="--all-reduce nccl needs workers with GPUs; give auto or ring"):
-        choose_communication("nccl")
 
 
 @pytest.mark.parametrize(("gradient_exchange", "rtol"), [("float32", 0), ("bfloat16", 2**-8)])
