@@ -509,6 +509,7 @@ def describe_steps(config: TrainConfig, manifest: Manifest, finished_epochs: int
         rows=rows,
         epochs=config.epochs,
         finished_epochs=finished_epochs,
+        normalizes_alone=config.num_workers > 1 and not config.synchronizes_batch_norm,
     )
 
 

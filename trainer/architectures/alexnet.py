@@ -57,8 +57,7 @@ def build_alexnet(
                 name=f"conv{block}",
             )
         )
-        # Statistics over the global batch, so that the result does not depend on how many workers share it.
-        model.add(layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name=f"batch_norm{block}"))
+        model.add(layers.BatchNormalization(momentum=batch_norm_momentum, name=f"batch_norm{block}"))
         if pooled:
             model.add(layers.MaxPooling2D(3, 2, name=f"pool{block}"))
     model.add(layers.Flatten(name="flatten"))

@@ -24,8 +24,7 @@ def convolution(
     """Return the layers of a convolution with ReLU, to be applied one after another.
 
     With ``batch_norm`` they are convolution, BatchNorm and ReLU (Ioffe & Szegedy 2015, section 3.2). The convolution
-    then has no bias, which BatchNorm would cancel. Statistics are over the global batch, so that the result does not
-    depend on how many workers share it.
+    then has no bias, which BatchNorm would cancel.
     """
     from tf_keras import layers
 
@@ -34,7 +33,7 @@ def convolution(
         return [layers.Conv2D(filters, kernel, activation="relu", name=name, **options)]
     return [
         layers.Conv2D(filters, kernel, use_bias=False, name=name, **options),
-        layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name=f"{name}_bn"),
+        layers.BatchNormalization(momentum=batch_norm_momentum, name=f"{name}_bn"),
         layers.Activation("relu", name=f"{name}_relu"),
     ]
 

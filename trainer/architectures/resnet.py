@@ -52,7 +52,7 @@ def build_resnet(
         relu: bool = True,
         gamma_initializer: str = "ones",
     ) -> Any:
-        """Apply a convolution and BatchNorm over the global batch."""
+        """Apply a convolution and BatchNorm."""
         tensor = layers.Conv2D(
             filters,
             kernel,
@@ -65,7 +65,6 @@ def build_resnet(
         tensor = layers.BatchNormalization(
             momentum=batch_norm_momentum,
             epsilon=_EPSILON,
-            synchronized=True,
             gamma_initializer=gamma_initializer,
             name=f"{name}_bn",
         )(tensor)

@@ -12,6 +12,8 @@ from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import shorten_digest
 
 Model = TypeVar("Model", bound=BaseModel)
+# As many images as the statistics of BatchNorm are over in Goyal et al. 2017, section 2.3, on up to 256 GPUs.
+ENOUGH_FOR_BATCH_NORM = 32
 
 
 class BatchRequest(BaseModel):
@@ -67,6 +69,10 @@ class Settings(BaseModel):
     """Other arguments of the optimizer: nesterov for SGD; beta_1, beta_2 and epsilon for the others."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of kernels; biases and BatchNorm weights do not decay."""
+    batch_norm: Literal["auto", "global", "replica"] = "auto"
+    """Images that BatchNorm takes its statistics from in training: global (the whole batch, so that the number of
+    workers does not matter), replica (the worker's own part, without communication), or auto (replica if that has at
+    least 32 images)."""
     all_reduce: Literal["auto", "nccl", "ring"] = "auto"
     """Implementation of the communication between workers: auto (nccl if they have GPUs), nccl, or ring (gRPC)."""
     gradient_exchange: Literal["float32", "bfloat16"] = "float32"
@@ -152,6 +158,13 @@ class TrainConfig(Settings):
     def per_replica_batch_size(self) -> int:
         """Images per optimizer step on one worker."""
         return self.global_batch_size // self.num_workers
+
+    @property
+    def synchronizes_batch_norm(self) -> bool:
+        """Whether the statistics of BatchNorm are those of several workers."""
+        if self.batch_norm == "auto":
+            return self.num_workers > 1 and self.per_replica_batch_size < ENOUGH_FOR_BATCH_NORM
+        return self.num_workers > 1 and self.batch_norm == "global"
 
     @property
     def peak_learning_rate(self) -> float:

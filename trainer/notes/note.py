@@ -167,6 +167,9 @@ def describe_training(config: TrainConfig, steps: int) -> str:
     values = config.model_dump()
     defaults = {name: field.default for name, field in type(config).model_fields.items()}
     values |= values.pop("optimizer_arguments")
+    # One worker has the whole batch.
+    is_alone = config.num_workers > 1 and not config.synchronizes_batch_norm
+    values["batch_norm"] = "replica" if is_alone else defaults["batch_norm"]
     defaults |= complete_arguments(config.optimizer, {})
     used = [
         _describe_value(name, value)

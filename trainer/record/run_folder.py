@@ -85,6 +85,7 @@ class RunRecord(Record):
         "config.optimizer_arguments": lambda record: find_former_arguments(record["config"]),
         "config.class_weights": "none",
         "config.ema_momentum": 0.0,
+        "config.batch_norm": "global",
         "config.all_reduce": "auto",
         "config.gradient_exchange": "float32",
         "config.augment": "all",

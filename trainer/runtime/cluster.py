@@ -28,6 +28,8 @@ WORKER_ENVIRONMENT = {
     "TF_USE_LEGACY_KERAS": "1",
     # CUDA then numbers GPUs as Ray and NVML do.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # TensorFlow then uses the BatchNorm of cuDNN that takes channels-last tensors as they are.
+    "TF_USE_CUDNN_BATCHNORM_SPATIAL_PERSISTENT": "1",
     # Log errors only.
     "TF_CPP_MIN_LOG_LEVEL": "2",
     # On CPUs without AVX-512, TensorFlow leaves oneDNN off and takes 1.7 to 4.6 times as long (docs/performance.md).

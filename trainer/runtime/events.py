@@ -98,6 +98,8 @@ class RunStarted:
     epochs: int
     finished_epochs: int
     """Greater than 0 if a run is continued."""
+    normalizes_alone: bool = False
+    """Whether BatchNorm has its statistics on each of several replicas from that one's images alone."""
 
     def __str__(self) -> str:
         dropped = self.rows - self.steps_per_epoch * self.global_batch_size
@@ -108,6 +110,8 @@ class RunStarted:
             + (f", {dropped} dropped (different images each epoch)" if dropped else "")
             + f"; {format_count(self.epochs, 'epoch')} = {format_count(self.epochs * self.steps_per_epoch, 'step')}"
         )
+        if self.normalizes_alone:
+            text += f"; BatchNorm, if there is any, over the {self.per_replica_batch_size} images of a replica"
         return text + (f"; continuing after epoch {self.finished_epochs}" if self.finished_epochs else "")
 
 

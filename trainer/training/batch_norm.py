@@ -1,12 +1,13 @@
-"""The averages of BatchNorm with which a network is validated and exported: those of training images as they are.
+"""BatchNorm in training, and the averages with which a network is validated: those of training images as they are.
 
-While it trains, the averages follow augmented images. Interpolation makes these smoother than the images that the
-network is validated on, and a network whose weights are good can then be validated at chance. So before each
+While a network trains, the averages follow augmented images. Interpolation makes these smoother than the images that
+the network is validated on, and a network whose weights are good can then be validated at chance. So before each
 validation the averages are estimated anew, with the weights of the moment, on images that are not augmented (Izmailov
 et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2, do so for averaged weights). Training does not use them.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -22,6 +23,54 @@ from trainer.training.scaling import build_scaling
 _IMAGES = 1024
 
 
+def find_batch_norms(model: Any) -> list[Any]:
+    """Return the BatchNorm layers of a model."""
+    return [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def synchronize_batch_norm(model: Any, is_synchronized: bool) -> None:
+    """Make the layers take their statistics over all workers, or over this worker's images by one fused kernel.
+
+    It applies to calls with ``training=True`` that are traced afterwards.
+    """
+    for layer in find_batch_norms(model):
+        layer.synchronized, layer.fused = is_synchronized, not is_synchronized
+
+
+@contextlib.contextmanager
+def without_idle_biases(model: Any) -> Iterator[None]:
+    """Leave out the biases that training cannot use, in calls with ``training=True`` that are traced in the context.
+
+    BatchNorm subtracts the mean of what they add to. Their gradients would be rounding noise, which Adam scales up.
+    """
+    layers = find_idle_biases(model)
+    for layer in layers:
+        layer.use_bias = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.use_bias = True
+
+
+def find_idle_biases(model: Any) -> list[Any]:
+    """Return the convolutions whose bias BatchNorm cancels in training."""
+    before = [
+        node.inbound_layers
+        for norm in find_batch_norms(model)
+        if norm.trainable  # else it subtracts a moving average
+        for node in norm.inbound_nodes
+    ]
+    return [
+        layer
+        for layer in before
+        if isinstance(layer, keras.layers.Conv2D)
+        and layer.use_bias
+        and layer.activation is keras.activations.linear
+        and len(layer.outbound_nodes) == 1
+    ]
+
+
 def count_estimate_steps(rows: int, global_batch_size: int) -> int:
     """Return how many global batches of a train split an estimate takes."""
     return min(rows // global_batch_size, -(-_IMAGES // global_batch_size))
@@ -33,11 +82,7 @@ def compile_estimate(network: Network, manifest: Manifest, config: TrainConfig) 
     It takes uint8 ``[per_replica_batch_size, height, width, channels]`` and the number of the batch, from 0. Batch 0
     replaces the averages, so that nothing is left of earlier ones. All workers must call it.
     """
-    layers = [
-        layer
-        for layer in network.model.layers
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-    ]
+    layers = [layer for layer in find_batch_norms(network.model) if layer.trainable]
     if not layers:
         return None
     scale_pixels = build_scaling(manifest, config)
@@ -45,6 +90,8 @@ def compile_estimate(network: Network, manifest: Manifest, config: TrainConfig) 
     def replica_step(images: Any, momentum: Any) -> None:
         # Another computation may have traced dropout with tensors of its own.
         fix_dropout(network.model, network.optimizer, config)
+        # Over the global batch, whatever training does, so that all workers validate with the same averages.
+        synchronize_batch_norm(network.model, True)
         momenta = [layer.momentum for layer in layers]
         for layer in layers:
             layer.momentum = momentum  # while tracing

@@ -13,6 +13,7 @@ import tensorflow as tf
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
 from trainer.training.augment import augment
+from trainer.training.batch_norm import synchronize_batch_norm, without_idle_biases
 from trainer.training.dropout import fix_dropout
 from trainer.training.network import Network
 from trainer.training.scaling import build_scaling
@@ -47,14 +48,18 @@ def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
     def gradients_of(images: Any, labels: Any) -> Any:
+        synchronize_batch_norm(model, config.synchronizes_batch_norm)
         with tf.GradientTape() as tape:
-            logits = model(scale_pixels(images), training=True)
+            with without_idle_biases(model):
+                logits = model(scale_pixels(images), training=True)
             targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
             objective = tf.reduce_sum(losses) / config.global_batch_size
             if scales_loss:
                 objective = optimizer.get_scaled_loss(objective)
-        gradients = tape.gradient(objective, model.trainable_variables)
+        # Zero for the biases that are left out.
+        zero = tf.UnconnectedGradients.ZERO
+        gradients = tape.gradient(objective, model.trainable_variables, unconnected_gradients=zero)
         if scales_loss:
             gradients = optimizer.get_unscaled_gradients(gradients)
         return gradients, logits

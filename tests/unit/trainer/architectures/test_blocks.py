@@ -18,7 +18,7 @@ def test_a_convolution_ends_with_relu_and_has_a_bias_only_without_batch_norm(bat
     assert outputs.min() == 0
     assert outputs.max() > 0
     if batch_norm:
-        assert (layers[1].momentum, layers[1].synchronized) == (0.8, True)
+        assert layers[1].momentum == 0.8
 
 
 def test_layers_are_applied_in_their_order():

@@ -37,6 +37,25 @@ def test_a_config_survives_as_json_with_nothing_left_out():
     assert TrainConfig.model_validate_json(written) == config
 
 
+@pytest.mark.parametrize(
+    ("batch_norm", "num_workers", "global_batch_size", "is_synchronized"),
+    [
+        ("auto", 2, 62, True),
+        ("auto", 2, 64, False),
+        ("auto", 4, 64, True),
+        ("auto", 1, 8, False),
+        ("global", 2, 64, True),
+        ("global", 1, 64, False),
+        ("replica", 2, 8, False),
+    ],
+)
+def test_batch_norm_is_synchronized_where_a_replica_has_too_few_images(
+    batch_norm, num_workers, global_batch_size, is_synchronized
+):
+    values = {"batch_norm": batch_norm, "num_workers": num_workers, "global_batch_size": global_batch_size}
+    assert validate(TrainConfig, REQUIRED | values).synchronizes_batch_norm is is_synchronized
+
+
 def test_the_arguments_of_the_optimizer_are_complete():
     adam = {"optimizer": "adam", "optimizer_arguments": {"beta_1": 0.5}}
     assert validate(TrainConfig, REQUIRED).optimizer_arguments == {"nesterov": True}

@@ -34,7 +34,8 @@ def start(tmp_path, make_config, write_dataset, monkeypatch):
     def start(name: str, day: int = 12, **values) -> RunFolder:
         run = RunFolder(str(tmp_path / "runs" / name))
         run.write_manifest(manifest)
-        options = {"arch": "alexnet", "epochs": 50, "base_learning_rate": 0.4, "num_workers": 2, "seed": 3, **values}
+        options = {"arch": "alexnet", "epochs": 50, "base_learning_rate": 0.4, "num_workers": 2, "seed": 3}
+        options |= {"batch_norm": "global", **values}
         record = describe_run(make_config(**options), "1 node")
         run.write_record(record.model_copy(update={"started": datetime(2023, 4, day, tzinfo=UTC)}))
         return run
@@ -200,6 +201,7 @@ def test_the_verdict_and_the_test_split_have_lines_of_their_own(start, make_resu
     ("values", "text"),
     [
         ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, augment flip"),
+        ({"batch_norm": "auto"}, "seed 3; batch norm replica"),
         ({"class_weights": "balanced"}, "seed 3; class weights balanced"),
         ({"optimizer_arguments": {"nesterov": False}}, "seed 3; no nesterov"),
         ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; init from /runs/old, freeze trunk"),

@@ -41,6 +41,11 @@ STARTED = {
             "global batch 20 = 2 replicas x 10; 60 images: 3 steps per epoch; 2 epochs = 6 steps; "
             "continuing after epoch 1",
         ),
+        (
+            {"rows": 60, "normalizes_alone": True},
+            "global batch 20 = 2 replicas x 10; 60 images: 3 steps per epoch; 2 epochs = 6 steps; "
+            "BatchNorm, if there is any, over the 10 images of a replica",
+        ),
     ],
 )
 def test_the_start_says_the_arithmetic(values, text):

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.record.checkpoint import read_variables
-from trainer.training.batch_norm import compile_estimate, count_estimate_steps
+from trainer.training.batch_norm import compile_estimate, count_estimate_steps, find_idle_biases
 from trainer.training.network import build_network
 from trainer.training.noise import compile_noise
 from trainer.training.scaling import build_scaling
@@ -90,3 +90,21 @@ def test_a_network_without_averages_to_learn_has_no_estimate(build, manifest):
 @pytest.mark.parametrize(("rows", "batch", "steps"), [(2747, 32, 32), (100, 32, 3), (60_000, 8192, 1), (30, 32, 0)])
 def test_an_estimate_takes_a_thousand_images_or_all(rows, batch, steps):
     assert count_estimate_steps(rows, batch) == steps
+
+
+def test_biases_in_front_of_batch_norm_have_no_gradient_and_are_validated_with(manifest, make_config):
+    arguments = {"width": 0.125, "blocks": [1, 1, 1, 1]}
+    config = make_config(arch="resnet50", arch_arguments=arguments, optimizer="adamw", global_batch_size=BATCH)
+    large = manifest.model_copy(update={"image_size": 32})
+    network = build_network(large, config, steps_per_epoch=10)
+    idle = find_idle_biases(network.model)
+    for layer in idle:
+        layer.bias.assign(tf.ones_like(layer.bias))
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 1), np.uint8)
+    compile_train_step(network, large, config)(tf.constant(images), tf.constant(np.zeros(BATCH, np.int32)))
+    assert all(layer.use_bias and np.array_equal(layer.bias, np.ones(layer.filters)) for layer in idle)
+    compile_estimate(network, large, config)(tf.constant(images), 0)
+    # BatchNorm cancels the biases with the averages that were estimated with them.
+    scaled = build_scaling(large, config)(images.astype(np.float32))
+    with_biases = network.model(scaled, training=False).numpy()
+    np.testing.assert_allclose(network.model(scaled, training=True).numpy(), with_biases, rtol=1e-3, atol=1e-3)
