@@ -1,6 +1,5 @@
 """Check everything that a job needs before one is started: one line for each finding, and how to fix what is wrong."""
 
-import os
 import platform
 import shutil
 import tempfile
@@ -147,7 +146,7 @@ def inspect_node(uri: str) -> NodeReport:
 
     folders = [Path(tempfile.gettempdir())]
     # Check again from here: this may be the node that cannot reach the storage.
-    os.environ.pop(storage.ANSWERED_VARIABLE, None)
+    storage.forget_answers()
     storage_error = cache_error = ""
     try:
         storage.check_access(uri)

@@ -9,6 +9,7 @@ import ray.train
 
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import WorkersAwaited
+from trainer.runtime.processes import is_worker
 from trainer.workers import groups
 from trainer.workers.groups import WorkerCount, run_workers
 
@@ -29,6 +30,11 @@ def test_workers_without_room_are_waited_for_aloud_and_not_for_ever(resources, m
         run_workers(lambda _: None, "no-room", WorkerCount(2, 2, 2), resources, on_event=events.append)
     ray.kill(holder)
     assert {(type(event), event.least) for event in events} == {(WorkersAwaited, 2)}
+
+
+def test_ray_s_processes_are_workers(resources):
+    assert not is_worker()
+    assert ray.get(ray.remote(is_worker).remote())
 
 
 def test_an_error_that_would_come_again_ends_all_workers_at_once(resources, tmp_path, capfd):

@@ -20,7 +20,6 @@ from trainer.runtime.folders import hold_folder, keep_folder
 from trainer.runtime.gpu import visible_devices
 from trainer.runtime.markdown import format_count
 from trainer.runtime.signals import call_deferring_signals, defer_signals_of_start
-from trainer.runtime.storage import ANSWERED_VARIABLE
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -34,8 +33,6 @@ WORKER_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     # On CPUs without AVX-512, TensorFlow leaves oneDNN off and takes 1.7 to 4.6 times as long (docs/performance.md).
     "TF_ENABLE_ONEDNN_OPTS": "1",
-    # The job itself has checked the storage before.
-    ANSWERED_VARIABLE: "1",
 }
 
 # Settings of the driver and of what it starts: the job itself reports what Ray would log.

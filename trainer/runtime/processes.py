@@ -1,11 +1,15 @@
 """Identity and end of processes, as other processes on the same machine see them."""
 
 import contextlib
+import multiprocessing
 import os
 import select
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+
+from trainer.runtime import compat
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,12 @@ def this_process() -> ProcessId:
     """Return the identity of the calling process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ProcessId(os.getpid(), f"{boot} {os.readlink('/proc/self/ns/pid')}")
+
+
+def is_worker() -> bool:
+    """Return whether a job started this process: by Ray, or as its single worker."""
+    # A worker of Ray has imported it.
+    return multiprocessing.parent_process() is not None or ("ray" in sys.modules and compat.is_ray_worker())
 
 
 def is_gone(process: ProcessId) -> bool:

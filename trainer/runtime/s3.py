@@ -131,6 +131,11 @@ class S3(S3FileSystem):
         """Retry for seconds instead of minutes until the store answers again."""
         self.retries = _TRIES_BEFORE_FIRST_ANSWER
 
+    def forget_answers(self) -> None:
+        """Treat the store as one that has never answered."""
+        self.has_answered = False
+        self.try_briefly()
+
     @contextlib.contextmanager
     def clear_errors(self, uri: str) -> Iterator[None]:
         """Turn errors into one line with the URI and what to check, without secrets.

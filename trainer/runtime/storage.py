@@ -25,13 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.runtime.errors import InputError, JobError, UnreachableError
+from trainer.runtime.processes import is_worker
 
 if TYPE_CHECKING:
     from trainer.runtime.s3 import S3
 
-# Set in the processes that a job starts: the storage has answered the job itself by then, so they retry for minutes.
-# A variable, because Ray's own workers (tasks, actors, Ray Data) take no arguments of ours when they start.
-ANSWERED_VARIABLE = "TRAINING_STORAGE_ANSWERED"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # A storage that accepts connections but never answers would delay all retries for minutes.
 _FIRST_ANSWER_SECONDS = 25.0
@@ -373,7 +371,8 @@ def _s3() -> "S3":
     # Not at the top: the import takes most of a second, and most work is on local files.
     from trainer.runtime.s3 import S3
 
-    return S3(has_answered=bool(os.environ.get(ANSWERED_VARIABLE)))
+    # A job uses the storage itself before it starts a worker, so a worker retries for minutes from its first request.
+    return S3(has_answered=is_worker())
 
 
 def _path(uri: str) -> str:
@@ -384,6 +383,11 @@ def _path(uri: str) -> str:
 def ask_briefly() -> None:
     """Make this process retry for seconds instead of minutes until the storage answers again: for the end of a job."""
     _s3().try_briefly()
+
+
+def forget_answers() -> None:
+    """Make this process treat the storage as one that has never answered, and is probably misspelled."""
+    _s3().forget_answers()
 
 
 def _object_sizes(uri: str) -> dict[str, int]:

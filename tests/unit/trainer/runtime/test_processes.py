@@ -1,9 +1,10 @@
+import multiprocessing
 import subprocess
 import sys
 import time
 
 from tests.conftest import REPOSITORY
-from trainer.runtime.processes import ProcessId, is_gone, this_process
+from trainer.runtime.processes import ProcessId, is_gone, is_worker, this_process
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -58,6 +59,12 @@ def test_a_process_ends_with_another_one_that_is_killed_though_nobody_reaps_that
         leader.kill()
         assert follower.wait(timeout=20) == 1
     leader.wait()
+
+
+def test_a_process_that_a_job_spawns_is_a_worker():
+    assert not is_worker()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(is_worker)
 
 
 def test_a_process_whose_leader_is_gone_already_ends_at_once():

@@ -8,7 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from trainer.runtime import s3, storage
-from trainer.runtime.errors import InputError, UnreachableError
+from trainer.runtime.errors import InputError, JobError, UnreachableError
 
 
 def test_an_answer_without_a_message_is_described_by_its_code():
@@ -84,6 +84,18 @@ def test_a_request_that_was_not_made_is_no_answer(profile, text, reason, capfd):
         )
         assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_waits_for_a_store_from_its_first_request(profile, monkeypatch):
+    profile(f"{_KEY}endpoint_url = http://127.0.0.1:9")
+    monkeypatch.setattr(storage, "is_worker", lambda: True)
+    monkeypatch.setattr(s3, "_TRIES", 2)
+    monkeypatch.setattr(s3, "_TRIES_BEFORE_FIRST_ANSWER", 1)
+    with pytest.raises(JobError, match=r"no answer from .* when it is back, the same command continues"):
+        storage.read_bytes("s3://photos/cats")
+    storage.forget_answers()
+    with pytest.raises(UnreachableError):
+        storage.read_bytes("s3://photos/cats")
 
 
 def test_a_read_is_tried_as_often_as_is_said(monkeypatch):
