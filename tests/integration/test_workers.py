@@ -1,16 +1,19 @@
-"""Workers of a real cluster: without room for them, and with an error that would come again."""
+"""Workers of a real cluster: without room for them, lost at their start, and with an error that would come again."""
 
 import os
+import re
+import signal
 import time
 
 import pytest
 import ray
 import ray.train
+from ray.train.backend import Backend, BackendConfig
 
 from trainer.runtime.errors import InputError, JobError
-from trainer.runtime.events import WorkersAwaited
+from trainer.runtime.events import StartFailed, WorkersAwaited
 from trainer.runtime.processes import is_worker
-from trainer.workers import groups
+from trainer.workers import backend, groups
 from trainer.workers.groups import WorkerCount, run_workers
 
 
@@ -37,7 +40,25 @@ def test_ray_s_processes_are_workers(resources):
     assert ray.get(ray.remote(is_worker).remote())
 
 
-def test_an_error_that_would_come_again_ends_all_workers_at_once(resources, tmp_path, capfd):
+def test_a_worker_that_dies_at_its_start_is_reported_and_an_error_that_would_come_again_ends_all(
+    resources, tmp_path, capfd, monkeypatch
+):
+    def die_once() -> None:
+        if ray.train.get_context().get_world_rank() == 1 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class DyingBackend(Backend):
+        def on_start(self, worker_group, backend_config) -> None:
+            worker_group.execute(die_once)
+
+    class DyingConfig(BackendConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return DyingBackend
+
+    monkeypatch.setattr(backend, "TensorFlowConfig", DyingConfig)
+
     def fail_on_one(_) -> None:
         (tmp_path / f"started-{os.getpid()}").touch()
         if ray.train.get_context().get_world_rank() == 1:
@@ -47,6 +68,8 @@ def test_an_error_that_would_come_again_ends_all_workers_at_once(resources, tmp_
     events = []
     with pytest.raises(InputError, match=r"shards/00001\.arrow is damaged"):
         run_workers(fail_on_one, "damaged", WorkerCount(2, 2, 2), resources, max_failures=3, on_event=events.append)
-    assert len(list(tmp_path.iterdir())) == 2
-    assert events == []
+    assert len(list(tmp_path.glob("started-*"))) == 2
+    assert [type(event) for event in events] == [StartFailed]
+    killed = r"a worker \(process \d+ on [\d.]+\) was killed by SIGKILL or exited without a message while it started"
+    assert re.fullmatch(f"{killed}; the workers are started again", str(events[0]))
     assert "Traceback" not in capfd.readouterr().err

@@ -196,6 +196,35 @@ def cause_of_death(error: Exception) -> Exception | None:
     return cause
 
 
+def cause_of_failed_start(error: Exception) -> Exception | None:
+    """Return why a worker died before Ray Train called the training function; None for another error."""
+    # train/v2/_internal/exceptions.py, line 81: WorkerGroupStartupFailedError.
+    # test_workers.py: test_a_worker_that_dies_at_its_start_is_reported_and_an_error_that_would_come_again_ends_all
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    failure = getattr(error, "controller_failure", None)
+    return failure.__cause__ or failure if isinstance(failure, WorkerGroupStartupFailedError) else None
+
+
+def watch_starts(on_failed_start: Callable[[Exception], None]) -> Any:
+    """Return a callback for Ray Train's controller, which calls a function before it starts workers once more.
+
+    Args:
+        on_failed_start: called with the error that ended the start before.
+    """
+    # train/v2/_internal/execution/callback.py, line 116: ControllerCallback; controller/state.py, line 108.
+    # test_workers.py: test_a_worker_that_dies_at_its_start_is_reported_and_an_error_that_would_come_again_ends_all
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller.state import ReschedulingState
+
+    class StartWatch(ControllerCallback):
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if isinstance(current_state, ReschedulingState):
+                on_failed_start(current_state.training_failed_error)
+
+    return StartWatch()
+
+
 def error_of_function(error: Exception) -> Exception:
     """Return the error that a training function raised, which Ray Train may have wrapped with its traceback."""
     # train/v2/_internal/exceptions.py, line 158: UserExceptionWithTraceback._base_exc.

@@ -164,6 +164,17 @@ class WorkersLost:
 
 
 @dataclass(frozen=True)
+class StartFailed:
+    """A worker died before it began to train; all workers are started again."""
+
+    reason: str
+    """Which process died, and how."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; the workers are started again"
+
+
+@dataclass(frozen=True)
 class AttemptStarted:
     """The workers have restarted and continue."""
 
@@ -393,6 +404,7 @@ Event = (
     | WorkerSilent
     | WorkerHeardAgain
     | WorkersLost
+    | StartFailed
     | AttemptStarted
     | AugmentationChosen
     | RunStarted

@@ -1,5 +1,6 @@
 """Failures of a group of Ray Train workers: caught in its controller before a restart, reported by the driver."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ import ray.train
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from trainer.runtime.compat import cause_of_death, error_of_function
+from trainer.runtime.compat import cause_of_death, cause_of_failed_start, error_of_function
 from trainer.runtime.errors import InputError, JobError, WorkerDiedError
-from trainer.runtime.events import OnEvent, WorkersLost
+from trainer.runtime.events import OnEvent, StartFailed, WorkersLost
 from trainer.workers.pulse import Pulse, Traces, Watch, describe_death, keep_pulse, read_traces
 
 # Longer than Ray takes to notice that a process has ended.
@@ -54,6 +55,19 @@ class FailureSender(ray.train.UserCallback):
             else:
                 raised[rank] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self._send(GroupFailed(died, raised, is_preempted))
+
+
+def send_failed_start(send: Callable[[StartFailed], None], error: Exception) -> None:
+    """Send to the driver why workers did not start, unless they found no room."""
+    if (cause := cause_of_failed_start(error)) is not None:
+        send(StartFailed(describe_failed_start(str(cause))))
+
+
+def describe_failed_start(error: str) -> str:
+    """Describe the death of a worker that has not sent a pulse yet, from Ray's message."""
+    pid, host = (re.search(rf"^\s*{name}: (\S+)$", error, re.MULTILINE) for name in ("pid", "ip"))
+    process = f" (process {pid[1]} on {host[1]})" if pid and host else ""
+    return f"a worker{process} {describe_death(error, None, Traces())} while it started"
 
 
 def call_in_group(function: Callable[[OnEvent], Any], send_event: Callable[[Any], None]) -> Any:

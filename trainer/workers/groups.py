@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from trainer.runtime.cluster import Resources, read_resources, request_nodes
-from trainer.runtime.compat import cause_of_death, error_of_function, found_no_room, mute_worker_messages
+from trainer.runtime.compat import cause_of_death, error_of_function, found_no_room, mute_worker_messages, watch_starts
 from trainer.runtime.errors import InputError, JobError, WorkerDiedError, WorkersFailedError
 from trainer.runtime.events import OnEvent, StageProgressed, WorkersAwaited, WorkersLost, ignore_event
 from trainer.runtime.folders import hold_folder
@@ -226,7 +226,7 @@ def _start_group(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from trainer.workers.backend import TensorFlowConfig
-    from trainer.workers.failures import FailureSender, call_in_group
+    from trainer.workers.failures import FailureSender, call_in_group, send_failed_start
 
     # On the node of the driver, like Ray Train's controller: any other node may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -254,7 +254,10 @@ def _start_group(
             failure_config=FailureConfig(
                 max_failures=max_failures, controller_failure_limit=_ROOM_TRIES * (max_failures + 1)
             ),
-            callbacks=[FailureSender(send_event)],
+            callbacks=[
+                FailureSender(send_event),
+                watch_starts(lambda error: send_failed_start(send_event, error)),
+            ],
         )
         trainer = DataParallelTrainer(
             work, backend_config=TensorFlowConfig(), scaling_config=_scaling(workers, resources), run_config=run_config

@@ -184,10 +184,17 @@ def describe_signal(name: str, pulse: Pulse | None, traces: Traces) -> str:
     ended = f"was killed by {name}"
     if name != "SIGKILL" or pulse is None:
         return ended
-    used = f"{pulse.used_gib:.1f} of {pulse.limit_gib:.1f} GiB used"
-    if traces.oom_kills > pulse.oom_kills or pulse.used_gib > (1 - _SCARCE_SHARE) * pulse.limit_gib:
-        return f"{ended}, probably out of memory: {used}"
-    return f"{ended} ({used} shortly before)"
+    if _lacked_memory(pulse, traces):
+        return f"{ended}, probably out of memory: {_describe_memory(pulse)}"
+    return f"{ended} ({_describe_memory(pulse)} shortly before)"
+
+
+def _lacked_memory(pulse: Pulse, traces: Traces) -> bool:
+    return traces.oom_kills > pulse.oom_kills or pulse.used_gib > (1 - _SCARCE_SHARE) * pulse.limit_gib
+
+
+def _describe_memory(pulse: Pulse) -> str:
+    return f"{pulse.used_gib:.1f} of {pulse.limit_gib:.1f} GiB used"
 
 
 def describe_death(error: str, pulse: Pulse | None, traces: Traces) -> str:
@@ -208,5 +215,12 @@ def describe_death(error: str, pulse: Pulse | None, traces: Traces) -> str:
         return "was lost with its node"
     if "receives a SIGTERM" in error:
         return describe_signal("SIGTERM", pulse, traces)
-    printed = re.findall(rb"^\*\*\* (SIG[A-Z]+) received", traces.tail, re.MULTILINE)
-    return describe_signal(printed[-1].decode() if printed else "SIGKILL", pulse, traces)
+    if code := re.search(r"exits with an exit code (\d+)", error):
+        return f"ended with exit code {code[1]}"
+    if printed := re.findall(rb"^\*\*\* (SIG[A-Z]+) received", traces.tail, re.MULTILINE):
+        return describe_signal(printed[-1].decode(), pulse, traces)
+    if pulse is not None and _lacked_memory(pulse, traces):
+        return describe_signal("SIGKILL", pulse, traces)
+    # Ray's message is the same for os._exit, and nobody else on the node may ask how the process ended.
+    memory = f" ({_describe_memory(pulse)} shortly before)" if pulse else ""
+    return f"was killed by SIGKILL or exited without a message{memory}"

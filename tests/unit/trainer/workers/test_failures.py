@@ -4,7 +4,7 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from trainer.workers.failures import Failures, FailureSender, GroupFailed
+from trainer.workers.failures import Failures, FailureSender, GroupFailed, describe_failed_start
 from trainer.workers.pulse import Watch
 
 
@@ -42,7 +42,7 @@ def test_the_last_failure_is_told_by_the_error_of_the_run(failures):
     for number in range(2):
         assert failures.describe(GroupFailed({1: f"process {number}"}, {}, False)) is not None
     assert failures.describe(GroupFailed({1: "process 2"}, {}, False)) is None
-    assert str(failures.death) == "worker 1 was killed by SIGKILL"
+    assert str(failures.death) == "worker 1 was killed by SIGKILL or exited without a message"
 
 
 def test_a_failure_that_ray_reports_twice_is_one_and_a_node_that_is_taken_away_is_none(failures):
@@ -50,3 +50,9 @@ def test_a_failure_that_ray_reports_twice_is_one_and_a_node_that_is_taken_away_i
     assert failures.describe(failed).failures == 1
     assert failures.describe(failed) is None
     assert failures.describe(GroupFailed({0: "its node has died"}, {}, True)).failures == 1
+
+
+def test_a_worker_that_dies_at_its_start_is_named_as_ray_names_it():
+    error = "The actor died.\n\tclass_name: A\n\tpid: 71\n\tip: 192.0.2.2\nWorker exits with an exit code 4."
+    assert describe_failed_start(error) == "a worker (process 71 on 192.0.2.2) ended with exit code 4 while it started"
+    assert describe_failed_start("its node has died") == "a worker was lost with its node while it started"

@@ -93,7 +93,8 @@ def test_memory_is_not_named_where_it_cannot_be_the_cause():
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (VANISHED, "was killed by SIGKILL (3.9 of 8.0 GiB used shortly before)"),
+        (VANISHED, "was killed by SIGKILL or exited without a message (3.9 of 8.0 GiB used shortly before)"),
+        ("Worker exits unexpectedly. Worker exits with an exit code 4.", "ended with exit code 4"),
         ("Worker exits unexpectedly by a signal. The process receives a SIGTERM.", "was killed by SIGTERM"),
         ("The actor died because its node has died. Node Id: 12ab", "was lost with its node"),
         (
@@ -105,6 +106,11 @@ def test_memory_is_not_named_where_it_cannot_be_the_cause():
 )
 def test_what_ray_says_of_a_death_is_told_in_short(error, expected):
     assert describe_death(error, PULSE, Traces(b"", 2)) == expected
+
+
+def test_a_death_for_lack_of_memory_is_by_sigkill():
+    killed = "was killed by SIGKILL, probably out of memory: 3.9 of 8.0 GiB used"
+    assert describe_death(VANISHED, PULSE, Traces(b"", 3)) == killed
 
 
 def test_the_signal_of_a_crash_is_read_from_what_the_worker_printed(tmp_path):
