@@ -21,7 +21,7 @@ _PYTHON = ((3, 11), (3, 14))
 # A dataset and Ray's objects soon need more than this.
 _LEAST_DISK_GIB = 2.0
 _NODE_SECONDS = 120.0
-_NO_NODE = "start a node that has CPUs, or give --wait SECONDS where the cluster grows by itself"
+_NO_NODE = "start a node that has CPUs, or give --wait SECONDS if the cluster scales automatically"
 # Start of the RuntimeError that Ray raises for a node that lacks this project.
 _NOT_IMPORTED = "The remote function failed to import"
 

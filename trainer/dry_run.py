@@ -1,4 +1,4 @@
-"""What a run would do, without starting it: its config as far as it is known, and what would be measured."""
+"""Describe what a run would do without starting it: its config as far as it is known, and what would be measured."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from trainer.workers.groups import parse_num_workers
 
 
 def preview_run(request: RunRequest, storage_uri: str, resources: Resources) -> str:
-    """Describe a run as a TOML file that ``--config`` reads; what is not known yet stands in comments.
+    """Describe a run as a TOML file that ``--config`` reads; values that are not known yet are comments.
 
     Args:
-        request: what is asked.
-        storage_uri: where run folders and tables of batch sizes are.
-        resources: of the machine or the cluster.
+        request: request for the run.
+        storage_uri: storage of run folders and tables of batch sizes.
+        resources: resources of the machine or the cluster.
 
     Raises:
         InputError: the run would be refused.
@@ -43,7 +43,7 @@ def _find_manifest(request: RunRequest, storage_uri: str, resources: Resources) 
 
 
 def _describe_open(request: RunRequest, manifest: Manifest | None, num_workers: int, resources: Resources) -> str:
-    """Describe what is known before anything was measured, or before the embedded dataset was prepared."""
+    """Describe what is known before anything is measured, or before the embedded dataset is prepared."""
     batch = request.batch
     limits = batch.model_dump(include={"min_steps_per_epoch", "memory_limit_gib"}, exclude_none=True)
     known: dict[str, Any] = {"arch": request.arch, "recipe": request.recipe, "num_workers": request.num_workers}

@@ -78,7 +78,7 @@ class ArchitectureDescription:
 
 
 def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
-    """Return what there is to choose from, counted for a dataset; "" is the embedded one."""
+    """Return all architectures, with parameters counted for a dataset; empty for the embedded one."""
     manifest = load_manifest(storage.resolve_uri(dataset)) if dataset else None
     described = []
     for name, spec in ARCHITECTURES.items():
@@ -139,11 +139,11 @@ def embedded_dataset(arch: str, storage_uri: str) -> tuple[str, int]:
 def choose_dataset(
     request: RunRequest, storage_uri: str, prepare: Callable[[str, int, OnEvent], str], on_event: OnEvent
 ) -> RunRequest:
-    """Return a request that names its dataset: the embedded one, prepared if it is not there yet, for one without.
+    """Return the request with a dataset: its own, or the embedded one, which is prepared if it does not exist yet.
 
     Args:
         request: the request.
-        storage_uri: where the runs are.
+        storage_uri: storage of the runs.
         prepare: `data_prep.embedded.prepare_embedded`, which this package must not import.
         on_event: called with the progress of the preparation.
     """
@@ -153,12 +153,12 @@ def choose_dataset(
 
 
 def needs_one_process(request: RunRequest, storage_uri: str) -> bool:
-    """Return whether one worker does all: the dataset is there, and ``--num-workers`` asks for no more.
+    """Return whether one worker does everything: the dataset exists, and ``--num-workers`` asks for no more.
 
-    The embedded dataset, for which ``dataset`` is empty, is prepared on a cluster, once.
+    The embedded dataset, for which ``dataset`` is empty, is prepared once, on a cluster.
 
     Raises:
-        InputError: ``num_workers`` is not one of what `parse_num_workers` takes.
+        InputError: `parse_num_workers` does not accept ``num_workers``.
     """
     if needs_cluster(request.num_workers):
         return False
@@ -169,17 +169,17 @@ def needs_one_process(request: RunRequest, storage_uri: str) -> bool:
 def open_run(
     storage_uri: str, run_name: str, arch: str, resources: Resources, *, wait: bool = False
 ) -> Iterator[RunFolder]:
-    """Yield the run folder of a name, new or used, which no other job can open meanwhile.
+    """Yield a new or existing run folder, which no other job can open during the context.
 
     Args:
-        storage_uri: where run folders are.
-        run_name: "" for one made of the architecture and the time.
-        arch: an architecture.
-        resources: of the cluster.
-        wait: for another job that has the run and of which nothing is heard any more.
+        storage_uri: storage of the run folders.
+        run_name: name of the run; empty for one made from the architecture and the time.
+        arch: architecture of the run.
+        resources: resources of the cluster.
+        wait: wait until the lease expires, in case the job that holds the run is dead.
 
     Raises:
-        InputError: the name is not allowed, or the storage cannot be used from every node, or another job has the run.
+        InputError: the name is not allowed, the nodes do not share the storage, or another job holds the run.
     """
     name = run_name or f"{arch}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     _check_run_name(name)
@@ -197,7 +197,7 @@ def _check_run_name(name: str) -> None:
 
 
 def check_shared(option: str, uri: str, resources: Resources) -> None:
-    """Raise InputError where the nodes of the cluster do not share a place."""
+    """Raise InputError if the nodes of the cluster do not share a place."""
     if storage.is_local(uri) and resources.num_nodes > 1:
         raise InputError(
             f"{option} {uri} is a local path and the cluster has {resources.num_nodes} nodes, which do not share it; "
@@ -207,23 +207,26 @@ def check_shared(option: str, uri: str, resources: Resources) -> None:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that is decided before the workers of a run start."""
+    """Everything that is decided before the workers of a run start."""
 
     config: TrainConfig
     manifest: Manifest
     batch: BatchChoice
     workers: WorkerCount
     command: str = ""
-    """Command line that makes the same run; empty for the one of this process."""
+    """Command line that starts the same run; empty for that of this process."""
 
 
 def check_request(request: RunRequest, storage_uri: str, run_name: str = "") -> None:
-    """Raise InputError for all that is wrong whatever the cluster is, before one is looked at or waited for.
+    """Check everything that does not depend on the cluster, before connecting to one.
 
     Args:
-        request: what is asked.
-        storage_uri: where runs go; it is tried out.
-        run_name: of the run; empty for one that is made up.
+        request: request for the run.
+        storage_uri: storage of the runs; access to it is tried.
+        run_name: name of the run; empty for a generated one.
+
+    Raises:
+        InputError: something is wrong.
     """
     if run_name:
         _check_run_name(run_name)
@@ -236,7 +239,7 @@ def load_checked_manifest(request: RunRequest, resources: Resources) -> Manifest
     """Load the manifest of a request's dataset.
 
     Raises:
-        InputError: the nodes do not share the dataset, or it has not what the request asks for.
+        InputError: the nodes do not share the dataset, or it lacks what the request needs.
     """
     check_shared("--dataset", request.dataset, resources)
     manifest = check_dataset(request.arch, request.dataset)
@@ -245,7 +248,7 @@ def load_checked_manifest(request: RunRequest, resources: Resources) -> Manifest
 
 
 def _check_fits(request: RunRequest, manifest: Manifest) -> None:
-    """Raise InputError where a dataset has not what is asked for, or what the run starts from is not there."""
+    """Raise InputError if a dataset lacks what a request needs, or if the weights to start from do not exist."""
     rows, settings, given_size = manifest.splits["train"].rows, request.settings, request.batch.given_size
     if given_size is not None and given_size > rows:
         raise InputError(
@@ -274,11 +277,11 @@ def measure_batches(
     """Find the batch that a run with this request would use, and what keeps larger ones from being faster.
 
     Args:
-        request: what is asked.
-        storage_uri: where tables are kept, that of the runs.
-        resources: of the cluster, which is connected.
-        probe_again: measure even where the storage has a table.
-        on_event: told of the trials.
+        request: request for the run.
+        storage_uri: storage of the runs, which also keeps the tables.
+        resources: resources of the connected cluster.
+        probe_again: measure even if the storage has a table.
+        on_event: called with the events of the trials.
 
     Raises:
         InputError: a value is not allowed, or no batch fits.
@@ -307,15 +310,15 @@ def plan_run(
     probe_again: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> RunPlan:
-    """Settle the whole config of a run: what the request leaves open is measured, or what the run began with.
+    """Make the complete config of a run; values that the request leaves open are measured, or those the run began with.
 
     Args:
-        request: what is asked.
-        run: its folder, from `open_run`.
-        resources: of the cluster, which is connected.
+        request: request for the run.
+        run: folder of the run, from `open_run`.
+        resources: resources of the connected cluster.
         noise_storage_uri: storage with the noise scales of earlier runs; empty for that of the run.
-        probe_again: measure even where the storage has a table of batch sizes.
-        on_event: told of the trials.
+        probe_again: measure even if the storage has a table of batch sizes.
+        on_event: called with the events of the trials.
 
     Raises:
         InputError: a value is not allowed, or no batch fits.
@@ -350,7 +353,7 @@ def plan_run(
     if record is not None:
         config = replace_values(config, known_augmentation=record.config.known_augmentation)
         if request.epochs is None and request.steps is None:
-            # What a recipe says may have changed since.
+            # The recipe may have changed since.
             config = replace_values(config, epochs=record.config.epochs, patience=record.config.patience)
     elif config.augment == "auto" and not probe_again:
         config = _recall_augmentation(config, storage.parent(run.uri), on_event)
@@ -358,7 +361,7 @@ def plan_run(
 
 
 def _recall_augmentation(config: TrainConfig, storage_uri: str, on_event: OnEvent) -> TrainConfig:
-    """Return the config with the augmentation that an earlier run chose for the same dataset, if one did."""
+    """Return the config with the augmentation that an earlier run chose for the same dataset, if there is one."""
     choice = read_choice(storage_uri, config)
     if choice is None:
         return config
@@ -367,7 +370,7 @@ def _recall_augmentation(config: TrainConfig, storage_uri: str, on_event: OnEven
 
 
 def _keep_augmentation(run: RunFolder, config: TrainConfig, figures: str, history: Sequence[Metrics]) -> None:
-    """Keep the augmentation that a run chose for later runs, if it came so far."""
+    """Keep the augmentation that a run chose for later runs, if the run got far enough to choose one."""
     chosen = [row["augmentation"] for row in history if row["stage"] in ("train", "decay")]
     if chosen:
         choice = AugmentationChoice(augmentation=chosen[0], figures=figures, run=run.name, chosen=datetime.now(UTC))
@@ -375,7 +378,7 @@ def _keep_augmentation(run: RunFolder, config: TrainConfig, figures: str, histor
 
 
 def _check_same_request(run: RunFolder, record: RunRecord, request: RunRequest, manifest: Manifest) -> None:
-    """Raise InputError where a run was begun with other options, before anything is measured for them."""
+    """Raise InputError if a run was started with other options, before anything is measured for them."""
     begun = record.config
     batch = given_batch(request.batch, begun.global_batch_size, begun.precision)
     config = resolve(request, manifest, begun.num_workers, batch)
@@ -386,9 +389,9 @@ def _check_same_request(run: RunFolder, record: RunRecord, request: RunRequest, 
 
 
 def _continued_config(begun: TrainConfig, config: TrainConfig) -> TrainConfig:
-    """Return the config with which a run continues: as it began, and for more epochs if more are asked for.
+    """Return the config with which a run continues: the one it began with, with more epochs if more are requested.
 
-    After a cosine there is no rate to train on with.
+    After a cosine the learning rate is zero, so a run cannot continue.
     """
     if begun.schedule == "cosine" or config.epochs <= begun.epochs:
         return begun
@@ -406,31 +409,31 @@ def launch(
     remember_noise: bool = True,
     on_event: OnEvent = ignore_event,
 ) -> RunResult:
-    """Start a run, or continues it from its last checkpoint, and returns its result.
+    """Start a run, or continue it from its last checkpoint, and return its result.
 
-    A run that is finished is not started again: its result is returned. With more epochs than before it is trained on.
+    If the run is finished, its result is returned; with more epochs than before, it continues.
 
     Args:
-        plan: from `plan_run`.
-        run: its folder, from `open_run`.
-        resources: of the cluster, which is connected.
-        max_failures: how often lost workers are started again.
-        trackers: where metrics go besides the run folder, from `trainer.training.tracking`.
-        profile_steps: how many steps are traced, the first ones left out.
-        remember_noise: keep the noise scale in the storage for the next run of the kind. The trials of a study do
-            not, so that all of them have the same batch.
-        on_event: told of the start, of steps and of epochs.
+        plan: plan of the run, from `plan_run`.
+        run: folder of the run, from `open_run`.
+        resources: resources of the connected cluster.
+        max_failures: how often the workers are restarted after they were lost.
+        trackers: names from `trainer.training.tracking`: where metrics go in addition to the run folder.
+        profile_steps: number of steps to trace, without the first ones; 0 for none.
+        remember_noise: keep the noise scale in the storage for the next similar run. The trials of a study do not,
+            so that all of them have the same batch.
+        on_event: called with the progress of the run.
 
     Raises:
         InputError: the run name is used by another config.
         JobError: the workers failed more often than allowed.
-        KeyboardInterrupt: the process got a signal to stop; ``result.json`` says which.
+        KeyboardInterrupt: the process received a signal to stop; ``result.json`` says which.
     """
     config, manifest = plan.config, plan.manifest
     num_workers = config.num_workers
     record = run.read_begun_record()
     if record is not None:
-        # Another number of workers continues a run: each attempt works out its batch anew.
+        # The number of workers may differ: each attempt computes its batch again.
         config = _continued_config(record.config, plan.config)
         _check_same_config(run, config, plan.config, ["num_workers"])
     is_longer = record is not None and config != record.config
@@ -439,7 +442,7 @@ def launch(
     if record is None:
         run.write_manifest(manifest)
     if record is None or is_longer:
-        # Without its result first: a run that is interrupted here is made longer by the next job.
+        # Delete the result first: if this job is interrupted here, the next one extends the run.
         run.delete_interruption()
         described = describe_run(config, resources.hardware, plan.batch, plan.command)
         run.write_record(described.model_copy(update={"started": record.started}) if record else described)
@@ -458,7 +461,7 @@ def launch(
         worker_result = _run_workers(job, plan.workers, resources, max_failures, on_event)
         return _close_run(job, worker_result, remember_noise, on_event)
     except KeyboardInterrupt:
-        # Before anything is ended: `ray job stop` kills after three seconds.
+        # First of all, because `ray job stop` kills after three seconds.
         if not failure_reason():
             run.write_interruption("interrupted", received_signal().name)
         raise
@@ -468,7 +471,7 @@ def launch(
 
 
 def _record_lost_job(run: RunFolder) -> None:
-    """Write how the attempt before this job ended, unless that is written already."""
+    """Record how the attempt before this job ended, unless it is recorded already."""
     attempt = run.find_latest_attempt()
     if not attempt or attempt in [one.attempt for one in run.read_incidents() if one.kind == "workers lost"]:
         return
@@ -478,19 +481,19 @@ def _record_lost_job(run: RunFolder) -> None:
         case RunInterruption(status=status, reason=reason):
             run.record_loss(f"its job ended as {status}: {reason}")
         case None:
-            run.record_loss("its job ended without a word: it was killed, or its machine was lost")
+            run.record_loss("its job ended without a message: it was killed, or its machine was lost")
 
 
 def _record_failure(run: RunFolder, error: InputError | JobError) -> None:
-    """Write why a run has no result, unless that is written already or the storage is what failed."""
+    """Record why a run has no result, unless it is recorded already or the storage has failed."""
     with contextlib.suppress(InputError, JobError):
         if run.read_ending() is None:
             run.write_interruption("refused" if isinstance(error, InputError) else "failed", str(error))
 
 
-def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, passed_over: list[str]) -> None:
-    """Raise InputError where a run was begun with another config, whatever is in some of its fields."""
-    same = {name: getattr(begun, name) for name in passed_over}
+def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, ignored: list[str]) -> None:
+    """Raise InputError if a run was started with another config; some fields may differ."""
+    same = {name: getattr(begun, name) for name in ignored}
     if differences := find_differences(begun, replace_values(config, **same)):
         raise InputError(
             f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); choose another "
@@ -499,7 +502,7 @@ def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, 
 
 
 def describe_steps(config: TrainConfig, manifest: Manifest, finished_epochs: int = 0) -> RunStarted:
-    """Describe how the images of a run are cut into steps."""
+    """Describe how the images of a run are divided into steps."""
     rows = manifest.splits["train"].rows
     return RunStarted(
         global_batch_size=config.global_batch_size,
@@ -546,13 +549,13 @@ def _run_workers(
 
 
 def _load_ending() -> None:
-    """Import what the end of a run needs while its workers train: a second that neither start nor end waits for."""
+    """Import what the end of a run needs while its workers train, which takes a second."""
     for name in ("trainer.notes.plots", "scipy.stats"):
         importlib.import_module(name)
 
 
 def _learn_about_batch(run: RunFolder, manifest: Manifest, history: History, noise_scale: float | None) -> list[str]:
-    """Return what a finished run says of how its batch was chosen, and forget a table that it contradicts."""
+    """Return what a finished run shows about the choice of its batch, and delete a table that it contradicts."""
     record = run.read_record()
     if record is None or record.batch is None:
         return []
@@ -565,7 +568,7 @@ def _learn_about_batch(run: RunFolder, manifest: Manifest, history: History, noi
 
 
 def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool, on_event: OnEvent) -> RunResult:
-    """Write what is drawn from a run when its workers have ended: plots, note, result."""
+    """Write the results of a run after its workers have ended: plots, note and ``result.json``."""
     # Loaded by now, in `_load_ending`.
     from trainer.notes.plots import write_batch_sizes, write_mistakes, write_plots
 
@@ -574,7 +577,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool
     best = checkpoints.find_best(run.checkpoints)
     last = checkpoints.find_last(run.checkpoints)
     if not worker_result.reason and (best is None or last is None):
-        raise JobError(f"run {run.name}: none of its checkpoints is whole any more; the same command trains it again")
+        raise JobError(f"run {run.name}: none of its checkpoints is intact any more; the same command trains it again")
     if best is None or last is None:
         run.write_interruption("diverged", worker_result.reason)
         raise JobError(

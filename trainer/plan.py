@@ -1,9 +1,9 @@
-"""What a run would take on more workers: time, efficiency, traffic and cost, predicted from a run that was measured.
+"""Predict a run on more workers from a measured run: time, efficiency, traffic and cost.
 
-The model (docs/performance.md has it written out and checked): a step is the computation of a replica's images, a share
-more for the slowest of several workers, and the part of the all-reduce that the backward pass does not hide. The
-all-reduce is a ring within a node and a ring over the nodes (Patarasuk & Yuan 2009): each sends 2 (n - 1) / n of the
-gradients.
+The model (docs/performance.md derives and checks it): the time of a step is the computation for the images of a
+replica, an additional share for the slowest of several workers, and the part of the all-reduce that the backward pass
+does not hide. The all-reduce is a ring within a node and a ring over the nodes (Patarasuk & Yuan 2009): each sends
+2 (n - 1) / n of the gradients.
 """
 
 import math
@@ -21,52 +21,52 @@ from trainer.runtime.markdown import format_count
 HIDDEN_SHARE = 0.6
 """Share of the all-reduce that the backward pass hides."""
 STRAGGLER_SHARE = 0.06
-"""Share of the computation that is added where there is more than one worker."""
+"""Share of the computation that is added if there is more than one worker."""
 _BACKWARD_SHARE = 2 / 3
 _HOP_SECONDS = 20e-6
 _GRADIENT_BYTES = 4
-# What `trainer.batch.finder` leaves as well.
+# `trainer.batch.finder` leaves as much.
 _LEAST_STEPS = BatchRequest().min_steps_per_epoch
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and what one worker was measured to take for it."""
+    """What is trained, and what it took one worker, as measured."""
 
     image_seconds: float
-    """Forward and backward of one image on one worker."""
+    """Time of the forward and backward pass of one image on one worker."""
     per_replica_batch_size: int
     parameters: int
     rows: int
-    """Images of the train split."""
+    """Number of images in the train split."""
     epochs: int
     image_bytes: int
     checkpoint_bytes: int
     worker_gib: float
     """Peak memory of a worker."""
     noise_scale: float | None = None
-    """Gradient noise scale in images; None where it is not known, and every number of workers takes the same epochs."""
+    """Gradient noise scale in images; None if unknown: then every number of workers takes the same epochs."""
     steps: int = 0
-    """Optimizer steps to the result, at ``global_batch_size``."""
+    """Number of optimizer steps to the result, at ``global_batch_size``."""
     global_batch_size: int = 0
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What it would run on."""
+    """The machines to predict for."""
 
     workers_per_node: int = 8
     link_gbit: float = 25.0
-    """Between two nodes, in Gbit/s each way."""
+    """Bandwidth between two nodes, in Gbit/s in each direction."""
     local_gbit: float = 600.0
-    """Between two workers of a node."""
+    """Bandwidth between two workers of a node, in Gbit/s in each direction."""
     node_price: float = 0.0
     """Price of one node per hour, in any currency."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One number of workers."""
+    """The prediction for one number of workers."""
 
     workers: int
     nodes: int
@@ -77,16 +77,16 @@ class Prediction:
     efficiency: float
     """Speed as a fraction of ``workers`` times the speed of one worker."""
     hours: float
-    """To the same result by the noise scale, if that is known; otherwise for the same epochs."""
+    """Time to the same result by the noise scale, if it is known; otherwise for the same epochs."""
     read_gib: float
-    """From the storage: each node reads the dataset once."""
+    """Read from the storage: each node reads the dataset once."""
     written_gib: float
-    """To the storage: one checkpoint per epoch."""
+    """Written to the storage: one checkpoint per epoch."""
     cost: float
 
 
 def read_workload(uri: str) -> Workload:
-    """Return the workload of a finished run, as it was measured.
+    """Return the workload of a finished run, as measured.
 
     Raises:
         InputError: the run is not finished.
@@ -113,7 +113,7 @@ def read_workload(uri: str) -> Workload:
 
 
 def predict(workload: Workload, machines: Machines, workers: int) -> Prediction:
-    """Return what so many workers would take."""
+    """Return the prediction for a number of workers."""
     nodes = math.ceil(workers / machines.workers_per_node)
     compute = workload.image_seconds * workload.per_replica_batch_size
     step = compute
@@ -150,7 +150,7 @@ def _count_steps(workload: Workload, batch: int, steps_per_epoch: int) -> float:
 
 
 def all_reduce_seconds(parameters: int, machines: Machines, workers: int) -> float:
-    """Return how long adding up the float32 gradients of all workers takes on its own."""
+    """Return how long it takes to add up the float32 gradients of all workers, without anything that hides it."""
     gradients = parameters * _GRADIENT_BYTES
     local = min(workers, machines.workers_per_node)
     nodes = math.ceil(workers / machines.workers_per_node)
@@ -162,27 +162,27 @@ def all_reduce_seconds(parameters: int, machines: Machines, workers: int) -> flo
 
 
 def predict_up_to(workload: Workload, machines: Machines, workers: int) -> list[Prediction]:
-    """Return the predictions for one worker, two, four, ... and the number that is asked for."""
+    """Return the predictions for 1, 2, 4, ... workers and for the requested number."""
     numbers = [2**power for power in range(workers.bit_length()) if 2**power < workers]
     return [predict(workload, machines, number) for number in (*numbers, workers)]
 
 
 def find_advice(workload: Workload, machines: Machines, predictions: list[Prediction]) -> list[str]:
-    """Return what is worth knowing about the largest number of workers: one line each."""
+    """Return advice about the largest number of workers, one line each."""
     last = predictions[-1]
     advice = []
     if last.steps_per_epoch < _LEAST_STEPS:
         fewer = workload.rows // (_LEAST_STEPS * workload.per_replica_batch_size)
         advice.append(
-            f"an epoch has {format_count(last.steps_per_epoch, 'step')} only: {format_count(max(1, fewer), 'worker')} "
-            f"would do for {format_count(workload.rows, 'image')}"
+            f"an epoch has only {format_count(last.steps_per_epoch, 'step')}: {format_count(max(1, fewer), 'worker')} "
+            f"would be enough for {format_count(workload.rows, 'image')}"
         )
     twice = replace(workload, per_replica_batch_size=2 * workload.per_replica_batch_size)
     doubled = predict(twice, machines, last.workers)
     if last.efficiency < 0.8 and doubled.efficiency > last.efficiency + 0.05:
         advice.append(
             f"the all-reduce of {workload.parameters * _GRADIENT_BYTES / 2**20:.0f} MiB takes "
-            f"{all_reduce_seconds(workload.parameters, machines, last.workers) * 1000:.0f} ms a step; twice the batch "
-            f"a worker would bring the efficiency from {last.efficiency:.0%} to {doubled.efficiency:.0%}"
+            f"{all_reduce_seconds(workload.parameters, machines, last.workers) * 1000:.0f} ms per step; twice the "
+            f"batch per worker would raise the efficiency from {last.efficiency:.0%} to {doubled.efficiency:.0%}"
         )
     return advice

@@ -109,7 +109,7 @@ def test_a_study_of_another_job_or_with_other_questions_is_refused(resources, st
     with hold_lease(folder.path("lease.json"), "study"), pytest.raises(InputError, match="is in use by process"):
         run_study(study, folder, resources, on_event=lambda event: None)
     folder.write_study(study.model_copy(update={"trials": 4}))
-    with pytest.raises(InputError, match=r"begun with another study \(seed: 0 -> 1\); .*--new-round"):
+    with pytest.raises(InputError, match=r"started with another study \(seed: 0 -> 1\); .*--new-round"):
         folder.write_study(study.model_copy(update={"seed": 1}))
     assert find_round(str(tmp_path), "rates").uri == folder.uri
     assert find_round(str(tmp_path), "rates", new=True).uri == f"{folder.uri[:-1]}2"

@@ -42,7 +42,7 @@ _OUT_OF_MEMORY = (MemoryError, WorkerDiedError)
 # What the other workers raise when one dies, by name: the driver does not import TensorFlow.
 _LOST_PEER = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")
 _MOST_TRIALS = 8
-# Where a search begins, in images: throughput stops rising at 8 to 64 on CPUs, and far beyond 128 on GPUs.
+# The first size of a search, in images: throughput stops rising at 8 to 64 on CPUs, and far beyond 128 on GPUs.
 _FIRST_ON_CPU = 32
 _FIRST_ON_GPU = 128
 # Share of its epochs that a run can be counted on to take if it ends when validation stops improving.
@@ -248,13 +248,13 @@ def table_uri(
     storage_uri: str,
     resources: Resources,
 ) -> str:
-    """Return the URI of the table for a run: it depends on all that changes a step, but not on the number of images."""
+    """Return the URI of the table for a run, made from everything that changes a step, but not the number of images."""
     values = settings.model_dump(exclude=_NOT_IN_STEP)
     key: dict[str, Any] = {
         "arch": arch,
         # The value of a float does not change the time of a step, unless it is zero and turns something off.
         **{name: bool(value) if isinstance(value, float) else value for name, value in values.items()},
-        # A search for the augmentation takes steps with all of it, too.
+        # A search for the augmentation takes steps with all of it as well.
         "augment": settings.augment != "none",
         "num_workers": num_workers,
         "image_size": manifest.image_size,
@@ -287,7 +287,7 @@ def _recall(table: BatchTable, search: Search) -> Known:
     known = Known(memory_limit_gib=table.memory_limit_gib, measured=table.measurements, failed=table.failed)
     if len(search.precisions) == 1 or len(table.measurements) > 1 or table.failed:
         return replace(known, precision=(table.precision, table.precision_reason))
-    # The run that measured was too short for other precisions; this one may not be.
+    # The run that measured was too short to measure other precisions; this one may not be.
     return settle_precision(search, known)
 
 
@@ -303,7 +303,7 @@ class _Finder:
         self.trials = 0
 
     def find(self, search: Search, cached: BatchTable | None) -> BatchTable:
-        """Measure what a search needs beyond a table, and return the table of all."""
+        """Measure what a search needs in addition to a table, and return the complete table."""
         if cached is not None:
             self.known, self.trials = _recall(cached, search), cached.trials
         most = self.trials + _MOST_TRIALS
@@ -326,11 +326,11 @@ class _Finder:
     def run_trial(self, search: Search) -> bool:
         """Measure in one group of processes, and return whether the search has ended.
 
-        What the processes sent before they ended or died is known.
+        Whatever the processes sent before they ended or died is kept.
         """
         self.trials += 1
         probe = next_probe(search, settle_precision(search, self.known))
-        # Workers may die before they say what they start with.
+        # Workers may die before they report their first size.
         started = SizeStarted(probe.precisions[0], probe.size) if probe else None
 
         def collect(event: Event) -> None:

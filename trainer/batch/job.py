@@ -15,9 +15,9 @@ class TrialJob:
     """The config of the run; its batch and its precision are replaced by those of the trial."""
     manifest: Manifest
     search: Search
-    """What is looked for."""
+    """The search that the trial is part of."""
     known: Known
-    """What was measured before."""
+    """The measurements of earlier trials."""
     memory_limit_gib: float | None
     """Memory of one worker in GiB; None for its share of the machine."""
 

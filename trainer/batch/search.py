@@ -1,6 +1,6 @@
-"""What a search for the batch measures next: the same decision in the driver and on every worker.
+"""Decide what a search for the batch measures next: the same decision in the driver and on every worker.
 
-Nothing here depends on the clock or the machine: a decision follows from what was asked and what was measured.
+Nothing here depends on the clock or the machine: a decision follows from the request and the measurements.
 """
 
 import math
@@ -20,11 +20,11 @@ from trainer.runtime.events import LossesMeasured, SizeMeasured
 
 # Share of a run that the search for its batch may take.
 BUDGET_SHARE = 0.1
-# A larger batch must be so much faster for `knee` to look further.
+# A larger batch must be faster by this factor for `knee` to go on.
 _RISING = 1.05
-# Where memory holds more than the last power of two that was measured, by this factor at least, the rest is looked for.
+# If memory holds more than the last measured power of two, by this factor or more, the search fills it.
 _WORTH_FILLING = 1.2
-# A size that would take longer than this for a step is not measured: no budget has room for it.
+# A size whose step would take longer than this is not measured: no budget has room for it.
 _LONGEST_STEP_SECONDS = 20.0
 
 Goal = Literal["auto", "max", "knee", "given", "every"]
@@ -32,39 +32,39 @@ Goal = Literal["auto", "max", "knee", "given", "every"]
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked for. Sizes are images per replica."""
+    """The goal and the limits of a search. Sizes are images per replica."""
 
     goal: Goal
     """``auto``: the shortest way to a result; ``max``: what memory holds; ``knee``: the smallest size that is about as
-    fast as the fastest; ``given``: the precision only; ``every``: the whole table."""
+    fast as the fastest; ``given``: the precision only; ``every``: the complete table."""
     precisions: tuple[str, ...]
-    """Those to choose from, float32 first."""
+    """The precisions to choose from, float32 first."""
     start: int
     """The first size."""
     most: int
-    """The largest size that is of use."""
+    """The largest useful size."""
     noise_scale: float
-    """In images."""
+    """Gradient noise scale in images."""
     images: int
-    """What the run that is served trains on in all, every epoch counted."""
+    """Number of images that the run trains on, over all epochs."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What was measured so far."""
+    """The measurements so far."""
 
     memory_limit_gib: float = math.inf
     measured: Mapping[str, tuple[SizeMeasured, ...]] = field(default_factory=dict)
-    """By precision, then by size."""
+    """Measured sizes by precision, in ascending order."""
     failed: Mapping[str, int] = field(default_factory=dict)
-    """By precision, the smallest size that ran out of memory."""
+    """The smallest size that ran out of memory, by precision."""
     losses: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """By precision, of the first steps."""
+    """Losses of the first steps, by precision."""
     precision: tuple[str, str] | None = None
-    """The chosen one, and why."""
+    """The chosen precision, and the reason; None before the choice."""
 
     def add(self, event: SizeMeasured | LossesMeasured) -> "Known":
-        """Return what is known with one more measurement."""
+        """Return the measurements with one more."""
         if isinstance(event, LossesMeasured):
             return replace(self, losses={**self.losses, event.precision: event.losses})
         rows = {one.size: one for one in (*self.rows(event.precision), event)}
@@ -72,16 +72,16 @@ class Known:
         return replace(self, measured={**self.measured, event.precision: of_precision})
 
     def add_failure(self, precision: str, size: int) -> "Known":
-        """Return what is known once a size has run out of memory."""
+        """Return the measurements after a size has run out of memory."""
         size = min(size, self.failed.get(precision, size))
         return replace(self, failed={**self.failed, precision: size})
 
     def limit(self, memory_limit_gib: float) -> "Known":
-        """Return what is known with a memory limit that may be lower."""
+        """Return the measurements with a memory limit that may be lower."""
         return replace(self, memory_limit_gib=min(self.memory_limit_gib, memory_limit_gib))
 
     def rows(self, precision: str) -> tuple[SizeMeasured, ...]:
-        """Return the sizes of a precision, ascending."""
+        """Return the measured sizes of a precision in ascending order."""
         return self.measured.get(precision, ())
 
     def has(self, precision: str, size: int) -> bool:
@@ -90,13 +90,13 @@ class Known:
 
     @property
     def seconds(self) -> float:
-        """What all measurements took."""
+        """Total duration of all measurements."""
         return sum(one.seconds for rows in self.measured.values() for one in rows)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One size to measure, in one precision or in several by turns."""
+    """One size to measure, in one precision or alternately in several."""
 
     size: int
     precisions: tuple[str, ...]
@@ -105,7 +105,7 @@ class Probe:
 
 
 def next_probe(search: Search, known: Known) -> Probe | None:
-    """Return what to measure next, or None where the search has ended; `settle_precision` comes first."""
+    """Return what to measure next, or None if the search has ended; call `settle_precision` first."""
     if known.precision is None:
         return _next_comparison(search, known)
     precision = known.precision[0]
@@ -124,7 +124,7 @@ def next_probe(search: Search, known: Known) -> Probe | None:
 
 
 def settle_precision(search: Search, known: Known) -> Known:
-    """Return what is known with the precision chosen, if it can be by now."""
+    """Return the measurements with the precision chosen, if it can be chosen by now."""
     if known.precision is not None:
         return known
     if len(search.precisions) == 1:
@@ -142,7 +142,7 @@ def settle_precision(search: Search, known: Known) -> Known:
 
 
 def _next_comparison(search: Search, known: Known) -> Probe | None:
-    """Return what is lacking to choose a precision: each at two sizes, by turns, unless it is emulated or too large."""
+    """Return what to measure before a precision can be chosen: each alternately at two sizes, unless it is excluded."""
     exact, *others = search.precisions
     first = _first_size(search, known)
     if first is None:
@@ -154,7 +154,7 @@ def _next_comparison(search: Search, known: Known) -> Probe | None:
         able = [name for name in (exact, *others) if not _is_out(known, name, exact)]
         if able in ([], [exact]) or all(known.has(name, size) for name in able):
             continue
-        # By turns with the others, so what was measured at another time is measured again.
+        # Alternately with the others, so what was measured at another time is measured again.
         probe = Probe(size, tuple(name for name in able if size < known.failed.get(name, math.inf)))
         # At both sizes or not at all: one size does not decide.
         return probe if size != first or _is_affordable(search, known, probe, times=len(sizes)) else None
@@ -162,7 +162,7 @@ def _next_comparison(search: Search, known: Known) -> Probe | None:
 
 
 def _first_size(search: Search, known: Known) -> int | None:
-    """Return the first size: a quarter of one that died there, or None where not even one image fits."""
+    """Return the first size: a quarter of one that ran out of memory, or None if not even one image fits."""
     first = search.start
     died = max((known.failed.get(name, math.inf) for name in search.precisions), default=math.inf)
     while first >= died:
@@ -179,7 +179,7 @@ def _compared_sizes(search: Search, first: int) -> tuple[int, ...]:
 
 
 def _is_out(known: Known, precision: str, exact: str) -> bool:
-    """Return whether a precision need not be looked at further: emulated, or too large for the memory."""
+    """Return whether a precision is excluded: it is emulated, or too large for the memory."""
     rows = known.rows(precision)
     if not rows:
         return precision in known.failed
@@ -187,7 +187,7 @@ def _is_out(known: Known, precision: str, exact: str) -> bool:
 
 
 def _is_affordable(search: Search, known: Known, probe: Probe, times: int = 1) -> bool:
-    """Return whether the budget, a share of the run that is served, has room for so many probes like one."""
+    """Return whether the budget, a share of the run, has room for a number of probes like this one."""
     if search.goal == "every":
         return True
     rows = [one for rows in known.measured.values() for one in rows]
@@ -200,7 +200,7 @@ def _is_affordable(search: Search, known: Known, probe: Probe, times: int = 1) -
 
 
 def _climb(search: Search, known: Known, precision: str) -> Probe | None:
-    """Double the size while that shortens the way to a result; halve it where the first doubling does not."""
+    """Double the size while that shortens the time to a result; halve it if the first doubling does not."""
     first = _first_size(search, known)
     if first is None:
         return None
@@ -238,7 +238,7 @@ def _step_up(search: Search, known: Known, precision: str, best: SizeMeasured) -
 
 
 def _climb_while_rising(search: Search, known: Known, precision: str) -> Probe | None:
-    """Double the size until two in a row are no faster than one before; then halve while that is no slower."""
+    """Double the size until two in a row are no faster than an earlier one; then halve while that is no slower."""
     rows = known.rows(precision)
     if not rows:
         first = _first_size(search, known)
@@ -257,10 +257,10 @@ def _climb_while_rising(search: Search, known: Known, precision: str) -> Probe |
 
 
 def _fill_memory(search: Search, known: Known, precision: str) -> Probe | None:
-    """Look for the largest size that fits: the largest that is of use, if two sizes promise that it fits."""
+    """Find the largest size that fits, starting with the largest useful one if two sizes predict that it fits."""
     limit, failed, rows = known.memory_limit_gib, known.failed.get(precision), known.rows(precision)
     largest = [one for one in rows if one.size == search.most]
-    # What was measured beside another network is more than what the size itself needs.
+    # A measurement next to another network is more than the size itself needs.
     if largest and largest[0].peak_memory_gib <= usable_gib(rows, failed, limit):
         return None
     promised = predict_gib(rows, search.most)
@@ -277,7 +277,7 @@ def _fill_memory(search: Search, known: Known, precision: str) -> Probe | None:
 
 
 def _complete(search: Search, known: Known, precision: str) -> Probe | None:
-    """Measure all powers of two in each precision that is of use, then what memory holds in the chosen one."""
+    """Measure all powers of two in each useful precision, then the largest that fits in the chosen one."""
     for name in search.precisions:
         if name != precision and _is_out(known, name, search.precisions[0]):
             continue

@@ -36,14 +36,14 @@ from trainer.training.step import STEP_LOSS, compile_gather, compile_train_step
 
 # Number of first steps whose losses show whether a precision trains like another.
 _LOSS_STEPS = 8
-# A precision whose step takes so many times that of another one is emulated, and not measured further.
+# A precision whose step takes this many times as long as that of another is emulated, and not measured further.
 _HOPELESS = 3
-# Each size is timed so often, precisions by turns, and together for a second or more.
+# How often each size is timed, alternating between precisions; all rounds together take a second or more.
 _ROUNDS = 3
 _ROUND_SECONDS = 0.35
-# Activations, their gradients and what the operations need besides, in multiples of the layers' outputs.
+# Activations, their gradients and what the operations need in addition, in multiples of the layers' outputs.
 _ACTIVATION_COPIES = 3
-# The first size takes at most this share of the memory limit, as far as the layers' outputs tell.
+# The first size takes at most this share of the memory limit, estimated from the layers' outputs.
 _FIRST_SHARE = 0.5
 _GIB = 2**30
 
@@ -85,7 +85,7 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> TrialResult:
 
 
 def _start_smaller(search: Search, image_gib: float, limit_gib: float) -> Search:
-    """Return the search with a first size that can be expected to fit; the size of a search for a given one stays."""
+    """Return the search with a first size that is expected to fit; a given size does not change."""
     size = search.start
     while search.goal != "given" and size > 1 and size * image_gib > _FIRST_SHARE * limit_gib:
         size //= 2
@@ -99,7 +99,7 @@ class _Workbench:
     network: Network
     gather: Callable[[Any], Any]
     steps: dict[int, Callable[[Any, Any], Any]]
-    """Compiled, by per-replica size."""
+    """Compiled steps by per-replica size."""
 
 
 class _Bench:
@@ -114,19 +114,19 @@ class _Bench:
 
     @property
     def is_built(self) -> bool:
-        """Whether there has been a network already."""
+        """Whether a network has been built before."""
         return bool(self._was_built)
 
     @property
     def image_gib(self) -> float:
-        """About what training takes for each image of a batch."""
+        """Estimated memory of training for each image of a batch."""
         model = next(iter(self._networks.values())).network.model
         outputs = [getattr(layer, "output", None) for layer in model.layers]
         values = sum(math.prod(one.shape[1:]) for one in outputs if one is not None and hasattr(one, "shape"))
         return float(values) * 4 * _ACTIVATION_COPIES / _GIB
 
     def can_measure(self, probe: Probe) -> bool:
-        """Return whether these processes can measure a size as exactly as is asked."""
+        """Return whether these processes can measure a size as exactly as requested."""
         return not probe.alone or self._is_alone(probe)
 
     def _is_alone(self, probe: Probe) -> bool:
@@ -136,7 +136,7 @@ class _Bench:
         return has_gpu() or (self._was_built <= set(probe.precisions) and probe.size > self._largest)
 
     def close(self) -> None:
-        """Give the memory back, since the process may go on to train."""
+        """Release the memory, since the process may go on to train."""
         self._networks.clear()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -184,8 +184,8 @@ class _Bench:
         Args:
             precision: the precision.
             size: images per replica.
-            row: seconds per step, their spread, the same for a batch that is there already, GiB at the peak, and the
-                seconds that the measurement took.
+            row: seconds per step, their spread, seconds per step without input, peak memory in GiB, and the seconds
+                that the measurement took.
             alone: whether nothing else was in the process.
         """
         gathered = self._networks[precision].gather([row]).max(axis=0)
@@ -203,7 +203,7 @@ class _Bench:
         )
 
     def build(self, precision: str) -> _Workbench:
-        """Build the network of a precision, unless it is there."""
+        """Return the network of a precision; build it if necessary."""
         if precision not in self._networks:
             self._was_built.add(precision)
             # The full learning rate from the first step on, so that the losses change.
@@ -215,7 +215,7 @@ class _Bench:
     def _first_losses(self, precision: str, size: int, longest: float) -> tuple[tuple[float, ...], float]:
         """Return the losses of the first steps from the seeded weights, and the seconds of the second one.
 
-        Where that takes longer than ``longest``, there are no more: the precision is not worth its losses.
+        If that takes longer than ``longest``, no more steps are taken: the precision is too slow to be chosen.
         """
         step, losses, seconds = self._compile(precision, size), list[float](), 0.0
         for number in range(_LOSS_STEPS):
@@ -229,7 +229,7 @@ class _Bench:
         return tuple(losses), seconds
 
     def _warm_up(self, precision: str, size: int) -> tuple[float, float]:
-        """Return the seconds of a step whose batch is there already, and the peak memory in GiB."""
+        """Return the seconds of a step without input, and the peak memory in GiB."""
         step, batch = self._compile(precision, size), self._batch(size, 0)
         reset_peak_memory()
         held = self._checkpoint_copy(precision)
@@ -269,7 +269,7 @@ class _Bench:
         )
 
     def _checkpoint_copy(self, precision: str) -> list[Any]:
-        """Return copies as large as those held while a checkpoint is written: on a CPU they take the same memory."""
+        """Return copies as large as those made while a checkpoint is written: on a CPU they take the same memory."""
         if has_gpu():
             return []
         network = self._networks[precision].network
@@ -278,12 +278,12 @@ class _Bench:
 
 
 def _count(seconds: float) -> int:
-    """Return how many steps fill a round."""
+    """Return the number of steps of a round."""
     return math.ceil(_ROUND_SECONDS / seconds)
 
 
 def _seconds(step: Callable[[Any, Any], Any], batch: tuple[Any, Any], count: int) -> float:
-    """Return the seconds of a step, over some that follow each other without waiting for the device."""
+    """Return the mean seconds of some steps that follow each other without waiting for the device."""
     started = time.perf_counter()
     for _ in range(count):
         stats = step(*batch)

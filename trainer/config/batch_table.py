@@ -1,4 +1,4 @@
-"""What trials of batch sizes measured, which size to try next, and which batch follows from it."""
+"""The measurements of batch sizes, which size to try next, and which batch follows from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ from trainer.runtime.record_format import Record
 SAFETY_MARGIN = 0.1
 # Throughput this close to the best is as good (the knee), and a precision must gain more to replace float32.
 _THROUGHPUT_TOLERANCE = 0.05
-# The largest size that fits is known when the next one to try is not larger by more.
+# The largest size that fits is known when the next one to try is not larger by more than this.
 _SIZE_TOLERANCE = 0.03
 # The line through two sizes may be this far from what a third one needs.
 _PREDICTION_ERROR = 0.05
-# A size that survived and one that died are close together when the second is not larger by more.
+# A size that fit and one that ran out of memory are close together if the second is not larger by more than this.
 _CLOSE = 1.25
 # A doubled batch that gains less than this is where a bottleneck begins (tuning playbook: about double).
 _DOUBLING_GAIN = 1.8
-# So much slower than float32 is a precision that the device has no units for; one that it has may lose a little at
-# small sizes.
+# A precision that is slower than float32 by this factor has no units on the device; one that has may be a little
+# slower at small sizes.
 _FAR_SLOWER = 1.5
 # First losses of a precision may be this much worse than those of float32.
 _LOSS_TOLERANCE = 0.1
@@ -36,12 +36,12 @@ _LOSS_TOLERANCE = 0.1
 _CONTRADICTION = 1.3
 # A noise scale that differs from the assumed one by this factor is worth a line.
 _NOISE_SURPRISE = 2.0
-# Gradient noise scale in images where no run has measured it.
+# Gradient noise scale in images if no run has measured it.
 ASSUMED_NOISE_SCALE = 100.0
 
 
 def result_seconds(row: SizeMeasured, noise_scale: float) -> float:
-    """Return the time to a result with one size, relative to that with others.
+    """Return the time to a result with one size, comparable between sizes.
 
     A batch of B images takes steps in proportion to 1 + noise scale / B to reach a result (McCandlish et al. 2018).
     """
@@ -56,23 +56,23 @@ class BatchTable(Record):
 
     num_replicas: int
     memory_limit_gib: float
-    """Memory limit of the worker that may use least, in GiB."""
+    """Memory limit of the worker that may use the least, in GiB."""
     node_memory_gib: float
-    """Memory of the node that has least, in GiB, as Ray reported it when this was measured."""
+    """Memory of the node that has the least, in GiB, as Ray reported it at the time of measuring."""
     precision: str
-    """The one to train in."""
+    """The chosen precision."""
     precision_reason: str
     measurements: dict[str, tuple[SizeMeasured, ...]]
-    """By precision, then by size."""
+    """Measured sizes by precision, in ascending order."""
     failed: dict[str, int]
-    """By precision, the smallest per-replica size that ran out of memory."""
+    """The smallest per-replica size that ran out of memory, by precision."""
     trials: int
-    """Groups of processes that were started for it."""
+    """Number of groups of processes that were started."""
     measured: datetime
 
     @property
     def target_gib(self) -> float:
-        """What a size may use at most."""
+        """The most memory that a size may use, in GiB."""
         return usable_gib(self.rows, self.failed.get(self.precision), self.memory_limit_gib)
 
     @property
@@ -87,7 +87,7 @@ class BatchTable(Record):
 
     @property
     def knee(self) -> SizeMeasured:
-        """The smallest size that is about as fast as the fastest: a larger one buys nothing."""
+        """The smallest size that is about as fast as the fastest: a larger one gains nothing."""
         best = max(one.images_per_second for one in self.fitting)
         return next(one for one in self.fitting if one.images_per_second >= best * (1 - _THROUGHPUT_TOLERANCE))
 
@@ -101,7 +101,7 @@ class BatchTable(Record):
 
     @property
     def largest_per_replica(self) -> int | None:
-        """The largest size that is known or predicted to fit; None where one size was measured and more would fit."""
+        """The largest size that is known or predicted to fit; None if one size was measured and more would fit."""
         last = self.fitting[-1]
         more_gib = predict_gib(self.rows, last.size + 1)
         if self.fills_memory or more_gib is None:
@@ -114,7 +114,7 @@ class BatchTable(Record):
         return self.knee != self.fitting[-1]
 
     def verdict(self, row: SizeMeasured) -> str:
-        """Return what is to be said of one size."""
+        """Return the verdict on one size."""
         if row.peak_memory_gib > self.target_gib:
             return "over the margin"
         return "fits, knee" if row == self.knee and self.saturates else "fits"
@@ -132,27 +132,27 @@ class BatchChoice(BaseModel):
     """What set the batch; ``time``: a larger or a smaller one would take longer to the same result."""
     explanation: str
     table: BatchTable | None = None
-    """None where nothing had to be measured."""
+    """None if nothing had to be measured."""
     table_name: str = ""
-    """The file of the table in the storage."""
+    """Name of the file of the table in the storage."""
     noise_scale: float | None = None
-    """The gradient noise scale in images that the choice assumed; None where it needed none."""
+    """The gradient noise scale in images that the choice assumed; None if it needed none."""
 
     @property
     def largest_per_replica(self) -> int | None:
-        """The largest size that a worker's memory holds; None where that was not measured."""
+        """The largest size that fits in a worker's memory; None if that was not measured."""
         return self.table.largest_per_replica if self.table else None
 
 
 def given_batch(request: BatchRequest, global_batch_size: int, precision: str) -> BatchChoice:
-    """Make the choice of a batch and a precision for which nothing is measured."""
+    """Return the choice of a given batch and precision, for which nothing is measured."""
     return BatchChoice(
         request=request, global_batch_size=global_batch_size, precision=precision, limit="given", explanation=""
     )
 
 
 def round_size(size: int) -> int:
-    """Return a per-replica size rounded down to a multiple of up to 8 that a device likes, never by more than 5%."""
+    """Return a per-replica size rounded down to a multiple of up to 8, by at most 5%: devices are faster at these."""
     multiple = 1
     while multiple < 8 and size >= 40 * multiple:
         multiple *= 2
@@ -160,12 +160,12 @@ def round_size(size: int) -> int:
 
 
 def largest_for_rows(rows: int, num_replicas: int, min_steps_per_epoch: int) -> int:
-    """Return the largest per-replica size that leaves an epoch its steps; at least 1."""
+    """Return the largest per-replica size with which an epoch has its minimum of steps; at least 1."""
     return max(1, round_size(rows // min_steps_per_epoch // num_replicas))
 
 
 def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
-    """Return the memory of a size by the line through the two largest that were measured; None where there is none."""
+    """Return the memory of a size by the line through the two largest measured ones; None if there is none."""
     if len(measured) < 2:
         return None
     before, last = measured[-2:]
@@ -174,13 +174,13 @@ def predict_gib(measured: Sequence[SizeMeasured], size: int) -> float | None:
 
 
 def usable_gib(measured: Sequence[SizeMeasured], failed: int | None, limit_gib: float) -> float:
-    """Return what a size may use at most: the safety margin stays free of the limit.
+    """Return the most memory that a size may use: the limit without the safety margin.
 
     Args:
-        measured: so far, by size.
-        failed: the smallest size that ran out of memory; None where none did.
-        limit_gib: what a worker is said to have. Where a size died that should have fitted into it, the kernel kills
-            earlier, and only what the largest survivor used is known to be there.
+        measured: measurements so far, by size.
+        failed: the smallest size that ran out of memory; None if none did.
+        limit_gib: memory limit of a worker. If a size ran out of memory that should have fit, the kernel kills
+            earlier, and only what the largest size that fit has used is certain.
     """
     survivors = [one for one in measured if failed is None or one.size < failed]
     if _died_early(survivors, failed, limit_gib):
@@ -194,19 +194,19 @@ def _died_early(survivors: Sequence[SizeMeasured], failed: int | None, limit_gib
 
 
 def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, limit_gib: float) -> int | None:
-    """Return the per-replica size to try next, or None where the largest that fits is known.
+    """Return the per-replica size to try next, or None if the largest that fits is known.
 
-    Memory is taken to grow by the same amount with every image, which two sizes tell; the answer is tried in its turn.
+    Memory is assumed to grow by the same amount with every image, found from two sizes; the next trial checks this.
 
     Args:
-        measured: so far, by size.
-        failed: the smallest size that ran out of memory; None where none did.
-        most: the largest size that is of use.
-        limit_gib: what a worker is said to have.
+        measured: measurements so far, by size.
+        failed: the smallest size that ran out of memory; None if none did.
+        most: the largest useful size.
+        limit_gib: memory limit of a worker.
     """
     survivors = [one for one in measured if failed is None or one.size < failed]
     if failed and _died_early(survivors, failed, limit_gib):
-        # The limit is not known: it is looked for until it lies between two sizes that are close together.
+        # The limit is unknown: search until it lies between two sizes that are close together.
         between = round(math.sqrt(survivors[-1].size * failed))
         if failed > survivors[-1].size * _CLOSE and survivors[-1].size < between < failed:
             return between
@@ -230,11 +230,11 @@ def next_size(measured: Sequence[SizeMeasured], failed: int | None, most: int, l
 
 
 def is_far_slower(row: SizeMeasured, reference: Sequence[SizeMeasured]) -> bool:
-    """Return whether one size says that its precision is emulated, so that larger ones need not be measured.
+    """Return whether one size shows that its precision is emulated, so that larger ones need not be measured.
 
     Args:
-        row: the size.
-        reference: what float32 measured.
+        row: the measurement of the size.
+        reference: the measurements in float32.
     """
     return any(
         one.size == row.size and one.images_per_second > _FAR_SLOWER * row.images_per_second for one in reference
@@ -247,9 +247,9 @@ def choose_precision(
     """Return the precision to train in, and why: the fastest whose first losses are not worse than those of float32.
 
     Args:
-        measurements: by precision, the most exact one first (float32, if it fits); each has at least one. Another
+        measurements: at least one for each precision, the most exact precision first (float32, if it fits). Another
             precision must be faster at every size that was measured in both.
-        losses: of the same first steps, by precision.
+        losses: losses of the same first steps, by precision.
     """
     exact, *others = measurements
     if not others:
@@ -284,15 +284,15 @@ def decide(
     """Return the batch that a table gives for a request.
 
     Args:
-        request: its batch is auto, max or knee.
-        table: with at least one fitting size.
-        rows: of the train split.
+        request: a request for auto, max or knee.
+        table: a table with at least one size that fits.
+        rows: number of rows of the train split.
         noise_scale: gradient noise scale in images.
     """
     replicas = table.num_replicas
     most = largest_for_rows(rows, replicas, request.min_steps_per_epoch)
     allowed = [one for one in table.fitting if one.size <= most] or table.fitting[:1]
-    # The largest size is known to fit where a larger one does, measured or not.
+    # The largest size is known to fit if a larger one does, measured or not.
     largest, bound = (most, "rows") if most <= table.fitting[-1].size else (table.fitting[-1].size, "memory")
     chosen, size = allowed[-1], largest
     if request.global_batch_size == "auto":
@@ -320,12 +320,12 @@ def _describe_limit(limit: str, request: BatchRequest, table: BatchTable, rows: 
     match limit:
         case "rows":
             least = format_count(request.min_steps_per_epoch, "step")
-            return f"set by the rows: {format_count(rows, 'image')} in at least {least} an epoch"
+            return f"set by the rows: {format_count(rows, 'image')} in at least {least} per epoch"
         case "memory":
             largest = table.fitting[-1]
             return (
-                f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB a worker"
-                + (f", {format_count(failed, 'image')} ran out of it" if failed else "")
+                f"set by memory: {largest.peak_memory_gib:.2f} of {table.memory_limit_gib:.2f} GiB per worker"
+                + (f", {format_count(failed, 'image')} ran out of memory" if failed else "")
                 + f"; {SAFETY_MARGIN:.0%} stay free"
             )
     return "set by the time to a result" if limit == "time" else "set by throughput"
@@ -342,8 +342,8 @@ def describe_time(choice: BatchChoice, steps: int, *, may_end_early: bool = Fals
     """Describe how long a run takes with the batch that ``auto`` chose, with half of it and with double.
 
     Args:
-        choice: a choice that was measured.
-        steps: optimizer steps of the run.
+        choice: a measured choice.
+        steps: number of optimizer steps of the run.
         may_end_early: whether the run may take fewer steps.
     """
     table, noise_scale = choice.table, choice.noise_scale
@@ -366,11 +366,11 @@ def describe_time(choice: BatchChoice, steps: int, *, may_end_early: bool = Fals
 
 
 def find_contradiction(choice: BatchChoice, history: Sequence[Mapping[str, Any]]) -> str:
-    """Return what is to be said where training was far faster or slower than its size was measured; empty if not.
+    """Return a finding if training was far faster or slower than the measurement of its size; empty if not.
 
     Args:
         choice: the choice of the run.
-        history: one row of metrics per epoch. The first one, which compiles, does not count.
+        history: one row of metrics per epoch. The first epoch does not count, because it compiles.
     """
     table = choice.table
     rates = [row["images_per_second"] for row in history[1:] if row["global_batch_size"] == choice.global_batch_size]
@@ -383,18 +383,18 @@ def find_contradiction(choice: BatchChoice, history: Sequence[Mapping[str, Any]]
     if max(trained / expected, expected / trained) < _CONTRADICTION:
         return ""
     return (
-        f"batch table: training took {trained:.0f} images/s where {expected:.0f} were measured at a batch of "
+        f"batch table: training ran at {trained:.0f} images/s, measured were {expected:.0f} at a batch of "
         f"{choice.global_batch_size}; the next run measures again"
     )
 
 
 def find_noise_surprise(choice: BatchChoice, noise_scale: float | None, rows: int) -> str:
-    """Return what is to be said where the noise scale is far from what the choice of ``auto`` assumed; empty if not.
+    """Return a finding if the noise scale is far from what the choice of ``auto`` assumed; empty if not.
 
     Args:
         choice: the choice of the run.
-        noise_scale: that the run measured, in images; None if it did not.
-        rows: of the train split.
+        noise_scale: noise scale that the run measured, in images; None if it did not.
+        rows: number of rows of the train split.
     """
     assumed, table = choice.noise_scale, choice.table
     if assumed is None or table is None or noise_scale is None:
@@ -413,8 +413,8 @@ def find_bottlenecks(table: BatchTable, alone: SizeMeasured | None) -> list[str]
     """Return what keeps throughput from doubling with the batch, one line each (tuning playbook, B5).
 
     Args:
-        table: of all workers.
-        alone: one worker by itself at the size of the knee; None where there is only one.
+        table: the table of all workers.
+        alone: the measurement of one worker alone at the size of the knee; None if there is only one worker.
     """
     lines: list[str] = []
     pairs = [(one, two) for one in table.fitting for two in table.fitting if two.size == 2 * one.size]
@@ -424,7 +424,8 @@ def find_bottlenecks(table: BatchTable, alone: SizeMeasured | None) -> list[str]
     one, two = weak[0]
     gain = two.images_per_second / one.images_per_second
     lines.append(
-        f"from {one.size} to {format_count(two.size, 'image')} a replica throughput grows {gain:.2f} times, not about 2"
+        f"from {one.size} to {format_count(two.size, 'image')} per replica throughput grows {gain:.2f} times, not "
+        "about 2"
     )
     knee = table.knee
     input_share = 1 - knee.synthetic_seconds_per_step / knee.seconds_per_step

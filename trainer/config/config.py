@@ -1,4 +1,4 @@
-"""The whole config of a run: typed, frozen, and enough to run it again."""
+"""The complete config of a run: typed, frozen, and sufficient to run it again."""
 
 import math
 import re
@@ -123,7 +123,7 @@ class Settings(BaseModel):
     @field_validator("optimizer_arguments", mode="before")
     @classmethod
     def _complete_optimizer_arguments(cls, value: Any, info: ValidationInfo) -> Any:
-        # An optimizer that is not allowed is refused for itself.
+        # An optimizer that is not allowed is refused by its own field.
         optimizer = info.data.get("optimizer")
         return complete_arguments(optimizer, value) if optimizer and isinstance(value, Mapping) else value
 
@@ -144,13 +144,12 @@ class TrainConfig(Settings):
     global_batch_size: int = Field(ge=1)
     """Images per optimizer step over all workers."""
     epochs: int = Field(10, ge=1)
-    """Passes over the train split; by default those of the recipe, or more where a small split would get too few
-    steps."""
+    """Passes over the train split; by default those of the recipe, or more if a small split would get too few steps."""
     patience: int = Field(0, ge=0)
-    """Epochs without an improvement in validation after which training ends: with --schedule plateau the rate then
+    """Epochs without an improvement in validation after which training ends; with --schedule plateau the learning rate
     falls to zero first. 0 trains all epochs."""
     known_augmentation: str = ""
-    """With augment=auto: what an earlier run on this dataset chose; empty to try the candidates."""
+    """With augment=auto: the choice of an earlier run on this dataset; empty to try the candidates."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Precision of the layers; variables, logits and losses are always float32."""
 
@@ -178,7 +177,7 @@ class TrainConfig(Settings):
 
 
 def check_shares(global_batch_size: int, num_workers: int) -> None:
-    """Raise InputError where the workers cannot share the global batch evenly; names batches that they can."""
+    """Raise InputError if the workers cannot share the global batch evenly; the message names batches that they can."""
     if global_batch_size % num_workers:
         below = global_batch_size // num_workers * num_workers
         raise InputError(
@@ -188,14 +187,14 @@ def check_shares(global_batch_size: int, num_workers: int) -> None:
 
 
 def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int | None) -> TrainConfig:
-    """Return the config for another number of workers: the same global batch if they can share it, else less.
+    """Return the config for another number of workers: the same global batch if they can share it, else a smaller one.
 
     Steps and learning rate follow from the batch, as always.
 
     Args:
-        config: of the run.
-        num_workers: that there are now.
-        largest_per_replica: what a worker's memory holds, where that is known.
+        config: config of the run.
+        num_workers: the current number of workers.
+        largest_per_replica: largest batch that fits in a worker's memory; None if unknown.
     """
     per_replica = min(config.global_batch_size // num_workers, largest_per_replica or config.global_batch_size)
     shares_evenly = per_replica * num_workers == config.global_batch_size
@@ -206,12 +205,12 @@ def resize_batch(config: TrainConfig, num_workers: int, largest_per_replica: int
 
 
 def replace_values(config: TrainConfig, **values: Any) -> TrainConfig:
-    """Make the config with other values in some fields, and check it as any other."""
+    """Return the config with other values in some fields, after the same checks as for any other."""
     return validate(TrainConfig, config.model_dump() | values)
 
 
 def validate(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """Make a model of values that a person gave.
+    """Make a model from values that a user gave.
 
     Raises:
         InputError: a value is not allowed; names the option.

@@ -26,7 +26,7 @@ _ARGUMENTS: Mapping[str, type[BaseModel]] = {
     "adamw": _AdamArguments,
     "nadam": _AdamArguments,
 }
-# Fields of earlier configs that nothing follows from any more.
+# Fields of earlier configs that no longer have an effect.
 _NO_OPTIONS_NOW = {"tuned_batch_size"}
 _NAMES = {name for model in _ARGUMENTS.values() for name in model.model_fields}
 
@@ -49,7 +49,7 @@ def complete_arguments(optimizer: str, given: Mapping[str, Any]) -> dict[str, bo
 
 
 def drop_foreign_arguments(optimizer: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments without those that only other optimizers have; names that none has are kept, to be refused."""
+    """Return the arguments without those of other optimizers; unknown names are kept, so that they are refused."""
     own = _ARGUMENTS[optimizer].model_fields if optimizer in _ARGUMENTS else _NAMES
     return {name: value for name, value in arguments.items() if name in own or name not in _NAMES}
 
@@ -61,6 +61,6 @@ def find_former_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in a config of any format by their present names."""
+    """Return the options in a config of any format by their current names."""
     kept = {name: value for name, value in config.items() if name not in _NAMES | _NO_OPTIONS_NOW}
     return {"optimizer_arguments": find_former_arguments(config), **kept}

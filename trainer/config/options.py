@@ -46,7 +46,7 @@ class GroupedCommand(JobCommand):
     """A command whose help shows its options in groups, without boxes."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a section for each group, that of the job's own options last."""
+        """Write a section for each group, the job's own options last."""
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in (*_GROUPS, _OTHERS)}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -59,9 +59,9 @@ class GroupedCommand(JobCommand):
 
 
 def add_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command with ``**options`` the options of a run; `parse_command` makes a request of them.
+    """Add the options of a run to a typer command with ``**options``; `parse_command` makes a request from them.
 
-    What is not given is None. The text under a field is its help. Options that the command names itself are left to it.
+    An option that is not given is None. The text under a field is its help. Parameters of the command are not replaced.
     """
     signature = inspect.signature(command)
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -88,7 +88,7 @@ def add_run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_command(options: Mapping[str, Any]) -> RunRequest:
-    """Make the request that the options of `add_run_options` describe; those of a config file come after them.
+    """Make a request from the options of `add_run_options`, which take precedence over those of a config file.
 
     Raises:
         InputError: the file cannot be read, a name is unknown, or a value is not allowed.
@@ -112,7 +112,7 @@ def _describe_default(name: str) -> str:
 
 
 def _option_names(field: str) -> tuple[str, ...]:
-    """Return the option of a field where it is not its name: the help says the unit."""
+    """Return the option of a field if it differs from its name: the help says the unit."""
     return (_flag(field.removesuffix("_gib")),) if field.endswith("_gib") else ()
 
 
@@ -121,11 +121,11 @@ def _flag(name: str) -> str:
 
 
 def parse_assignment(text: str, flag: str = "arch_argument") -> tuple[str, Any]:
-    """Return the name and the value of ``NAME=VALUE``: JSON where it is JSON, else text.
+    """Return the name and the value of ``NAME=VALUE``; the value is parsed as JSON if it is valid JSON, else text.
 
     Args:
-        text: what was given.
-        flag: the name of the option, for the message.
+        text: the argument as given.
+        flag: name of the option, for the message.
 
     Raises:
         InputError: there is no ``=``.

@@ -1,4 +1,4 @@
-"""What a run uses where the command line says nothing: one row per architecture."""
+"""The values of options that are not given: one row per architecture."""
 
 import math
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ _NOTES_SGD = {
     "optimizer_arguments": {"nesterov": False},
 }
 
-# Found by ablation: docs/LOG.md has the numbers, failures included. What is varied in the images is tried in each run,
-# since what helps on one set of images costs on another.
+# Found by ablation: docs/LOG.md has the numbers, failures included. Each run tries which augmentation helps, since it
+# depends on the dataset.
 _MODERN = {
     "input_scaling": "image",
     "schedule": "plateau",
@@ -35,7 +35,7 @@ _MODERN = {
     "augment_rotation": 10.0,
     "augment_translation": 0.1,
     "augment_zoom": 0.1,
-    # The most: training ends when validation has stopped improving.
+    # An upper limit: training ends when validation stops improving.
     "epochs": 24,
 }
 _ADAMW = {**_MODERN, "optimizer": "adamw", "weight_decay": 0.01}
@@ -48,7 +48,7 @@ _MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.002, "epochs"
 _MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0002, "arch_arguments": _HE_NORMAL}
 _MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL}
 
-# Small datasets have few steps per epoch, and forty epochs of them teach little.
+# Small datasets have few steps per epoch, and forty epochs are not enough.
 _LEAST_STEPS = {"notes": 0, "modern": 2000}
 # Epochs without an improvement after which a run ends by itself; 0 for never.
 _PATIENCE = {"notes": 0, "modern": 4}
@@ -91,23 +91,23 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def recipe_epochs(recipe: str, arch: str, steps_per_epoch: int) -> int:
-    """Return the epochs of a recipe, or as many more as give a small dataset enough optimizer steps."""
+    """Return the epochs of a recipe; for a small dataset more, so that it gets enough optimizer steps."""
     epochs: int = RECIPES[recipe][arch].get("epochs", TrainConfig.model_fields["epochs"].default)
     return max(epochs, math.ceil(_LEAST_STEPS[recipe] / steps_per_epoch))
 
 
 def recipe_patience(recipe: str, schedule: str) -> int:
-    """Return after how many epochs without an improvement a run of a recipe ends; 0 for never.
+    """Return the number of epochs without an improvement after which a run of a recipe ends; 0 for never.
 
-    A cosine is planned over all epochs, and a run that ends before has not come down.
+    A cosine reaches zero after all epochs, so a run that ends earlier ends at a high learning rate.
     """
     return _PATIENCE[recipe] if schedule == "plateau" else 0
 
 
 def describe_rescaling(config: TrainConfig) -> str:
-    """Describe what became of a recipe's values that were tuned at another batch.
+    """Describe how the values of a recipe that were tuned at another batch are scaled.
 
-    Empty where the batch is the one they were tuned at, and where another learning rate was given.
+    Empty if the batch is the one at which they were tuned, or if another learning rate was given.
     """
     tuned_at = _TUNED_BATCH_SIZES[config.recipe]
     tuned_rate = RECIPES[config.recipe].get(config.arch, {}).get("base_learning_rate")

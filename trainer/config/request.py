@@ -1,7 +1,7 @@
-"""What is asked of a run, and the config that it comes to: the one road from options to a `TrainConfig`.
+"""The request for a run, and the config that follows from it: the only way from options to a `TrainConfig`.
 
-The command line, a config file, a study and Python all make a `RunRequest`. What it leaves open is decided by the
-cluster, the dataset and the measured batch, in `resolve`.
+The command line, a config file, a study and Python all make a `RunRequest`. `resolve` fills what it leaves open from
+the number of workers, the dataset and the measured batch.
 """
 
 import difflib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RunRequest(BaseModel):
-    """What is asked of a run: every value that was given or that the recipe says, and which ones are left open."""
+    """A request for a run: every value that was given or that the recipe has, and which ones are left open."""
 
     # The text under each field is its help on the command line.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -42,7 +42,7 @@ class RunRequest(BaseModel):
     num_workers: str = "auto"
     """Number of training workers: a number, MIN:MAX, or auto (one per GPU, or one without GPUs)."""
     epochs: int | None = Field(None, ge=1)
-    """Passes over the train split. The recipe says more of them where a small split would get too few steps."""
+    """Passes over the train split. The recipe has more of them if a small split would get too few steps."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps to train for instead of --epochs, rounded up to whole epochs."""
     patience: int | None = Field(None, ge=0)
@@ -68,10 +68,10 @@ OPTIONS: Mapping[str, FieldInfo] = {
     **_OWN,
     **{name: field for part in _PARTS.values() for name, field in part.model_fields.items()},
 }
-"""Every option of a run by its name."""
+"""All options of a run, by name."""
 ARGUMENTS = ("arch_arguments", "optimizer_arguments")
 """Options that are tables of NAME = VALUE."""
-# What config.json of a run says beside its options.
+# Fields in the config of a run that are not options.
 _NO_OPTIONS = {"dataset_fingerprint", "known_augmentation"}
 
 
@@ -79,7 +79,7 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
     """Make the request that options describe.
 
     Args:
-        options: values by name of OPTIONS; None leaves an option open, as if it were not there.
+        options: values by names in OPTIONS; None leaves an option open, as if it were not given.
 
     Raises:
         InputError: a name is unknown, or a value is not allowed; names the option.
@@ -109,7 +109,7 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
         part: validate(model, {name: values[name] for name in model.model_fields if name in values})
         for part, model in _PARTS.items()
     }
-    # How long a recipe trains depends on the batch: `resolve`.
+    # The number of epochs of a recipe depends on the batch: see `resolve`.
     own = {name: values[name] for name in _OWN if name in given}
     return validate(RunRequest, own | parts)
 
@@ -126,7 +126,9 @@ def merge_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     for table in ARGUMENTS:
         for options in (defaults, given):
             if not isinstance(options.get(table, {}), Mapping):
-                raise InputError(f"{table} {options[table]!r} is no table; give [{table}] with one NAME = VALUE a line")
+                raise InputError(
+                    f"{table} {options[table]!r} is not a table; give [{table}] with one NAME = VALUE per line"
+                )
         arguments = defaults.get(table, {})
         if table == "optimizer_arguments" and given.get("optimizer") not in (None, defaults.get("optimizer")):
             arguments = drop_foreign_arguments(given["optimizer"], arguments)
@@ -138,10 +140,10 @@ def read_options(path: str) -> dict[str, Any]:
     """Read the options of a TOML file, or those in the ``config.json`` of a run.
 
     Args:
-        path: of the file, local or s3://.
+        path: path or URI of the file, local or s3://.
 
     Raises:
-        InputError: there is no such file, or it is neither.
+        InputError: there is no such file, or it has another format.
     """
     uri = storage.resolve_uri(path)
     try:
@@ -153,7 +155,7 @@ def read_options(path: str) -> dict[str, Any]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"--config {path} is neither TOML nor the config.json of a run ({error}); write one NAME = VALUE a line"
+            f"--config {path} is neither TOML nor the config.json of a run ({error}); write one NAME = VALUE per line"
         ) from error
     return {name: value for name, value in options.items() if name not in _NO_OPTIONS}
 
@@ -169,7 +171,7 @@ def format_options(values: Mapping[str, Any]) -> str:
 
 
 def check_arch(arch: str, arguments: Mapping[str, Any] | None = None) -> None:
-    """Raise InputError where there is no such architecture, or its family has no such arguments."""
+    """Raise InputError if there is no such architecture, or if its family has no such arguments."""
     if arch not in ARCHITECTURES:
         raise InputError(f"--arch {arch!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
     types = family_arguments(arch)
@@ -183,16 +185,16 @@ def check_arch(arch: str, arguments: Mapping[str, Any] | None = None) -> None:
 
 
 def resolve(request: RunRequest, manifest: "Manifest", num_workers: int, batch: "BatchChoice") -> TrainConfig:
-    """Settle what a request leaves open. The same arguments always give the same config.
+    """Fill in what a request leaves open. The same arguments always give the same config.
 
     Args:
-        request: what is asked.
-        manifest: of the dataset.
-        num_workers: how many workers there are now, from `trainer.workers.groups.parse_num_workers`.
-        batch: that was given or measured.
+        request: request for the run.
+        manifest: manifest of the dataset.
+        num_workers: number of workers, such as from `trainer.workers.groups.parse_num_workers` (docs/decisions/0013).
+        batch: the given or measured batch.
 
     Returns:
-        The whole config of the run.
+        The complete config of the run.
     """
     steps_per_epoch = max(1, manifest.splits["train"].rows // batch.global_batch_size)
     epochs = request.epochs

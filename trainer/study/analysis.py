@@ -1,6 +1,6 @@
-"""What the trials of a study say: the checks of the tuning playbook, each one line with its evidence.
+"""The conclusions from the trials of a study: the checks of the tuning playbook, each one line with its evidence.
 
-Everything here is arithmetic on records; `trainer.study.report` writes it down.
+Everything here is arithmetic on records; `trainer.study.report` writes the report.
 """
 
 import itertools
@@ -16,15 +16,15 @@ from trainer.record.evaluation_result import accuracy_interval
 from trainer.study.file import Choice, Parameter, Range, Study
 from trainer.study.folder import Trial
 
-# A best value so near to an end of its range may have better ones beyond it.
+# If the best value is this close to an end of its range, better ones may lie beyond it.
 _EDGE_SHARE = 0.1
-# A best learning rate so near below one that diverged is held down by instability.
+# A best learning rate this close below one that diverged is limited by instability.
 _UNSTABLE_SHARE = 0.1
 # In the reason of a trial that diverged (`trainer.training.loop`); other infeasible ones were too large for the memory.
 _DIVERGED = "nan or inf"
 _BUCKETS = 4
 _BOOTSTRAP_SAMPLES = 2000
-# Relative difference of a loss that says nothing.
+# Relative difference of a loss that is not significant.
 _SAME_LOSS_SHARE = 0.05
 _TOO_EARLY, _TOO_LATE = 0.1, 0.75
 
@@ -36,7 +36,7 @@ class BestOf:
     label: str
     best: Trial | None
     trials: int
-    """With that value, those without result included."""
+    """Number of trials with that value, including those without a result."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Repetitions:
 
 
 def find_best(study: Study, trials: Sequence[Trial]) -> Trial | None:
-    """Return the trial of the search with the best objective, the earliest of equals; None where none completed."""
+    """Return the trial of the search with the best objective, the earliest of equals; None if none completed."""
     ranked = rank_trials(study, trials)
     return ranked[0] if ranked else None
 
@@ -79,10 +79,10 @@ def is_above_chance(trial: Trial, chance: float) -> bool:
 
 
 def find_rivals(study: Study, trials: Sequence[Trial]) -> list[Trial]:
-    """Return what the best trial must differ from, if the study is to have an answer.
+    """Return the trials that the best one must differ from for the study to have an answer.
 
-    That is the best trial of each other scientific value; where nothing is scientific, each trial whose objective is
-    the same.
+    These are the best trials of the other scientific values; if nothing is scientific, all trials with the same
+    objective.
     """
     ranked = rank_trials(study, trials)
     scientific = [one for one in study.parameters if one.role == "scientific"]
@@ -93,12 +93,12 @@ def find_rivals(study: Study, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def is_as_good(study: Study, trial: Trial, best: Trial) -> bool:
-    """Return whether the objective of a trial is that of the best within its sampling error."""
+    """Return whether the objective of a trial equals that of the best within its sampling error."""
     return _score(study, best) - _score(study, trial) <= _tolerance(study, best)
 
 
 def find_no_difference(study: Study, trials: Sequence[Trial], chance: float) -> str:
-    """Return why nothing can be concluded from which trials are better; empty if something can be.
+    """Return why nothing can be concluded from the ranking of the trials; empty if something can be.
 
     Args:
         study: the study.
@@ -134,22 +134,22 @@ def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list
 
 
 def check_boundaries(study: Study, trials: Sequence[Trial], chance: float) -> list[str]:
-    """Return one line for each range that the best trial lies at the edge of, with a range to try next.
+    """Return one line for each range with the best value at its edge, with a range to try next.
 
-    Where the trials do not differ beyond chance, the values of the best are no better than the others.
+    If the trials do not differ by more than chance, the values of the best are no better than the others.
     """
     best = find_best(study, trials)
     if best is None:
         return []
     if reason := find_no_difference(study, trials, chance):
-        return [f"not judged: {reason}, so that the values of the best say nothing"]
+        return [f"not judged: {reason}, so the values of the best trial are not significant"]
     lines = []
     for one in study.parameters:
         if not isinstance(one.domain, Range) or not _varies(best, one):
             continue
         value = best.values[one.name]
         position = one.domain.position(value)
-        # Below zero, where a range begins with it, there is nothing.
+        # A range that begins with zero is not expanded below it.
         if _EDGE_SHARE <= position <= 1 - _EDGE_SHARE or (position < _EDGE_SHARE and one.domain.low == 0):
             continue
         low, high = _shift(one.domain, at_low=position < 0.5)
@@ -164,11 +164,11 @@ def check_boundaries(study: Study, trials: Sequence[Trial], chance: float) -> li
 def best_of_k(
     study: Study, trials: Sequence[Trial]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return what the best of k trials would have been, by bootstrap.
+    """Return the expected best of k trials, by bootstrap.
 
     Returns:
         k from 1 to the number of trials; the mean objective of the best of k; float64 ``[2, k]`` of its 5th and 95th
-        percentile. A trial without result counts as the worst. All empty where none completed.
+        percentile. A trial without a result counts as the worst. All are empty if none completed.
     """
     completed = rank_trials(study, trials)
     if not completed:
@@ -186,8 +186,8 @@ def best_of_k(
 def check_points(study: Study, trials: Sequence[Trial], chance: float) -> str:
     """Return whether there were enough trials: how many are as good as the best, and what half of them would give.
 
-    More trials are no remedy where none is above chance (the accuracy of always predicting the most frequent class; 0
-    if unknown), or where all are tied.
+    More trials do not help if none is above chance (the accuracy of always predicting the most frequent class; 0 if
+    unknown), or if all are tied.
     """
     best = find_best(study, trials)
     if best is None:
@@ -207,7 +207,7 @@ def check_points(study: Study, trials: Sequence[Trial], chance: float) -> str:
 
 
 def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
-    """Return how many trials gave no result, and whether the best learning rate is next to those that diverged."""
+    """Return how many trials have no result, and whether the best learning rate is next to those that diverged."""
     ended = [one for one in trials if one.kind == "search" and one.ended]
     bad = [one for one in ended if one.status == "infeasible"]
     failed = [one for one in ended if one.status == "failed"]
@@ -233,7 +233,7 @@ def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
 
 
 def check_steps(study: Study, trials: Sequence[Trial]) -> str:
-    """Return where in training the best checkpoints fell, and whether the budget suits (playbook, max_train_steps)."""
+    """Return when in training the best checkpoints fell, and whether the budget fits (playbook, max_train_steps)."""
     shares = [one.best_step / one.steps for one in rank_trials(study, trials) if one.steps]
     if not shares:
         return "no trial has completed"
@@ -246,7 +246,7 @@ def check_steps(study: Study, trials: Sequence[Trial]) -> str:
 
 
 def find_repetitions(study: Study, trials: Sequence[Trial]) -> tuple[Repetitions | None, Repetitions | None]:
-    """Return the repetitions of the best trial and those of the incumbent; None where there are fewer than two."""
+    """Return the repetitions of the best trial and those of the incumbent; None if there are fewer than two."""
     best = find_best(study, trials)
     groups = (
         ("best", [one for one in trials if one.kind == "best" and best is not None and one.index == best.index]),
@@ -263,9 +263,9 @@ def find_repetitions(study: Study, trials: Sequence[Trial]) -> tuple[Repetitions
 
 
 def decide_adoption(study: Study, trials: Sequence[Trial]) -> str:
-    """Return whether to adopt the best config, and by what evidence.
+    """Return whether to adopt the best config, and the evidence.
 
-    It must beat the incumbent by more than both vary between seeds (playbook, whether to adopt a change).
+    It must be better than the incumbent by more than both vary between seeds (playbook, whether to adopt a change).
     """
     best, incumbent = find_repetitions(study, trials)
     if best is None:
@@ -282,7 +282,7 @@ def decide_adoption(study: Study, trials: Sequence[Trial]) -> str:
 
 
 def _score(study: Study, trial: Trial) -> float:
-    """Return the objective, so that more is better; worst where it is no number."""
+    """Return the objective with a sign so that more is better; the worst value if it is not a number."""
     value = trial.objective
     if value is None or math.isnan(value):
         return -math.inf
@@ -294,14 +294,14 @@ def _varies(trial: Trial, parameter: Parameter) -> bool:
 
 
 def _tolerance(study: Study, best: Trial) -> float:
-    """Return which difference from the best says nothing: its sampling error, or a small share of a loss."""
+    """Return the difference from the best that is not significant: its sampling error, or a small share of a loss."""
     if study.maximises and best.total:
         return best.correct / best.total - accuracy_interval(best.correct, best.total)[0]
     return _SAME_LOSS_SHARE * abs(best.objective or 0.0)
 
 
 def _shift(domain: Range, *, at_low: bool) -> tuple[float, float]:
-    """Return a range as wide, with the end that was hit in its middle."""
+    """Return a range of the same width with the end that was hit in its middle."""
     low, high = (math.log(one) if domain.scale == "log" else one for one in (domain.low, domain.high))
     half = (high - low) / 2
     center = low if at_low else high

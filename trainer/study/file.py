@@ -1,4 +1,4 @@
-"""The study file: a question, what is varied to answer it, and what is held fixed (tuning playbook, rounds)."""
+"""The study file: a question, what is varied to answer it, and what is fixed (tuning playbook, rounds)."""
 
 import math
 import tomllib
@@ -22,7 +22,7 @@ _NOT_IN_BASE = {
     "steps": "the budget stands beside goal: epochs or steps",
     "evaluate_test": "trials are chosen by validation; evaluate.py --split test reads the chosen one once",
 }
-# Why the playbook does not let a study vary these.
+# Why a study must not vary these, by the playbook.
 _NEVER_VARIED = {
     "epochs": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
     "steps": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
@@ -94,30 +94,30 @@ class Parameter:
     role: Role
     domain: Range | Choice
     parent: tuple[str, Scalar] | None = None
-    """Where it exists for one value of another parameter only: that parameter and the value."""
+    """If it exists only for one value of another parameter: that parameter and the value."""
 
     @property
     def label(self) -> str:
-        """The name that tells it from a parameter of the same name under another parent."""
+        """A name that differs from that of a parameter of the same name under another parent."""
         return f"{self.name} ({self.parent[0]}={self.parent[1]})" if self.parent else self.name
 
     @property
     def choices(self) -> list[Any]:
-        """Its values where it is a choice; none of a range."""
+        """The values of a choice; empty for a range."""
         return self.domain.values if isinstance(self.domain, Choice) else []
 
     @property
     def takes_turns(self) -> bool:
-        """Whether each of its values gets as many trials: a scientific choice that always exists."""
+        """Whether each of its values gets the same number of trials: it is a scientific choice that always exists."""
         return self.role == "scientific" and self.parent is None and bool(self.choices)
 
     def applies(self, values: Mapping[str, Any]) -> bool:
-        """Return whether it exists beside these values of the other parameters."""
+        """Return whether it exists with these values of the other parameters."""
         return self.parent is None or values.get(self.parent[0]) == self.parent[1]
 
 
 class Study(Record):
-    """What a study file holds, and ``study.json`` after it."""
+    """The contents of a study file and of ``study.json``."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -126,9 +126,9 @@ class Study(Record):
     base: dict[str, Any]
     """Options of train.py that every trial shares."""
     scientific: dict[str, Any] = Field(default_factory=dict)
-    """What the question is about: every value gets as many trials."""
+    """What the question is about: every value gets the same number of trials."""
     nuisance: dict[str, Any] = Field(default_factory=dict)
-    """What must be tuned anew for each scientific value for a fair comparison."""
+    """What must be tuned for each scientific value for a fair comparison."""
     trials: int = Field(ge=1)
     algorithm: Literal["sobol", "grid", "tpe"] = "sobol"
     """Quasi-random to explore (Bousquet et al. 2017), tpe to exploit (Bergstra et al. 2011)."""
@@ -137,26 +137,26 @@ class Study(Record):
     seed: int = 0
     """Seed of the search."""
     epochs: int | None = Field(None, ge=1)
-    """Budget of a trial."""
+    """Budget of a trial in epochs."""
     steps: int | None = Field(None, ge=1)
     """Budget of a trial in optimizer steps: compares batch sizes fairly."""
     objective: Literal["val_accuracy", "val_loss"] = "val_accuracy"
-    """What the trials are ranked by, at the best checkpoint of each."""
+    """The metric that ranks the trials, at the best checkpoint of each."""
     split: Literal["val"] = "val"
     """The test split is read once, on request, when all is decided."""
     concurrency: int | None = Field(None, ge=1)
-    """Trials at once; default: as many as have GPUs (or nodes) of their own."""
+    """Number of trials at once; default: as many as can have their own GPUs (or nodes)."""
     allow_batch_size: bool = False
     """Let the batch size be a nuisance parameter all the same."""
 
     @property
     def parameters(self) -> list[Parameter]:
-        """All that is varied, scientific first."""
+        """All parameters that are varied, scientific ones first."""
         return [*_parse_parameters(self.scientific, "scientific"), *_parse_parameters(self.nuisance, "nuisance")]
 
     @property
     def num_combinations(self) -> int:
-        """How many scientific values there are, all choices together."""
+        """Number of combinations of the scientific values."""
         return math.prod(len(one.choices) for one in self.parameters if one.takes_turns)
 
     @property
@@ -166,9 +166,9 @@ class Study(Record):
 
     @property
     def caveats(self) -> list[str]:
-        """What was held fixed: the conclusions hold for these values only."""
+        """What is fixed: the conclusions hold only for these values."""
         budget = format_count(self.epochs, "epoch") if self.epochs else format_count(self.steps or 0, "step")
-        return [*(f"{name} = {value}" for name, value in self.base.items()), f"budget = {budget} a trial"]
+        return [*(f"{name} = {value}" for name, value in self.base.items()), f"budget = {budget} per trial"]
 
 
 def load_study(path: Path) -> Study:
@@ -189,11 +189,11 @@ def parse_study(text: str, source: str) -> Study:
     """Return the study that a file describes.
 
     Args:
-        text: TOML.
+        text: content of the file, TOML.
         source: name of the file, for messages.
 
     Raises:
-        InputError: it is no TOML, or a key or value is not allowed; names the key.
+        InputError: it is not TOML, or a key or value is not allowed; names the key.
     """
     try:
         values = tomllib.loads(text)
@@ -215,7 +215,7 @@ def parse_study(text: str, source: str) -> Study:
 
 
 def find_warnings(study: Study) -> list[str]:
-    """Return what the playbook advises against, for what a file asks: one line each."""
+    """Return what the playbook advises against in a study, one line each."""
     per_value = study.trials // study.num_combinations
     # Tuning playbook, "what are the update rules ... and how should they be tuned".
     least_trials = {
@@ -289,9 +289,9 @@ def _explain(error: Any) -> str:
 
 
 def _find_problem(study: Study, parameters: list[Parameter]) -> str:
-    """Return what is wrong with a file of the right form; empty where nothing is."""
+    """Return what is wrong with a file of the correct form; empty if nothing is."""
     if (study.epochs is None) == (study.steps is None):
-        return "give a budget of a trial: either epochs or steps"
+        return "give the budget of a trial: either epochs or steps"
     if not parameters:
         return "nothing is varied; give [scientific] or [nuisance] parameters, or use train.py"
     for name in study.base:

@@ -18,7 +18,7 @@ _PLOT_WIDTH, _PLOT_HEIGHT = 4.0, 3.2
 
 
 def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
-    """Draw the objective against each parameter, one point a trial; those without result are red crosses below."""
+    """Draw the objective against each parameter, one point per trial; trials without a result are red crosses."""
     parameters = study.parameters
     ended = [one for one in trials if one.kind == "search" and one.ended]
     best = find_best(study, trials)
@@ -73,7 +73,7 @@ def draw_isolation(study: Study, groups: Mapping[str, Sequence[BestOf]]) -> Figu
 
 
 def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
-    """Draw what the best of k trials would have been: flat at its end where there were enough."""
+    """Draw the expected best of k trials: flat at its end if there were enough."""
     k, means, band = best_of_k(study, trials)
     figure, (axes, *_) = _grid(1, width=1.6)
     axes.fill_between(k, *band, color=COLOURS[0], alpha=0.2, label="5% to 95%")
@@ -97,7 +97,7 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
 
 
 def _set_range(axes: Axes, domain: Range) -> None:
-    """Show the whole of a range, with its ends, however few of its values were tried."""
+    """Show the complete range with its ends, however few of its values were tried."""
     if domain.scale == "log":
         margin = (domain.high / domain.low) ** _MARGIN
         axes.set_xscale("log")

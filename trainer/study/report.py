@@ -37,11 +37,11 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
     """Write ``study.md``, ``study.html`` and their plots of a round, finished or not.
 
     Args:
-        folder: of the round.
-        study: of the round.
-        trials: all that have started.
+        folder: folder of the round.
+        study: study of the round.
+        trials: all trials that have started.
     """
-    # Values such as the path of --init-from stand at the axes.
+    # Values such as the path of --init-from label the axes.
     with fonts_for("".join(format_value(value) for one in trials for value in one.values.values())) as missing:
         plots = _draw(folder, study, trials)
     for name, content in plots.items():
@@ -106,7 +106,7 @@ def _read_chance(folder: StudyFolder, ranked: Sequence[Trial]) -> float:
 
 
 def _describe_answer(folder: StudyFolder, study: Study, trials: Sequence[Trial], chance: float) -> Section:
-    """Describe the best trial; or why it is no answer, and what to do."""
+    """Describe the best trial; or why it is not an answer, and what to do."""
     ranked = rank_trials(study, trials)
     if not ranked:
         return Section("No answer", ["no trial has completed yet"])
@@ -115,7 +115,7 @@ def _describe_answer(folder: StudyFolder, study: Study, trials: Sequence[Trial],
         lines = [
             f"no trial is above chance: the best, {_describe_trial(study, best)}, against {chance:.2f} for always "
             "predicting the most frequent class",
-            "look at what is found under Steps; then begin another round (--new-round) with lower and higher "
+            "look at the findings under Steps; then start another round (--new-round) with lower and higher "
             'base_learning_rate, more epochs, or a base that is known to train, such as recipe = "modern"',
         ]
         return Section("No answer", lines)
@@ -157,7 +157,7 @@ def _is_tied(folder: StudyFolder, study: Study, best: Trial, other: Trial) -> bo
 def _describe_isolation(
     folder: StudyFolder, study: Study, label: str, groups: Sequence[BestOf], ranked: Sequence[Trial]
 ) -> Section:
-    """Describe the best trial for each scientific value, and which of them differ beyond chance."""
+    """Describe the best trial for each scientific value, and which of them differ by more than chance."""
     rows, lines = [], []
     for group in groups:
         if group.best is None:
@@ -189,7 +189,7 @@ def _read_comparison(folder: StudyFolder, one: Trial, other: Trial) -> Compariso
 
 
 def _describe_symptoms(folder: StudyFolder, ranked: Sequence[Trial]) -> list[str]:
-    """Return what the training curves of the best trials say."""
+    """Return the findings about the training curves of the best trials."""
     results = [(one.run_name, folder.run(one).read_result()) for one in ranked[:_CURVES_OF]]
     return [f"{name}: {finding}" for name, result in results if result for finding in result.findings]
 

@@ -1,6 +1,6 @@
-"""Which values each trial of a study tries.
+"""Choose the values that each trial of a study tries.
 
-Points of sobol and grid depend on the study and the number of the trial alone: the same at any
+Points of sobol and grid depend only on the study and the number of the trial: they are the same at any
 concurrency, after any interruption, and when more trials are added (tuning playbook, quasi-random search).
 """
 
@@ -20,11 +20,12 @@ Values = dict[str, Any]
 def suggest_values(study: Study, index: int) -> Values:
     """Return the values of one trial, by name of the option, without those whose parent has another value.
 
-    Scientific choices take turns, so each gets as many trials; with the same points of the nuisance parameters.
+    Scientific choices alternate, so each gets the same number of trials, with the same points of the nuisance
+    parameters.
 
     Args:
-        study: of any algorithm but tpe, whose points depend on what was found before.
-        index: of the trial, from 0.
+        study: a study with any algorithm except tpe, whose points depend on earlier results.
+        index: number of the trial, from 0.
     """
     parameters = study.parameters
     if study.algorithm == "grid":
@@ -42,9 +43,9 @@ def suggest_values(study: Study, index: int) -> Values:
 
 
 class OptunaSearch:
-    """What needs the trials that were before: suggestions of tpe, and which trial asha ends.
+    """The part of a search that depends on earlier trials: suggestions of tpe, and which trial asha ends.
 
-    It holds no state of its own: `replay` brings it to where it was.
+    It keeps no state of its own: `replay` restores it.
 
     Raises:
         InputError: Optuna is not installed.
@@ -81,13 +82,13 @@ class OptunaSearch:
         return values or found
 
     def report(self, index: int, epoch: int, value: float) -> bool:
-        """Return whether a trial shall end, given its objective after an epoch; the epochs come in their order."""
+        """Return whether a trial should end, given its objective after an epoch; call it for the epochs in order."""
         trial = self._trials[index]
         trial.report(value, epoch)
         return bool(trial.should_prune())
 
     def end(self, index: int, objective: float | None) -> None:
-        """Take the result of a trial; None for one that diverged, failed or was ended, which counts as bad."""
+        """Add the result of a trial; None for one that diverged, failed or was stopped, which counts as bad."""
         states = self._optuna.trial.TrialState
         trial = self._trials.pop(index)
         if objective is None:
@@ -96,7 +97,7 @@ class OptunaSearch:
             self._search.tell(trial, objective)
 
     def replay(self, index: int, values: Values, history: Sequence[float], objective: float | None) -> None:
-        """Take a trial of an earlier job as if it had been of this one."""
+        """Add a trial of an earlier job as if this job had run it."""
         self.start(index, values)
         for epoch, value in enumerate(history, start=1):
             self.report(index, epoch, value)
@@ -142,12 +143,12 @@ def _value_at(domain: Range | Choice, position: float) -> Any:
 
 
 def _to_choice(value: Any) -> Any:
-    """Return a value as Optuna takes it, which knows no lists."""
+    """Return a value in a form that Optuna accepts, which has no lists."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
 def nest_values(values: Values) -> dict[str, Any]:
-    """Return the values of a trial as options of a run, in which those with dotted names are in a table."""
+    """Return the values of a trial as options of a run: those with dotted names become a table."""
     options: dict[str, Any] = {}
     for name, value in values.items():
         table, dot, argument = name.partition(".")

@@ -1,7 +1,7 @@
 """Run the trials of a study: every trial is a run started by `trainer.launch`, in an actor that runs one at a time.
 
-A study that is run again continues where it was: what has ended is in the storage, what was interrupted continues from
-its checkpoint, and the values of a trial do not depend on who runs it when.
+A study that is run again continues where it stopped: ended trials are in the storage, interrupted ones continue from
+their checkpoints, and the values of a trial depend neither on the job that runs it nor on the time.
 """
 
 import logging
@@ -37,11 +37,11 @@ from trainer.study.search import OptunaSearch, Values, nest_values, suggest_valu
 from trainer.workers.groups import parse_num_workers
 
 _POLL_SECONDS = 0.2
-# A long study can be looked at meanwhile.
+# While a long study runs, its report is written this often.
 _SECONDS_BETWEEN_REPORTS = 60.0
-# What a trial takes besides its steps: processes, TensorFlow, tracing, plots.
+# Time of a trial in addition to its steps: processes, TensorFlow, tracing, plots.
 _START_SECONDS = 8.0
-# Where the batch is found by the trial itself.
+# Assumed if the trial itself finds its batch.
 _TYPICAL_BATCH = 64
 # Evaluation takes about a third of a training step per image.
 _EVALUATION_SHARE = 1 / 3
@@ -49,7 +49,7 @@ _EVALUATION_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What is shown before a study runs (tuning playbook, designing the next round)."""
+    """The description of a study before it runs (tuning playbook, designing the next round)."""
 
     goal: str
     scientific: list[str]
@@ -60,7 +60,7 @@ class StudyPlan:
     """Number of trials for each scientific value."""
     concurrency: int
     predicted_seconds: float | None
-    """For the trials that are left; None where nothing is known."""
+    """Predicted duration of the remaining trials; None if unknown."""
 
     def __str__(self) -> str:
         lines = [
@@ -76,10 +76,10 @@ class StudyPlan:
 
 
 def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> StudyPlan:
-    """Return what running a study would do; measures a training step where no trial has completed yet.
+    """Return what running a study would do; measure a training step if no trial has completed yet.
 
     Raises:
-        InputError: a trial of it can never run: a value is not allowed, or the cluster is too small.
+        InputError: one of its trials can never run: a value is not allowed, or the cluster is too small.
     """
     launch.check_shared("--storage", folder.uri, resources)
     check_trials(study, resources)
@@ -102,7 +102,7 @@ def plan_study(study: Study, folder: StudyFolder, resources: Resources) -> Study
 
 
 def check_trials(study: Study, resources: Resources) -> None:
-    """Raise InputError where a trial can never run."""
+    """Raise InputError if a trial can never run."""
     indices = range(study.trials) if study.algorithm != "tpe" else range(0)
     for index in indices:
         try:
@@ -114,10 +114,10 @@ def check_trials(study: Study, resources: Resources) -> None:
 
 
 def find_concurrency(study: Study, resources: Resources) -> int:
-    """Return how many trials run at once: each worker has a GPU, or a node, of its own.
+    """Return how many trials run at once: each worker has its own GPU, or its own node.
 
     Raises:
-        InputError: more are asked for than the cluster has GPUs.
+        InputError: the study asks for more workers than the cluster has GPUs.
     """
     num_workers = parse_num_workers(str(study.base.get("num_workers", "auto")), resources).now
     places = resources.num_gpus or resources.num_nodes
@@ -142,19 +142,19 @@ def run_study(
     max_failures: int = 3,
     on_event: OnEvent,
 ) -> list[Trial]:
-    """Run the trials that a round still lacks, writes its report, and returns all its trials.
+    """Run the remaining trials of a round, write its report, and return all its trials.
 
     Args:
-        study: as in its file.
-        folder: of the round.
-        resources: of the cluster, which is connected.
-        characterize: repeat the best trial and the incumbent with so many other seeds.
+        study: the study in its file.
+        folder: folder of the round.
+        resources: resources of the connected cluster.
+        characterize: number of other seeds with which the best trial and the incumbent are repeated.
         retry_failed: run the failed trials again.
-        max_failures: how often lost workers of a trial are started again.
-        on_event: told of each trial.
+        max_failures: how often the workers of a trial are restarted after they were lost.
+        on_event: called with the progress of the trials.
 
     Raises:
-        InputError: the round has begun with another study, or another job works on it, or a trial can never run.
+        InputError: the round was started with another study, another job works on it, or a trial can never run.
         JobError: no trial has completed.
     """
     with hold_lease(folder.path("lease.json"), f"study {folder.uri}") as lease:
@@ -167,10 +167,10 @@ def run_study(
 
 
 def conclude_study(study: Study, folder: StudyFolder) -> list[Trial]:
-    """Write the report of a round that lacks no trial, and returns all its trials; needs no cluster.
+    """Write the report of a round without remaining trials, and return all its trials; no cluster is needed.
 
     Raises:
-        InputError: the round has begun with another study, or another job works on it.
+        InputError: the round was started with another study, or another job works on it.
         JobError: no trial has completed.
     """
     with hold_lease(folder.path("lease.json"), f"study {folder.uri}"):
@@ -207,7 +207,7 @@ class _Running:
 
 
 class _Sweep:
-    """The trials of a round: which have started, which are running, and what became of the others.
+    """The trials of a round: which have started, which are running, and how the others ended.
 
     `_start` and `_settle` are the only methods that change the state of a trial.
     """
@@ -228,7 +228,7 @@ class _Sweep:
         self._max_failures, self._on_event = max_failures, on_event
         self._known = {one.run_name: one for one in folder.read_trials()}
         self._running: dict[Any, _Running] = {}
-        """By the reference to what its actor returns."""
+        """Running trials by the reference to the return value of their actor."""
         if retry_failed:
             self._known |= {
                 name: one.model_copy(update={"status": "running"})
@@ -238,11 +238,11 @@ class _Sweep:
         self._search = self._replay() if study.algorithm == "tpe" or study.early_stopping == "asha" else None
         self._reported = time.monotonic()
         self._idle: list[Any] = []
-        """Actors whose trial has ended well: the next one spares itself three seconds of imports."""
+        """Actors whose trial has completed: the next trial there saves three seconds of imports."""
 
     @property
     def trials(self) -> list[Trial]:
-        """All that have started."""
+        """All trials that have started."""
         return sort_trials(self._known.values())
 
     def search_trials(self) -> Iterator[Trial]:
@@ -251,7 +251,7 @@ class _Sweep:
             name = f"trial-{index:04d}"
             if self._has_ended(name):
                 continue
-            # A trial whose record could not be read has none.
+            # A trial whose record cannot be read has no values.
             values = (self._known[name].values or None) if name in self._known else None
             if self._search is not None:
                 values = self._search.start(index, values)
@@ -259,13 +259,13 @@ class _Sweep:
                 values = suggest_values(self._study, index)
             trial = Trial(run_name=name, kind="search", index=index, values=values)
             if self._search is not None:
-                # The epochs that an interrupted trial has behind it.
+                # The finished epochs of an interrupted trial.
                 for epoch, value in enumerate(self._read_history(trial), start=1):
                     self._search.report(index, epoch, value)
             yield trial
 
     def repetitions(self, count: int) -> Iterator[Trial]:
-        """Yield the best trial and the incumbent with other seeds, as far as they have not ended."""
+        """Yield those repetitions of the best trial and the incumbent with other seeds that have not ended."""
         best = find_best(self._study, self.trials)
         if best is None:
             return
@@ -276,7 +276,7 @@ class _Sweep:
             if not self._has_ended(name):
                 yield Trial(run_name=name, kind="best", index=best.index, values={**best.values, **of_seed})
             name = f"incumbent-seed-{offset}"
-            # The base config with nothing changed, where it is a whole one.
+            # The base config without changes, if it is complete.
             if "arch" in self._study.base and not self._has_ended(name):
                 yield Trial(run_name=name, kind="incumbent", index=0, values=of_seed)
 
@@ -317,7 +317,7 @@ class _Sweep:
         self._running[reference] = _Running(trial, actor, time.monotonic())
 
     def _settle(self, reference: Any, outcome: Outcome) -> None:
-        """End a running trial: take its actor back, tell the search, and record and report the outcome."""
+        """End a running trial: release its actor, report to the search, and record and report the outcome."""
         one = self._running.pop(reference)
         if outcome.status == "completed":
             self._idle.append(one.actor)
@@ -356,7 +356,7 @@ class _Sweep:
         self._known[trial.run_name] = trial
         ended = sum(one.ended and one.kind == "search" for one in self._known.values())
         self._on_event(StageProgressed("trials", ended, self._study.trials))
-        # The trials of a study that was taken over are those of another job.
+        # If another job has taken over the study, the trials are its own.
         self._lease.check()
         self._folder.write_trial(trial)
 
@@ -369,7 +369,7 @@ class _Sweep:
         return search
 
     def _read_history(self, trial: Trial) -> list[float]:
-        """Return the objective of a trial by epoch, as far as it has come."""
+        """Return the objective of a trial after each epoch so far."""
         return [row[self._study.objective] for row in self._folder.run(trial).read_metrics()]
 
 
@@ -395,9 +395,9 @@ class _TrialActor:
 
         run = StudyFolder(storage_uri).run(trial)
         try:
-            # The study is this job's: whoever still has the run is gone.
+            # This job holds the study, so another job that still holds the run is dead.
             with launch.open_run(storage_uri, trial.run_name, options["arch"], resources, wait=True):
-                # What runs outside of the study have measured, so that all trials have the same batch.
+                # The noise scale of runs outside of the study, so that all trials have the same batch.
                 noise_storage_uri = storage.parent(storage.parent(storage_uri))
                 plan = launch.plan_run(parse_request(options), run, resources, noise_storage_uri=noise_storage_uri)
                 plan = replace(plan, command=_describe_command(options, plan.config, run))
@@ -426,7 +426,7 @@ class _TrialActor:
 
 
 def _read_outcome(reference: Any) -> Outcome:
-    """Return what the actor of a trial returned; the trial has failed where the actor was lost."""
+    """Return what the actor of a trial returned; if the actor was lost, the trial has failed."""
     try:
         outcome: Outcome = ray.get(reference)
     except RayError as error:
@@ -435,22 +435,22 @@ def _read_outcome(reference: Any) -> Outcome:
 
 
 def _options(study: Study, values: Values) -> dict[str, Any]:
-    """Return the options of a trial as `trainer.config.request` takes them."""
+    """Return the options of a trial for `trainer.config.request`."""
     options = merge_options(study.base, nest_values(values))
-    # The process of a trial has a current folder of its own.
+    # The process of a trial has another current folder.
     options |= {name: storage.resolve_uri(options[name]) for name in ("dataset", "init_from") if options.get(name)}
     return {**options, "epochs": study.epochs, "steps": study.steps}
 
 
 def _describe_command(options: Values, config: TrainConfig, run: RunFolder) -> str:
-    """Return the command that makes the same run."""
+    """Return the command that starts the same run."""
     settled = {name: getattr(config, name) for name in ("epochs", "global_batch_size", "precision")}
     place = {"storage": storage.parent(run.uri), "run_name": run.name}
     return format_command("train.py", {**options, **settled, **place, "steps": None})
 
 
 def _describe_trial(trial: Trial, study: Study) -> str:
-    """Return one line: what a trial tried and what came of it."""
+    """Return one line with the values and the outcome of a trial."""
     values = ", ".join(f"{name} {format_value(value)}" for name, value in trial.values.items())
     outcome = f": {trial.reason}" if trial.reason else ""
     if trial.objective is not None:
@@ -461,7 +461,7 @@ def _describe_trial(trial: Trial, study: Study) -> str:
 
 
 def _predict_trial_seconds(study: Study, resources: Resources) -> float | None:
-    """Return about how long a trial takes, from a few steps of the first one."""
+    """Estimate how long a trial takes from a few steps of the first one."""
     first = suggest_values(study.model_copy(update={"algorithm": "sobol"}), 0)
     request = parse_request(_options(study, first))
     manifest = launch.load_checked_manifest(request, resources)
@@ -480,5 +480,5 @@ def _predict_trial_seconds(study: Study, resources: Resources) -> float | None:
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
-    """Keep what directs a study on the driver's node: any other may be lost."""
+    """Return the strategy for actors that control a study: on the driver's node, because any other may be lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

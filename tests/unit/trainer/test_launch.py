@@ -46,7 +46,7 @@ def options(dataset) -> dict:
 
 @pytest.fixture
 def check(options):
-    """Returns a function that makes a request and looks at its dataset and its workers."""
+    """Return a function that makes a request and looks at its dataset and its workers."""
 
     def check(resources=ONE_MACHINE, **given) -> WorkerCount:
         request = parse_request({**options, **given})
@@ -58,7 +58,7 @@ def check(options):
 
 @pytest.fixture
 def plan(options, tmp_path):
-    """Returns a function that plans a run whose batch and precision are given."""
+    """Return a function that plans a run whose batch and precision are given."""
 
     def plan(run=None, on_event=ignore_event, **given) -> RunPlan:
         run = run or RunFolder(str(tmp_path / "runs" / "new"))
@@ -354,7 +354,7 @@ def test_a_refused_run_begins_anew_with_another_option(plan, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("ending", "reason"),
     [
-        (None, "its job ended without a word: it was killed, or its machine was lost"),
+        (None, "its job ended without a message: it was killed, or its machine was lost"),
         (("interrupted", "SIGTERM"), "its job was interrupted by SIGTERM"),
         (("failed", "2 workers found no room"), "its job ended as failed: 2 workers found no room"),
     ],

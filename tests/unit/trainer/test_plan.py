@@ -68,8 +68,8 @@ def test_more_workers_are_faster_and_less_efficient():
 def test_too_few_steps_and_a_slow_link_are_said():
     slow = Machines(workers_per_node=1, link_gbit=10)
     (few, link) = find_advice(ALEXNET, slow, predict_up_to(ALEXNET, slow, 512))
-    assert few == "an epoch has 3 steps only: 156 workers would do for 100000 images"
-    assert "the all-reduce of 222 MiB takes 393 ms a step" in link
+    assert few == "an epoch has only 3 steps: 156 workers would be enough for 100000 images"
+    assert "the all-reduce of 222 MiB takes 393 ms per step" in link
     assert find_advice(ALEXNET, Machines(), predict_up_to(ALEXNET, Machines(), 8)) == []
 
 

@@ -27,7 +27,7 @@ class Machine:
     groups: int = 0
 
     def search(self, search: Search) -> Known:
-        """Searches as the finder and the workers do."""
+        """Search as the finder and the workers do."""
         known = Known().limit(self.limit_gib)
         while self.groups < 8:
             self.groups += 1

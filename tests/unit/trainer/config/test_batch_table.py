@@ -62,7 +62,7 @@ def test_an_epoch_keeps_its_least_steps():
 
 
 def search(memory, most: int, limit_gib: float, first=(8, 16)) -> tuple[int, int]:
-    """Searches as the finder does; returns the largest size that fits and the number of trials."""
+    """Search as the finder does; return the largest size that fits and the number of trials."""
     measured = {images: size(images, memory(images)) for images in first if memory(images) is not None}
     failed = next((images for images in first if memory(images) is None), None)
     trials = 1
@@ -213,7 +213,7 @@ def test_training_that_is_far_faster_or_slower_than_its_size_was_measured_contra
     line = find_contradiction(choice, history(*rates))
     assert bool(line) == contradicts
     if contradicts:
-        assert "where 720 were measured at a batch of 32; the next run measures again" in line
+        assert "measured were 720 at a batch of 32; the next run measures again" in line
     # Fewer workers may have had another batch.
     assert find_contradiction(choice, history(*rates, batch=24)) == ""
     assert find_contradiction(given_batch(BatchRequest(), 32, "float32"), history(*rates)) == ""
@@ -317,7 +317,7 @@ def test_a_precision_that_is_emulated_shows_at_its_first_size(seconds, slower):
 
 def test_throughput_that_does_not_double_is_attributed():
     (what, why) = find_bottlenecks(make_table(SATURATING), None)
-    assert what == "from 8 to 16 images a replica throughput grows 1.67 times, not about 2"
+    assert what == "from 8 to 16 images per replica throughput grows 1.67 times, not about 2"
     assert why.startswith("computation: synthetic images are no faster")
 
 

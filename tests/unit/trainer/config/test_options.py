@@ -18,7 +18,7 @@ def received():
 
 @pytest.fixture
 def invoke(received):
-    """Returns a function that runs a command with the options of the config and one of its own."""
+    """Return a function that runs a command with the options of the config and one of its own."""
     app = typer.Typer(rich_markup_mode=None)
 
     @app.command(cls=GroupedCommand)

@@ -178,7 +178,7 @@ def test_another_optimizer_than_that_of_the_recipe_has_its_own_arguments():
 
 @pytest.mark.parametrize("table", ["arch_arguments", "optimizer_arguments"])
 def test_arguments_that_are_no_table_are_refused(table):
-    with pytest.raises(InputError, match=rf"{table} 3 is no table; give \[{table}\] with one NAME = VALUE a line"):
+    with pytest.raises(InputError, match=rf"{table} 3 is not a table; give \[{table}\] with one NAME = VALUE per line"):
         parse_request({"arch": "alexnet", table: 3})
 
 

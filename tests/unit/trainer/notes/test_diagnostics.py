@@ -56,7 +56,7 @@ PRIOR_LOSS = 2.3
 
 @pytest.fixture
 def find(make_config):
-    """Returns a function that finds the symptoms of a run that took all its epochs, unless the config says more."""
+    """Return a function that finds the symptoms of a run that took all its epochs, unless the config says more."""
 
     def find(rows, val=GOOD, reason="", **config) -> list[str]:
         values = {"epochs": rows[-1]["epoch"], "schedule": "constant", "base_learning_rate": 0.002}
@@ -67,7 +67,7 @@ def find(make_config):
 
 @pytest.fixture
 def names(find):
-    """Returns a function that finds the names of the symptoms."""
+    """Return a function that finds the names of the symptoms."""
 
     def names(*arguments, **config) -> list[str]:
         return [re.match(r"[a-z ]+?(?= from|:)", line)[0] for line in find(*arguments, **config)]

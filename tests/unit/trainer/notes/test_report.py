@@ -16,7 +16,7 @@ from trainer.runtime.errors import InputError
 
 
 class _Page(html.parser.HTMLParser):
-    """Collects what a page loads, its text and its open elements."""
+    """Collect what a page loads, its text and its open elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

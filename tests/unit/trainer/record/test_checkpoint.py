@@ -27,7 +27,7 @@ def position(epoch: int, step: int, history, epoch_rows: int = 0, **values) -> c
 
 
 def save(folder: str, accuracies, **files: bytes) -> list[checkpoints.Checkpoint]:
-    """Saves one checkpoint an epoch of ten steps."""
+    """Save one checkpoint an epoch of ten steps."""
     history = [row(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, start=1)]
     return [
         checkpoints.save_checkpoint(

@@ -18,7 +18,7 @@ from trainer.runtime.errors import InputError
 
 @pytest.fixture
 def refusal(monkeypatch):
-    """Returns a function that says why a job cannot work at an address."""
+    """Return a function that says why a job cannot work at an address."""
 
     def refuse(address: str) -> str:
         monkeypatch.setenv("RAY_ADDRESS", address)
@@ -36,7 +36,7 @@ def refusal(monkeypatch):
 
 @pytest.fixture
 def serve_head():
-    """Returns a function that starts a gRPC server, with the answers of a head or none, and returns its address."""
+    """Return a function that starts a gRPC server, with the answers of a head or none, and return its address."""
     servers = []
 
     def serve(head: gcs_service_pb2_grpc.NodeInfoGcsServiceServicer | None = None) -> str:

@@ -22,7 +22,7 @@ with hold_folder("notes-", sys.argv[1]) as folder:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a process that holds a folder; returns it and the folder."""
+    """Start a process that holds a folder; return it and the folder."""
     started = []
 
     def start() -> tuple[subprocess.Popen[str], Path]:

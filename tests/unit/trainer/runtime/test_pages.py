@@ -7,7 +7,7 @@ from trainer.runtime.pages import check_place
 
 @pytest.fixture
 def check(tmp_path):
-    """Returns a function that puts files into a folder and checks it for a page and its data."""
+    """Return a function that puts files into a folder and checks it for a page and its data."""
 
     def check(**files: str) -> None:
         for name, content in files.items():

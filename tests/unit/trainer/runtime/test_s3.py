@@ -21,7 +21,7 @@ def test_an_answer_without_a_message_is_described_by_its_code():
 
 @pytest.fixture
 def profile(monkeypatch, tmp_path):
-    """Returns a function that makes the AWS files say what is given, and no variable anything."""
+    """Return a function that makes the AWS files say what is given, and no variable anything."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))

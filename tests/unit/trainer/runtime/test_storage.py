@@ -396,7 +396,7 @@ class RefusingProxy(Proxy):
 
 @pytest.fixture
 def refuse(bucket, monkeypatch):
-    """Returns a function that puts a proxy before the bucket, which answers requests as a function of them says."""
+    """Return a function that puts a proxy before the bucket, which answers requests as a function of them says."""
     with contextlib.ExitStack() as proxies:
 
         def start(fault: Callable[[BaseHTTPRequestHandler], Fault]) -> None:

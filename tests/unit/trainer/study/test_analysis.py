@@ -145,7 +145,7 @@ def test_nothing_is_concluded_from_trials_at_chance_or_tied(correct, chance, rea
     if reason:
         assert check_points(STUDY, trials, chance) == f"{reason}: more trials of these ranges will not help"
         assert check_boundaries(STUDY, trials, chance) == [
-            f"not judged: {reason}, so that the values of the best say nothing"
+            f"not judged: {reason}, so the values of the best trial are not significant"
         ]
 
 

@@ -75,7 +75,7 @@ def test_the_example_is_a_study():
         ('"Which optimizer?"', '""', "goal: '': String should have at least 1 character"),
         ("trials = 8", "trials = 0", "trials: 0: Input should be greater than or equal to 1"),
         ("trials = 8", "trails = 8", "trails: is unknown; allowed are goal, base"),
-        ("steps = 100", "", "give a budget of a trial: either epochs or steps"),
+        ("steps = 100", "", "give the budget of a trial: either epochs or steps"),
         ("steps = 100", "steps = 100\nepochs = 3", "either epochs or steps"),
         ("steps = 100", 'split = "test"\nsteps = 100', "split: 'test': Input should be 'val'"),
         ('arch = "cnn_softmax"', "", "base.arch is missing"),

@@ -59,11 +59,11 @@ def test_a_trial_that_cannot_be_read_has_failed_and_the_others_are_there(folder,
 
 def test_a_study_that_cannot_be_read_says_how_to_go_on(folder, study):
     storage.write_bytes(folder.path("study.json"), b'{"format": 9}')
-    with pytest.raises(RecordError, match=r"it is of format 9: .*; begin another round with --new-round"):
+    with pytest.raises(RecordError, match=r"it is of format 9: .*; start another round with --new-round"):
         folder.write_study(study)
 
 
 def test_another_study_is_refused_with_what_differs(folder, study):
     folder.write_study(study)
-    with pytest.raises(InputError, match=r"begun with another study \(seed: 0 -> 1\)"):
+    with pytest.raises(InputError, match=r"started with another study \(seed: 0 -> 1\)"):
         folder.write_study(study.model_copy(update={"seed": 1}))

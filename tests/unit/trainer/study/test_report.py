@@ -97,7 +97,7 @@ def test_a_study_at_chance_has_no_answer_and_says_what_to_do(folder, study, fini
     assert answer.startswith("No answer\n")
     assert "no trial is above chance: the best, trial-0000: val_accuracy 0.3100; accuracy: 0.3100 (31 of 100" in answer
     assert "against 0.30 for always predicting the most frequent class" in answer
-    assert "begin another round (--new-round)" in answer
+    assert "start another round (--new-round)" in answer
     assert "optimizer = " not in answer
     assert "no trial is above chance (0.30): more trials of these ranges will not help" in read(folder)
 

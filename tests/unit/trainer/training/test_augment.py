@@ -15,7 +15,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture
 def augmented(make_config):
-    """Returns a function that augments the images of one optimizer step."""
+    """Return a function that augments the images of one optimizer step."""
 
     def run(images: np.ndarray, step: int = 0, **values) -> np.ndarray:
         config = make_config(global_batch_size=BATCH, **values)

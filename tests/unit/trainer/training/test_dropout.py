@@ -10,7 +10,7 @@ BATCH, WIDTH, RATE = 8, 500, 0.3
 
 @pytest.fixture
 def masks(make_config):
-    """Returns a function that gives what two layers do to ones at an optimizer step: two arrays [BATCH, WIDTH]."""
+    """Return a function that gives what two layers do to ones at an optimizer step: two arrays [BATCH, WIDTH]."""
 
     def run(step: int = 0, seed: int = 0, training: bool = True) -> list[np.ndarray]:
         images = keras.Input((WIDTH,))

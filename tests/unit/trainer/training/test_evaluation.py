@@ -23,7 +23,7 @@ def eval_step(images: Any, labels: Any) -> np.ndarray:
 
 
 def evaluate_together(split: ImageSplit, batch_size: int, num_workers: int) -> list[np.ndarray]:
-    """Runs every worker in a thread of its own; they meet in `gather` as they do in a cluster."""
+    """Run every worker in a thread of its own; they meet in `gather` as they do in a cluster."""
     meeting, gathered = threading.Barrier(num_workers, timeout=30), [np.empty(0)] * num_workers
 
     def evaluate(rank: int) -> np.ndarray:

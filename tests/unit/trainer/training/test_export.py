@@ -76,7 +76,7 @@ for path in sys.argv[1:]:
 
 
 def build_random(manifest, config):
-    """Returns a network of which no two arrays are alike, as those of a new BatchNorm are."""
+    """Return a network of which no two arrays are alike, as those of a new BatchNorm are."""
     network = build_model(config.arch, manifest.image_size, manifest.channels, 3, config.arch_arguments)
     random = np.random.default_rng(0)
     for variable in network.variables:
@@ -88,7 +88,7 @@ def build_random(manifest, config):
 
 
 def write_random_export(manifest, config, run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the exports of a network of random weights; returns images, and the scores that the network gives them."""
+    """Write the exports of a network of random weights; return images, and the scores that the network gives them."""
     network = build_random(manifest, config)
     write_exports(run, read_variables(network.variables), manifest, config)
     shape = (3, manifest.image_size, manifest.image_size, manifest.channels)

@@ -178,7 +178,7 @@ ACCURACIES = [0.9, 0.5, 0.6, 0.7]
 
 
 def write(run: RunFolder, config: TrainConfig, epoch: int, step: int, attempt: int, lineage=()) -> None:
-    """Writes the checkpoint of an epoch, and all that goes with it, as rank 0 does."""
+    """Write the checkpoint of an epoch, and all that goes with it, as rank 0 does."""
     job = WorkerJob(config, None, run.uri, run.lease, (), 0, None, ignore_event)
     rows = enumerate(ACCURACIES[:epoch], start=1)
     history = [{"epoch": n, "val_accuracy": one, "val_loss": 1.0, "attempt": attempt} for n, one in rows]
@@ -213,7 +213,7 @@ STORAGE_CALLS = (
 
 @contextlib.contextmanager
 def interruption(call_number: int, interrupt: Callable[[], None]) -> Iterator[None]:
-    """Calls a function once, before the call to the storage of this number."""
+    """Call a function once, before the call to the storage of this number."""
     numbers = itertools.count()
 
     def count(function):
@@ -285,7 +285,7 @@ def test_a_stale_writer_changes_nothing(place, tmp_path, make_config, request):
 
 @pytest.fixture
 def damaged(tmp_path, make_config, request):
-    """Returns a run of three epochs, a function that cuts off the weights of one, and what it tells."""
+    """Return a run of three epochs, a function that cuts off the weights of one, and what it tells."""
     root = request.getfixturevalue("bucket") if hasattr(request, "param") else str(tmp_path)
     run, events = RunFolder(f"{root}/damaged"), []
     run.start_attempt()

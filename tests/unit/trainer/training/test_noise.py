@@ -19,7 +19,7 @@ def dataset(write_dataset):
 
 @pytest.fixture
 def build(make_config, dataset):
-    """Returns a function that builds a config and its network."""
+    """Return a function that builds a config and its network."""
 
     def build(manifest=dataset.manifest, **values):
         config = make_config(**{"global_batch_size": BATCH, "arch_arguments": NETWORK, **values})

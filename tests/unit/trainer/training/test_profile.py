@@ -13,7 +13,7 @@ MILLISECOND = 1_000_000_000
 
 
 def make_trace(planes: dict[str, dict[str, list[tuple[str, int]]]]) -> bytes:
-    """Returns an XSpace: planes of lines of (name, milliseconds)."""
+    """Return an XSpace: planes of lines of (name, milliseconds)."""
     space = xplane_pb2.XSpace()
     for plane_name, lines in planes.items():
         plane = space.planes.add(name=plane_name)

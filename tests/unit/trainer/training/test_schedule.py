@@ -5,7 +5,7 @@ from trainer.training.schedule import build_schedule
 
 @pytest.fixture
 def rates(make_config):
-    """Returns a function that gives the learning rate of every step, and of the one after the last."""
+    """Return a function that gives the learning rate of every step, and of the one after the last."""
 
     def rates(steps_per_epoch: int = 20, **values) -> list[float]:
         config = make_config(**{"epochs": 10, "base_learning_rate": 2.0, "global_batch_size": 128, **values})

@@ -57,7 +57,7 @@ class Started:
     train_step: object
 
     def train(self, batch, steps: int = 1) -> np.ndarray:
-        """Takes steps on one batch and returns what each told, [steps, 5]."""
+        """Take steps on one batch and return what each told, [steps, 5]."""
         return np.stack([self.train_step(*map(tf.constant, batch)).numpy() for _ in range(steps)])
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ class Started:
 
 @pytest.fixture
 def start(make_config, manifest):
-    """Returns a function that builds a network and its step from the fields that a test is about."""
+    """Return a function that builds a network and its step from the fields that a test is about."""
 
     def start(**values) -> Started:
         base = {"global_batch_size": ROWS, "schedule": "constant", "warmup_epochs": 0, "arch_arguments": NETWORK}

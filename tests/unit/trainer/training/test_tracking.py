@@ -12,7 +12,7 @@ HISTORY = [{"epoch": 1.0, "step": 4.0, "val_loss": 1.5}, {"epoch": 2.0, "step": 
 
 
 def read_events(content: bytes) -> list[Event]:
-    """Reads TFRecords: length, its checksum, an event, its checksum."""
+    """Read TFRecords: length, its checksum, an event, its checksum."""
     events, position = [], 0
     while position < len(content):
         length = int.from_bytes(content[position : position + 8], "little")

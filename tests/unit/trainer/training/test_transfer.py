@@ -30,7 +30,7 @@ def features(model, batch: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def run_of():
-    """Returns a function that writes a run whose best checkpoint holds a model's weights."""
+    """Return a function that writes a run whose best checkpoint holds a model's weights."""
 
     def write(model, uri: str) -> str:
         history = [{"epoch": 1.0, "val_accuracy": 0.5, "val_loss": 1.0}]
@@ -44,7 +44,7 @@ def run_of():
 
 @pytest.fixture(params=["run", "safetensors", "h5", "whole_h5"])
 def written(request, tmp_path, run_of):
-    """Returns a function that writes a model's weights in each form that is read."""
+    """Return a function that writes a model's weights in each form that is read."""
 
     def write(model) -> str:
         if request.param == "run":

@@ -61,7 +61,7 @@ def test_workers_leave_a_core_to_ray_data(num_workers, resources, expected):
 
 @pytest.fixture
 def fail(monkeypatch):
-    """Returns a function that runs one worker whose process fails with these errors, one after the other."""
+    """Return a function that runs one worker whose process fails with these errors, one after the other."""
 
     def run(*errors: Exception, max_failures: int) -> list:
         left, events = list(errors), []
