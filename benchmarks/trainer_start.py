@@ -20,7 +20,7 @@ TRAINERS = ("TensorflowTrainer", "DataParallelTrainer + TF_CONFIG")
 
 
 def first_step(config: dict[str, float]) -> float:
-    """Takes one step under MultiWorkerMirroredStrategy and returns the seconds since the process began."""
+    """Take one step under MultiWorkerMirroredStrategy and return the seconds since the process began."""
     import tensorflow as tf
     import tf_keras as keras
 

@@ -52,7 +52,7 @@ def own_cache(tmp_path_factory):
 
 
 def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int = 0) -> Path:
-    """Writes a source of three classes that a small network can learn: stripes of three directions, as PNG files."""
+    """Write a source of three classes that a small network can learn: stripes of three directions, as PNG files."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:size, :size]
     for name, position in (("across", rows), ("down", columns), ("slanted", rows + columns)):
@@ -86,7 +86,7 @@ def handlers():
 
 
 def last_state(run: RunFolder) -> list[bytes]:
-    """Returns what a run has come to, bit for bit: weights, optimizer, and the answer of every step."""
+    """Return what a run has come to, bit for bit: weights, optimizer, and the answer of every step."""
     last = checkpoints.find_last(run.checkpoints)
     names = (checkpoints.MODEL_NAME, checkpoints.OPTIMIZER_NAME, checkpoints.STEPS_NAME)
     return [checkpoints.read_file(run.checkpoints, last, name) for name in names]
@@ -138,7 +138,7 @@ def wait_for_port(port: int, timeout: float = 60) -> None:
 def ray_nodes(
     home: Path, session: str, head: Sequence[str] = (), nodes: Sequence[Sequence[str]] = (), **variables: str
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Starts a head in the checkout, and nodes, with token authentication; yields what runs ``ray job`` elsewhere.
+    """Start a head in the checkout, and nodes, with token authentication; yield what runs ``ray job`` elsewhere.
 
     Args:
         home: a folder for the token, where ``ray job`` is run too.
@@ -200,7 +200,7 @@ def wait_for_text(path: Path, text: str, timeout: float = 60) -> None:
 
 
 def run_job(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``python jobs/NAME.py ...`` as a user would."""
+    """Run ``python jobs/NAME.py ...`` as a user would."""
     script, *options = arguments
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "jobs" / script), *options],

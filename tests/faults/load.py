@@ -71,7 +71,7 @@ def four_at_once(folder: str) -> None:
 
 
 def measure(folder: str, job_folder: str) -> str:
-    """Returns what is used now, in the order of the heading; the runs' own folder is meant to grow and left out."""
+    """Return what is used now, in the order of the heading; the runs' own folder is meant to grow and left out."""
     driver = psutil.Process()
     processes = [driver, *driver.children(recursive=True)]
     resident, files = 0, 0

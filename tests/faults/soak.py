@@ -69,7 +69,7 @@ def train(options: dict, folder: str, name: str, resources: Resources) -> RunFol
 
 
 def kill_workers(run: RunFolder, duration: float, mean: float, ended: threading.Event, counts: list[int]) -> None:
-    """Kills the first worker of the latest attempt at random moments, also while it starts and while it writes."""
+    """Kill the first worker of the latest attempt at random moments, also while it starts and while it writes."""
     draw = random.Random(0)
     deadline = time.monotonic() + duration
     while time.monotonic() < deadline and not ended.wait(draw.expovariate(1 / mean)):

@@ -44,7 +44,7 @@ def resources(nodes) -> Iterator[Resources]:
 
 
 def kill_worker_node(nodes: Cluster) -> None:
-    """Kills the raylet of a node that works, and all that runs there, with SIGKILL."""
+    """Kill the raylet of a node that works, and all that runs there, with SIGKILL."""
     nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
 
 
@@ -70,7 +70,7 @@ def test_preparing_survives_a_node(nodes, resources, bucket, tmp_path):
 
 @pytest.fixture
 def train(nodes, resources, bucket, tmp_path):
-    """Returns a function that trains 60 epochs on the nodes, one of which is killed after the first."""
+    """Return a function that trains 60 epochs on the nodes, one of which is killed after the first."""
     folder = f"{bucket}/{tmp_path.name}"
     prepare(
         str(write_stripes(tmp_path / "source", images_per_class=40)), f"{folder}/images", PrepareConfig(image_size=32)

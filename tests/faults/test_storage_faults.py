@@ -44,7 +44,7 @@ class FaultyProxy(Proxy):
 
 @pytest.fixture
 def start_proxy(bucket) -> Iterator[Callable[..., FaultyProxy]]:
-    """Returns a function that starts a proxy before the store of the bucket."""
+    """Return a function that starts a proxy before the store of the bucket."""
     target = fsspec.filesystem("s3", skip_instance_cache=True).s3.meta.endpoint_url
     with contextlib.ExitStack() as proxies:
         yield lambda **faults: proxies.enter_context(FaultyProxy(target, **faults).serving())

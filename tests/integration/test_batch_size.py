@@ -40,7 +40,7 @@ def work(resources, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(resources, work):
-    """Returns a function that runs a job on the cluster of this module."""
+    """Return a function that runs a job on the cluster of this module."""
     return partial(run_job, cwd=work, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 
 
@@ -103,7 +103,7 @@ def test_the_table_of_a_job_has_every_size_and_serves_the_next_run(trained, run,
 
 
 def search(work: Path, resources, storage_uri, num_workers: int = 1, **options) -> BatchChoice:
-    """Chooses the batch of a run, while its trials are killed."""
+    """Choose the batch of a run, while its trials are killed."""
     request, manifest = ask(work, resources, **options)
     return choose_batch(request, manifest, num_workers, str(storage_uri), resources, on_event=kill_trial_workers)
 
@@ -123,7 +123,7 @@ def ask(work: Path, resources, **options) -> tuple[RunRequest, Manifest]:
 
 
 def kill_trial_workers(event) -> None:
-    """Kills the training workers of this test's cluster, as the kernel does when memory runs out."""
+    """Kill the training workers of this test's cluster, as the kernel does when memory runs out."""
     if not isinstance(event, SizeMeasured):
         return
     cache = f"XDG_CACHE_HOME={os.environ['XDG_CACHE_HOME']}".encode()

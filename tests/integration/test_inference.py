@@ -29,7 +29,7 @@ OPTIONS += ["--track", "tensorboard", "--evaluate-test"]
 
 @pytest.fixture(scope="module")
 def run(resources):
-    """Returns a function that runs a job on the cluster of this module: one that needs a cluster starts for longer."""
+    """Return a function that runs a job on the cluster of this module: one that needs a cluster starts for longer."""
     return partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 
 

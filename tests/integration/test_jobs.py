@@ -28,7 +28,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_on_cluster(bucket):
-    """Returns a function that runs a job on a cluster that knows the bucket; starting one for each takes time."""
+    """Return a function that runs a job on a cluster that knows the bucket; starting one for each takes time."""
     with connect():
         yield partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 

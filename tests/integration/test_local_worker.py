@@ -44,7 +44,7 @@ def undisturbed(options, tmp_path_factory) -> RunFolder:
 
 
 def start(*options: str) -> subprocess.Popen[str]:
-    """Returns a job that has trained an epoch and goes on."""
+    """Return a job that has trained an epoch and goes on."""
     command = [sys.executable, "jobs/train.py", *options]
     job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     for line in job.stderr:

@@ -21,7 +21,7 @@ ACTIONS_OF_THE_OWNER = 4
 
 @pytest.fixture
 def start_store(monkeypatch) -> Iterator[Callable[[str], None]]:
-    """Returns a function that starts a store with a bucket and a user of one policy, and makes its key the standard."""
+    """Return a function that starts a store with a bucket and a user of one policy, and makes its key the standard."""
     servers = []
 
     def start(policy: str) -> None:

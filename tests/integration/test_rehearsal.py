@@ -16,7 +16,7 @@ NETWORK = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument de
 
 @pytest.fixture
 def submit(bucket, tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Returns a function that submits a Python script and its options from elsewhere."""
+    """Return a function that submits a Python script and its options from elsewhere."""
     # Two nodes of one machine must not share the ports of their workers.
     node = ["--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0"]
     with (

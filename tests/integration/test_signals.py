@@ -35,7 +35,7 @@ def folders(monkeypatch) -> Iterator[list[Path]]:
 
 @pytest.fixture
 def start(stripes, folders, tmp_path):
-    """Starts the run in a process group of its own; returns when it has trained an epoch."""
+    """Start the run in a process group of its own; return when it has trained an epoch."""
 
     def start(num_workers: str) -> subprocess.Popen[str]:
         command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(stripes), "--storage", str(tmp_path)]

@@ -261,7 +261,7 @@ BATCH_NORM_OPTIONS = {"global_batch_size": "8"}
 
 @contextlib.contextmanager
 def killed_in_its_second_epoch(run: RunFolder) -> Iterator[None]:
-    """Kills the first worker of a run, which saves a checkpoint after each step, during the context."""
+    """Kill the first worker of a run, which saves a checkpoint after each step, during the context."""
     ended = threading.Event()
 
     def kill() -> None:

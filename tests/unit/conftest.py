@@ -25,7 +25,7 @@ class WrittenDataset:
 
 @pytest.fixture
 def write_dataset(tmp_path):
-    """Returns a function that writes a prepared dataset of random images as `prepare` does, but without Ray."""
+    """Return a function that writes a prepared dataset of random images as `prepare` does, but without Ray."""
 
     def write(rows=(7, 4, 3), image_size=5, channels=1, rows_per_file=3, seed=0) -> WrittenDataset:
         uri, random = str(tmp_path / "dataset"), np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def write_dataset(tmp_path):
 
 @pytest.fixture
 def write_files(tmp_path):
-    """Returns a function that writes files, each holding its own path, and returns their folder."""
+    """Return a function that writes files, each holding its own path, and return their folder."""
 
     def write(*paths: str) -> str:
         for path in paths:
@@ -86,7 +86,7 @@ def write_files(tmp_path):
 
 @pytest.fixture
 def write_table(tmp_path):
-    """Returns a function that writes one text file and returns its path."""
+    """Return a function that writes one text file and return its path."""
 
     def write(name: str, text: str) -> str:
         (tmp_path / name).write_text(text)
@@ -97,7 +97,7 @@ def write_table(tmp_path):
 
 @pytest.fixture
 def make_config():
-    """Returns a function that makes the config of a run from the fields that a test is about."""
+    """Return a function that makes the config of a run from the fields that a test is about."""
 
     def make(**values) -> TrainConfig:
         required = {
@@ -125,7 +125,7 @@ def evaluation() -> EvaluationResult:
 
 @pytest.fixture
 def make_result(evaluation):
-    """Returns a function that makes the result of a run."""
+    """Return a function that makes the result of a run."""
 
     def make(**values) -> RunResult:
         required = {

@@ -72,7 +72,7 @@ def edit(content: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def attempt(expected: type[Exception], function, *arguments) -> tuple[object, str | None]:
-    """Returns what a function returns, or the message of the one kind of error that it may raise."""
+    """Return what a function returns, or the message of the one kind of error that it may raise."""
     try:
         return function(*arguments), None
     except expected as error:

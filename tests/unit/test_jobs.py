@@ -27,7 +27,7 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def split_stderr(finished: subprocess.CompletedProcess[str]) -> tuple[set[str], list[str]]:
-    """Returns the packages that were imported, and the lines that a user sees."""
+    """Return the packages that were imported, and the lines that a user sees."""
     lines = finished.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
     return imported, [line for line in lines if not line.startswith("import time:")]
@@ -86,7 +86,7 @@ def parameters_of(job: str) -> dict[str, inspect.Parameter]:
 
 
 def choices_of(annotation: object) -> set[str]:
-    """Returns the words that an annotation allows, within Annotated and beside None."""
+    """Return the words that an annotation allows, within Annotated and beside None."""
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
     return {choice for part in get_args(annotation) for choice in choices_of(part)}

@@ -11,7 +11,7 @@ from trainer.record.run_folder import RunFolder, describe_run
 
 
 def install_wheel(folder: Path) -> Path:
-    """Builds a wheel, installs it beside the dependencies of this environment, and returns the path of its command."""
+    """Build a wheel, installs it beside the dependencies of this environment, and return the path of its command."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     # Built in a copy: setuptools would leave a build folder in the checkout, and put what it holds into later wheels.
     for name in ("data_prep", "trainer", "jobs"):

@@ -49,7 +49,7 @@ def test_a_class_with_few_images_leaves_its_row_white(write_dataset):
 
 @pytest.fixture
 def write_classes(write_dataset):
-    """Returns a function that writes a dataset of many classes: two train images each, with a gray of their own."""
+    """Return a function that writes a dataset of many classes: two train images each, with a gray of their own."""
 
     def write(num_classes: int):
         written = write_dataset(rows=(1, 1, 1))

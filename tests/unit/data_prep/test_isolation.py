@@ -23,7 +23,7 @@ def end_the_decoder():
 
 
 def decode_or_misbehave(content: bytes, options: ImageOptions) -> np.ndarray:
-    """Runs in the decoder's process: does what the content says."""
+    """Run in the decoder's process: does what the content says."""
     match content:
         case b"crash":
             os._exit(1)

@@ -58,7 +58,7 @@ def test_a_row_of_a_parquet_file_without_a_label_is_refused(tmp_path):
 
 
 def write_hub(path: Path, columns: dict, features: dict) -> str:
-    """Writes a file with the metadata that the Hugging Face hub's library leaves in its schema."""
+    """Write a file with the metadata that the Hugging Face hub's library leaves in its schema."""
     table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, path)
     return str(path)

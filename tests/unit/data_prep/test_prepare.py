@@ -131,7 +131,7 @@ def test_the_same_preparation_is_not_done_again(write_dataset):
 
 
 def check_rejected(of_class: list[tuple[int, int]], max_bad_fraction: float, names: str = "{}.heic") -> None:
-    """Checks classes a, b, ... of which so many images were kept, and so many files rejected."""
+    """Check classes a, b, ... of which so many images were kept, and so many files rejected."""
     kept = [label for label, (count, _) in enumerate(of_class) for _ in range(count)]
     lost = [label for label, (_, count) in enumerate(of_class) for _ in range(count)]
     rejected = pa.table(
