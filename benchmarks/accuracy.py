@@ -116,7 +116,7 @@ def run_once(results: Path, side: str, dataset: str, arch: str, seed: int, optio
             # The others go on.
             print(f"{place.name} failed: {error}", file=sys.stderr, flush=True)
             return None
-        # The load tells what other work took part of the seconds.
+        # The load shows whether other work took part of the seconds.
         circumstances = {"load": os.getloadavg()[0], "labels": open_split(dataset, manifest, "val").labels.tolist()}
         temporary = place / "record.json"
         temporary.write_text(json.dumps(key | circumstances | found))

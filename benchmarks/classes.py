@@ -110,7 +110,7 @@ def measure(num_classes: int) -> Outcome:
         job = WorkerJob(config, manifest, run.uri, None, (), 0, None, ignore_event)
         launch._load_ending()
         before = read_gib("VmRSS")
-        # The most is counted anew.
+        # The peak is counted again.
         Path("/proc/self/clear_refs").write_text("5")
         started = time.perf_counter()
         mistakes = np.zeros((16, manifest.image_size, manifest.image_size, manifest.channels), np.uint8)

@@ -1,4 +1,4 @@
-"""Images a second that reach a training step, shuffled anew each epoch: this project against tf.data and Ray Data.
+"""Images per second that reach a training step, shuffled again each epoch: this project against tf.data and Ray Data.
 
 All feed the same uint8 images, made here, in batches to a consumer that does nothing; the first epoch is left out. Each
 contestant is a process of its own; they take turns. Mark: this project reaches tf.data's cache() of uint8.

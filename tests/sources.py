@@ -1,4 +1,4 @@
-"""Writes sources of images, and says what is found in them."""
+"""Write sources of images, and describe what is found in them."""
 
 import io
 import tarfile

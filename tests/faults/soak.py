@@ -1,4 +1,4 @@
-"""Kills workers of a run at random for half an hour; it has to end as a run that nobody disturbed, bit for bit.
+"""Kill workers of a run at random for half an hour; it has to end like an undisturbed run, bit for bit.
 
 Run: python -m tests.faults.soak [--minutes 30] [--epochs 700]
 """

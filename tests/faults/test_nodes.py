@@ -129,7 +129,7 @@ def test_a_job_waits_for_the_first_node_of_a_cluster_that_grows(bucket, tmp_path
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     command = ["prepare.py", str(source), f"{bucket}/{tmp_path.name}", "--image-size", "32"]
     refused = run_job(*command, RAY_ADDRESS=cluster.address)
-    assert (refused.returncode, "--wait SECONDS where the cluster grows" in refused.stderr) == (2, True)
+    assert (refused.returncode, "--wait SECONDS if the cluster scales automatically" in refused.stderr) == (2, True)
     with ThreadPoolExecutor(1) as jobs:
         prepared = jobs.submit(run_job, *command, "--wait", "90", RAY_ADDRESS=cluster.address)
         time.sleep(15)
@@ -149,7 +149,7 @@ def test_a_cluster_in_use_is_waited_for(nodes, resources):
     ray.get([holder.ready.remote() for holder in holders])
     while ray.available_resources().get("CPU"):
         time.sleep(0.1)
-    with pytest.raises(InputError, match=r"--num-workers 2 needs 1 CPUs, 0 of 2 are free; .* --wait SECONDS"):
+    with pytest.raises(InputError, match=r"--num-workers 2 needs 1 CPU, 0 of 2 are free; .* --wait SECONDS"):
         wait_for_workers("2", resources, 0, print)
     threading.Timer(3.0, ray.kill, [holders[0]]).start()
     started, events = time.monotonic(), []

@@ -97,7 +97,7 @@ def test_a_store_that_stays_away_fails_the_job_which_goes_on_when_it_is_back(buc
     assert "continuing after epoch " in again.stderr
 
 
-def test_wrong_names_are_told_soon(bucket, training):
+def test_wrong_names_are_reported_soon(bucket, training):
     silent = socket.create_server(("127.0.0.1", 0))
     started = time.monotonic()
     finished = run_job(*training, "s3://training/runs", AWS_ENDPOINT_URL=f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""What takes seconds to build: whole published networks, and a few steps of each deep family."""
+"""Networks that take seconds to build: published ones, and a few steps of each deep family."""
 
 import numpy as np
 import pytest

@@ -46,7 +46,7 @@ def run(resources, work):
 
 @pytest.fixture(scope="module")
 def trained(run):
-    """A run of two workers that was told nothing of batch and precision."""
+    """A run of two workers without options for batch and precision."""
     # One epoch: a second one, beside other work on this machine, may contradict what was measured.
     options = ["--arch", "cnn_softmax", *SMALL, "--dataset", "dataset", "--num-workers", "2", "--epochs", "1"]
     finished = run("train.py", *options, "--run-name", "first")

@@ -1,4 +1,4 @@
-"""The commands of the README and the guide, run one after the other as they stand there, on a few images."""
+"""The commands of the README and the guide, run one after the other as written, on a few images."""
 
 import re
 import shlex

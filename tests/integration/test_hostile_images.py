@@ -1,4 +1,4 @@
-"""Every kind of image file that a folder may hold, made with real encoders: each is decoded rightly or rejected."""
+"""Every kind of image file that a folder may hold, made with real encoders: each is decoded correctly or rejected."""
 
 import io
 import struct

@@ -192,7 +192,7 @@ def test_the_error_of_the_function_is_raised_here(tmp_path):
         run_workers(refuse, "refusal", WorkerCount(1, 1, 1), read_machine(str(tmp_path)), on_event=print)
 
 
-def test_another_error_is_named_here_and_whole_in_the_log(tmp_path):
+def test_another_error_is_named_here_and_complete_in_the_log(tmp_path):
     class OwnError(Exception):
         pass
 
@@ -215,7 +215,7 @@ def test_a_process_that_exits_is_an_error(tmp_path):
     assert raised.value.tail.endswith(b"last words\n")
 
 
-def test_a_worker_that_stands_still_is_told_of_and_goes_on(tmp_path, monkeypatch):
+def test_a_worker_that_stands_still_is_reported_and_goes_on(tmp_path, monkeypatch):
     # Twice as long as the worker takes from one sign of life to the next.
     monkeypatch.setattr(pulse, "_SILENCE_SECONDS", 6.0)
     events = []

@@ -1,4 +1,4 @@
-"""A real object store that holds each request to a policy: the documented one is enough, a lacking one is told."""
+"""A real object store that holds each request to a policy: the documented one is enough, a missing permission is named."""
 
 import json
 import os

@@ -204,7 +204,7 @@ def test_too_many_bad_files_are_refused_before_anything_is_committed(source, tmp
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
-def test_a_file_that_was_mended_after_a_refusal_is_used(source, tmp_path):
+def test_a_file_that_was_repaired_after_a_refusal_is_used(source, tmp_path):
     table = write_as_table(source, tmp_path, ".csv")
     config = CONFIG.model_copy(update={"max_bad_fraction": 0.04})
     with pytest.raises(InputError, match=r"3 of 64 images were rejected"):
@@ -348,7 +348,7 @@ def test_the_error_of_a_task_is_the_error_of_the_job(task, error):
         list(data_prep.prepare._run_tasks(task, [{"row": 1}, {"row": 2}]))
 
 
-def test_what_a_task_refuses_is_told_where_it_did_other_items_before():
+def test_what_a_task_refuses_is_reported_where_it_did_other_items_before():
     with pytest.raises(InputError, match=r"^what the task said$"):
         list(data_prep.prepare._run_tasks(refuse_odd_rows, [{"row": row} for row in range(64)]))
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, twice in a row too: nothing is left running, and the same command continues."""
+"""SIGINT and SIGTERM, also twice in a row: nothing is left running, and the same command continues."""
 
 import json
 import os

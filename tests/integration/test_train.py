@@ -303,7 +303,7 @@ def test_a_run_killed_within_an_epoch_ends_as_if_it_had_not_been(batch_norm_runs
     assert_identical(killed, undisturbed)
 
 
-def test_the_dead_worker_is_told_of_and_is_in_the_result_and_the_note(batch_norm_runs):
+def test_the_dead_worker_is_reported_and_is_in_the_result_and_the_note(batch_norm_runs):
     _, _, run, events = batch_norm_runs
     first = json.loads(Path(run.path("attempts", "0001.json")).read_text())
     (lost,) = (event for event in events if isinstance(event, WorkersLost))

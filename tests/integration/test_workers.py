@@ -17,7 +17,7 @@ from trainer.workers import backend, groups
 from trainer.workers.groups import WorkerCount, run_workers
 
 
-def test_workers_without_room_are_waited_for_aloud_and_not_for_ever(resources, monkeypatch):
+def test_workers_without_room_are_waited_for_and_not_for_ever(resources, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "4")
     monkeypatch.setattr(groups, "_ROOM_TRIES", 1)
     monkeypatch.setattr(groups, "_SILENCE_SECONDS", 1.0)

@@ -1,4 +1,4 @@
-"""What an installation with a wrong Python says, whatever the pip."""
+"""The error of an installation with an unsupported Python, for any version of pip."""
 
 import runpy
 import sys

@@ -236,7 +236,7 @@ def error_of_function(error: Exception) -> Exception:
 def found_no_room(error: "TrainingFailedError") -> bool:
     """Return whether Ray Train gave up because the workers never found a place."""
     # train/v2/_internal/exceptions.py, line 48: WorkerGroupStartupTimeoutError.
-    # test_workers.py: test_workers_without_room_are_waited_for_aloud_and_not_for_ever
+    # test_workers.py: test_workers_without_room_are_waited_for_and_not_for_ever
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)

@@ -1,4 +1,4 @@
-"""Profiles a few training steps: a trace for TensorBoard, and a table of where the time of a step goes."""
+"""Profile a few training steps: a trace for TensorBoard, and a table of where the time of a step goes."""
 
 import contextlib
 import math

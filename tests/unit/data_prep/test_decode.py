@@ -106,7 +106,7 @@ def test_an_animation_gives_its_first_frame(image_format):
     assert np.abs(decode(content, 32, 1)[..., 0] - np.asarray(first)).max() <= TOLERANCE.get(image_format, 0)
 
 
-def test_the_format_is_told_from_the_content_alone():
+def test_the_format_is_recognized_from_the_content_alone():
     assert reason_of(encode(picture(8, 8).convert("RGB"), "PNG").replace(b"\x89PNG", b"\x88PNG")) == "not_an_image"
 
 

@@ -117,7 +117,7 @@ def test_a_large_picture_inside_an_icon_is_refused_by_its_header(size):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("compression", [None, "tga_rle"])
-def test_tga_is_told_from_its_header(mode, compression):
+def test_tga_is_recognized_from_its_header(mode, compression):
     image = Image.fromarray(RAMP).convert(mode)
     content = encode(image, "TGA", **({"compression": compression} if compression else {}))
     assert open_image(content).format == "TGA"

@@ -51,7 +51,7 @@ def test_anything_else_may_be_an_image(name):
         ("thumbs/a.jpg", ""),
     ],
 )
-def test_what_systems_leave_behind_is_told_by_its_name(path, kind):
+def test_what_systems_leave_behind_is_reported_by_its_name(path, kind):
     assert left_behind_as(path) == kind
 
 

@@ -144,7 +144,7 @@ def test_signed_16_and_8_bits_of_a_tiff_are_signed():
 
 
 def with_tag(content: bytes, tag: int, value: int) -> bytes:
-    """A TIFF of 8x8 pixels with one more tag, its directory written anew at its end."""
+    """A TIFF of 8x8 pixels with one more tag, its directory written again at its end."""
     start = struct.unpack_from("<I", content, 4)[0]
     count = struct.unpack_from("<H", content, start)[0]
     entries = [content[start + 2 + 12 * number : start + 14 + 12 * number] for number in range(count)]

@@ -1,4 +1,4 @@
-"""Evaluations and predictions of a finished run, among them of one that belongs to somebody else."""
+"""Evaluations and predictions of a finished run, also of another user's."""
 
 import os
 import shutil
@@ -118,7 +118,7 @@ def test_reading_the_test_split_of_an_own_run_is_counted_in_the_run(run, public)
     assert describe_test_reads(request) == "the test split has been read 1 time for this run"
 
 
-def test_predictions_go_to_an_empty_place_or_replace_others_when_told(public):
+def test_predictions_go_to_an_empty_place_or_replace_others_when_asked(public):
     output = public / "out"
     assert check_output(str(output)) == str(output)
     (output / "predictions-00000.parquet").write_text("of an interrupted job")

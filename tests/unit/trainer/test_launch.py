@@ -340,7 +340,7 @@ def test_a_run_whose_workers_end_early_says_why(plan, tmp_path, monkeypatch, err
     assert (ending.status, ending.reason) == (status, str(error))
 
 
-def test_a_refused_run_begins_anew_with_another_option(plan, tmp_path, monkeypatch):
+def test_a_refused_run_begins_again_with_another_option(plan, tmp_path, monkeypatch):
     run = RunFolder(str(tmp_path / "runs" / "first"))
     run.write_record(describe_run(plan(run).config, "1 node"))
     run.write_interruption("refused", "no layer fits")
@@ -405,7 +405,7 @@ def test_a_damaged_config_without_a_copy_stops_the_run_with_what_to_do(plan, beg
     assert {name: Path(begun.path(name)).read_bytes() for name in storage.find_files(begun.uri)} == before
 
 
-def test_a_damaged_config_of_a_run_that_never_started_is_written_anew(plan, tmp_path):
+def test_a_damaged_config_of_a_run_that_never_started_is_written_again(plan, tmp_path):
     run = RunFolder(str(tmp_path / "runs" / "first"))
     run.write(b"{", "config.json")
     plan(run)

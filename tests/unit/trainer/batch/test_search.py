@@ -221,7 +221,7 @@ def test_knee_is_looked_for_until_throughput_stops_rising():
     assert known.rows("float32")[0].size == 1
 
 
-def test_the_whole_table_has_all_powers_of_two_alone_in_each_precision_of_use():
+def test_the_complete_table_has_all_powers_of_two_alone_in_each_precision_of_use():
     factors = {"float32": 1.0, "mixed_bfloat16": 0.9, "mixed_float16": 9.0}
     machine = Machine(on_cpu(8), lambda size: 1 + size / 100, factors)
     known = machine.search(ask("every", precisions=tuple(factors), most=272, images=1))

@@ -36,7 +36,7 @@ def measure(bench: _Bench, size: int, *precisions: str, compare_losses: bool = F
 
 def test_precisions_are_measured_by_turns_after_the_losses_of_their_first_steps(make_bench):
     bench = make_bench()
-    # The network whose size told where to start.
+    # The network whose size decided where to start.
     bench.build("float32")
     events = measure(bench, 4, *BOTH, compare_losses=True)
     kinds = [SizeStarted, LossesMeasured]

@@ -321,12 +321,12 @@ def test_throughput_that_does_not_double_is_attributed():
     assert why.startswith("computation: synthetic images are no faster")
 
 
-def test_waiting_for_input_is_told():
+def test_waiting_for_input_is_reported():
     rows = [size(8, 1.0, 1.0, synthetic_seconds_per_step=0.4), size(16, 1.0, 1.9, synthetic_seconds_per_step=0.8)]
     assert "input: at 8 a step waits 60% of its time for images" in find_bottlenecks(make_table(rows), None)
 
 
-def test_waiting_for_other_workers_is_told():
+def test_waiting_for_other_workers_is_reported():
     rows = [size(8, 1.0, 1.0, replicas=4), size(16, 1.0, 1.9, replicas=4)]
     lines = find_bottlenecks(make_table(rows, replicas=4), alone=size(8, 1.0, 0.6))
     assert "synchronization: at 8 a step of one worker alone takes 60% of a step of all 4" in lines

@@ -37,7 +37,7 @@ def test_every_option_of_a_run_is_one_of_its_commands():
     assert TrainConfig.model_fields.keys() - {"dataset_fingerprint", "known_augmentation"} <= OPTIONS.keys()
 
 
-def test_an_option_is_named_without_the_unit_that_its_help_tells(invoke, received):
+def test_an_option_is_named_without_the_unit_that_its_help_says(invoke, received):
     assert invoke("--memory-limit", "2.5").exit_code == 0
     assert received["memory_limit_gib"] == 2.5
 

@@ -110,7 +110,7 @@ def test_frozen_weights_change_nothing(images):
     np.testing.assert_array_equal(grad_cam(network, images, LABELS), before)
 
 
-def test_a_network_without_feature_map_is_told(linear):
+def test_a_network_without_feature_map_is_reported(linear):
     with pytest.raises(ValueError, match="no feature map"):
         find_features(linear)
 

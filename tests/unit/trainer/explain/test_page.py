@@ -1,4 +1,4 @@
-"""The page that explains a run, made in this process instead of a worker's."""
+"""The page that explains a run, made in this process instead of a worker."""
 
 import re
 
@@ -79,5 +79,5 @@ def test_a_file_of_another_program_is_not_replaced(trained_run, tmp_path, name):
         check_output(trained_run.uri, str(tmp_path / "out"))
 
 
-def test_an_explanation_goes_into_the_run_unless_told_otherwise(trained_run):
+def test_an_explanation_goes_into_the_run_unless_another_place_is_given(trained_run):
     assert check_output(trained_run.uri, "") == trained_run.path("explanations")

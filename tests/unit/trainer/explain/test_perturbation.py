@@ -42,7 +42,7 @@ def test_maps_of_noise_do_not_pass(samples):
     assert "do not read its maps as reasons" in str(found)
 
 
-def test_a_large_effect_in_a_few_images_is_told_as_that(samples):
+def test_a_large_effect_in_a_few_images_is_reported_as_that(samples):
     """Of 40 images 12 fall by 1 where they are marked; in the others a random quarter weighs a little more."""
     pixels, good, _ = samples
     decisive = np.arange(40) < 12

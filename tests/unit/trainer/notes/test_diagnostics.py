@@ -79,7 +79,7 @@ def test_a_sound_run_has_no_symptom(find):
     assert find(history(SOUND)) == []
 
 
-def test_divergence_is_told_with_its_steps_and_nothing_else(find):
+def test_divergence_is_reported_with_its_steps_and_nothing_else(find):
     (line,) = find(history(RISING), reason="the loss became nan somewhere within steps [51, 100]")
     assert line == (
         "diverged: the loss became nan somewhere within steps [51, 100]; try --base-learning-rate 0.001 --clip-norm 1"
@@ -105,7 +105,7 @@ def test_chance_ends_at_the_interval_and_at_95_percent_of_the_loss_of_guessing(n
     assert ("did not train" in found) is is_chance
 
 
-def test_chance_is_told_with_its_numbers_and_a_rate_to_try(find):
+def test_chance_is_reported_with_its_numbers_and_a_rate_to_try(find):
     (line,) = find(history([2.3] * 12, loss=[2.3] * 12), judge(66, 2.24))
     assert line.startswith("did not train: 66 of 660 correct (0.08-0.13) is no better than always predicting")
     assert "the loss 2.240 is no better than that of guessing by class frequency (2.303)" in line
@@ -148,7 +148,7 @@ def test_of_a_few_images_chance_is_no_evidence_against_a_network_that_learned(na
     ("first", "last", "has_risen"),
     [(2.3, 2.52, False), (2.3, 2.54, True), (0.05, 0.069, False), (0.05, 0.071, True), (0.210, 0.218, False)],
 )
-def test_a_training_loss_that_rose_by_a_tenth_and_2_hundredths_is_told(names, first, last, has_risen):
+def test_a_training_loss_that_rose_by_a_tenth_and_2_hundredths_is_reported(names, first, last, has_risen):
     rows = history([2.3] * 4, loss=[first, first, first, last])
     assert ("training loss rose" in names(rows)) is has_risen
 
@@ -195,7 +195,7 @@ def test_a_loss_that_rose_by_15_percent_and_by_more_than_2_hundredths_is_overfit
         ({"label_smoothing": 0.1, "weight_decay": 0.02}, "--weight-decay 0.2"),
     ],
 )
-def test_overfitting_is_told_with_its_epochs_and_what_the_run_did_not_try(find, config, remedy):
+def test_overfitting_is_reported_with_its_epochs_and_what_the_run_did_not_try(find, config, remedy):
     rows = history(RISING, epoch=[1, 2, 3, 4, *range(9, 17)])
     (line,) = find(rows, **config)
     assert line.startswith("overfitting: val_loss rose from 0.520 (epoch 4) to 0.900 (epoch 16) while loss fell")
@@ -225,7 +225,7 @@ def test_a_loss_5_percent_and_2_hundredths_below_all_before_is_still_improving(n
     assert ("still improving" in names(history([2.0, *[before] * 8, *[last] * 3]))) is is_improving
 
 
-def test_a_run_that_was_cut_short_is_told_with_its_epochs(find):
+def test_a_run_that_was_cut_short_is_reported_with_its_epochs(find):
     (line,) = find(history(FALLING))
     assert line == (
         "still improving: mean val_loss of epochs 10 to 12 is 0.578, the lowest before them was 0.758; try --epochs 24"
@@ -268,7 +268,7 @@ def test_a_best_epoch_within_the_first_tenth_is_early(names, best, epochs, is_ea
     assert ("saturated early" in names(history(losses))) is is_early
 
 
-def test_a_run_that_was_best_at_once_is_told(find):
+def test_a_run_that_was_best_at_once_is_reported(find):
     (line,) = find(history([0.7, *[0.72] * 11]))
     assert line == (
         "saturated early: val_loss was lowest (0.700) in epoch 1 of 12, within the first tenth; try "
@@ -381,7 +381,7 @@ def test_a_class_is_never_correct_where_that_is_no_accident(names, of_eel, is_to
     assert ("never correct" in found) is is_told
 
 
-def test_a_class_that_is_never_correct_is_told_with_what_it_is_taken_for(find):
+def test_a_class_that_is_never_correct_is_reported_with_what_it_is_taken_for(find):
     (line,) = find(history(SOUND), judge_classes((90, 100), (90, 100), (0, 90)))
     assert line.startswith(
         "never correct: eel (0 of 90, 90 predicted as cat); look at their images in plots/mistakes.png"
@@ -399,7 +399,7 @@ def test_an_interval_wider_than_a_fifth_says_little(names, right, total, is_told
     assert ("few validation images" in names(history(SOUND), judge(right, 0.9, total))) is is_told
 
 
-def test_a_small_validation_split_is_told_with_the_size_that_would_do(find):
+def test_a_small_validation_split_is_reported_with_the_size_that_would_do(find):
     (line,) = find(history(SOUND), judge(33, 0.9, 66))
     assert line.startswith("few validation images: of 66, the interval 0.38-0.62 cannot tell this run from one that is")
     assert "about 363 would show five points" in line

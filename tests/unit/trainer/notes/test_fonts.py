@@ -57,7 +57,7 @@ def test_a_font_that_has_the_characters_is_taken(ancient_font):
     assert (pixels[40:75, 25:55] == 0).all()
 
 
-def test_what_no_font_has_is_told_and_is_no_warning(ancient_font):
+def test_what_no_font_has_is_reported_and_is_no_warning(ancient_font):
     _, missing = draw(f"{OTHER} of {ANCIENT}")
     assert missing == OTHER
 

@@ -207,7 +207,7 @@ def test_the_verdict_and_the_test_split_have_lines_of_their_own(start, make_resu
         ({"init_from": "/runs/old", "freeze_trunk": True}, "seed 3; init from /runs/old, freeze trunk"),
     ],
 )
-def test_what_is_used_besides_is_said(start, make_result, values, text):
+def test_what_is_used_in_addition_is_said(start, make_result, values, text):
     assert any(line.endswith(text) for line in note_of(start("first", **values), make_result()).splitlines())
 
 

@@ -151,7 +151,7 @@ def test_the_picture_of_the_matrix_is_small_whatever_the_number_of_classes(num_c
     assert max(struct.unpack(">II", header[16:24])) <= 2000
 
 
-def test_characters_that_no_font_has_are_told(run, evaluation, make_result):
+def test_characters_that_no_font_has_are_reported(run, evaluation, make_result):
     # Cuneiform.
     name = "\U00012001"
     table = pa.table({"label": [0, 1], "predicted": [1, 1], "loss": [1.0, 1.0], "confidence": [0.5, 0.5]})

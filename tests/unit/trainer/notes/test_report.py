@@ -216,7 +216,7 @@ def test_a_file_that_is_not_its_own_is_not_replaced(write_run, tmp_path, name):
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_its_own_files_are_written_anew(write_run, tmp_path):
+def test_its_own_files_are_written_again(write_run, tmp_path):
     write_run("first")
     write_report(tmp_path)
     # As it was before the page had a mark.

@@ -31,19 +31,19 @@ def test_a_later_run_finds_what_an_earlier_one_chose(make, tmp_path):
         {"input_scaling": "unit"},
     ],
 )
-def test_another_dataset_network_or_candidate_is_tried_anew(make, tmp_path, values):
+def test_another_dataset_network_or_candidate_is_tried_again(make, tmp_path, values):
     write_choice(str(tmp_path), make(), CHOICE)
     assert read_choice(str(tmp_path), make(**values)) is None
 
 
-def test_a_damaged_choice_is_tried_anew(make, tmp_path):
+def test_a_damaged_choice_is_tried_again(make, tmp_path):
     write_choice(str(tmp_path), make(), CHOICE)
     (name,) = storage.find_files(str(tmp_path / "augmentations"))
     (tmp_path / "augmentations" / name).write_text("{")
     assert read_choice(str(tmp_path), make()) is None
 
 
-def test_trials_are_told_with_their_last_losses_the_longest_tried_first():
+def test_trials_are_reported_with_their_last_losses_the_longest_tried_first():
     rows = [("plain", "none", 0.9), ("trial", "none", 0.5), ("trial", "rotation", 0.4), ("trial", "flip", 0.2)]
     rows += [("trial", "none", 0.3), ("trial", "rotation", 0.25), ("train", "rotation", 0.1)]
     history = [{"stage": stage, "augmentation": name, "val_loss": loss} for stage, name, loss in rows]

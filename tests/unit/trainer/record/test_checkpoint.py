@@ -180,7 +180,7 @@ DAMAGES = {
 FILES = {"model.safetensors": b"12345678", "optimizer.safetensors": b"9"}
 
 
-def test_where_all_is_whole_nothing_is_set_aside(folder):
+def test_where_all_are_intact_nothing_is_set_aside(folder):
     assert checkpoints.find_whole(folder, checkpoints.find_last) == (None, [])
     first, second = save(folder, [0.6, 0.5], **FILES)
     before = storage.find_files(folder)
@@ -200,7 +200,7 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_stays_to_be_looked_at(folder
     assert checkpoints.find_checkpoints(folder) == [first]
     kept = json.loads(storage.read_bytes(storage.join(folder, second.name, "damaged.json")))
     assert kept == {"reason": line, "checkpoint.json": commit.decode(errors="replace")}
-    # It is told of once.
+    # It is reported once.
     assert checkpoints.find_whole(folder, checkpoints.find_last) == (first, [])
     save(folder, [0.5, 0.6, 0.7])
     checkpoints.delete_old_checkpoints(folder, keep_best=1)
@@ -208,7 +208,7 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_stays_to_be_looked_at(folder
         assert storage.exists(storage.join(folder, second.name, "model.safetensors"))
 
 
-def test_the_last_of_several_that_is_whole_is_found(folder):
+def test_the_last_of_several_that_is_intact_is_found(folder):
     saved = save(folder, [0.5, 0.6, 0.7, 0.8], **FILES)
     for one, kind in zip(saved[1:], ["truncated", "commit empty", "missing"], strict=True):
         damage(folder, one.name, kind)

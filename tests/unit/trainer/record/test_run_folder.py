@@ -45,7 +45,7 @@ def test_the_record_survives(run, make_config):
     assert run.read_record() == record
 
 
-def test_the_record_tells_how_the_run_was_started(make_config, monkeypatch):
+def test_the_record_says_how_the_run_was_started(make_config, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--arch", "alexnet", "--run-name", "with space"])
     record = describe_run(make_config(), "1 node, 4 CPUs")
     assert record.command == "python jobs/train.py --arch alexnet --run-name 'with space'"
@@ -136,7 +136,7 @@ def test_a_result_of_another_program_is_refused(run, content):
 
 
 @pytest.mark.parametrize("name", ["a9db2b2/result.json", "e7b8c87/result.json", "e9cf8f1/interruption.json"])
-def test_the_endings_of_earlier_versions_are_told_apart(run, name):
+def test_the_endings_of_earlier_versions_are_distinguished(run, name):
     storage.write_bytes(run.path("result.json"), (PAST / name).read_bytes())
     assert (run.read_result() is None) == ("interruption" in name)
     assert run.read_ending() is not None
@@ -168,7 +168,7 @@ def test_small_records_have_a_format(run):
         assert json.loads(record.to_json())["format"] == 1
 
 
-def test_incidents_are_told_in_the_order_of_time(run):
+def test_incidents_are_reported_in_the_order_of_time(run):
     assert run.read_incidents() == []
     run.record_recovery("model.safetensors is missing; training goes on from step 8")
     run.record_loss("worker 0 was killed by SIGKILL")
@@ -236,7 +236,7 @@ def test_an_attempt_writes_no_more_when_the_next_one_has_started(run):
     assert run.read_metrics() == [{"epoch": 3}]
 
 
-def test_metrics_have_a_row_an_epoch_and_are_written_anew(run):
+def test_metrics_have_a_row_an_epoch_and_are_written_again(run):
     history = [{"epoch": epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)]
     run.write_metrics(history[:2])
     run.write_metrics(history)

@@ -92,7 +92,7 @@ def test_a_job_log_has_plain_lines_of_events_and_nothing_of_quick_progress(capsy
     assert capsys.readouterr().err == f"{started}\n"
 
 
-def test_a_job_log_tells_of_slow_progress(capsys, monkeypatch):
+def test_a_job_log_reports_slow_progress(capsys, monkeypatch):
     monkeypatch.setattr(console, "_PLAIN_INTERVAL_SECONDS", 0.0)
     with console.show_events() as show:
         show(StageProgressed("decode", 0, 100))

@@ -106,5 +106,5 @@ def test_what_was_left_out_of_a_source_is_one_line():
         (AttemptStarted(2, 30, 3, 1, 3), "attempt 2 continues after step 30, in epoch 3, with 1 worker instead of 3"),
     ],
 )
-def test_what_is_told_of_lost_workers(event, text):
+def test_what_is_reported_lost_workers(event, text):
     assert str(event) == text

@@ -21,7 +21,7 @@ def size_of(uri: str) -> tuple[int, int]:
     return Image.open(io.BytesIO(base64.b64decode(content))).size
 
 
-def test_a_picture_is_embedded_no_wider_than_told():
+def test_a_picture_is_embedded_no_wider_than_asked():
     assert size_of(to_data_uri(png(1000, 500), width=100)) == (100, 50)
     assert size_of(to_data_uri(png(30, 20), width=100)) == (30, 20)
     assert size_of(to_data_uri(png(10, 5000), width=100)) == (1, 400)

@@ -1,4 +1,4 @@
-"""What is said of the trials of a study, on records whose answer is known."""
+"""The conclusions from the trials of a study, on records with a known answer."""
 
 import pytest
 

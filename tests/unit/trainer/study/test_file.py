@@ -1,4 +1,4 @@
-"""The study file: what it says, and what is refused by the name of its key."""
+"""The study file: its contents, and errors that name the key."""
 
 import pytest
 

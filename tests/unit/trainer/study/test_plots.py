@@ -1,4 +1,4 @@
-"""Pictures of a study, also of one that has hardly begun."""
+"""Pictures of a study, also of one that has just started."""
 
 import warnings
 

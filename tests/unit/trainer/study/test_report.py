@@ -129,7 +129,7 @@ def test_without_predictions_the_interval_of_the_best_decides(folder, study):
     assert answer_of(folder).startswith("Answer\n")
 
 
-def test_values_in_a_script_that_no_font_has_are_told_once_in_the_report(folder, study):
+def test_values_in_a_script_that_no_font_has_are_reported_once_in_the_report(folder, study):
     # Cuneiform.
     scientific = {"init_from": ["/weights/\U00012000", "/weights/other"]}
     study = study.model_copy(update={"scientific": scientific, "nuisance": {}})

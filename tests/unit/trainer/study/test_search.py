@@ -1,4 +1,4 @@
-"""Optuna is asked, told and replayed: what was before decides, whichever job it was in."""
+"""Suggestions by Optuna, results and replays: earlier trials decide, whichever job ran them."""
 
 import pytest
 

@@ -171,7 +171,7 @@ def test_a_split_that_is_in_the_cache_is_not_read_again(write_dataset):
         open_split(written.uri, written.manifest, "val")
 
 
-def test_another_dataset_at_the_same_place_is_read_anew(write_dataset):
+def test_another_dataset_at_the_same_place_is_read_again(write_dataset):
     first = write_dataset(seed=0)
     open_split(first.uri, first.manifest, "train")
     second = write_dataset(seed=1)

@@ -66,7 +66,7 @@ def test_steps_of_an_earlier_version_have_nan_where_nothing_was_measured():
 
 @pytest.fixture
 def start(write_dataset, make_config, tmp_path):
-    """Return a function that starts a run of one worker, or continues it, and returns it and what it tells."""
+    """Return a function that starts or continues a run of one worker, and returns it and its events."""
     dataset = write_dataset(rows=(14, 5, 1), image_size=22)
 
     def start(name: str = "run", **values) -> tuple[RunFolder, _Training, list]:
@@ -285,7 +285,7 @@ def test_a_stale_writer_changes_nothing(place, tmp_path, make_config, request):
 
 @pytest.fixture
 def damaged(tmp_path, make_config, request):
-    """Return a run of three epochs, a function that cuts off the weights of one, and what it tells."""
+    """Return a run of three epochs, a function that cuts off the weights of one, and its events."""
     root = request.getfixturevalue("bucket") if hasattr(request, "param") else str(tmp_path)
     run, events = RunFolder(f"{root}/damaged"), []
     run.start_attempt()
@@ -300,7 +300,7 @@ def damaged(tmp_path, make_config, request):
     return run, job, damage, events
 
 
-def test_training_goes_on_from_the_last_checkpoint_that_is_whole_and_says_so(damaged):
+def test_training_goes_on_from_the_last_checkpoint_that_is_intact_and_says_so(damaged):
     assert_goes_on(damaged)
 
 
@@ -321,7 +321,7 @@ def assert_goes_on(damaged) -> None:
     assert [one.what for one in run.read_incidents()] == [str(event)]
 
 
-def test_training_begins_anew_where_no_checkpoint_is_whole_and_says_so(damaged):
+def test_training_begins_again_where_no_checkpoint_is_intact_and_says_so(damaged):
     run, job, damage, events = damaged
     for epoch in (1, 2, 3):
         damage(epoch)

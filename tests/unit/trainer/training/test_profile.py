@@ -1,4 +1,4 @@
-"""What a trace says of the time of a step."""
+"""The time of a step from its trace."""
 
 import time
 

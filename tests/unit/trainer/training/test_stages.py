@@ -1,4 +1,4 @@
-"""The course of runs, simulated: each epoch's validation is what a test says of its stage and augmentation."""
+"""The stages of simulated runs: a test gives the validation of each epoch by stage and augmentation."""
 
 from collections.abc import Callable
 

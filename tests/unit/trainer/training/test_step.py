@@ -57,7 +57,7 @@ class Started:
     train_step: object
 
     def train(self, batch, steps: int = 1) -> np.ndarray:
-        """Take steps on one batch and return what each told, [steps, 5]."""
+        """Take steps on one batch and return what each returned, [steps, 5]."""
         return np.stack([self.train_step(*map(tf.constant, batch)).numpy() for _ in range(steps)])
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_a_step_tells_plain_loss_and_accuracy_before_its_update(start, manifest, batch, label_smoothing):
+def test_a_step_returns_plain_loss_and_accuracy_before_its_update(start, manifest, batch, label_smoothing):
     started = start(label_smoothing=label_smoothing)
     logits = logits_of(started, manifest, batch[0])
     told = started.train(batch)[0]
@@ -186,7 +186,7 @@ def test_an_error_leaves_the_weights_that_are_trained(start, batch):
         np.testing.assert_array_equal(array, trained[name])
 
 
-def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_told(start, batch):
+def test_a_gradient_that_is_too_long_is_cut_to_the_norm_and_that_is_reported(start, batch):
     started = start(optimizer="sgd", momentum=0.0, optimizer_arguments=NO_NESTEROV, clip_norm=1e-3)
     before = started.weights()
     told, after = started.train(batch)[0], started.weights()
@@ -233,7 +233,7 @@ def test_the_optimizer_follows_the_schedule(start, batch):
     assert rates == pytest.approx([0.01 * (1 + np.cos(np.pi * step / 10)) / 2 for step in range(3)], rel=1e-4)
 
 
-def test_evaluation_tells_of_each_row_what_its_logits_say(start, manifest, batch):
+def test_evaluation_returns_what_the_logits_of_each_row_say(start, manifest, batch):
     started = start()
     started.train(batch, steps=3)
     images, labels = batch

@@ -50,7 +50,7 @@ def test_a_tracker_whose_package_is_missing_is_refused_with_how_to_install_it(mo
 def test_mlflow_gets_config_metrics_and_result(tmp_path, monkeypatch, make_config, make_result):
     import mlflow
 
-    # The client alone: the whole of MLflow, with its server, does not go with this pyarrow.
+    # The client alone: complete MLflow, with its server, does not work with this version of pyarrow.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     check_trackers(["mlflow"])

@@ -24,7 +24,7 @@ def images(channels=1, size=32) -> np.ndarray:
 
 
 def features(model, batch: np.ndarray) -> np.ndarray:
-    """What the network tells its last layer."""
+    """The input of the network's last layer."""
     return keras.Model(model.inputs, model.layers[-2].output)(batch, training=False).numpy()
 
 

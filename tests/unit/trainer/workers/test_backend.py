@@ -8,7 +8,7 @@ from trainer.workers.backend import TensorFlowConfig, tolerate_silence
 
 @pytest.fixture
 def patience(monkeypatch) -> list:
-    """Collect what TensorFlow is told about heartbeats."""
+    """Collect the heartbeat settings that TensorFlow receives."""
     told = []
     monkeypatch.setattr(backend, "set_heartbeat_timeout", lambda *arguments: told.append(arguments))
     return told

@@ -1,4 +1,4 @@
-"""What is told of a group of workers that failed, by what Ray Train says of it."""
+"""The description of a failure of a group of workers, from what Ray Train reports."""
 
 import pytest
 from ray.exceptions import RayActorError
@@ -30,7 +30,7 @@ def test_the_controller_sends_what_died_apart_from_what_failed():
     assert not failed.is_preempted
 
 
-def test_a_death_is_told_before_the_errors_that_come_of_it(failures):
+def test_a_death_is_reported_before_the_errors_that_come_of_it(failures):
     lost = failures.describe(GroupFailed({1: "its node has died"}, {0: "UnavailableError: reset by peer"}, False))
     assert (lost.reason, lost.failures, lost.max_failures) == ("worker 1 was lost with its node", 1, 2)
     lost = failures.describe(GroupFailed({}, {1: "ValueError: b", 0: "ValueError: a"}, False))
@@ -38,7 +38,7 @@ def test_a_death_is_told_before_the_errors_that_come_of_it(failures):
     assert failures.death is None
 
 
-def test_the_last_failure_is_told_by_the_error_of_the_run(failures):
+def test_the_last_failure_is_reported_by_the_error_of_the_run(failures):
     for number in range(2):
         assert failures.describe(GroupFailed({1: f"process {number}"}, {}, False)) is not None
     assert failures.describe(GroupFailed({1: "process 2"}, {}, False)) is None

@@ -1,4 +1,4 @@
-"""Signs of life of workers, silence, and what is said of a death."""
+"""Pulses of workers, silence, and the description of a death."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def test_a_pulse_is_sent_at_once_and_again_and_says_what_this_process_uses(monke
     assert sent[0].log == os.readlink("/proc/self/fd/2")
 
 
-def test_a_silent_worker_is_told_of_once_and_its_return_too(monkeypatch):
+def test_a_silent_worker_is_reported_once_and_its_return_too(monkeypatch):
     events = []
     watch = Watch(events.append)
     watch.hear(replace(PULSE, rank=0, pid=76))
@@ -104,7 +104,7 @@ def test_memory_is_not_named_where_it_cannot_be_the_cause():
         ),
     ],
 )
-def test_what_ray_says_of_a_death_is_told_in_short(error, expected):
+def test_what_ray_says_of_a_death_is_reported_in_short(error, expected):
     assert describe_death(error, PULSE, Traces(b"", 2)) == expected
 
 
