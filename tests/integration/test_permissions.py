@@ -1,4 +1,4 @@
-"""A real object store that holds each request to a policy: the documented one is enough, a missing permission is named."""
+"""A real object store that holds each request to a policy: the documented one is enough, others are errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The values of RAY_ADDRESS, and each answer that is not that of a cluster; a real one is in integration/test_submit."""
+"""The values of RAY_ADDRESS, and each answer that is not of a cluster; a real one is in integration/test_submit."""
 
 import http.server
 import socket
