@@ -22,8 +22,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     run: Annotated[str, Argument(help="Folder or s3:// prefix of a finished run.")],
     split: Annotated[
-        Literal["val", "test"],
-        Option(help="Split to evaluate. Each evaluation on test is counted, in RUN or, if given, in --output."),
+        Literal["val", "test", "train"],
+        Option(
+            help="Split to evaluate. Each evaluation on test is counted, in RUN or, if given, in --output; train is "
+            "for finding images that were learned with a wrong label or not at all."
+        ),
     ] = "val",
     dataset: Annotated[str, Option(help="Prepared dataset to evaluate on. Default: that of the run.")] = "",
     output: Annotated[str, Option(help="Folder or s3:// prefix for the results. Default: RUN/evaluations.")] = "",
@@ -50,9 +53,9 @@ def print_evaluation(request: "EvaluationRequest", evaluation: "EvaluationResult
     """Print the results and, on the run's own dataset, whether they equal those that the run recorded."""
     from trainer.inference import describe_test_reads
 
-    table = Table("class", "correct", "of")
+    table, scores = Table("class", "correct", "of", "precision", "recall", "F1"), evaluation.scores
     for one in evaluation.listed:
-        table.add_row(Text(one.name), str(one.correct), str(one.total))
+        table.add_row(Text(one.name), str(one.correct), str(one.total), *scores[one.name].cells)
     console.stdout.print(table)
     if len(evaluation.listed) < len(evaluation.per_class):
         console.stdout.print(f"lowest accuracies of {len(evaluation.per_class)} classes; --json prints all")

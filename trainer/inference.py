@@ -19,6 +19,7 @@ from trainer.config.config import TrainConfig
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Checkpoint
 from trainer.record.evaluation_result import EvaluationResult, summarise
+from trainer.record.predictions import name_predictions
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
@@ -27,7 +28,7 @@ from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
 from trainer.runtime.markdown import format_count
 from trainer.runtime.pages import check_place
 from trainer.runtime.record_format import Record
-from trainer.training.dataset import load_manifest, open_split, read_hashes
+from trainer.training.dataset import load_manifest, open_split, read_hashes, read_sources
 from trainer.training.evaluation import Evaluator, predictions_table
 from trainer.workers.groups import call_in_worker
 
@@ -147,6 +148,8 @@ def request_evaluation(uri: str, split: SplitName, dataset: str = "", output: st
 def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[EvaluationResult, pa.Table]:
     """Evaluate a run on every row of a split once, and return the metrics and one row of predictions per image.
 
+    The columns are those of `trainer.record.predictions`, without the mean loss and the probabilities.
+
     With the run's own dataset and split val, the metrics are exactly those of its result on the same kind of machine:
     batch size, precision and computation are the same. Nothing is written except that the test split has been read.
 
@@ -156,8 +159,9 @@ def evaluate_run(request: EvaluationRequest, resources: Resources) -> tuple[Eval
     """
     if request.split == "test":
         _record_test_read(request)
-    predictions = call_in_worker(_evaluate, request, resources=resources)
-    return summarise(request.split, predictions, request.manifest.class_names), predictions
+    predictions, sources = call_in_worker(_evaluate, request, resources=resources)
+    class_names = request.manifest.class_names
+    return summarise(request.split, predictions, class_names), name_predictions(predictions, sources, class_names)
 
 
 def save_evaluation(request: EvaluationRequest, evaluation: EvaluationResult, predictions: pa.Table) -> None:
@@ -204,7 +208,8 @@ def _check_fits(dataset: str, manifest: Manifest, trained_on: Manifest) -> None:
             )
 
 
-def _evaluate(request: EvaluationRequest) -> pa.Table:
+def _evaluate(request: EvaluationRequest) -> tuple[pa.Table, pa.Table]:
+    """Return the predictions and the source file of each row."""
     # Runs in a worker: the driver must not import TensorFlow.
     from trainer.training.devices import check_gpu
     from trainer.training.network import build_network_for_evaluation
@@ -219,7 +224,8 @@ def _evaluate(request: EvaluationRequest) -> pa.Table:
     rows = open_split(request.dataset, request.manifest, request.split)
     eval_step = compile_eval_step(network, trained_on, config)
     outcomes = Evaluator(rows, config.per_replica_batch_size, 0, 1, eval_step, lambda values: values).evaluate()
-    return predictions_table(outcomes, rows.labels)
+    sources = read_sources(request.dataset, request.manifest, request.split)
+    return predictions_table(outcomes, rows.labels), sources
 
 
 def check_output(output: str, *, overwrite: bool = False) -> str:

@@ -623,7 +623,9 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool
     run.write_steps(steps)
     if missing := write_plots(run, last.history, steps, result, config.clip_norm):
         on_event(GlyphsMissing(missing))
-    write_mistakes(run, worker_result.mistakes, predictions, manifest.class_names)
+    named = run.read_predictions()
+    if named is not None:
+        write_mistakes(run, worker_result.mistakes, named)
     if (record := run.read_record()) and record.batch and record.batch.table:
         write_batch_sizes(run, record.batch.table)
     if job.profile_steps and ray.is_initialized():

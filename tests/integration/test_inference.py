@@ -1,5 +1,6 @@
 """A real run, then the jobs that use it: evaluate, predict, notes."""
 
+import hashlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from trainer.training.export import load_export
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
 OPTIONS = ["--epochs", "2", "--global-batch-size", "16", "--precision", "float32", "--export", "saved_model"]
-OPTIONS += ["--track", "tensorboard", "--evaluate-test"]
+OPTIONS += ["--track", "tensorboard", "--evaluate-test", "--save-probabilities"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,30 @@ def test_evaluation_repeats_the_runs_own_numbers_exactly(run, work):
     result = json.loads((work / "runs/first/result.json").read_text())
     (written,) = (work / "runs/first/evaluations").glob("val-*.json")
     assert json.loads(written.read_text()) == result["val"]
+
+
+def test_each_prediction_is_traced_to_its_file(work):
+    folder = work / "runs/first"
+    predictions = pq.read_table(folder / "predictions.parquet").to_pylist()
+    val = pq.read_table(work / "dataset" / "val").to_pylist()
+    names, result = ["across", "down", "slanted"], json.loads((folder / "result.json").read_text())
+    assert len(predictions) == len(val)
+    for row, image in zip(predictions, val, strict=True):
+        assert (row["path"], row["label"]) == (image["path"], names[image["label"]])
+        assert row["sha256"] == hashlib.sha256((work / "source" / row["path"]).read_bytes()).hexdigest()
+        assert row["confidence"] == pytest.approx(max(row["probabilities"]), rel=1e-4)
+        assert row["predicted"] == names[int(np.argmax(row["probabilities"]))]
+    assert np.mean([row["loss"] for row in predictions]) == pytest.approx(result["val"]["loss"], rel=1e-5)
+    losses = pq.read_table(folder / "metrics.parquet")["val_loss"].to_pylist()
+    assert np.mean([row["mean_loss"] for row in predictions]) == pytest.approx(np.mean(losses), rel=1e-5)
+    wrong = [number for number, row in enumerate(predictions) if row["label"] != row["predicted"]]
+    assert pq.read_table(folder / "thumbnails.parquet")["row"].to_pylist() == wrong
+    (evaluated,) = (folder / "evaluations").glob("val-*.parquet")
+    columns = ["path", "sha256", "label", "predicted", "confidence", "loss"]
+    assert (
+        pq.read_table(evaluated).to_pylist()
+        == pq.read_table(folder / "predictions.parquet", columns=columns).to_pylist()
+    )
 
 
 def test_reading_the_test_split_again_is_counted(work):
@@ -120,8 +145,7 @@ def test_plain_tensorflow_loads_the_saved_model(work, tmp_path):
     subprocess.run([sys.executable, "-c", _LOAD, *places], check=True, env=environment, capture_output=True)
     answer, recorded = np.load(tmp_path / "answer.npz"), RunFolder(str(work / "runs/first")).read_predictions()
     np.testing.assert_allclose(answer["scores"].max(axis=1), recorded["confidence"], rtol=1e-4)
-    names = np.array(["across", "down", "slanted"])
-    np.testing.assert_array_equal(answer["label"], names[recorded["predicted"]])
+    np.testing.assert_array_equal(answer["label"], recorded["predicted"])
 
 
 def test_a_run_is_explained_and_each_method_is_tested(work):
@@ -138,7 +162,8 @@ def test_a_run_is_explained_and_each_method_is_tested(work):
     again = run_job("explain.py", "runs/first", "--count", "2", "--output", "explained", *few, cwd=work)
     assert again.returncode == 0, again.stderr
     assert len(again.stdout.splitlines()) == 5
-    assert "val row" in (work / "explained" / "report.html").read_text()
+    worst = max(RunFolder(str(folder.parent)).read_predictions().to_pylist(), key=lambda row: row["loss"])["path"]
+    assert f"{worst}: " in (work / "explained" / "report.html").read_text()
     wrong = run_job("explain.py", "runs/first", "--method", "shap", cwd=work)
     assert (wrong.returncode, wrong.stderr) == (
         2,

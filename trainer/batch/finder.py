@@ -57,6 +57,7 @@ _NOT_IN_STEP = {
     "checkpoint_every",
     "keep_best",
     "evaluate_test",
+    "save_probabilities",
     "export",
 }
 _KEY_PACKAGES = ("ray", "tensorflow", "tf_keras")

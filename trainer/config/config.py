@@ -116,6 +116,8 @@ class Settings(BaseModel):
     """Number of best checkpoints to keep besides the last one, ranked by validation accuracy, then loss."""
     evaluate_test: bool = False
     """Evaluate the best checkpoint once on the test split when training ends."""
+    save_probabilities: bool = False
+    """Write the probability of every class for each validation image to predictions.parquet, too."""
     export: Literal["keras", "saved_model", "tflite", "onnx"] = "keras"
     """Format in which the best weights are exported: model.keras, or a SavedModel, a TensorFlow Lite file or an ONNX
     file in addition."""

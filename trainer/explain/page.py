@@ -68,9 +68,14 @@ def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
         raise InputError(f"RUN {uri} has no predictions: its checkpoint is gone; choose images with --images")
     split = open_split(config.dataset, manifest, "val")
     worst = np.argsort(-predictions["loss"].to_numpy(), kind="stable")[:count]
+    known = "path" in predictions.column_names
     return [
-        ExplainedImage(f"val row {row}", np.asarray(split.images[row]), manifest.class_names[split.labels[row]])
-        for row in worst
+        ExplainedImage(
+            predictions["path"][row].as_py() if known else f"val row {row}",
+            np.asarray(split.images[row]),
+            manifest.class_names[split.labels[row]],
+        )
+        for row in worst.tolist()
     ]
 
 

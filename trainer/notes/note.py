@@ -35,6 +35,7 @@ _SAID_ELSEWHERE = {
     *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
     *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint"),
     *("augment", "patience", "checkpoint_every", "keep_best", "evaluate_test", "export"),
+    "save_probabilities",
 }
 
 
@@ -246,8 +247,9 @@ def _format_classes(val: EvaluationResult) -> list[str]:
     if len(val.per_class) > MOST_CLASSES:
         confused = format_table(("class", "predicted as", "images"), val.most_confused)
         lines = ["", *confused, "", f"lowest accuracies of {len(val.per_class)} classes; result.json lists all:"]
-    counts = [(one.name, one.correct, one.total) for one in val.listed]
-    return [*lines, "", *format_table(("class", "correct", "of"), counts)]
+    scores = val.scores
+    counts = [(one.name, one.correct, one.total, *scores[one.name].cells) for one in val.listed]
+    return [*lines, "", *format_table(("class", "correct", "of", "precision", "recall", "F1"), counts)]
 
 
 def _format_batch(record: RunRecord) -> list[str]:

@@ -45,34 +45,40 @@ def write_plots(run: RunFolder, history: list[Metrics], steps: pa.Table, result:
     return missing
 
 
-def write_mistakes(
-    run: RunFolder, images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]
-) -> None:
+def write_mistakes(run: RunFolder, images: npt.NDArray[np.uint8], predictions: pa.Table) -> None:
     """Write ``plots/mistakes.png``, as drawn by `draw_mistakes`."""
-    with fonts_for("".join(class_names)):
-        figure = draw_mistakes(images, predictions, class_names)
+    shown = predictions.take(find_mistakes(predictions))
+    names = [name for column in ("label", "predicted", "path") for name in _texts(shown, column)]
+    with fonts_for("".join(names)):
+        figure = draw_mistakes(images, predictions)
         run.write(to_png(figure), "plots", "mistakes.png")
 
 
-def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table, class_names: list[str]) -> Figure:
+def _texts(table: pa.Table, column: str) -> list[str]:
+    """Return a column of text, empty where a run of an earlier version lacks it."""
+    texts: list[str] = table[column].to_pylist() if column in table.column_names else [""] * len(table)
+    return texts
+
+
+def draw_mistakes(images: npt.NDArray[np.uint8], predictions: pa.Table) -> Figure:
     """Draw the images with the wrong predictions of the highest loss.
 
     Args:
         images: uint8 ``[mistakes, height, width, channels]``, those of `find_mistakes`.
-        predictions: one row per validation image, as from `trainer.training.evaluation.predictions_table`.
-        class_names: names of the classes, by label.
+        predictions: one row per validation image, as in ``predictions.parquet``.
     """
-    labels, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
+    labels, predicted, paths = (_texts(predictions, name) for name in ("label", "predicted", "path"))
     confidence, worst = predictions["confidence"].to_numpy(), find_mistakes(predictions)
     rows = max(1, -(-len(worst) // _MISTAKES_IN_A_ROW))
-    figure = Figure(figsize=(8, 2.3 * rows + 0.4), layout="constrained")
-    num_wrong = np.sum(labels != predicted)
+    figure = Figure(figsize=(8, 2.5 * rows + 0.4), layout="constrained")
+    num_wrong = len(find_mistakes(predictions, most=None))
     figure.suptitle(f"{num_wrong} of {len(labels)} wrong" + (", highest loss first" if num_wrong else ""))
     all_axes = figure.subplots(rows, _MISTAKES_IN_A_ROW, squeeze=False).flat
     for axes, image, row in zip(all_axes, images, worst, strict=False):
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        label, other = (shorten_name(class_names[one]) for one in (labels[row], predicted[row]))
-        axes.set_title(f"{label},\nnot {other}\n(confidence {confidence[row]:.2f})", fontsize=8, parse_math=False)
+        label, other, path = (shorten_name(texts[row]) for texts in (labels, predicted, paths))
+        title = f"{label},\nnot {other}\n(confidence {confidence[row]:.2f})"
+        axes.set_title(f"{path}\n{title}" if path else title, fontsize=8, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
     return figure

@@ -5,6 +5,7 @@
         optimizer.safetensors  optimizer state by variable name
         steps.parquet          loss, gradient norm, ... of each optimizer step so far
         predictions.parquet    validation: label, predicted, confidence, ... of each row; at the end of an epoch only
+        val_losses.parquet     validation: the sum of the losses of each row so far, and of how many epochs
         checkpoint.json        written last: epoch, step, metrics so far, SHA-256 of the files
 
 A folder without ``checkpoint.json`` is not a checkpoint. The last checkpoint and the best ones are found by listing the
@@ -50,6 +51,7 @@ MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
 STEPS_NAME = "steps.parquet"
 PREDICTIONS_NAME = "predictions.parquet"
+VAL_LOSSES_NAME = "val_losses.parquet"
 
 
 class Position(Record):

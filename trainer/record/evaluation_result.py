@@ -1,7 +1,9 @@
 """The evaluation of a model on a split: what is computed from a table of predictions, and its record."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +33,26 @@ class ClassResult(BaseModel):
     total: int
     taken_for: dict[str, int] = {}
     """Number of wrong predictions by the predicted class, most frequent first."""
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """What a class's row and column of the confusion matrix come to; NaN where there is nothing to divide by."""
+
+    precision: float
+    """Share of the images predicted as this class that are of it."""
+    recall: float
+    """Share of the images of this class that are predicted as it."""
+    f1: float
+    """Harmonic mean of both."""
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Each in the form in which tables show it; empty for NaN."""
+        precision, recall, f1 = (
+            "" if math.isnan(one) else f"{one:.3f}" for one in (self.precision, self.recall, self.f1)
+        )
+        return precision, recall, f1
 
 
 class LateEpochs(BaseModel):
@@ -102,6 +124,21 @@ class EvaluationResult(Record):
         return of_true, of_predicted, counts
 
     @property
+    def scores(self) -> dict[str, ClassScores]:
+        """Precision, recall and F1 of each class, by its name."""
+        predicted_as = Counter({one.name: one.correct for one in self.per_class})
+        for one in self.per_class:
+            predicted_as.update(one.taken_for)
+        return {
+            one.name: ClassScores(
+                precision=_divide(one.correct, predicted_as[one.name]),
+                recall=_divide(one.correct, one.total),
+                f1=_divide(2 * one.correct, one.total + predicted_as[one.name]),
+            )
+            for one in self.per_class
+        }
+
+    @property
     def chance(self) -> float:
         """The accuracy of always predicting the most frequent class."""
         return max(one.total for one in self.per_class) / self.total
@@ -122,6 +159,10 @@ class EvaluationResult(Record):
 
     def __str__(self) -> str:
         return f"loss: {self.loss:.4f} - {describe_accuracy(self.correct, self.total)}"
+
+
+def _divide(count: int, total: int) -> float:
+    return count / total if total else math.nan
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -172,11 +213,11 @@ def summarise(split: str, predictions: pa.Table, class_names: list[str]) -> Eval
     )
 
 
-def find_mistakes(predictions: pa.Table) -> npt.NDArray[np.int64]:
-    """Return the rows of the wrong predictions to show as pictures: the 16 with the highest loss, worst first."""
+def find_mistakes(predictions: pa.Table, most: int | None = _MOST_MISTAKES) -> npt.NDArray[np.int64]:
+    """Return the rows of the wrong predictions with the highest loss, worst first: ``most`` of them, or all if None."""
     wrong = np.flatnonzero(predictions["label"].to_numpy() != predictions["predicted"].to_numpy())
     losses = predictions["loss"].to_numpy()[wrong]
-    return wrong[np.argsort(-losses, kind="stable")][:_MOST_MISTAKES]
+    return wrong[np.argsort(-losses, kind="stable")][:most]
 
 
 def _count_by_class(

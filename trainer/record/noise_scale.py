@@ -19,7 +19,7 @@ from trainer.runtime.errors import RecordError
 from trainer.runtime.record_format import Record
 
 # Settings that do not change what a run learns.
-_NOT_IN_TRAINING = {"seed", "checkpoint_every", "keep_best", "evaluate_test", "export"}
+_NOT_IN_TRAINING = {"seed", "checkpoint_every", "keep_best", "evaluate_test", "save_probabilities", "export"}
 
 
 class NoiseRecord(Record):

@@ -8,8 +8,9 @@ STORAGE/RUN/incidents/       one Incident for each loss of the workers, with the
                              damaged files were set aside; of earlier versions there are losses/ and recoveries/
 STORAGE/RUN/damaged/         records that could not be read and were replaced, for inspection
 STORAGE/RUN/checkpoints/     see `trainer.record.checkpoint`
-STORAGE/RUN/metrics.parquet  one EpochRow per epoch
+STORAGE/RUN/metrics.parquet  one EpochRow per epoch; metrics.csv is the same
 STORAGE/RUN/steps.parquet    one row per optimizer step
+STORAGE/RUN/predictions.parquet, thumbnails.parquet  the best epoch on val; see `trainer.record.predictions`
 STORAGE/RUN/model.keras      the best weights, for Keras 3 and tf_keras; on request one of saved_model/,
                              model.tflite and model.onnx
 STORAGE/RUN/plots/*.png      curves, confusion matrix, gradient norms, worst mistakes
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+import pyarrow.csv
 
 from data_prep.manifest import Manifest
 from trainer.config.batch_table import BatchChoice
@@ -46,6 +48,7 @@ from trainer.record import checkpoint as checkpoints
 from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult, LateEpochs
 from trainer.record.incident import Incident, find_former_incidents
+from trainer.record.predictions import PREDICTIONS_NAME, THUMBNAILS_NAME, name_predictions
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, LeaseLostError, NewerFormatError, RecordError
 from trainer.runtime.events import RecordRepaired
@@ -58,13 +61,25 @@ _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs
 
 # Files and folders that a run writes after its config.json.
 _WRITTEN_NAMES = (
-    *("checkpoints", "metrics.parquet", "steps.parquet", "model.keras", "saved_model", "plots", "profile", "note.md"),
+    *(
+        "checkpoints",
+        "metrics.parquet",
+        "metrics.csv",
+        "steps.parquet",
+        "model.keras",
+        "saved_model",
+        "plots",
+        "profile",
+    ),
+    *("note.md", PREDICTIONS_NAME, THUMBNAILS_NAME),
     *("model.tflite", "model.onnx"),
     *("test_predictions.parquet", "tensorboard", "evaluations", "explanations"),
 )
 
 # Those of earlier versions are read, and no longer written.
 _INCIDENT_FOLDERS = ("losses", "recoveries", "incidents")
+# Those of the predictions of a checkpoint.
+_LABELS = ("label", "predicted")
 # How many incidents a note and a job's summary list.
 _MOST_INCIDENTS = 10
 
@@ -97,6 +112,7 @@ class RunRecord(Record):
         "config.augment_zoom": 0.0,
         "config.augment_contrast": 0.0,
         "config.checkpoint_every": 0,
+        "config.save_probabilities": False,
         "config.export": "keras",
     }
 
@@ -495,10 +511,13 @@ class RunFolder:
         return f"the test split has been read {format_count(self.count_test_reads(), 'time')} for this run"
 
     def write_metrics(self, history: list[Metrics]) -> None:
-        """Rewrite ``metrics.parquet``; rows of an earlier version lack some of its columns."""
+        """Rewrite ``metrics.parquet`` and ``metrics.csv``; rows of an earlier version lack some of the columns."""
         names = dict.fromkeys(name for row in history for name in row)
         table = pa.table({name: [row.get(name) for row in history] for name in names})
         self.write(storage.parquet_bytes(table), "metrics.parquet")
+        sink = pa.BufferOutputStream()
+        pa.csv.write_csv(table, sink, pa.csv.WriteOptions(quoting_style="needed"))
+        self.write(sink.getvalue().to_pybytes(), "metrics.csv")
 
     def read_metrics(self) -> list[Metrics]:
         """Return one row of metrics per epoch; empty before the first.
@@ -523,11 +542,32 @@ class RunFolder:
         return _read_table(self.path("steps.parquet"))
 
     def read_predictions(self) -> pa.Table | None:
-        """Return the validation predictions of the best checkpoint in row order, or None if there is none."""
+        """Return the validation predictions of the best checkpoint in row order, or None if there is none.
+
+        The columns are those of `trainer.record.predictions`; of runs that earlier versions wrote, and of one that has
+        not ended, those that its checkpoint has.
+        """
+        if (table := _read_table(self.path(PREDICTIONS_NAME))) is not None:
+            return table
         best = checkpoints.find_best(self.checkpoints)
         if best is None:
             return None
-        return storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+        table = storage.parquet_table(checkpoints.read_file(self.checkpoints, best, checkpoints.PREDICTIONS_NAME))
+        try:
+            class_names = self.read_manifest().class_names
+        except RecordError:
+            # Their numbers, which tell as well which predictions are correct.
+            class_names = [str(label) for label in range(1 + max(max(table[name].to_pylist()) for name in _LABELS))]
+        return name_predictions(table, None, class_names)
+
+    def read_thumbnails(self) -> dict[int, bytes]:
+        """Return small pictures, WEBP files, by their rows of `read_predictions`; none in runs of earlier versions.
+
+        Raises:
+            RecordError: the file is damaged.
+        """
+        table = _read_table(self.path(THUMBNAILS_NAME))
+        return {} if table is None else dict(zip(table["row"].to_pylist(), table["image"].to_pylist(), strict=True))
 
 
 def _find_damage(read: Callable[[], Any]) -> str:

@@ -108,15 +108,26 @@ def read_hashes(dataset: str, manifest: Manifest) -> dict[str, SplitName]:
     """
     splits: dict[str, SplitName] = {}
     for split in reversed(SPLITS):
-        for data_file in manifest.splits[split].files:
-            uri = storage.join(dataset, data_file.path)
-            try:
-                with storage.open_file(uri) as file:
-                    hashes = pq.read_table(file, columns=["sha256"])["sha256"]
-            except (FileNotFoundError, pa.ArrowException) as error:
-                raise InputError(f"{uri} cannot be read: {error}") from error
-            splits.update((one, split) for one in hashes.to_pylist() if one)
+        hashes = read_sources(dataset, manifest, split)["sha256"].to_pylist()
+        splits.update((one, split) for one in hashes if one)
     return splits
+
+
+def read_sources(dataset: str, manifest: Manifest, split: SplitName) -> pa.Table:
+    """Return path and sha256 of the source file of each image of a split, in the order of `open_split`.
+
+    Raises:
+        InputError: a file of the dataset is missing or cannot be read.
+    """
+    tables = [pa.table({name: pa.array([], pa.string()) for name in ("path", "sha256")})]
+    for data_file in manifest.splits[split].files:
+        uri = storage.join(dataset, data_file.path)
+        try:
+            with storage.open_file(uri) as file:
+                tables.append(pq.read_table(file, columns=["path", "sha256"]).replace_schema_metadata(None))
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise InputError(f"{uri} cannot be read: {error}") from error
+    return pa.concat_tables(tables)
 
 
 def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path: Path, labels_path: Path) -> None:

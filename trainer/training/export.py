@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 import tf_keras as keras
 
@@ -62,6 +64,15 @@ def load_export(run: RunFolder) -> Any:
     best = checkpoints.find_named(run.checkpoints, result.best_checkpoint)
     content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
     return build_export(checkpoints.from_safetensors(content), run.read_manifest(), record.config)
+
+
+def score_images(
+    arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig, images: npt.NDArray[np.uint8], batch_size: int
+) -> npt.NDArray[np.float32]:
+    """Return the scores of images, float32 ``[rows, num_classes]``, by a network with these weights."""
+    model = build_export(arrays, manifest, config)
+    batches = [model.predict_on_batch(images[row : row + batch_size]) for row in range(0, len(images), batch_size)]
+    return np.concatenate(batches)
 
 
 def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> None:

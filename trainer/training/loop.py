@@ -25,6 +25,13 @@ from trainer.record.checkpoint import Checkpoint, Position
 from trainer.record.epoch_row import EpochRow, Metrics, complete_row
 from trainer.record.evaluation_result import find_mistakes
 from trainer.record.noise_scale import find_noise_scale
+from trainer.record.predictions import (
+    PREDICTIONS_NAME,
+    THUMBNAILS_NAME,
+    make_thumbnails,
+    name_predictions,
+    select_shown,
+)
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.events import (
@@ -38,10 +45,10 @@ from trainer.runtime.events import (
 )
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
 from trainer.training.batches import make_batch
-from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
+from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, read_sources, worker_rows
 from trainer.training.devices import peak_memory_gib, share_devices
-from trainer.training.evaluation import Evaluator, mean_loss_and_accuracy, predictions_table
-from trainer.training.export import write_exports
+from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy, predictions_table
+from trainer.training.export import score_images, write_exports
 from trainer.training.job import WorkerJob, WorkerResult
 from trainer.training.network import Network, averaged_weights, build_network
 from trainer.training.noise import add_noise
@@ -102,11 +109,35 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     mistakes = training.val.images[:0]
     if best is not None and rank == 0:
         content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
-        write_exports(run, checkpoints.from_safetensors(content), job.manifest, config)
-        predictions = checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME)
-        mistakes = training.val.images[find_mistakes(storage.parquet_table(predictions))]
+        weights = checkpoints.from_safetensors(content)
+        write_exports(run, weights, job.manifest, config)
+        predictions = _describe_predictions(job, run, best, weights, training.val, training.mean_losses)
+        run.write(storage.parquet_bytes(predictions), PREDICTIONS_NAME)
+        thumbnails = make_thumbnails(training.val.images, select_shown(predictions))
+        run.write(storage.parquet_bytes(thumbnails), THUMBNAILS_NAME)
+        mistakes = training.val.images[find_mistakes(predictions)]
     layers = format_layers(network.model)
     return WorkerResult(reason, attempt, network.model.count_params(), layers, weights_crc32, np.array(mistakes))
+
+
+def _describe_predictions(
+    job: WorkerJob,
+    run: RunFolder,
+    best: Checkpoint,
+    weights: checkpoints.Arrays,
+    val: ImageSplit,
+    mean_losses: npt.NDArray[np.float64],
+) -> pa.Table:
+    """Return the table of ``predictions.parquet``: the predictions of the best epoch, and the mean loss over all."""
+    sources = read_sources(job.config.dataset, job.manifest, "val")
+    content = checkpoints.read_file(run.checkpoints, best, checkpoints.PREDICTIONS_NAME)
+    table = name_predictions(storage.parquet_table(content), sources, job.manifest.class_names)
+    table = table.append_column("mean_loss", pa.array(mean_losses, pa.float32()))
+    if job.config.save_probabilities:
+        scores = score_images(weights, job.manifest, job.config, val.images, job.config.per_replica_batch_size)
+        listed = pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel()), scores.shape[1])
+        table = table.append_column("probabilities", listed)
+    return table
 
 
 def _find_last(job: WorkerJob, run: RunFolder) -> Checkpoint | None:
@@ -164,6 +195,7 @@ class _Training:
         # Rows of the unfinished epoch that were trained on.
         self._epoch_rows = 0
         self._checkpoint_seconds = 0.0
+        self._loss_sums, self._loss_epochs = np.zeros(len(self.val)), 0
         self._profiler = StepProfiler(self._run, rank, job.profile_steps)
         if last is not None:
             self._continue(last)
@@ -173,10 +205,19 @@ class _Training:
         self._history, self._epoch_rows = [complete_row(row) for row in last.history], last.epoch_rows
         content = checkpoints.read_file(self._run.checkpoints, last, checkpoints.STEPS_NAME)
         self._steps = _upgrade_steps(storage.parquet_table(content))
+        if checkpoints.VAL_LOSSES_NAME in last.sha256:
+            content = checkpoints.read_file(self._run.checkpoints, last, checkpoints.VAL_LOSSES_NAME)
+            losses = storage.parquet_table(content)
+            self._loss_sums, self._loss_epochs = losses["loss_sum"].to_numpy().copy(), losses["epochs"][0].as_py()
         if last.global_batch_size != self._config.global_batch_size:
             # The schedule counts steps: it resumes where as many epochs with this batch would have ended.
             in_epoch = self._epoch_rows // self._config.global_batch_size
             self.network.optimizer.iterations.assign(len(self._history) * self._steps_per_epoch + in_epoch)
+
+    @property
+    def mean_losses(self) -> npt.NDArray[np.float64]:
+        """Mean loss of each validation image over the epochs, ``[rows]``."""
+        return self._loss_sums / max(1, self._loss_epochs)
 
     def run(self) -> str:
         """Train to the last epoch, and return why it ended early, or an empty string."""
@@ -221,6 +262,10 @@ class _Training:
             self._estimate_batch_norm()
             outcomes = self.evaluate(self.val)
             row = self._summarize_epoch(plan, outcomes, images_per_second, wait_seconds, started)
+            self._loss_sums, self._loss_epochs = (
+                self._loss_sums + outcomes[:, COLUMNS.index("loss")],
+                self._loss_epochs + 1,
+            )
             self._history, self._epoch_rows, self._checkpoint_seconds = [*self._history, row.to_metrics()], 0, 0.0
             self._save(write, {checkpoints.PREDICTIONS_NAME: predictions_table(outcomes, self.val.labels)})
         return row
@@ -370,7 +415,8 @@ class _Training:
                 attempt=self._attempt,
                 lineage=self._lineage,
             )
-            tables = {checkpoints.STEPS_NAME: self._steps, **tables}
+            losses = pa.table({"loss_sum": self._loss_sums, "epochs": [self._loss_epochs] * len(self._loss_sums)})
+            tables = {checkpoints.STEPS_NAME: self._steps, checkpoints.VAL_LOSSES_NAME: losses, **tables}
             write(_write_checkpoint, self._job, self._run, position, arrays, tables)
         self._checkpoint_seconds += time.perf_counter() - started
 

@@ -166,11 +166,12 @@ def test_a_dataset_that_was_prepared_again_is_refused(trained_run):
 def test_an_evaluation_has_a_row_for_each_image_as_the_export_predicts_it(trained_run):
     request = request_evaluation(trained_run.uri, "val")
     rows = open_split(request.dataset, request.manifest, "val")
-    predictions = _evaluate(request)
+    predictions, sources = _evaluate(request)
     scores = load_export(trained_run).predict_on_batch(np.asarray(rows.images))
     assert predictions["label"].to_pylist() == list(rows.labels)
     assert predictions["predicted"].to_pylist() == list(scores.argmax(axis=1))
     np.testing.assert_allclose(predictions["confidence"], scores.max(axis=1), atol=1e-5)
+    assert sources["path"].to_pylist() == [f"val/{row}.png" for row in range(len(rows))]
 
 
 def test_an_image_that_cannot_be_decoded_has_no_prediction(trained_run):

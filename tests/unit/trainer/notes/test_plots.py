@@ -155,16 +155,18 @@ def test_characters_that_no_font_has_are_reported(run, evaluation, make_result):
     # Cuneiform.
     name = "\U00012001"
     table = pa.table({"label": [0, 1], "predicted": [1, 1], "loss": [1.0, 1.0], "confidence": [0.5, 0.5]})
+    named = pa.table({**predictions([1], [1.0]).to_pydict(), "path": [f"{name}.png"]})
     val = summarise("val", table.append_column("likelier", pa.array([1, 0])), ["cat", name])
     steps = pa.table({"step": [1], "grad_norm": [1.0]})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert write_plots(run, make_history(1), steps, make_result(val=val), 0.0) == name
-        write_mistakes(run, np.zeros((1, 8, 8, 1), np.uint8), table, ["cat", name])
+        write_mistakes(run, np.zeros((1, 8, 8, 1), np.uint8), named)
 
 
 def predictions(predicted: list[int], losses: list[float]) -> pa.Table:
-    columns = {"label": [0] * len(predicted), "predicted": predicted, "loss": losses}
+    names = ["cat", "$dog^"]
+    columns = {"label": ["cat"] * len(predicted), "predicted": [names[one] for one in predicted], "loss": losses}
     return pa.table({**columns, "confidence": np.full(len(predicted), 0.9, np.float32)})
 
 
@@ -172,15 +174,17 @@ def test_the_worst_mistakes_come_first(run):
     # Each image has a level of gray of its own; only rows 1 and 3 are wrong.
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((4, 8, 8, 1), 50, np.uint8)
     table = predictions([0, 1, 0, 1], [9.0, 1.0, 9.0, 2.0])
-    write_mistakes(run, images[find_mistakes(table)], table, ["cat", "$dog^"])
+    write_mistakes(run, images[find_mistakes(table)], table)
     picture = np.asarray(read_picture(run, "mistakes.png"))
     left, second = (picture[len(picture) * 2 // 3, picture.shape[1] * eighth // 8, 0] for eighth in (1, 3))
     assert (left, second) == (150, 50)
 
 
 def test_a_mistake_says_what_it_is_what_it_was_taken_for_and_how_surely():
-    figure = draw_mistakes(np.zeros((1, 8, 8, 1), np.uint8), predictions([1], [1.0]), ["cat", "$dog^"])
-    assert figure.axes[0].get_title() == "cat,\nnot $dog^\n(confidence 0.90)"
+    image, table = np.zeros((1, 8, 8, 1), np.uint8), predictions([1], [1.0])
+    assert draw_mistakes(image, table).axes[0].get_title() == "cat,\nnot $dog^\n(confidence 0.90)"
+    figure = draw_mistakes(image, table.append_column("path", pa.array(["cat/_7^.png"])))
+    assert figure.axes[0].get_title() == "cat/_7^.png\ncat,\nnot $dog^\n(confidence 0.90)"
 
 
 def test_batch_sizes_are_drawn_with_their_speed_and_memory():
@@ -193,5 +197,5 @@ def test_batch_sizes_are_drawn_with_their_speed_and_memory():
 
 
 def test_a_run_without_mistakes_says_so_in_an_empty_picture(run):
-    write_mistakes(run, np.zeros((0, 8, 8, 3), np.uint8), predictions([0, 0], [0.1, 0.1]), ["cat", "dog"])
+    write_mistakes(run, np.zeros((0, 8, 8, 3), np.uint8), predictions([0, 0], [0.1, 0.1]))
     assert read_picture(run, "mistakes.png").size[0] >= 400

@@ -55,6 +55,16 @@ def test_the_summary_counts_right_and_wrong_by_class():
     assert (result.split, result.loss) == ("test", 0.5)
 
 
+def test_each_class_has_precision_recall_and_f1():
+    # Of class b nothing is predicted but one image of a; nothing is of class d or predicted as it.
+    result = summary([0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 0, 2, 2], names=("a", "b", "c", "d"))
+    cells = {name: scores.cells for name, scores in result.scores.items()}
+    assert cells["a"] == ("0.750", "0.750", "0.750")
+    assert cells["b"] == ("0.000", "0.000", "0.000")
+    assert cells["c"] == ("0.500", "1.000", "0.667")
+    assert cells["d"] == ("", "", "")
+
+
 def test_a_record_with_the_whole_matrix_is_read_as_the_same_result():
     result = summary([0, 0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 1, 0, 1])
     record = result.model_dump(mode="json")

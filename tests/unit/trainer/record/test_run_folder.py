@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -241,6 +242,8 @@ def test_metrics_have_a_row_an_epoch_and_are_written_again(run):
     run.write_metrics(history[:2])
     run.write_metrics(history)
     assert pq.read_table(run.path("metrics.parquet")).to_pylist() == history
+    table = pyarrow.csv.read_csv(run.path("metrics.csv"))
+    assert table.to_pylist() == history
 
 
 def test_each_loss_is_kept_with_what_was_printed_and_where_the_run_went_on(run):

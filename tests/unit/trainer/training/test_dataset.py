@@ -20,6 +20,7 @@ from trainer.training.dataset import (
     load_manifest,
     open_split,
     read_hashes,
+    read_sources,
     worker_rows,
 )
 
@@ -281,6 +282,14 @@ try:
 except MemoryError:
     print("refused")
 """
+
+
+def test_the_file_of_each_image_is_found_in_the_order_of_the_rows(write_dataset):
+    written = write_dataset(rows=(7, 4, 0))
+    sources = read_sources(written.uri, written.manifest, "train").to_pylist()
+    paths = [f"train/{row}.png" for row in range(7)]
+    assert sources == [{"path": path, "sha256": hashlib.sha256(path.encode()).hexdigest()} for path in paths]
+    assert read_sources(written.uri, written.manifest, "test").column_names == ["path", "sha256"]
 
 
 def test_the_split_of_each_image_is_found_by_the_hash_of_its_file(write_dataset):

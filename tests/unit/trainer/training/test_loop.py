@@ -134,8 +134,8 @@ STAGED = {
 DONE = ("epoch", "step", "stage", "augmentation", "started_from", "loss", "val_loss", "val_accuracy", "learning_rate")
 
 
-def train_in_attempts(start, name: str, stops: list[int]) -> tuple[list, dict]:
-    """Train a run whose attempts end before the given numbers of steps, and return its history and last weights."""
+def train_in_attempts(start, name: str, stops: list[int]) -> tuple[list, dict, np.ndarray]:
+    """Train a run whose attempts end before the given numbers of steps; return its history, last weights and losses."""
     for stop in [*stops, None]:
         run, training, _ = start(name, **STAGED)
         steps, take = itertools.count(training._steps.num_rows + 1), training._train_step
@@ -151,14 +151,15 @@ def train_in_attempts(start, name: str, stops: list[int]) -> tuple[list, dict]:
     # An epoch takes three steps. The optimizer's state is that of the epochs that led to its weights.
     assert training.network.optimizer.iterations.numpy() == 3 * len(main_path(run.read_metrics()))
     weights = checkpoints.read_variables(training.network.model.variables)
-    return [{key: row[key] for key in DONE} for row in run.read_metrics()], weights
+    return [{key: row[key] for key in DONE} for row in run.read_metrics()], weights, training.mean_losses
 
 
 def test_a_run_goes_through_its_stages_alike_wherever_it_was_interrupted(start, monkeypatch):
     monkeypatch.setattr("trainer.training.stages._LEAST_STEPS", 3)
     # There is one worker, and Ray refuses to speak outside of its workers.
     monkeypatch.setattr("trainer.training.loop.broadcast_from_rank_zero", lambda value: value)
-    undisturbed, weights = train_in_attempts(start, "undisturbed", [])
+    undisturbed, weights, mean_losses = train_in_attempts(start, "undisturbed", [])
+    assert mean_losses.mean() == pytest.approx(np.mean([row["val_loss"] for row in undisturbed]))
     assert {row["stage"] for row in undisturbed} >= {"plain", "trial", "train", "decay"}
     branches = [row["epoch"] for row in undisturbed if row["started_from"] != row["epoch"] - 1]
     assert len(branches) >= 4
@@ -167,8 +168,9 @@ def test_a_run_goes_through_its_stages_alike_wherever_it_was_interrupted(start, 
         stage: next(row["step"] for row in undisturbed if row["stage"] == stage) - 2 for stage in ("train", "decay")
     }
     stops = [5, 3 * branches[1] - 2, 3 * branches[2] - 1, firsts["train"], firsts["decay"]]
-    history, resumed = train_in_attempts(start, "interrupted", stops)
+    history, resumed, of_resumed = train_in_attempts(start, "interrupted", stops)
     assert history == undisturbed
+    np.testing.assert_array_equal(of_resumed, mean_losses)
     for name, array in weights.items():
         np.testing.assert_array_equal(array, resumed[name], err_msg=name)
 
