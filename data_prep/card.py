@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.manifest import DUPLICATES_NAME, MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest
 from trainer.runtime import storage
@@ -18,7 +18,7 @@ CONTACT_SHEET_NAME = "contact_sheet.png"
 # The contact sheet stays below 2,000 pixels on each side: with more classes, each has fewer images.
 _ROWS, _COLUMNS = 20, 20
 _IMAGES_PER_CLASS = (8, 4, 2, 1)
-_TILE_PIXELS, _GAP_PIXELS = 96, 4
+_TILE_PIXELS, _GAP_PIXELS, _NAME_PIXELS, _FONT_PIXELS = 80, 4, 16, 11
 # Where not all classes are listed: how many of those with the fewest images, and of those with the most.
 _EXTREME_CLASSES = 10
 # A quarter of the 256 gray levels.
@@ -109,20 +109,37 @@ def list_classes(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
-    """Draw the first training images of each class side by side, one class per row, in as many columns as needed."""
+    """Draw the name and the first training images of each class, one class per row, in as many columns as needed."""
     fits = (count for count in _IMAGES_PER_CLASS if _COLUMNS // count * _ROWS >= manifest.num_classes)
     per_class = next(fits, _IMAGES_PER_CLASS[-1])
     num_classes = min(manifest.num_classes, _COLUMNS // per_class * _ROWS)
     # A gap separates the columns of classes.
     width = per_class * _TILE_PIXELS + _GAP_PIXELS
-    size = (-(-num_classes // _ROWS) * width - _GAP_PIXELS, min(num_classes, _ROWS) * _TILE_PIXELS)
+    height = _NAME_PIXELS + _TILE_PIXELS
+    size = (-(-num_classes // _ROWS) * width - _GAP_PIXELS, min(num_classes, _ROWS) * height)
     sheet = Image.new("L" if manifest.channels == 1 else "RGB", size, "white")
     for label, number, pixels in _first_images(dataset, manifest, num_classes, per_class):
         picture = Image.fromarray(pixels[..., 0] if manifest.channels == 1 else pixels)
         tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
         left, row = label // _ROWS * width, label % _ROWS
-        sheet.paste(tile, (left + number * _TILE_PIXELS, row * _TILE_PIXELS))
+        sheet.paste(tile, (left + number * _TILE_PIXELS, row * height + _NAME_PIXELS))
+    for label, name in enumerate(manifest.class_names[:num_classes]):
+        _write_name(sheet, name, (label // _ROWS * width, label % _ROWS * height), per_class * _TILE_PIXELS)
     return sheet
+
+
+def _write_name(sheet: Image.Image, name: str, place: tuple[int, int], width: int) -> None:
+    """Write the name of a class above its images, cut at their width."""
+    # Matplotlib, which finds the fonts, takes a second to load.
+    from trainer.runtime.fonts import find_font_file
+
+    name = " ".join(name.split())
+    font = ImageFont.truetype(find_font_file(name), _FONT_PIXELS)
+    if font.getlength(name) > width:
+        while name and font.getlength(f"{name}…") > width:
+            name = name[:-1]
+        name += "…"
+    ImageDraw.Draw(sheet).text(place, name, fill="black", font=font)
 
 
 def _first_images(

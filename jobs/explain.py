@@ -39,8 +39,8 @@ def main(
         place = check_output(run, output)
         options = ImageOptions.of(manifest)
         chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
-        with connect(wait_seconds=wait, one_process=True) as resources:
-            explanation = explain_run(run, chosen, method, resources, tested_images=tested_images)
+        with connect(wait_seconds=wait, one_process=True) as resources, console.show_events() as on_event:
+            explanation = explain_run(run, chosen, method, resources, tested_images=tested_images, on_event=on_event)
         for test in explanation.tests:
             console.stdout.print(str(test), markup=False)
         console.stdout.print(f"report  {save_explanation(explanation, place)}", markup=False)

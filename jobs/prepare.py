@@ -1,5 +1,6 @@
 """Prepare a dataset for training from a folder or prefix of images."""
 
+import shlex
 from typing import Annotated, Literal
 
 import typer
@@ -8,10 +9,14 @@ from rich.text import Text
 
 from data_prep.manifest import DUPLICATES_NAME, SPLITS, Manifest
 from data_prep.sources import SourceFormat
+from trainer.architectures import ARCHITECTURES
 from trainer.config.options import Wait
 from trainer.runtime import console
 from trainer.runtime.commands import JobCommand
 from trainer.runtime.markdown import format_count
+
+# To train first: quick ones, the last of which takes images of any size.
+_PROPOSED = ("cnn_tapered", "cnn_softmax", "inception_notes")
 
 # Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -82,6 +87,7 @@ def main(
                     source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=on_event
                 )
         print_manifest(dataset, manifest)
+        print_next(dataset, manifest)
 
 
 def print_manifest(dataset: str, manifest: Manifest) -> None:
@@ -109,6 +115,13 @@ def print_manifest(dataset: str, manifest: Manifest) -> None:
     if manifest.leaked_images:
         leaked = manifest.leaked_images
         console.stderr.print(f"warning: images with a duplicate in another split of SOURCE: {leaked}")
+
+
+def print_next(dataset: str, manifest: Manifest) -> None:
+    """Print a command that trains on the dataset."""
+    fitting = (name for name in _PROPOSED if ARCHITECTURES[name].min_image_size <= manifest.image_size)
+    command = shlex.join(["python", "jobs/train.py", "--arch", next(fitting), "--dataset", dataset])
+    console.stdout.print(f"next: {command}", markup=False)
 
 
 if __name__ == "__main__":

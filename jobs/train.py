@@ -1,18 +1,15 @@
 """Train one architecture on a prepared dataset, or on the built-in one."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from typer import Option
 
+from trainer.architectures import ARCHITECTURES
 from trainer.config.options import GroupedCommand, add_run_options, parse_command
 from trainer.runtime import console
 from trainer.runtime.errors import JobError
-
-if TYPE_CHECKING:
-    from trainer.launch import ArchitectureDescription
-
 
 # Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -45,7 +42,10 @@ def main(
 ) -> None:
     """Train on all GPUs of the cluster at RAY_ADDRESS, or on this machine, and write a run folder."""
     with console.exit_codes():
-        request = parse_command(options) if not list_archs else None
+        if list_archs:
+            print_architectures()
+            return
+        request = parse_command(options)
         # Not at the top, so that --help and errors in options do not load Ray.
         from data_prep.embedded import prepare_embedded
         from trainer import launch
@@ -53,9 +53,6 @@ def main(
         from trainer.training.tracking import check_trackers
         from trainer.workers.groups import wait_for_workers
 
-        if request is None:
-            print_architectures(launch.describe_architectures(options["dataset"] or ""))
-            return
         launch.check_request(request, storage, run_name)
         check_trackers(track)
         one_process = launch.needs_one_process(request, storage)
@@ -79,17 +76,20 @@ def main(
                     profile_steps=profile_steps * profile,
                     on_event=on_event,
                 )
-        for line in (*result.summary, f"run         {run.uri}"):
-            console.stdout.print(line, markup=False)
+        for line in result.summary:
+            console.print_words(line)
+        console.stdout.print(f"run         {run.uri}", markup=False)
         if result.status == "diverged":
             raise JobError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
 
 
-def print_architectures(described: "list[ArchitectureDescription]") -> None:
-    """Print a table of the architectures."""
-    table = Table("arch", "parameters", "at size", "smallest size", "source")
-    for one in described:
-        table.add_row(one.name, one.size, str(one.image_size), str(one.min_image_size), one.source)
+def print_architectures() -> None:
+    """Print a table of the architectures, with the parameters that their sources say."""
+    table = Table("arch", "parameters", "of input, classes", "smallest size", "source")
+    for name, spec in ARCHITECTURES.items():
+        image_size, channels, num_classes, parameters = spec.parameters
+        of_input = f"{image_size}x{image_size}x{channels}, {num_classes}"
+        table.add_row(name, f"{parameters:,}", of_input, str(spec.min_image_size), spec.source)
     console.stdout.print(table)
 
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 import ray
 
 from data_prep.manifest import Manifest, read_manifest
-from trainer.architectures import ARCHITECTURES, count_parameters
+from trainer.architectures import ARCHITECTURES
 from trainer.batch.finder import choose_batch, forget_table, measure_size
 from trainer.config.batch_table import (
     BatchChoice,
@@ -42,6 +42,7 @@ from trainer.runtime.events import (
     AttemptStarted,
     AugmentationChosen,
     BatchChosen,
+    EmbeddedDatasetChosen,
     Event,
     GlyphsMissing,
     OnEvent,
@@ -58,38 +59,6 @@ from trainer.training.dataset import load_manifest
 from trainer.training.job import WorkerJob, WorkerResult
 from trainer.training.tracking import log_to_mlflow
 from trainer.workers.groups import WorkerCount, needs_cluster, parse_num_workers, run_workers
-
-
-@dataclass(frozen=True)
-class ArchitectureDescription:
-    """One line of the list of architectures."""
-
-    name: str
-    parameters: int
-    image_size: int
-    """Height and width in pixels for which the parameters are counted."""
-    min_image_size: int
-    source: str
-
-    @property
-    def size(self) -> str:
-        """The number of parameters in words."""
-        return f"{self.parameters:,}" if self.parameters else "too small"
-
-
-def describe_architectures(dataset: str) -> list[ArchitectureDescription]:
-    """Return all architectures, with parameters counted for a dataset; empty for the embedded one."""
-    manifest = load_manifest(storage.resolve_uri(dataset)) if dataset else None
-    described = []
-    for name, spec in ARCHITECTURES.items():
-        if manifest is None:
-            image_size, channels, num_classes = embedded_image_size(name), 1, 10
-        else:
-            image_size, channels, num_classes = manifest.image_size, manifest.channels, manifest.num_classes
-        fits = image_size >= spec.min_image_size
-        parameters = count_parameters(name, image_size, channels, num_classes) if fits else 0
-        described.append(ArchitectureDescription(name, parameters, image_size, spec.min_image_size, spec.source))
-    return described
 
 
 def check_dataset(arch: str, dataset: str) -> Manifest:
@@ -149,7 +118,9 @@ def choose_dataset(
     """
     if request.dataset:
         return request
-    return request.on_dataset(prepare(*embedded_dataset(request.arch, storage_uri), on_event))
+    dataset, image_size = embedded_dataset(request.arch, storage_uri)
+    on_event(EmbeddedDatasetChosen(dataset))
+    return request.on_dataset(prepare(dataset, image_size, on_event))
 
 
 def needs_one_process(request: RunRequest, storage_uri: str) -> bool:

@@ -55,7 +55,7 @@ def trained(run):
 
 
 def measured_lines(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.startswith("batch ")]
+    return [line for line in stderr.splitlines() if line[8:].startswith(" batch ")]
 
 
 def test_a_run_finds_its_batch_and_precision_and_says_why(trained, work):

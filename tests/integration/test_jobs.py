@@ -61,7 +61,8 @@ def object_names(prefix: str) -> list[str]:
 
 
 def test_a_job_log_has_one_line_of_arithmetic_and_one_an_epoch(finished):
-    lines = finished.stderr.splitlines()
+    times, lines = zip(*(line.split(" ", 1) for line in finished.stderr.splitlines()), strict=True)
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time in times)
     assert lines[0] == (
         "global batch 20 = 2 replicas x 10; 66 images: 3 steps per epoch, 6 dropped (different images each epoch); "
         "2 epochs = 6 steps"

@@ -48,7 +48,7 @@ def start(*options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "jobs/train.py", *options]
     job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     for line in job.stderr:
-        if line.startswith("epoch "):
+        if " epoch " in line:
             return job
     raise AssertionError("ended before its first epoch")
 

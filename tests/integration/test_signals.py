@@ -42,7 +42,7 @@ def start(stripes, folders, tmp_path):
         command += ["--num-workers", num_workers]
         job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
         for line in job.stderr:
-            if line.startswith("epoch "):
+            if " epoch " in line:
                 return job
         raise AssertionError("ended before its first epoch")
 

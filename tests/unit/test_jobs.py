@@ -12,6 +12,7 @@ from data_prep.manifest import Split
 from data_prep.prepare import PrepareConfig
 from data_prep.sources import SourceFormat
 from jobs.prepare import print_manifest
+from trainer import launch
 from trainer.architectures import ARCHITECTURES
 from trainer.config.request import OPTIONS
 from trainer.inference import PredictionSummary
@@ -79,6 +80,25 @@ def test_options_that_make_no_sense_are_refused(job, options, message):
     assert line.startswith("error: ")
     assert message in line
     assert not imported & {"tensorflow", "ray"}
+
+
+def test_the_architectures_are_listed_without_building_them():
+    finished = run("train.py", "--list-archs")
+    imported, lines = split_stderr(finished)
+    assert (finished.returncode, lines) == (0, [])
+    assert not imported & {"tensorflow", "tf_keras", "keras", "ray"}
+    for name, spec in ARCHITECTURES.items():
+        (line,) = (line for line in finished.stdout.splitlines() if f" {name} " in line)
+        assert f" {spec.parameters[-1]:,} " in line
+
+
+@pytest.mark.parametrize(("image_size", "arch"), [(46, "cnn_tapered"), (45, "cnn_softmax"), (8, "inception_notes")])
+def test_preparation_ends_with_a_command_that_trains_on_the_dataset(write_dataset, capsys, image_size, arch):
+    written = write_dataset(image_size=image_size)
+    runpy.run_path(str(REPOSITORY / "jobs" / "prepare.py"))["print_next"]("my data", written.manifest)
+    command = f"python jobs/train.py --arch {arch} --dataset 'my data'"
+    assert capsys.readouterr().out == f"next: {command}\n"
+    assert launch.check_dataset(arch, written.uri) == written.manifest
 
 
 def parameters_of(job: str) -> dict[str, inspect.Parameter]:

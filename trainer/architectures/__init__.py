@@ -26,6 +26,8 @@ class ModelSpec:
     min_image_size: int
     """Smallest height and width in pixels that leave every layer at least one pixel, not counting padding."""
     source: str
+    parameters: tuple[int, int, int, int]
+    """Image size, channels, number of classes, and the parameters that the network then has, as its source says."""
     head: Literal["softmax", "sigmoid"] = "softmax"
     """The activation that turns logits into the scores of an export. Training uses the logits: Keras does the same
     behind ``activation='sigmoid'`` with a categorical cross-entropy (``backend._get_logits``)."""
@@ -34,42 +36,79 @@ class ModelSpec:
 
 ARCHITECTURES: Mapping[str, ModelSpec] = {
     "cnn_sigmoid": ModelSpec(
-        build_cnn, 22, "training notes, 2023-04-12, first", head="sigmoid", arguments={"later_filters": (64, 32)}
+        build_cnn,
+        22,
+        "training notes, 2023-04-12, first",
+        (250, 1, 10, 27_734_190),
+        head="sigmoid",
+        arguments={"later_filters": (64, 32)},
     ),
     "cnn_softmax": ModelSpec(
-        build_cnn, 22, "training notes, 2023-04-12, second", arguments={"later_filters": (64, 32)}
+        build_cnn,
+        22,
+        "training notes, 2023-04-12, second",
+        (250, 1, 10, 27_734_190),
+        arguments={"later_filters": (64, 32)},
     ),
     "cnn_deep": ModelSpec(
-        build_cnn, 46, "training notes, 2023-04-12, third", arguments={"later_filters": (64, 32, 32)}
+        build_cnn,
+        46,
+        "training notes, 2023-04-12, third",
+        (250, 1, 10, 5_723_342),
+        arguments={"later_filters": (64, 32, 32)},
     ),
     "cnn_tapered": ModelSpec(
-        build_cnn, 46, "training notes, 2023-04-12, fourth", arguments={"later_filters": (16, 32, 64)}
+        build_cnn,
+        46,
+        "training notes, 2023-04-12, fourth",
+        (250, 1, 10, 11_148_510),
+        arguments={"later_filters": (16, 32, 64)},
     ),
-    "alexnet": ModelSpec(build_alexnet, 67, "Krizhevsky et al. 2012, as in the training notes (BatchNorm for LRN)"),
+    "alexnet": ModelSpec(
+        build_alexnet,
+        67,
+        "Krizhevsky et al. 2012, as in the training notes (BatchNorm for LRN)",
+        (250, 1, 10, 58_304_586),
+    ),
     "vgg16": ModelSpec(
-        build_vgg, 32, "Simonyan & Zisserman 2014, table 1, column D", arguments={"convolutions": (2, 2, 3, 3, 3)}
+        build_vgg,
+        32,
+        "Simonyan & Zisserman 2014, table 1, column D",
+        (224, 3, 1000, 138_357_544),
+        arguments={"convolutions": (2, 2, 3, 3, 3)},
     ),
     "vgg19": ModelSpec(
-        build_vgg, 32, "Simonyan & Zisserman 2014, table 1, column E", arguments={"convolutions": (2, 2, 4, 4, 4)}
+        build_vgg,
+        32,
+        "Simonyan & Zisserman 2014, table 1, column E",
+        (250, 1, 10, 139_610_058),
+        arguments={"convolutions": (2, 2, 4, 4, 4)},
     ),
-    "inception_notes": ModelSpec(build_inception_notes, 1, "training notes, 2023-04-13 (sequential, no branches)"),
-    "googlenet": ModelSpec(build_googlenet, 32, "Szegedy et al. 2014, table 1 (no auxiliary heads, no LRN)"),
+    "inception_notes": ModelSpec(
+        build_inception_notes, 1, "training notes, 2023-04-13 (sequential, no branches)", (250, 1, 10, 40_464_442)
+    ),
+    "googlenet": ModelSpec(
+        build_googlenet, 32, "Szegedy et al. 2014, table 1 (no auxiliary heads, no LRN)", (224, 3, 1000, 6_998_552)
+    ),
     "resnet18": ModelSpec(
         build_resnet,
         32,
         "He et al. 2015, table 1, 18-layer",
+        (224, 3, 1000, 11_699_112),
         arguments={"blocks": (2, 2, 2, 2), "bottleneck": False, "convolution_bias": False},
     ),
     "resnet34": ModelSpec(
         build_resnet,
         32,
         "He et al. 2015, table 1, 34-layer",
+        (224, 3, 1000, 21_814_696),
         arguments={"blocks": (3, 4, 6, 3), "bottleneck": False, "convolution_bias": False},
     ),
     "resnet50": ModelSpec(
         build_resnet,
         32,
         "He et al. 2015, table 1, 50-layer (Keras layout)",
+        (224, 3, 1000, 25_636_712),
         arguments={"blocks": (3, 4, 6, 3), "bottleneck": True, "convolution_bias": True},
     ),
 }

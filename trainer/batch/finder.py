@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.manifest import Manifest
 from trainer.batch.job import TrialJob, TrialResult
-from trainer.batch.search import Goal, Known, Search, next_probe, settle_precision
+from trainer.batch.search import Goal, Known, Search, count_probes, next_probe, settle_precision
 from trainer.config.batch_table import (
     SAFETY_MARGIN,
     BatchChoice,
@@ -302,6 +302,7 @@ class _Finder:
         self._resources, self._on_event = resources, on_event
         self.known = Known()
         self.trials = 0
+        self._probes = 0
 
     def find(self, search: Search, cached: BatchTable | None) -> BatchTable:
         """Measure what a search needs in addition to a table, and return the complete table."""
@@ -324,6 +325,11 @@ class _Finder:
             measured=datetime.now(UTC),
         )
 
+    def _describe_probe(self, search: Search, started: SizeStarted) -> StageProgressed:
+        self._probes += 1
+        detail = f"batch {self._num_workers} x {started.size}, {started.precision}"
+        return StageProgressed("probe", self._probes, max(count_probes(search), self._probes), detail)
+
     def run_trial(self, search: Search) -> bool:
         """Measure in one group of processes, and return whether the search has ended.
 
@@ -341,6 +347,7 @@ class _Finder:
                 self.known = self.known.limit(event.memory_limit_gib)
             elif isinstance(event, SizeStarted):
                 started = event
+                self._on_event(self._describe_probe(search, event))
             elif isinstance(event, SizeMeasured | LossesMeasured):
                 self.known = self.known.add(event)
                 if isinstance(event, SizeMeasured):

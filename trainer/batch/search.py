@@ -123,6 +123,15 @@ def next_probe(search: Search, known: Known) -> Probe | None:
             return None if is_known else Probe(search.start, (precision,), alone=True)
 
 
+def count_probes(search: Search) -> int:
+    """Return about how many sizes a search measures at most: each doubling, and what compares precisions."""
+    doublings, several = 1 + math.ceil(math.log2(max(1, search.most / search.start))), len(search.precisions)
+    of_each = 1 if search.goal == "given" else 2
+    comparisons = 1 + of_each * several if several > 1 else 0
+    sizes = {"given": 1, "every": doublings * several + 1}.get(search.goal, doublings + 1)
+    return sizes + comparisons
+
+
 def settle_precision(search: Search, known: Known) -> Known:
     """Return the measurements with the precision chosen, if it can be chosen by now."""
     if known.precision is not None:

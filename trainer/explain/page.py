@@ -16,6 +16,7 @@ from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError
+from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
 from trainer.runtime.html import Section, render_sections
 from trainer.runtime.pages import check_place
 from trainer.training.dataset import open_split
@@ -86,6 +87,7 @@ def explain_run(
     resources: Resources,
     *,
     tested_images: int = 64,
+    on_event: OnEvent = ignore_event,
 ) -> Explanation:
     """Compute maps of some images and test each method; `save_explanation` writes the result.
 
@@ -95,6 +97,7 @@ def explain_run(
         methods: some of METHOD_NAMES; empty for all.
         resources: resources of the connected cluster.
         tested_images: number of validation images, drawn with a fixed seed, that the methods are tested on.
+        on_event: called with the progress.
 
     Raises:
         InputError: the run is not finished, or its model or its dataset is gone, or a method is unknown.
@@ -104,7 +107,7 @@ def explain_run(
         raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHOD_NAMES)}")
     # A worker has a current folder of its own.
     arguments = (storage.resolve_uri(uri), images, methods or METHOD_NAMES, tested_images)
-    found: Explanation = call_in_worker(_explain, *arguments, resources=resources)
+    found: Explanation = call_in_worker(_explain, *arguments, resources=resources, on_event=on_event)
     return found
 
 
@@ -130,7 +133,13 @@ def save_explanation(explanation: Explanation, output: str) -> str:
     return report
 
 
-def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str], tested_images: int) -> Explanation:
+def _explain(
+    uri: str,
+    images: Sequence[ExplainedImage],
+    methods: Sequence[str],
+    tested_images: int,
+    send_event: OnEvent = ignore_event,
+) -> Explanation:
     # Runs in a worker: the driver must not import TensorFlow.
     from trainer.explain.attribution import METHODS
     from trainer.training.devices import check_gpu
@@ -146,8 +155,10 @@ def _explain(uri: str, images: Sequence[ExplainedImage], methods: Sequence[str],
     sample = network.scale(np.asarray(split.images[np.sort(rows)]))
     sample_labels, _ = network.predict(sample)
     maps, tests = {}, []
-    for name in methods:
+    for number, name in enumerate(methods):
+        send_event(StageProgressed("explain", 2 * number, 2 * len(methods), f"{name}: maps"))
         maps[name] = METHODS[name](network.logits, shown, labels)
+        send_event(StageProgressed("explain", 2 * number + 1, 2 * len(methods), f"{name}: its test"))
         of_sample = METHODS[name](network.logits, sample, sample_labels)
         tests.append(
             check_attribution(

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.batch_table import BatchTable
-from trainer.notes.fonts import fonts_for
 from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult, find_mistakes
 from trainer.record.run_folder import RunFolder, RunResult
+from trainer.runtime.fonts import fonts_for
 from trainer.runtime.markdown import MOST_CLASSES, format_count
 
 # Okabe-Ito: distinguishable with any color vision.

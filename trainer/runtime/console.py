@@ -1,6 +1,7 @@
 """Output and exit codes of every job: progress on stderr, results on stdout.
 
-On a terminal there are progress bars; piped or in a job log there are plain lines without control characters.
+On a terminal there are progress bars, and lines are wrapped at its width; piped or in a job log there are plain lines
+with the time of day and without control characters.
 """
 
 import contextlib
@@ -8,12 +9,13 @@ import io
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.runtime.errors import InputError, JobError
-from trainer.runtime.events import Event, OnEvent, StageProgressed
+from trainer.runtime.events import EpochFinished, Event, OnEvent, StageProgressed
 from trainer.runtime.signals import defer_signals, failure_reason, raise_on_signals, received_signal
 
 # If the encoding of output is ASCII or Latin-1, as under cron, characters outside of it are escaped so that they do not
@@ -31,6 +33,13 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 # Minimum time between two lines of a job log about the same stage.
 _PLAIN_INTERVAL_SECONDS = 10.0
+# The time left follows from the speed over this time: longer than an epoch's pause for validation.
+_SPEED_SECONDS = 300.0
+
+
+def print_words(line: str) -> None:
+    """Print a line of words on stdout, wrapped between them on a terminal."""
+    stdout.print(line, markup=False, soft_wrap=not stdout.is_terminal)
 
 
 @contextlib.contextmanager
@@ -63,17 +72,27 @@ def show_events() -> Iterator[OnEvent]:
     if not stderr.is_terminal:
         yield _uninterrupted(_plain_lines())
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as bars:
-        bar = bars.add_task("", visible=False)
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()),
+        *(TimeRemainingColumn(), TextColumn("{task.fields[detail]}", style="dim")),
+    )
+    with Progress(*columns, console=stderr, transient=True, speed_estimate_period=_SPEED_SECONDS) as bars:
+        bar = bars.add_task("", visible=False, detail="")
 
         def show(event: Event) -> None:
             if isinstance(event, StageProgressed):
                 if event.stage != bars.tasks[0].description:
                     bars.reset(bar, description=event.stage, total=event.total)
-                bars.update(bar, completed=event.done, visible=event.done < event.total)
+                bars.update(
+                    bar,
+                    completed=event.done,
+                    total=event.total,
+                    visible=event.done < event.total,
+                    detail=event.detail,
+                )
             else:
-                bars.print(str(event), markup=False, soft_wrap=True)
+                text = event.short if isinstance(event, EpochFinished) else str(event)
+                bars.print(text, markup=False, soft_wrap=False)
 
         yield _uninterrupted(show)
 
@@ -93,12 +112,12 @@ def _plain_lines() -> OnEvent:
 
     def show(event: Event) -> None:
         nonlocal stage, last_line
-        if not isinstance(event, StageProgressed):
-            stderr.print(str(event), markup=False)
-        elif event.stage != stage:
-            stage, last_line = event.stage, time.monotonic()
-        elif time.monotonic() - last_line >= _PLAIN_INTERVAL_SECONDS:
-            stderr.print(f"{event.stage}: {event.done} of {event.total}", markup=False)
+        if isinstance(event, StageProgressed):
+            if event.stage != stage:
+                stage, last_line = event.stage, time.monotonic()
+            if time.monotonic() - last_line < _PLAIN_INTERVAL_SECONDS:
+                return
             last_line = time.monotonic()
+        stderr.print(f"{datetime.now():%H:%M:%S} {event}", markup=False)
 
     return show

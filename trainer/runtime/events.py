@@ -11,11 +11,27 @@ _MOST_CHARACTERS = 8
 
 @dataclass(frozen=True)
 class StageProgressed:
-    """Part of a stage is finished, such as preparing a dataset or an epoch."""
+    """Part of a stage is finished, such as preparing a dataset or training."""
 
     stage: str
     done: int
     total: int
+    detail: str = ""
+    """What else is known by now, such as the epoch and the loss."""
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.done} of {self.total}" + (f", {self.detail}" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class EmbeddedDatasetChosen:
+    """No dataset was given: the embedded one is used."""
+
+    dataset: str
+    """URI of the prepared dataset."""
+
+    def __str__(self) -> str:
+        return f"no --dataset: training on the embedded 5,000 MNIST digits, in {self.dataset}"
 
 
 @dataclass(frozen=True)
@@ -223,6 +239,17 @@ class EpochFinished:
             f"{row['epoch_seconds']:.1f} s - {row['stage']}, augmentation: {row['augmentation']}"
         )
 
+    @property
+    def short(self) -> str:
+        """What a terminal of 80 columns shows in one line."""
+        row = self.row
+        seconds = row["epoch_seconds"]
+        return (
+            f"epoch {row['epoch']:.0f}/{self.epochs}  loss {row['loss']:.4f}  acc {row['accuracy']:.4f}  "
+            f"val {row['val_loss']:.4f} / {row['val_accuracy']:.4f}  {seconds:.{0 if seconds >= 100 else 1}f} s  "
+            f"{row['stage']}"
+        )
+
 
 @dataclass(frozen=True)
 class AugmentationChosen:
@@ -398,6 +425,7 @@ class StudyTrialEnded:
 TrialEvent = TrialStarted | LossesMeasured | SizeStarted | SizeMeasured
 Event = (
     StageProgressed
+    | EmbeddedDatasetChosen
     | SourceListed
     | ValueRangeFound
     | WorkersAwaited

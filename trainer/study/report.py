@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from trainer.config.options import format_value
 from trainer.notes.comparison import Comparison, compare_predictions
-from trainer.notes.fonts import fonts_for
 from trainer.notes.plots import to_png
 from trainer.record.evaluation_result import describe_accuracy
 from trainer.runtime import storage
 from trainer.runtime.errors import DamagedError, InputError
 from trainer.runtime.events import GlyphsMissing
+from trainer.runtime.fonts import fonts_for
 from trainer.runtime.html import Section, Table, render_sections
 from trainer.runtime.markdown import format_count, format_table
 from trainer.study.analysis import (

@@ -59,6 +59,8 @@ from trainer.training.tracking import write_tensorboard
 from trainer.training.transfer import read_weights
 
 _PROGRESS_INTERVAL_SECONDS = 0.5
+# The loss that is shown while an epoch runs is the mean of so many steps.
+_SHOWN_STEPS = 10
 # Every worker checks the same loss at the same steps, so all stop together.
 _STEPS_BETWEEN_FINITE_CHECKS = 50
 # The number of a step, and the columns of what a training step returns.
@@ -370,7 +372,7 @@ class _Training:
                 _check_finite(stats, first_step, config.precision)
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
-                self._job.send_event(StageProgressed(f"epoch {epoch}", taken, num_steps))
+                self._job.send_event(self._describe_progress(epoch, stats))
             is_due = config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0
             if (is_due and taken < num_steps) or is_traced:
                 _check_finite(stats, first_step, config.precision)
@@ -385,6 +387,15 @@ class _Training:
         self._keep_steps(stats, first_step)
         seconds = time.perf_counter() - started
         return num_steps * config.global_batch_size / seconds, feed.wait_seconds
+
+    def _describe_progress(self, epoch: int, stats: list[Any]) -> StageProgressed:
+        """Return how far the whole run is, with the mean loss of the last steps but one, which are done by now."""
+        config = self._config
+        taken = (epoch - 1) * self._steps_per_epoch + self._epoch_rows // config.global_batch_size
+        loss = np.mean([np.asarray(one)[STEP_LOSS] for one in stats[-_SHOWN_STEPS - 1 : -1] or stats])
+        at_most = "at most " if config.patience else ""
+        detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {loss:.4f}"
+        return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
 
     def _report(self, profiled: StepProfiled | None) -> None:
         if profiled is not None and self._rank == 0:

@@ -396,10 +396,19 @@ def _find_causes(error: "TrainingFailedError") -> list[Exception]:
     return [WorkerDiedError(str(one)) if cause_of_death(one) else one for one in causes] or [error]
 
 
-def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Resources) -> Any:
+def call_in_worker(
+    function: Callable[..., Any], *arguments: Any, resources: Resources, on_event: OnEvent | None = None
+) -> Any:
     """Call a function in a process of its own, with a GPU if the cluster has one, and return its result.
 
     The driver must not import TensorFlow, because no setting keeps all of its messages off a user's terminal.
+
+    Args:
+        function: what to call. Where there is an ``on_event``, it takes a function that sends an event as its last
+            argument.
+        *arguments: of the function.
+        resources: of the connected cluster.
+        on_event: called with the events of a process on this machine. Those of another one are not sent.
 
     Raises:
         InputError: the function raised it.
@@ -407,14 +416,16 @@ def call_in_worker(function: Callable[..., Any], *arguments: Any, resources: Res
     """
     if resources.is_one_machine:
         try:
-            return run_process(lambda _: function(*arguments), resources.folder, ignore_event)
+            if on_event is None:
+                return run_process(lambda _: function(*arguments), resources.folder, ignore_event)
+            return run_process(lambda send: function(*arguments, send), resources.folder, on_event)
         except InputError:
             raise
         except Exception as error:
             raise JobError(f"the worker failed: {error}") from error
     remote = ray.remote(num_gpus=min(1, resources.num_gpus))(function)
     try:
-        return ray.get(remote.remote(*arguments))
+        return ray.get(remote.remote(*arguments, *([ignore_event] if on_event else [])))
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", error)
         if isinstance(cause, InputError):

@@ -33,18 +33,30 @@ def test_the_contact_sheet_shows_the_first_training_images_of_each_class_in_its_
     written = write_dataset(rows=(40, 1, 1), channels=channels)
     write_card(written.uri, written.manifest)
     sheet = read_sheet(written.uri)
-    assert (sheet.mode, sheet.size) == (mode, (8 * 96, 3 * 96))
+    # Above the images of 80 pixels is the name of their class, in 16 pixels.
+    assert (sheet.mode, sheet.size) == (mode, (8 * 80, 3 * 96))
     for label in range(3):
         for position, row in enumerate(np.flatnonzero(written.labels["train"] == label)[:8]):
-            tile = np.asarray(sheet)[label * 96 : (label + 1) * 96, position * 96 : (position + 1) * 96]
+            tile = np.asarray(sheet)[label * 96 + 16 : (label + 1) * 96, position * 80 : (position + 1) * 80]
             mean = written.images["train"][row].mean(axis=(0, 1))
-            assert np.abs(tile.reshape(96 * 96, channels).mean(axis=0) - mean).max() < 10
+            assert np.abs(tile.reshape(80 * 80, channels).mean(axis=0) - mean).max() < 10
 
 
 def test_a_class_with_few_images_leaves_its_row_white(write_dataset):
     written = write_dataset(rows=(3, 1, 1))
     write_card(written.uri, written.manifest)
-    assert (np.asarray(read_sheet(written.uri))[:, 3 * 96 :] == 255).all()
+    assert (np.asarray(read_sheet(written.uri))[:, 3 * 80 :] == 255).all()
+
+
+def test_each_row_of_the_contact_sheet_has_the_name_of_its_class_within_its_width(write_dataset):
+    written = write_dataset(rows=(3, 1, 1))
+    names = ["cat", "a dog of a kind whose name takes more room than eight of its images " * 3, "猫 γάτα"]
+    write_card(written.uri, written.manifest.model_copy(update={"class_names": names}))
+    sheet = np.asarray(read_sheet(written.uri))
+    widths = [np.flatnonzero((sheet[row * 96 : row * 96 + 16] < 128).any(axis=0)) for row in range(3)]
+    assert all(len(one) for one in widths)
+    assert widths[0].max() < 40
+    assert 500 < widths[1].max() < 8 * 80
 
 
 @pytest.fixture
@@ -76,9 +88,9 @@ def write_classes(write_dataset):
     ("num_classes", "size"),
     [
         # Eight images a class in one column of classes, four in three columns, one in twenty.
-        (10, (8 * 96, 10 * 96)),
-        (51, (3 * (4 * 96 + 4) - 4, 20 * 96)),
-        (1000, (20 * (96 + 4) - 4, 20 * 96)),
+        (10, (8 * 80, 10 * 96)),
+        (51, (3 * (4 * 80 + 4) - 4, 20 * 96)),
+        (1000, (20 * (80 + 4) - 4, 20 * 96)),
     ],
 )
 def test_a_contact_sheet_of_any_number_of_classes_is_small(write_classes, num_classes, size):
@@ -88,11 +100,11 @@ def test_a_contact_sheet_of_any_number_of_classes_is_small(write_classes, num_cl
     assert sheet.size == size
     assert max(size) <= 2000
     # The tenth class, and the twenty-first on top of the next column.
-    assert sheet.getpixel((48, 9 * 96 + 48)) == 9
+    assert sheet.getpixel((40, 9 * 96 + 56)) == 9
     if num_classes > 20:
         width = (size[0] + 4) // (3 if num_classes == 51 else 20)
-        assert sheet.getpixel((width + 48, 48)) == 20
-        assert sheet.getpixel((width - 2, 48)) == 255
+        assert sheet.getpixel((width + 40, 56)) == 20
+        assert sheet.getpixel((width - 2, 56)) == 255
 
 
 def test_the_card_of_many_classes_has_those_with_the_fewest_and_the_most_images(write_classes):

@@ -72,12 +72,15 @@ def test_the_embedded_dataset_is_prepared_for_a_request_without_one(options, tmp
         prepared.append(arguments)
         return arguments[0]
 
-    prepared = []
+    prepared, events = [], []
     given = parse_request(options)
     assert choose_dataset(given, str(tmp_path), prepare, ignore_event) is given
-    chosen = choose_dataset(parse_request({**options, "dataset": ""}), str(tmp_path), prepare, ignore_event)
+    chosen = choose_dataset(parse_request({**options, "dataset": ""}), str(tmp_path), prepare, events.append)
     place = embedded_dataset("cnn_softmax", str(tmp_path))
-    assert (chosen.dataset, prepared) == (place[0], [(*place, ignore_event)])
+    assert (chosen.dataset, prepared) == (place[0], [(*place, events.append)])
+    assert [str(event) for event in events] == [
+        f"no --dataset: training on the embedded 5,000 MNIST digits, in {place[0]}"
+    ]
 
 
 def test_a_dataset_that_fits_gives_its_manifest(dataset):

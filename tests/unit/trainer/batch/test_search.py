@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from trainer.batch.search import BUDGET_SHARE, Known, Probe, Search, next_probe, settle_precision
+from trainer.batch.search import BUDGET_SHARE, Known, Probe, Search, count_probes, next_probe, settle_precision
 from trainer.config.batch_table import result_seconds, usable_gib
 from trainer.runtime.events import LossesMeasured, SizeMeasured
 
@@ -116,6 +116,17 @@ def test_where_throughput_rises_with_the_batch_it_is_what_memory_holds(per_image
     known = machine.search(ask(most=100_000))
     largest = (9.0 - 1) / per_image
     assert largest / 1.2 <= best_size(known, 100.0) <= largest
+
+
+@pytest.mark.parametrize("goal", ["auto", "knee", "given", "every"])
+@pytest.mark.parametrize("precisions", [("float32",), ("float32", "mixed_bfloat16")])
+def test_how_many_sizes_may_be_measured_is_known_beforehand(goal, precisions):
+    # Each size in each precision is told as one.
+    search = ask(goal, precisions=precisions, start=8, most=8 if goal == "given" else 64, noise_scale=math.inf)
+    machine = Machine(on_gpu, factors={"float32": 1.0, "mixed_bfloat16": 0.5})
+    machine.search(search)
+    told = sum(len(probe.precisions) for probe in machine.probes)
+    assert told <= count_probes(search) <= told + 4
 
 
 def test_the_first_size_may_be_too_large():

@@ -1,5 +1,6 @@
 """The page that explains a run, made in this process instead of a worker."""
 
+import itertools
 import re
 
 import numpy as np
@@ -39,7 +40,12 @@ def test_an_unknown_method_is_refused_before_anything_is_started(trained_run):
 def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(trained_run, tmp_path):
     methods = ("grad_cam", "integrated_gradients")
     images = choose_worst(trained_run.uri, 2)
-    explanation = _explain(trained_run.uri, images, methods, 5)
+    events = []
+    explanation = _explain(trained_run.uri, images, methods, 5, events.append)
+    assert [str(event) for event in events] == [
+        f"explain: {done} of 4, {method}: {part}"
+        for done, (method, part) in enumerate(itertools.product(methods, ("maps", "its test")))
+    ]
     assert [(one.method, one.threshold) for one in explanation.tests] == [(name, 0.025) for name in methods]
     names = ["image-000", "image-001", "filters of the first convolution", "their activations for the first image"]
     assert list(explanation.pictures) == names

@@ -79,11 +79,11 @@ mean of the last 3 epochs: loss: 0.9512 - accuracy: 0.7500 (95% interval 0.634-0
 
 overfitting: try less
 
-| class | correct | of |
-|---|---|---|
-| cat | 22 | 22 |
-| dog | 20 | 22 |
-| eel | 9 | 22 |
+| class | correct | of | precision | recall | F1 |
+|---|---|---|---|---|---|
+| cat | 22 | 22 | 0.917 | 1.000 | 0.957 |
+| dog | 20 | 22 | 0.606 | 0.909 | 0.727 |
+| eel | 9 | 22 | 1.000 | 0.409 | 0.581 |
 """
     )
 
@@ -98,7 +98,7 @@ def test_the_note_of_many_classes_has_the_worst_of_them(start, make_result):
     note = note_of(start("first"), make_result(val=val))
     assert "| class 999 | class 7 | 3 |" in note
     assert "lowest accuracies of 1000 classes; result.json lists all:" in note
-    assert "| class 999 | 0 | 3 |\n| class 0 | 3 | 3 |" in note
+    assert "| class 999 | 0 | 3 |  | 0.000 | 0.000 |\n| class 0 | 3 | 3 | 1.000 | 1.000 | 1.000 |" in note
     assert len(note) < 5000
 
 

@@ -1,6 +1,7 @@
 """Fonts for names in any script: which fonts of this machine a picture uses, and which characters none of them has."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -24,6 +25,14 @@ def fonts_for(text: str) -> Iterator[str]:
         yield missing
 
 
+def find_font_file(text: str) -> str:
+    """Return the file of the font of this machine that has the most characters of a text."""
+    families, _ = _find_families(text)
+    wanted = {character for character in text if character.isprintable()}
+    files = [font_manager.findfont(font_manager.FontProperties(family=[family])) for family in families]
+    return max(files, key=lambda file: len(_read_characters(file) & wanted))
+
+
 def _find_families(text: str) -> tuple[list[str], str]:
     """Return font families for a text, configured ones first, and the characters that none of them has."""
     families = list(matplotlib.rcParams["font.family"])
@@ -45,11 +54,12 @@ def _find_families(text: str) -> tuple[list[str], str]:
     return families, "".join(sorted(missing))
 
 
-def _read_characters(path: str) -> set[str]:
+@functools.lru_cache
+def _read_characters(path: str) -> frozenset[str]:
     try:
         font = font_manager.get_font(path)
         # Fonts of colored bitmaps, such as emoji, do not have this size.
         font.set_size(10, 100)
-        return {chr(code) for code in font.get_charmap()}
+        return frozenset(chr(code) for code in font.get_charmap())
     except (OSError, RuntimeError):
-        return set()
+        return frozenset()

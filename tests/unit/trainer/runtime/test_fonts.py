@@ -11,7 +11,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.notes.fonts import fonts_for
+from trainer.runtime.fonts import fonts_for
 
 # Cuneiform: no machine has a font for it by chance.
 ANCIENT, OTHER = "\U00012000", "\U00012001"
