@@ -2,7 +2,8 @@
 
 The script (`benchmarks.notes_script`) trains for a number of epochs. Then jobs/train.py trains the same network on the
 same dataset, with nothing but the options given. Both are commands; all seconds are since the shell started them, so
-starting, and the search for a batch, count. Each network, dataset and seed is a turn of both.
+starting, and the search for a batch, count. Each network, dataset and seed is a turn of both. On a machine that other
+work shares, `--clock cpu` counts the seconds of its cores instead, of all processes of a command together.
 
 - last: the script after its last epoch. best: after its best. product then: the best of the epochs whose checkpoints
   were written when the script's last epoch ended. final: the best of all its epochs, with the seconds of the command.
@@ -14,7 +15,8 @@ starting, and the search for a batch, count. Each network, dataset and seed is a
 - seconds to last: when all validation images together first had the accuracy of the script's last epoch.
 
 RESULTS keeps a JSON file for each run, named by all that it depends on: a command given again goes on where it was
-interrupted and trains nothing twice; and the run folders without checkpoints. A run that fails leaves no row.
+interrupted and trains nothing twice; and the run folders without checkpoints. A run that fails leaves no row. So rows
+can be gathered one at a time, and a last command that names all of them trains nothing and prints the table.
 
 `python -m benchmarks development_sets` prepares the datasets. --options is a command line of jobs/train.py for a row
 beside, or instead of, the defaults: --options "" --options "--augment-rotation 0". Marks: no row is significantly worse
@@ -23,6 +25,7 @@ than last or best; more than half are better than both; seconds to last at most 
 Run: python -m benchmarks accuracy RESULTS DATASET ... [--arch cnn_tapered] [--seed 0] [--epochs 24] [--options ""]
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -35,10 +38,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
+import psutil
 import pyarrow.parquet as pq
 import typer
 from rich.table import Table
@@ -62,6 +65,9 @@ POLL_SECONDS = 0.05
 SIGNIFICANCE = 0.05
 DEFAULTS = "defaults"
 COUNTED = ("script last", "script best", "product then", "final")
+CPU_SECONDS = "cpu_seconds.txt"
+
+Clock = Literal["wall", "cpu"]
 
 
 class RunFailedError(Exception):
@@ -73,8 +79,9 @@ class Run:
     """One run of one side."""
 
     curve: Curve
+    """Its seconds are those of the clock that was asked for."""
     whole_seconds: float
-    """Of the command."""
+    """Of the command, by that clock."""
     ending: str
     """completed, diverged, or stopped."""
 
@@ -89,7 +96,9 @@ def find_code(side: str) -> str:
     return f"{commit}+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
 
 
-def run_once(results: Path, side: str, dataset: str, arch: str, seed: int, options: dict[str, Any]) -> Run | None:
+def run_once(
+    results: Path, side: str, dataset: str, arch: str, seed: int, options: dict[str, Any], clock: Clock
+) -> Run | None:
     """Run one side unless RESULTS has that run; None if it fails.
 
     Args:
@@ -99,6 +108,7 @@ def run_once(results: Path, side: str, dataset: str, arch: str, seed: int, optio
         arch: name of the network.
         seed: of the run.
         options: all else that the run depends on.
+        clock: whose seconds the curve has.
     """
     manifest = load_manifest(dataset)
     key = {"dataset": Path(dataset).name, "arch": arch, "seed": seed, "side": side, **options}
@@ -121,17 +131,18 @@ def run_once(results: Path, side: str, dataset: str, arch: str, seed: int, optio
         temporary = place / "record.json"
         temporary.write_text(json.dumps(key | circumstances | found))
         temporary.replace(record)
-    run = read_run(json.loads(record.read_text()))
+    run = read_run(json.loads(record.read_text()), clock)
     print(f"{place.name}: {format_correct(run.curve.best)}, {run.whole_seconds:.0f} s", file=sys.stderr, flush=True)
     return run
 
 
-def read_run(found: dict[str, Any]) -> Run:
+def read_run(found: dict[str, Any], clock: Clock = "wall") -> Run:
     """Return what JSON keeps of a run."""
     shape = len(found["seconds"]), len(found["labels"])
-    labels, seconds = np.array(found["labels"], np.int64), np.array(found["seconds"], np.float64)
+    of_clock = "seconds" if clock == "wall" else "cpu_seconds"
+    labels, seconds = np.array(found["labels"], np.int64), np.array(found[of_clock], np.float64)
     predicted, losses = (np.array(found[name]).reshape(shape) for name in ("predicted", "losses"))
-    return Run(Curve(labels, seconds, predicted, losses), found["whole_seconds"], found["ending"])
+    return Run(Curve(labels, seconds, predicted, losses), found[f"whole_{of_clock}"], found["ending"])
 
 
 def run_script(place: Path, dataset: str, arch: str, seed: int, epochs: int) -> dict[str, Any]:
@@ -140,38 +151,42 @@ def run_script(place: Path, dataset: str, arch: str, seed: int, epochs: int) -> 
     command = [sys.executable, "-m", "benchmarks.notes_script", dataset, arch, str(epochs), str(seed), str(output)]
     began = time.time()
     with (place / "log.txt").open("wb") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
     whole_seconds = time.time() - began
-    if code:
+    if code := os.waitstatus_to_exitcode(status):
         raise RunFailedError(f"exit code {code}, {place}/log.txt")
     found: dict[str, Any] = json.loads(output.read_text())
     output.unlink()
     seconds = [ended - began for ended in found.pop("ended")]
-    return found | {"seconds": seconds, "whole_seconds": whole_seconds, "ending": "completed"}
+    of_command = {"whole_seconds": whole_seconds, "whole_cpu_seconds": usage.ru_utime + usage.ru_stime}
+    return found | of_command | {"seconds": seconds, "ending": "completed"}
 
 
 def run_product(
-    place: Path, dataset: str, arch: str, seed: int, arguments: str, stop_after: float | None
+    place: Path, dataset: str, arch: str, seed: int, arguments: str, stop_after: dict[Clock, float]
 ) -> dict[str, Any]:
     """Run jobs/train.py, and return what JSON keeps of it. A run that diverges is a row, too."""
     command = [sys.executable, "jobs/train.py", "--arch", arch, "--dataset", dataset, "--seed", str(seed)]
     # In a storage of its own: no run profits from the measurements of an earlier one.
     command += ["--storage", str(place), "--run-name", "run", *shlex.split(arguments)]
     run, kept = RunFolder(str(place / "run")), place / "kept"
-    began, is_stopped = time.time(), False
+    began, cpu_seconds, is_stopped = time.time(), 0.0, False
     with (place / "log.txt").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                keep_predictions(Path(run.checkpoints), kept)
-                if stop_after is not None and not is_stopped and time.time() - began > stop_after:
+                cpu_seconds = max(cpu_seconds, measure_cpu_seconds(process.pid))
+                keep_predictions(Path(run.checkpoints), kept, cpu_seconds)
+                taken = {"wall": time.time() - began, "cpu": cpu_seconds}
+                if not is_stopped and any(taken[clock] > seconds for clock, seconds in stop_after.items()):
                     process.terminate()
                     is_stopped = True
         finally:
             if process.poll() is None:
                 process.terminate()
-    whole_seconds = time.time() - began
-    keep_predictions(Path(run.checkpoints), kept)
+    of_command = {"whole_seconds": time.time() - began, "whole_cpu_seconds": cpu_seconds}
+    keep_predictions(Path(run.checkpoints), kept, cpu_seconds)
     ending = run.read_ending()
     status = "stopped" if is_stopped and process.returncode else ending.status if ending else "failed"
     if process.returncode and status not in ("stopped", "diverged"):
@@ -182,16 +197,31 @@ def run_product(
     for one in (kept, Path(run.checkpoints)):
         shutil.rmtree(one, ignore_errors=True)
     Path(run.path("model.keras")).unlink(missing_ok=True)
-    return found | {"whole_seconds": whole_seconds, "ending": status}
+    return found | of_command | {"ending": status}
 
 
-def keep_predictions(checkpoints: Path, kept: Path) -> None:
-    """Link the predictions of each checkpoint, then its record: the run deletes all but its best and its last."""
+def measure_cpu_seconds(pid: int) -> float:
+    """Return what a process and all that it started have taken of the machine's cores; 0 once it is gone."""
+    seconds = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seconds += sum(one.cpu_times()[:4])  # its own, and of those of its children that have ended
+    return seconds
+
+
+def keep_predictions(checkpoints: Path, kept: Path, cpu_seconds: float) -> None:
+    """Link the predictions of each checkpoint, then its record: the run deletes all but its best and its last.
+
+    ``cpu_seconds``, which the run has taken so far, is kept beside them.
+    """
     for commit in checkpoints.glob("*/checkpoint.json"):
         folder = kept / commit.parent.name
         if (folder / commit.name).exists():
             continue
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CPU_SECONDS).write_text(str(cpu_seconds))
         for name in ("predictions.parquet", commit.name):
             try:
                 os.link(commit.parent / name, folder / name)
@@ -204,13 +234,14 @@ def keep_predictions(checkpoints: Path, kept: Path) -> None:
 
 def read_kept(kept: Path, began: float) -> dict[str, Any]:
     """Return when the checkpoint of each epoch was written, and its predictions."""
-    found: dict[int, tuple[float, pa.Table]] = {}
+    found: dict[int, Path] = {}
     for commit in sorted(kept.glob("*/checkpoint.json")):
-        epoch = Checkpoint.parse(commit.read_bytes(), str(commit)).epoch
-        found[epoch] = (commit.stat().st_mtime - began, pq.read_table(commit.parent / "predictions.parquet"))
-    tables = [found[epoch][1] for epoch in sorted(found)]
+        found[Checkpoint.parse(commit.read_bytes(), str(commit)).epoch] = commit
+    commits = [found[epoch] for epoch in sorted(found)]
+    tables = [pq.read_table(commit.parent / "predictions.parquet") for commit in commits]
     return {
-        "seconds": [found[epoch][0] for epoch in sorted(found)],
+        "seconds": [commit.stat().st_mtime - began for commit in commits],
+        "cpu_seconds": [float((commit.parent / CPU_SECONDS).read_text()) for commit in commits],
         "predicted": [table["predicted"].to_pylist() for table in tables],
         "losses": [table["loss"].to_pylist() for table in tables],
     }
@@ -347,17 +378,20 @@ def main(
     stop_after: Annotated[
         float, typer.Option(min=0, help="Stop this project after so many times the script's seconds; 0: never.")
     ] = 0,
+    clock: Annotated[
+        Clock, typer.Option(help="Seconds to compare at: of the clock, or of the machine's cores.")
+    ] = "wall",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print tables for a document.")] = False,
 ) -> None:
     turns = []
     for a_seed, dataset, name in itertools.product(seed, datasets, arch):
-        script = run_once(results, SCRIPT, dataset, name, a_seed, {"epochs": epochs})
+        script = run_once(results, SCRIPT, dataset, name, a_seed, {"epochs": epochs}, clock)
         if script is None:
             continue
-        limit = stop_after * float(script.curve.seconds[-1]) or None
+        limit = {clock: stop_after * float(script.curve.seconds[-1])} if stop_after else {}
         for arguments in options:
             of_product = {"arguments": arguments, "stop_after": limit}
-            product = run_once(results, PRODUCT, dataset, name, a_seed, of_product)
+            product = run_once(results, PRODUCT, dataset, name, a_seed, of_product, clock)
             if product is not None:
                 turns.append(Turn(Path(dataset).name, name, arguments, a_seed, script, product))
     if not turns:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from benchmarks.accuracy import Run, Turn, find_marks, keep_predictions, read_kept, read_run
+from benchmarks.accuracy import Run, Turn, find_marks, keep_predictions, measure_cpu_seconds, read_kept, read_run
 from trainer.record.checkpoint import Position, delete_old_checkpoints, save_checkpoint
 from trainer.runtime.storage import parquet_bytes
 
@@ -29,12 +31,13 @@ def test_predictions_of_every_epoch_stay_when_the_run_deletes_them(tmp_path):
     for epoch, predicted in ((1, [1, 0]), (2, [1, 1]), (3, [0, 0]), (4, [0, 1])):
         save_epoch(checkpoints, epoch, predicted, accuracy=sum(predicted) / 2)
         save_epoch(checkpoints, epoch, None, rows=5)
-        keep_predictions(checkpoints, kept)
+        keep_predictions(checkpoints, kept, cpu_seconds=10 * epoch)
         delete_old_checkpoints(str(checkpoints), keep_best=1)
-        keep_predictions(checkpoints, kept)
+        keep_predictions(checkpoints, kept, cpu_seconds=10 * epoch + 5)
     assert not list(checkpoints.glob("step-00000030*"))
     assert read_kept(kept, began=990) == {
         "seconds": [11, 12, 13, 14],
+        "cpu_seconds": [10, 20, 30, 40],
         "predicted": [[1, 0], [1, 1], [0, 0], [0, 1]],
         "losses": [[0.5, 1], [0.5, 2], [0.5, 3], [0.5, 4]],
     }
@@ -83,3 +86,22 @@ def test_a_run_without_an_epoch_has_no_correct_answer(turn):
     nothing = Turn("mstar", "cnn_tapered", "", 0, turn.script, make_run([], [], ending="diverged"))
     assert nothing.advantages == (-340, -350)
     assert nothing.seconds_to_last == (20, float("inf"))
+
+
+def test_seconds_are_those_of_the_clock_that_is_asked_for():
+    found = {"labels": [1], "predicted": [[1], [1]], "losses": [[0], [0]], "ending": "completed"}
+    found |= {"seconds": [1, 2], "whole_seconds": 3, "cpu_seconds": [10, 20], "whole_cpu_seconds": 30}
+    assert [read_run(found, clock).curve.seconds.tolist() for clock in ("wall", "cpu")] == [[1, 2], [10, 20]]
+    assert [read_run(found, clock).whole_seconds for clock in ("wall", "cpu")] == [3, 30]
+
+
+def test_the_seconds_of_cores_are_those_of_a_process_and_of_all_that_it_started():
+    spin = "import time\nwhile time.process_time() < 0.3: pass\n"
+    command = (
+        f"import subprocess, sys\n{spin}for _ in range(2): subprocess.run([sys.executable, '-c', {spin!r}])\ninput()"
+    )
+    with subprocess.Popen([sys.executable, "-c", f"{command}"], stdin=subprocess.PIPE) as process:
+        while measure_cpu_seconds(process.pid) < 0.9:
+            assert process.poll() is None
+        process.communicate(b"\n")
+    assert measure_cpu_seconds(process.pid) == 0
