@@ -283,16 +283,25 @@ def replace_dropout(layer: Any, drop: Callable[..., Any]) -> None:
     layer._random_generator.dropout = drop
 
 
-def moving_averages(optimizer: Any) -> list[Any]:
-    """Return the variables that hold the averages of the trainable weights, in the weights' order.
+def index_of(optimizer: Any, variable: Any) -> int:
+    """Return the position of a weight among those that an optimizer was built for."""
+    # optimizers/optimizer.py, line 432: _build_index_dict, and line 1232: _var_key.
+    # test_optimizer.py: test_an_update_is_that_of_keras
+    index: int = optimizer._index_dict[optimizer._var_key(variable)]
+    return index
+
+
+def moments_of(optimizer: Any, variable: Any) -> list[Any]:
+    """Return what an optimizer keeps of one weight: of SGD its momentum, of Adam its momentum and its velocity.
 
     Args:
-        optimizer: a built Keras optimizer with ``use_ema``, not one that is wrapped for loss scaling.
+        optimizer: SGD with momentum, or Adam; built.
+        variable: one of the weights that it was built for.
     """
-    # optimizers/optimizer.py, line 422: build.
-    # test_compat.py: test_an_optimizer_with_averages_has_one_for_each_weight
-    averages: list[Any] = optimizer._model_variables_moving_average
-    return averages
+    # optimizers/adam.py, line 146, and optimizers/sgd.py, line 146: build.
+    # test_optimizer.py: test_an_update_is_that_of_keras
+    kept = [optimizer.momentums] if hasattr(optimizer, "momentums") else [optimizer._momentums, optimizer._velocities]
+    return [variables[index_of(optimizer, variable)] for variables in kept]
 
 
 def loss_scale_variable(optimizer: Any) -> Any:

@@ -16,6 +16,7 @@ from trainer.runtime import compat
 from trainer.runtime.errors import InputError
 from trainer.training.augment import find_strengths
 from trainer.training.devices import has_gpu
+from trainer.training.optimizer import build_optimizer
 from trainer.training.schedule import StagedSchedule, build_schedule
 from trainer.training.stages import EpochPlan, list_augmentations
 from trainer.training.transfer import LayerWeights, freeze_trunk, transfer_weights
@@ -78,7 +79,7 @@ def build_network(
         if config.freeze_trunk:
             freeze_trunk(model)
         schedule = build_schedule(config, steps_per_epoch)
-        optimizer = _build_optimizer(config, schedule)
+        optimizer = build_optimizer(config, schedule)
         optimizer.build(model.trainable_variables)
         strengths = tf.Variable(
             find_strengths(list_augmentations(config)[-1], config),
@@ -133,26 +134,6 @@ def choose_communication(all_reduce: str) -> Any:
     return tf.distribute.experimental.CommunicationOptions(implementation=kind)
 
 
-def _build_optimizer(config: TrainConfig, schedule: Any) -> Any:
-    # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
-    optimizer_class = {"sgd": keras.optimizers.SGD, "nadam": keras.optimizers.Nadam}.get(
-        config.optimizer, keras.optimizers.Adam
-    )
-    options: dict[str, Any] = dict(config.optimizer_arguments)
-    if config.optimizer == "sgd":
-        options["momentum"] = config.momentum
-    if config.ema_momentum:
-        # `averaged_weights` says when the averages are used.
-        options |= {"use_ema": True, "ema_momentum": config.ema_momentum}
-    optimizer = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
-    if config.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
-    if config.precision == "mixed_float16":
-        # Small gradients vanish in float16; a step whose scaled gradients overflow is skipped.
-        return keras.mixed_precision.LossScaleOptimizer(optimizer)
-    return optimizer
-
-
 @contextlib.contextmanager
 def averaged_weights(network: Network) -> Iterator[None]:
     """Swap the trainable weights with their moving averages, which the optimizer keeps, within the context.
@@ -169,8 +150,8 @@ def averaged_weights(network: Network) -> Iterator[None]:
 
 def _swap_averages(network: Network) -> None:
     optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
-    if optimizer.use_ema:
-        for variable, average in zip(network.model.trainable_variables, compat.moving_averages(optimizer), strict=True):
+    if optimizer.averages:
+        for variable, average in zip(network.model.trainable_variables, optimizer.averages, strict=True):
             weights = variable.numpy()
             variable.assign(average.numpy())
             average.assign(weights)

@@ -36,15 +36,6 @@ def test_a_dropout_layer_calls_what_replaces_it():
     np.testing.assert_array_equal(layer(tf.ones(3), training=False), [1] * 3)
 
 
-def test_an_optimizer_with_averages_has_one_for_each_weight():
-    weights = [tf.Variable([2.0]), tf.Variable([3.0, 4.0])]
-    optimizer = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
-    optimizer.build(weights)
-    optimizer.apply_gradients([(tf.ones_like(weight), weight) for weight in weights])
-    averages = [average.numpy().tolist() for average in compat.moving_averages(optimizer)]
-    assert averages == [[1.5], [2.5, 3.5]]  # each begins at its weight
-
-
 def test_the_variable_of_the_loss_scale_is_the_loss_scale():
     optimizer = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.SGD())
     compat.loss_scale_variable(optimizer).assign(1024)

@@ -154,11 +154,12 @@ def test_balanced_classes_weigh_their_images_by_rarity(write_dataset, make_confi
 
 
 def test_averages_follow_the_weights_and_are_exchanged_with_them(start, batch):
-    started = start(ema_momentum=0.75)
+    started = start(ema_momentum=0.24)
     average = started.weights()
-    for _ in range(3):
+    # An average of a few steps while there were only a few.
+    for momentum in (1 / 10, 2 / 11, 0.24):
         started.train(batch)
-        average = {name: 0.75 * average[name] + 0.25 * array for name, array in started.weights().items()}
+        average = {name: momentum * average[name] + (1 - momentum) * array for name, array in started.weights().items()}
     trained = started.weights()
     with averaged_weights(started.network):
         for name, array in started.weights().items():
