@@ -277,7 +277,7 @@ def plan_run(
     run: RunFolder,
     resources: Resources,
     *,
-    noise_storage_uri: str = "",
+    memory_uri: str = "",
     probe_again: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> RunPlan:
@@ -287,7 +287,7 @@ def plan_run(
         request: request for the run.
         run: folder of the run, from `open_run`.
         resources: resources of the connected cluster.
-        noise_storage_uri: storage with the noise scales of earlier runs; empty for that of the run.
+        memory_uri: storage with the noise scales and augmentations of earlier runs; empty for that of the run.
         probe_again: measure even if the storage has a table of batch sizes.
         on_event: called with the events of the trials.
 
@@ -316,7 +316,7 @@ def plan_run(
             workers.now,
             storage.parent(run.uri),
             resources,
-            noise_storage_uri=noise_storage_uri,
+            noise_storage_uri=memory_uri,
             probe_again=probe_again,
             on_event=on_event,
         )
@@ -327,7 +327,7 @@ def plan_run(
             # The recipe may have changed since.
             config = replace_values(config, epochs=record.config.epochs, patience=record.config.patience)
     elif config.augment == "auto" and not probe_again:
-        config = _recall_augmentation(config, storage.parent(run.uri), on_event)
+        config = _recall_augmentation(config, memory_uri or storage.parent(run.uri), on_event)
     return RunPlan(config, manifest, batch, workers)
 
 
@@ -377,7 +377,7 @@ def launch(
     max_failures: int = 3,
     trackers: tuple[str, ...] = (),
     profile_steps: int = 0,
-    remember_noise: bool = True,
+    remember: bool = True,
     on_event: OnEvent = ignore_event,
 ) -> RunResult:
     """Start a run, or continue it from its last checkpoint, and return its result.
@@ -391,8 +391,8 @@ def launch(
         max_failures: how often the workers are restarted after they were lost.
         trackers: names from `trainer.training.tracking`: where metrics go in addition to the run folder.
         profile_steps: number of steps to trace, without the first ones; 0 for none.
-        remember_noise: keep the noise scale in the storage for the next similar run. The trials of a study do not,
-            so that all of them have the same batch.
+        remember: keep the noise scale and the augmentation in the storage for the next similar run. The trials of a
+            study do not, so that all of them start from the same.
         on_event: called with the progress of the run.
 
     Raises:
@@ -430,7 +430,7 @@ def launch(
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:
         worker_result = _run_workers(job, plan.workers, resources, max_failures, on_event)
-        return _close_run(job, worker_result, remember_noise, on_event)
+        return _close_run(job, worker_result, remember, on_event)
     except KeyboardInterrupt:
         # First of all, because `ray job stop` kills after three seconds.
         if not failure_reason():
@@ -538,7 +538,7 @@ def _learn_about_batch(run: RunFolder, manifest: Manifest, history: History, noi
     return [line for line in (contradiction, surprise) if line]
 
 
-def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool, on_event: OnEvent) -> RunResult:
+def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_event: OnEvent) -> RunResult:
     """Write the results of a run after its workers have ended: plots, note and ``result.json``."""
     # Loaded by now, in `_load_ending`.
     from trainer.notes.plots import write_batch_sizes, write_mistakes, write_plots
@@ -588,7 +588,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),
     )
-    if result.augmentation:
+    if remember and result.augmentation:
         _keep_augmentation(run, config, result.augmentation, last.history)
     run.write_metrics(last.history)
     run.write_steps(steps)
@@ -605,7 +605,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember_noise: bool
     if "mlflow" in job.trackers:
         run.check_owner()
         log_to_mlflow(run, config, last.history, result)
-    if remember_noise and not worker_result.reason and result.noise_scale is not None:
+    if remember and not worker_result.reason and result.noise_scale is not None:
         remember_noise_scale(
             config.arch,
             config,

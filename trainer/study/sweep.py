@@ -397,12 +397,12 @@ class _TrialActor:
         try:
             # This job holds the study, so another job that still holds the run is dead.
             with launch.open_run(storage_uri, trial.run_name, options["arch"], resources, wait=True):
-                # The noise scale of runs outside of the study, so that all trials have the same batch.
-                noise_storage_uri = storage.parent(storage.parent(storage_uri))
-                plan = launch.plan_run(parse_request(options), run, resources, noise_storage_uri=noise_storage_uri)
+                # What runs outside of the study have found, so that all trials start from the same.
+                memory_uri = storage.parent(storage.parent(storage_uri))
+                plan = launch.plan_run(parse_request(options), run, resources, memory_uri=memory_uri)
                 plan = replace(plan, command=_describe_command(options, plan.config, run))
                 result = launch.launch(
-                    plan, run, resources, max_failures=max_failures, remember_noise=False, on_event=send_event
+                    plan, run, resources, max_failures=max_failures, remember=False, on_event=send_event
                 )
         except BatchError as error:
             return Outcome("infeasible", str(error))

@@ -16,7 +16,7 @@ from trainer.runtime import compat
 
 
 class _Averaging:
-    """An optimizer of Keras that keeps a moving average of each weight, for `trainer.training.network.averaged_weights`.
+    """An optimizer of Keras that keeps a moving average of each weight (`trainer.training.network.averaged_weights`).
 
     Keras has such averages too. They start as the initial weights, of which much is left after an epoch of few steps;
     here an average is of few steps as long as there were only few.

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trainer.launch import (
     open_run,
     plan_run,
 )
+from trainer.record.augmentation_choice import AugmentationChoice, write_choice
 from trainer.record.run_folder import RunFolder, describe_run
 from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
@@ -200,6 +202,16 @@ def test_a_run_is_continued_with_the_batch_that_it_began_with(plan, options, tmp
     continued = plan_run(request, run, ONE_MACHINE)
     assert (continued.config.global_batch_size, continued.config.precision) == (8, "mixed_bfloat16")
     assert continued.batch == begun
+
+
+def test_the_trials_of_a_study_start_from_what_was_found_outside_of_it(plan, options, tmp_path):
+    request = parse_request({**options, **SETTLED})
+    run, config = RunFolder(str(tmp_path / "study" / "trials" / "one")), plan().config
+    for storage_uri, augmentation in ((storage.parent(run.uri), "flip"), (str(tmp_path), "rotation+zoom")):
+        choice = AugmentationChoice(augmentation=augmentation, figures="", run="before", chosen=datetime.now(UTC))
+        write_choice(storage_uri, config, choice)
+    assert plan_run(request, run, ONE_MACHINE, memory_uri=str(tmp_path)).config.known_augmentation == "rotation+zoom"
+    assert plan_run(request, run, ONE_MACHINE).config.known_augmentation == "flip"
 
 
 def test_a_run_is_continued_whose_optimizer_arguments_were_options_of_their_own(options, tmp_path):
