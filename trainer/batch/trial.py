@@ -232,7 +232,7 @@ class _Bench:
         """Return the seconds of a step without input, and the peak memory in GiB."""
         step, batch = self._compile(precision, size), self._batch(size, 0)
         reset_peak_memory()
-        held = self._checkpoint_copy(precision)
+        held = self._hold_what_training_holds(precision)
         _seconds(step, batch, 1)  # traces and compiles
         gather = self._networks[precision].gather
         once = float(gather([[_seconds(step, batch, 1)]]).max())
@@ -268,13 +268,18 @@ class _Bench:
             self._split, worker_rows(self._order, number, global_batch_size, self._rank, self._num_workers)
         )
 
-    def _checkpoint_copy(self, precision: str) -> list[Any]:
-        """Return copies as large as those made while a checkpoint is written: on a CPU they take the same memory."""
-        if has_gpu():
-            return []
+    def _hold_what_training_holds(self, precision: str) -> list[Any]:
+        """Return as much memory as a run takes beside its steps.
+
+        Those are the second gradient of `trainer.training.noise`, and on a CPU what is held while a checkpoint is
+        written.
+        """
         network = self._networks[precision].network
+        held: list[Any] = [tf.identity(variable) for variable in network.model.trainable_variables]
+        if has_gpu():
+            return held
         arrays = [checkpoints.read_variables(part) for part in (network.model.variables, network.optimizer_variables)]
-        return [arrays, [checkpoints.to_safetensors(one) for one in arrays]]
+        return [held, arrays, [checkpoints.to_safetensors(one) for one in arrays]]
 
 
 def _count(seconds: float) -> int:

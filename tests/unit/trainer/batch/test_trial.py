@@ -73,10 +73,11 @@ def test_memory_is_exact_only_where_nothing_else_was_in_the_process(make_bench, 
     assert not bench.can_measure(Probe(32, ("float32",), alone=True))
 
 
-def test_memory_counts_the_copies_that_a_checkpoint_holds(make_bench):
+def test_memory_counts_a_second_gradient_and_the_copies_that_a_checkpoint_holds(make_bench):
     bench = make_bench()
     network = bench.build("float32").network
-    arrays, files = bench._checkpoint_copy("float32")
+    gradient, arrays, files = bench._hold_what_training_holds("float32")
+    assert [one.shape for one in gradient] == [variable.shape for variable in network.model.trainable_variables]
     for copied, written, variables in zip(
         arrays, files, (network.model.variables, network.optimizer_variables), strict=True
     ):
