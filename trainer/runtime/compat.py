@@ -110,15 +110,6 @@ def open_head(address: str) -> Iterator[Head]:
         yield Head(channel)
 
 
-def is_ray_worker() -> bool:
-    """Return whether Ray started this process to run tasks or an actor; False in the process that a user started."""
-    # _private/worker.py, line 1406: global_worker. test_workers.py: test_ray_s_processes_are_workers
-    import ray
-    from ray._private import worker
-
-    return bool(worker.global_worker.mode == ray.WORKER_MODE)
-
-
 def count_cores() -> int:
     """Return the number of cores of this machine or container, rounded down: 0 for a container with half a core."""
     # _private/utils.py, line 432: get_num_cpus.

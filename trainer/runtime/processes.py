@@ -9,8 +9,6 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.runtime import compat
-
 
 @dataclass(frozen=True)
 class ProcessId:
@@ -29,8 +27,10 @@ def this_process() -> ProcessId:
 
 def is_worker() -> bool:
     """Return whether a job started this process: by Ray, or as its single worker."""
-    # A worker of Ray has imported it.
-    return multiprocessing.parent_process() is not None or ("ray" in sys.modules and compat.is_ray_worker())
+    # A worker of Ray has imported it. Without a connection, the context would start a cluster.
+    ray = sys.modules.get("ray")
+    is_of_ray = ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return multiprocessing.parent_process() is not None or is_of_ray
 
 
 def is_gone(process: ProcessId) -> bool:

@@ -3,6 +3,8 @@ import subprocess
 import sys
 import time
 
+import ray
+
 from tests.conftest import REPOSITORY
 from trainer.runtime.processes import ProcessId, is_gone, is_worker, this_process
 
@@ -63,6 +65,7 @@ def test_a_process_ends_with_another_one_that_is_killed_though_nobody_reaps_that
 
 def test_a_process_that_a_job_spawns_is_a_worker():
     assert not is_worker()
+    assert not ray.is_initialized()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(is_worker)
 
