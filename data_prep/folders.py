@@ -75,7 +75,7 @@ def _has_split_folders(source: str, images: list[list[str]], labelled: bool) -> 
         return False
     message = f"{source}: the folders {', '.join(alike)} look like splits"
     if others:
-        message += f", and beside them is {name_some(others)}"
+        message += f", and next to them is {name_some(others)}"
     if len(called) == len(alike):
         raise InputError(f"{message}; move or rename either")
     raise InputError(f"{message}; {_propose_names(source, images, alike)}")

@@ -66,7 +66,7 @@ def _describe_open(request: RunRequest, manifest: Manifest | None, num_workers: 
     elif request.steps:
         known["steps"] = request.steps
     else:
-        unknown.append("epochs: those of the recipe, or more where the batch leaves too few steps")
+        unknown.append("epochs: those of the recipe, or more if the batch leaves too few steps")
     known |= limits | request.settings.model_dump()
     return "\n".join([*_comment(f"on {resources.hardware}", *unknown), format_options(known)])
 

@@ -1,4 +1,4 @@
-"""Which augmentation won in a run, kept in the storage for later runs with the same dataset and architecture."""
+"""The augmentation that won in a run, kept in the storage for later runs with the same dataset and architecture."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,7 +10,7 @@ from trainer.runtime.errors import RecordError
 from trainer.runtime.markdown import format_count
 from trainer.runtime.record_format import Record
 
-# What the choice is between.
+# The options that determine the candidates.
 _CANDIDATES = [name for name in TrainConfig.model_fields if name.startswith("augment_")]
 
 
@@ -19,7 +19,7 @@ class AugmentationChoice(Record):
 
     augmentation: str
     figures: str
-    """What each candidate reached."""
+    """The validation loss of each candidate."""
     run: str
     """The name of the run that tried them."""
     chosen: datetime
@@ -36,7 +36,7 @@ def read_choice(storage_uri: str, config: TrainConfig) -> AugmentationChoice | N
     try:
         return AugmentationChoice.parse(storage.read_bytes(uri), uri)
     except (FileNotFoundError, RecordError):
-        return None  # it is tried again
+        return None  # the run tries again
 
 
 def _uri(storage_uri: str, config: TrainConfig) -> str:

@@ -11,7 +11,7 @@ _DAMAGED: Literal["files damaged"] = "files damaged"
 
 
 class Incident(Record):
-    """What befell a run."""
+    """One incident of a run."""
 
     # Earlier versions had two records: one for lost workers, with the number of the attempt, and one for damage.
     RENAMED: ClassVar[Mapping[str, str]] = {"ended": "at", "reason": "what"}
@@ -32,7 +32,7 @@ class Incident(Record):
         if self.kind == _DAMAGED:
             return f"recovered at {self.at.isoformat(timespec='seconds')}: {self.what}"
         log = f" ({self.log})" if self.log else ""
-        went_on = "" if self.next_step is None else f"; the run went on after step {self.next_step}"
+        went_on = "" if self.next_step is None else f"; the run continued after step {self.next_step}"
         return f"attempt {self.attempt} was lost: {self.what}{log}{went_on}"
 
 

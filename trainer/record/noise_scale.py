@@ -23,14 +23,14 @@ _NOT_IN_TRAINING = {"seed", "checkpoint_every", "keep_best", "evaluate_test", "s
 
 
 class NoiseRecord(Record):
-    """The noise scale of a finished run, which the batch of the next run of its kind rests on."""
+    """The noise scale of a finished run, which determines the batch of the next similar run."""
 
     run: str
     """Name of the run."""
     noise_scale: float
-    """In images."""
+    """Gradient noise scale in images."""
     global_batch_size: int
-    """That it was measured at."""
+    """Global batch size at which it was measured."""
     measured: datetime
 
 
@@ -57,8 +57,8 @@ def find_noise_scale(
 def summarize_noise(steps: pa.Table, global_batch_size: int) -> float | None:
     """Return the noise scale over the second half of a run; None where it was not measured.
 
-    Most of a run's steps are like those of its second half, and few of them measure the noise: pooled they tell more
-    than by epoch.
+    Most of a run's steps are like those of its second half, and few of them measure the noise: together they are more
+    precise than by epoch.
 
     Args:
         steps: ``steps.parquet`` of the run.

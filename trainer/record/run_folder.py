@@ -367,7 +367,7 @@ class RunFolder:
         storage.delete_file(self.path("result.json"))
 
     def repair_ending(self) -> RecordRepaired | None:
-        """Replace a damaged ``result.json``, so that the run continues from its last checkpoint and writes it anew.
+        """Replace a damaged ``result.json``, so that the run continues from its last checkpoint and writes it again.
 
         Only the job that holds the run may call this, and `repair_record` and `repair_manifest`.
 
@@ -376,7 +376,7 @@ class RunFolder:
         """
         if not (damage := _find_damage(self.read_ending)):
             return None
-        repaired = RecordRepaired(damage, self._keep_damaged("result.json"), "the run writes it anew")
+        repaired = RecordRepaired(damage, self._keep_damaged("result.json"), "the run writes it again")
         self.write_interruption("failed", str(repaired))
         return repaired
 
@@ -395,7 +395,7 @@ class RunFolder:
                 f"{damage}; no copy is in {self.path('attempts')}, so the run cannot be continued: put config.json "
                 "back from a backup, or choose another --run-name"
             )
-        instead = "the run begins anew" if copy is None else "its copy in attempts/ takes its place"
+        instead = "the run starts over" if copy is None else "its copy in attempts/ takes its place"
         repaired = RecordRepaired(damage, self._keep_damaged("config.json"), instead)
         self.record_recovery(str(repaired))
         if copy is None:
@@ -456,7 +456,7 @@ class RunFolder:
                 self.write(incident.model_copy(update={"next_step": step}).to_json(), path)
 
     def read_incidents(self) -> list[Incident]:
-        """Return what befell the run, in the order of time; what cannot be read is left out."""
+        """Return the incidents of the run in order of time; those that cannot be read are left out."""
         return sorted(self._read_incidents().values(), key=lambda incident: incident.at)
 
     def _read_incidents(self) -> dict[str, Incident]:

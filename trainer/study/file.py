@@ -18,14 +18,14 @@ Role = Literal["scientific", "nuisance"]
 Scalar = bool | int | float | str
 
 _NOT_IN_BASE = {
-    "epochs": "the budget stands beside goal: epochs or steps",
-    "steps": "the budget stands beside goal: epochs or steps",
+    "epochs": "give the budget next to goal: epochs or steps",
+    "steps": "give the budget next to goal: epochs or steps",
     "evaluate_test": "trials are chosen by validation; evaluate.py --split test reads the chosen one once",
 }
 # Why a study must not vary these, by the playbook.
 _NEVER_VARIED = {
-    "epochs": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
-    "steps": "the budget of a trial is no hyperparameter; set epochs or steps beside goal, and run another round",
+    "epochs": "the budget of a trial is not a hyperparameter; set epochs or steps next to goal, and run another round",
+    "steps": "the budget of a trial is not a hyperparameter; set epochs or steps next to goal, and run another round",
     "seed": "the best of several seeds says nothing; --characterize N repeats the best trial with N seeds",
     "dataset": "results on different images cannot be compared",
     "evaluate_test": "the test split is read once, with train.py --evaluate-test, when all is decided",
@@ -327,7 +327,7 @@ def _find_problem_of(one: Parameter, study: Study, seen: Mapping[str, Parameter]
         return f"cannot be a nuisance parameter: {_NEVER_NUISANCE[one.name]}"
     if one.role == "nuisance" and one.name == "global_batch_size" and not study.allow_batch_size:
         return (
-            "cannot be a nuisance parameter: the batch size is chosen by speed and needs other values tuned anew "
+            "cannot be a nuisance parameter: the batch size is chosen by speed, and other values must be tuned again "
             "(allow_batch_size = true forces it)"
         )
     if one.name in study.base or one.label in seen:

@@ -67,7 +67,7 @@ def test_split_folders_may_be_in_any_case(write_files):
 
 def test_a_folder_beside_split_folders_is_refused_and_named(write_files):
     source = write_files("train/a/1.png", "train/b/2.png", "val/a/3.png", "extra/a/4.png")
-    with pytest.raises(InputError, match=r"the folders train, val look like splits, and beside them is extra; move or"):
+    with pytest.raises(InputError, match=r"the folders train, val look like splits, and next to them is extra; move or"):
         find_images(source)
 
 
@@ -116,7 +116,7 @@ def test_folders_that_look_like_splits_are_refused_with_what_to_give(write_files
 
 def test_what_was_unpacked_twice_is_linked_where_the_classes_are(write_files):
     source = write_files("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/1.png", "seg_pred/seg_pred/1.png")
-    with pytest.raises(InputError, match=rf"beside them is seg_pred; .*ln -s {source}/seg_train/seg_train NEW/train"):
+    with pytest.raises(InputError, match=rf"next to them is seg_pred; .*ln -s {source}/seg_train/seg_train NEW/train"):
         find_images(source)
 
 

@@ -296,7 +296,7 @@ def test_the_first_incidents_stand_beside_the_number_of_attempts(start, make_res
     note = note_of(start("first"), make_result(attempts=12, incidents=(damage, *lost)))
     after = note[note.index("attempts: 12") :].splitlines()
     assert after[2] == "recovered at 2026-01-01T00:00:00+00:00: a file is missing; training goes on from step 8"
-    assert after[4] == "attempt 1 was lost: reason 1; the run went on after step 8"
+    assert after[4] == "attempt 1 was lost: reason 1; the run continued after step 8"
     assert "attempt 9 was lost" in note
     assert "attempt 10 was lost" not in note
     assert "2 more incidents; result.json lists all" in after

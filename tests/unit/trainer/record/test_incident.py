@@ -9,7 +9,7 @@ def test_an_incident_is_one_line():
     lost = Incident(kind="workers lost", attempt=2, at=AT, what="worker 1 was killed", log="incidents/0001.log")
     assert str(lost) == "attempt 2 was lost: worker 1 was killed (incidents/0001.log)"
     resumed = lost.model_copy(update={"log": "", "next_step": 8})
-    assert str(resumed) == "attempt 2 was lost: worker 1 was killed; the run went on after step 8"
+    assert str(resumed) == "attempt 2 was lost: worker 1 was killed; the run continued after step 8"
     damaged = Incident(kind="files damaged", attempt=2, at=AT, what="result.json is empty")
     assert str(damaged) == "recovered at 2026-01-01T08:00:00+00:00: result.json is empty"
 

@@ -81,7 +81,7 @@ def test_the_example_is_a_study():
         ('arch = "cnn_softmax"', "", "base.arch is missing"),
         ('dataset = "/datasets/animals"', "", "base.dataset is missing"),
         ('arch = "cnn_softmax"', 'arch = "cnn_softmax"\nepoch = 3', "base.epoch is unknown; allowed are all_reduce"),
-        ('arch = "cnn_softmax"', 'arch = "cnn_softmax"\nepochs = 3', "base.epochs: the budget stands beside goal"),
+        ('arch = "cnn_softmax"', 'arch = "cnn_softmax"\nepochs = 3', "base.epochs: give the budget next to goal"),
         ('"adamw"]', '"adamx"]', r"scientific.optimizer: 'adamx': Input should be 'sgd'"),
         ("low = 1e-5", "low = 1", r"nuisance.weight_decay: .*low 1 must be less than high 0.01"),
         ("low = 1e-5", "low = 0", "low 0 must be more than 0 on a log scale"),
