@@ -5,10 +5,12 @@ this run if there is one, else from the weights of --init-from if given, else fr
 """
 
 import contextlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -257,17 +259,30 @@ class _Training:
             _restore(self.network, self._run, checkpoint)
 
     def _run_epoch(self, plan: EpochPlan, write: Writer) -> EpochRow:
-        """Take the remaining steps of an epoch, evaluate, save a checkpoint, and return the metrics."""
-        started = time.perf_counter()
-        images_per_second, wait_seconds = self._take_steps(write)
+        """Take the remaining steps of an epoch, evaluate, save a checkpoint, and return the metrics.
+
+        Raises:
+            DivergedError: the loss is not finite, and the epoch is not that of a candidate, which then has lost.
+        """
+        started, images_per_second, wait_seconds, has_lost = time.perf_counter(), 0.0, 0.0, False
+        try:
+            images_per_second, wait_seconds = self._take_steps(write)
+        except DivergedError:
+            if plan.stage != "trial":
+                raise
+            has_lost = True
         with averaged_weights(self.network):
             self._estimate_batch_norm()
             outcomes = self.evaluate(self.val)
             row = self._summarize_epoch(plan, outcomes, images_per_second, wait_seconds, started)
-            self._loss_sums, self._loss_epochs = (
-                self._loss_sums + outcomes[:, COLUMNS.index("loss")],
-                self._loss_epochs + 1,
-            )
+            if plan.stage != "trial" and not np.isfinite(row.val_loss):
+                # The loss of the last step was still finite, and the weights after it are not.
+                raise DivergedError(f"the validation loss became nan or inf in epoch {row.epoch}")
+            if has_lost or not np.isfinite(row.val_loss):
+                row = replace(row, val_loss=math.inf, val_accuracy=0.0)
+            else:
+                self._loss_sums = self._loss_sums + outcomes[:, COLUMNS.index("loss")]
+                self._loss_epochs += 1
             self._history, self._epoch_rows, self._checkpoint_seconds = [*self._history, row.to_metrics()], 0, 0.0
             self._save(write, {checkpoints.PREDICTIONS_NAME: predictions_table(outcomes, self.val.labels)})
         return row
@@ -288,15 +303,9 @@ class _Training:
             images_per_second: the speed of the steps of this attempt.
             wait_seconds: how long this worker waited for batches.
             started: `time.perf_counter` at the start of the epoch.
-
-        Raises:
-            DivergedError: the validation loss is not finite.
         """
         epoch, config = len(self._history) + 1, self._config
         val_loss, val_accuracy = mean_loss_and_accuracy(outcomes, self.val.labels)
-        if not np.isfinite(val_loss):
-            # The loss of the last step was still finite, and the weights after it are not.
-            raise DivergedError(f"the validation loss became nan or inf in epoch {epoch}")
         longest_wait, peak_memory = self.gather([[wait_seconds, peak_memory_gib()]]).max(axis=0)
         of_epoch = self._steps.slice(int(self._history[-1]["step"]) if self._history else 0)
         return EpochRow(
@@ -354,6 +363,9 @@ class _Training:
 
         Returns:
             Images per second, and the seconds that this worker waited for batches.
+
+        Raises:
+            DivergedError: the loss became NaN or infinite; the steps so far are kept.
         """
         config, epoch = self._config, len(self._history) + 1
         order = epoch_order(len(self._train), config.seed, epoch)[self._epoch_rows :]
@@ -369,13 +381,13 @@ class _Training:
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
             self._epoch_rows += config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-                _check_finite(stats, first_step, config.precision)
+                self._check_finite(stats, first_step)
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
                 self._job.send_event(self._describe_progress(epoch, stats))
             is_due = config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0
             if (is_due and taken < num_steps) or is_traced:
-                _check_finite(stats, first_step, config.precision)
+                self._check_finite(stats, first_step)
                 self._keep_steps(stats, first_step)
                 with averaged_weights(self.network):
                     self._save(write, {})
@@ -383,7 +395,7 @@ class _Training:
                 # Wait, so that no step is lost if TensorFlow crashes while it collects the trace.
                 write(_wait_for_checkpoint)
                 self._report(self._profiler.close())
-        _check_finite(stats, first_step, config.precision)
+        self._check_finite(stats, first_step)
         self._keep_steps(stats, first_step)
         seconds = time.perf_counter() - started
         return num_steps * config.global_batch_size / seconds, feed.wait_seconds
@@ -396,6 +408,13 @@ class _Training:
         at_most = "at most " if config.patience else ""
         detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {loss:.4f}"
         return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
+
+    def _check_finite(self, stats: list[Any], first_step: int) -> None:
+        try:
+            _check_finite(stats, first_step, self._config.precision)
+        except DivergedError:
+            self._keep_steps(stats, first_step)
+            raise
 
     def _report(self, profiled: StepProfiled | None) -> None:
         if profiled is not None and self._rank == 0:

@@ -3,8 +3,8 @@
 With ``schedule=plateau`` a run goes through stages, each of which ends when its epochs say so:
 
     plain   no augmentation, until validation stops improving                       (with augment=auto only)
-    trial   each candidate for the augmentation by itself, all from the best plain weights; the better half of them
-            once more (successive halving: Jamieson & Talwalkar 2016)               (with augment=auto only)
+    trial   each candidate for the augmentation by itself, all from the best plain weights; none and the best of the
+            others once more                                                        (with augment=auto only)
     train   with the augmentation that won, from its weights, until validation stops improving
     decay   from the best weights of `train`, while the learning rate falls to zero
     clean   a last epoch without augmentation, at a low rate                        (where there is an augmentation)
@@ -16,7 +16,8 @@ functions of the history: alike on every worker, and in a run that was resumed.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
+from statistics import mean, median
 
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import rank_epoch
@@ -29,6 +30,10 @@ _PLAIN_PATIENCE = 2
 # The largest shares of all epochs that `plain` and the trials take.
 _PLAIN_SHARE = 0.15
 _TRIAL_SHARE = 0.25
+# None and the best of the others.
+_FINALISTS = 2
+# The last epochs of `plain` that tell how far its validation loss moves by chance.
+_NOISE_EPOCHS = 6
 # Share of the epochs so far that `decay` adds.
 _DECAY_SHARE = 0.15
 # The first learning rate of `clean`, as a share of the peak.
@@ -99,30 +104,43 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
     if not is_open or len(history) > len(plain) + len(trials):
         return None
     candidates = list_augmentations(config)
-    if (len(candidates) + len(candidates) // 2) * unit > _TRIAL_SHARE * config.epochs:
+    if (len(candidates) + _FINALISTS) * unit > _TRIAL_SHARE * config.epochs:
         return None
     if not trials and len(plain) < _PLAIN_SHARE * config.epochs and not _has_stalled(plain, _PLAIN_PATIENCE * unit):
         return EpochPlan("plain", NO_AUGMENTATION, len(history))
     for epochs in (unit, 2 * unit):
         for name in candidates:
             tried = [row for row in trials if row["augmentation"] == name]
-            if len(tried) < epochs:
+            # A candidate that diverged has lost.
+            if len(tried) < epochs and not (tried and math.isinf(tried[-1]["val_loss"])):
                 return EpochPlan("trial", name, int(tried[-1]["epoch"]) if tried else _best(plain))
-        candidates = rank_candidates(trials, epochs - unit, epochs)[: len(candidates) // 2]
+        means = _compare_candidates(trials, epochs - unit)
+        candidates = [NO_AUGMENTATION, min(candidates[1:], key=means.__getitem__)]
     return None
 
 
-def rank_candidates(trials: Sequence[Metrics], first: int, last: int) -> list[str]:
-    """Return the augmentations that were tried for ``last`` epochs, best first.
+def choose_augmentation(plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int) -> str:
+    """Return the augmentation that won: the best, if it is better than none by more than the noise, else none.
 
-    They are ranked by their mean validation loss from epoch ``first`` on: earlier ones were on the way from plain
-    training.
+    The noise is how far the validation loss of plain training typically moves from one epoch to the next.
+    """
+    means = _compare_candidates(trials, unit)
+    best = min(means, key=means.__getitem__)
+    losses = [float(row["val_loss"]) for row in plain][-_NOISE_EPOCHS:]
+    moves = [abs(after - before) for before, after in pairwise(losses)]
+    return best if means[best] < means[NO_AUGMENTATION] - (median(moves) if moves else 0.0) else NO_AUGMENTATION
+
+
+def _compare_candidates(trials: Sequence[Metrics], first: int) -> dict[str, float]:
+    """Return the mean validation loss of each candidate that was tried for more than ``first`` epochs, or diverged.
+
+    The mean is over the epochs after these: they were on the way from plain training.
     """
     by_name: dict[str, list[float]] = {}
     for row in trials:
         by_name.setdefault(str(row["augmentation"]), []).append(float(row["val_loss"]))
-    compared = {name: losses[first:last] for name, losses in by_name.items() if len(losses) >= last}
-    return sorted(compared, key=lambda name: sum(compared[name]) / len(compared[name]))
+    by_name = {name: losses for name, losses in by_name.items() if len(losses) > first or math.isinf(losses[-1])}
+    return {name: math.inf if math.isinf(losses[-1]) else mean(losses[first:]) for name, losses in by_name.items()}
 
 
 def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -> EpochPlan | None:
@@ -131,7 +149,7 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
     if train:
         augmentation, start = str(train[-1]["augmentation"]), int(train[-1]["epoch"])
     elif trials:
-        augmentation = rank_candidates(trials, unit, 2 * unit)[0]
+        augmentation = choose_augmentation(_of_stage(history, "plain"), trials, unit)
         start = max(int(row["epoch"]) for row in trials if row["augmentation"] == augmentation)
     else:
         # In a run of few epochs there is no time to try any.

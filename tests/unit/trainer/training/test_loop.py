@@ -14,6 +14,7 @@ from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.errors import LeaseLostError
 from trainer.runtime.events import EpochFinished, ignore_event
+from trainer.training.augment import PARTS
 from trainer.training.job import WorkerJob
 from trainer.training.loop import (
     STEPS_SCHEMA,
@@ -337,3 +338,33 @@ def test_the_next_best_checkpoint_takes_the_place_of_a_damaged_one_and_that_is_s
     damage(1)
     assert _find_best(job, run).epoch == 3
     assert str(events[0]).endswith("the next best, of epoch 3, takes its place")
+
+
+def test_a_candidate_that_diverges_has_lost_and_the_run_goes_on(start, monkeypatch):
+    monkeypatch.setattr("trainer.training.stages._LEAST_STEPS", 3)
+    monkeypatch.setattr("trainer.training.loop.broadcast_from_rank_zero", lambda value: value)
+    run, training, _ = start(**STAGED)
+    take = training._train_step
+
+    def step(*batch):
+        if training.network.strengths.numpy()[PARTS.index("translation")]:
+            kernel = training.network.model.trainable_variables[0]
+            kernel.assign(kernel * np.nan)
+        return take(*batch)
+
+    training._train_step = step
+    assert training.run() == ""
+    history = run.read_metrics()
+    lost = [row for row in history if "translation" in row["augmentation"]]
+    assert [row["stage"] for row in lost] == ["trial"] * len(lost) == ["trial"] * 2
+    assert [(row["val_loss"], row["val_accuracy"]) for row in lost] == [(np.inf, 0.0)] * 2
+    assert history[-1]["stage"] == "decay" or history[-1]["augmentation"] == "none"
+    assert all(np.isfinite(row["val_loss"]) for row in history if row not in lost)
+
+
+def test_any_other_epoch_that_diverges_ends_the_run(start):
+    run, training, _ = start(epochs=2, checkpoint_every=1)
+    kernel = training.network.model.trainable_variables[0]
+    kernel.assign(kernel * np.nan)
+    assert "became nan or inf" in training.run()
+    assert run.read_metrics() == []

@@ -1,11 +1,19 @@
 """The stages of simulated runs: a test gives the validation of each epoch by stage and augmentation."""
 
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from trainer.record.epoch_row import main_path
-from trainer.training.stages import EpochPlan, list_augmentations, needed_epochs, plan_epoch
+from trainer.training.stages import (
+    EpochPlan,
+    choose_augmentation,
+    list_augmentations,
+    needed_epochs,
+    plan_epoch,
+)
 
 STEPS = 100
 PARTS = {"augment_rotation": 10.0, "augment_translation": 0.1, "augment_zoom": 0.1}
@@ -63,11 +71,37 @@ def test_each_candidate_can_win_and_training_goes_on_from_its_weights(make, best
     assert first["augmentation"] == best
     source = history[first["started_from"] - 1]
     assert (source["stage"], source["augmentation"]) == ("trial", best)
-    # All from the same plain weights, the better two for one more epoch.
+    # All from the same plain weights, none and the best of the others for one more epoch.
     trials = [row for row in history if row["stage"] == "trial"]
     assert [row["started_from"] for row in trials[:4]] == [1] * 4
     assert len(trials) == 6
     assert all(history[row["started_from"] - 1]["augmentation"] == row["augmentation"] for row in trials[4:])
+
+
+def choose(plain: list[float], none: list[float], candidate: list[float], unit: int = 1) -> str:
+    trials = [{"augmentation": "none", "val_loss": loss} for loss in none]
+    trials += [{"augmentation": "flip", "val_loss": loss} for loss in candidate]
+    return choose_augmentation([{"val_loss": loss} for loss in plain], trials, unit)
+
+
+def test_a_candidate_wins_by_more_than_plain_training_moves_from_epoch_to_epoch():
+    # It moves by 0.1, 0.2, 0.3, 0.1, 0.3 at the end.
+    plain = [9.0, 1.0, 0.9, 0.7, 1.0, 0.9, 0.6]
+    assert choose(plain, [2.0, 0.7], [3.0, 0.49]) == "flip"
+    assert choose(plain, [0.1, 0.7], [0.1, 0.51]) == "none"
+    # The last epochs of a trial count, on average.
+    assert choose(plain, [9.0, 9.0, 0.6, 0.8], [0.0, 0.0, 0.4, 0.5], unit=2) == "flip"
+    assert choose(plain, [9.0, 9.0, 0.6, 0.8], [0.0, 0.0, 0.4, 0.7], unit=2) == "none"
+    # One epoch tells of no move.
+    assert choose([1.0], [0.5, 0.5], [0.5, 0.49]) == "flip"
+
+
+def test_a_candidate_that_diverges_is_not_tried_further_and_loses(make):
+    losses = {**LOSSES, "rotation+zoom": math.inf, ALL: math.inf}
+    history = simulate(make(epochs=100), lambda plan, rows: losses[plan.augmentation], steps_per_epoch=20)
+    tried = Counter(row["augmentation"] for row in history if row["stage"] == "trial")
+    assert tried == {"none": 4, "rotation+zoom": 1, ALL: 1, f"{ALL}+flip": 4}
+    assert {row["augmentation"] for row in history if row["stage"] == "train"} == {f"{ALL}+flip"}
 
 
 def test_plain_training_lasts_while_validation_improves_up_to_a_limit(make):
