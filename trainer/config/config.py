@@ -90,7 +90,8 @@ class Settings(BaseModel):
     """Weights of the classes in the training objective; balanced gives every class the same total weight, however many
     images it has."""
     ema_momentum: float = Field(0.0, ge=0, lt=1)
-    """Momentum per step of an exponential moving average of the weights, which is validated and kept. 0 disables it."""
+    """Momentum per step of an exponential moving average of the weights, which is validated and kept; less in the first
+    steps. 0 disables it."""
     augment: Literal["auto", "all", "none"] = "all"
     """Random changes of the training images: auto tries which of those below lower the validation loss, none of them
     included, and a flip; all makes all of them; none makes none. Default: auto, or all if one of them is given."""

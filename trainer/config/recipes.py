@@ -31,6 +31,8 @@ _MODERN = {
     "input_scaling": "image",
     "schedule": "plateau",
     "clip_norm": 1.0,
+    # About 50 steps: the averages of the weights are as good at a constant rate as the weights after a decay.
+    "ema_momentum": 0.98,
     "augment": "auto",
     "augment_rotation": 10.0,
     "augment_translation": 0.1,
