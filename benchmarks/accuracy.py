@@ -81,7 +81,7 @@ class Run:
     curve: Curve
     """Its seconds are those of the clock that was asked for."""
     whole_seconds: float
-    """Of the command, by that clock."""
+    """Duration of the command, by that clock."""
     ending: str
     """completed, diverged, or stopped."""
 
@@ -344,7 +344,7 @@ def _configuration(turn: Turn) -> tuple[str, str, str]:
 
 
 def find_marks(turns: list[Turn]) -> list[Mark]:
-    """Return what the defaults, and the options beside them, are to reach beside the script."""
+    """Return the targets of the defaults, and of other options, against the script."""
     return [
         mark
         for options in dict.fromkeys(turn.options for turn in turns)

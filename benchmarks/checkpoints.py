@@ -1,4 +1,4 @@
-"""What checkpoints cost a run: one an epoch to an object store that answers after 50 ms, against none.
+"""What checkpoints cost a run: one per epoch to an object store that answers after 50 ms, against none.
 
 Both train the same images in this machine's one worker, taking turns; the run without checkpoints is the same code with
 its saving taken out, here. The store is a real HTTP server (moto) behind a proxy that delays what it is sent. Mark: at

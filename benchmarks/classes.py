@@ -29,13 +29,13 @@ _IMAGES_PER_CLASS = 5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one number of classes came to."""
+    """The measurement of one number of classes."""
 
     end_seconds: float
     end_gib: float
     notes_seconds: float
     largest_side: int
-    """Of a picture, in pixels."""
+    """Size of a picture in pixels."""
     plots_kib: float
     result_kib: float
     note_kib: float

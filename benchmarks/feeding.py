@@ -64,7 +64,7 @@ CONTESTANTS = ("tf.data cache()", "this project", "Ray Data iter_batches, shuffl
 
 
 def measure(name: str, folder: str, batch: int) -> list[float]:
-    """Return images a second of each epoch after the first."""
+    """Return images per second of each epoch after the first."""
     images, labels = (np.load(Path(folder, f"{part}.npy"), mmap_mode="r") for part in ("images", "labels"))
     if name == CONTESTANTS[0]:
         begin = tf_data_cache(images, labels, batch)

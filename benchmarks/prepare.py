@@ -1,4 +1,4 @@
-"""Images a second of `prepare` against bare decoders on all cores and against Ray Data's read_images.
+"""Images per second of `prepare` against bare decoders on all cores and against Ray Data's read_images.
 
 Photos are resized to the two JPEG sizes and to PNG, and repeated to the number of images. All contestants take turns in
 one run. The quality check compares 250x250 gray results with Pillow's LANCZOS of the whole image; mark: `prepare`
@@ -104,7 +104,7 @@ def decode_share(name: str, contents: list[bytes], images: int) -> None:
 
 
 def time_decoder(name: str, contents: list[bytes], images: int, cores: int) -> float:
-    """Return images a second over all cores, one process a core, start of the processes left out."""
+    """Return images per second over all cores, with one process per core, without the start of the processes."""
     with get_context("spawn").Pool(cores) as pool:
         pool.starmap(decode_share, [(name, contents, 1)] * cores)
         started = time.perf_counter()

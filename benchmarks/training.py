@@ -40,21 +40,21 @@ PRECISIONS = {"this project, float32": "float32", "this project, bfloat16": "mix
 
 @dataclass(frozen=True)
 class Outcome:
-    """One process."""
+    """The measurement of one process."""
 
     images_per_second: float
     first_step_seconds: float
-    """Since the shell."""
+    """Time since the command was started."""
     end_seconds: float
     """From the end of the last epoch to the end of the process."""
     peak_gib: float
-    """Of the process that trains."""
+    """Peak memory of the process that trains."""
     wait_share: float = 0.0
-    """Of the seconds of training in an epoch that the step waits for images."""
+    """Share of the seconds of an epoch that the step waits for images."""
 
 
 def run_script(dataset: str, arch: str) -> None:
-    """Is the notes' script; prints when its first step and its epochs ended, as JSON."""
+    """Run the notes' script; print when its first step and its epochs ended, as JSON."""
     model, (images, labels), val = build_script(dataset, arch)
     import tf_keras as keras
 
@@ -79,7 +79,7 @@ def run_script(dataset: str, arch: str) -> None:
 
 
 def run_stock(source: str, arch: str, image_size: str) -> None:
-    """Is Ray's stock path on class folders of images; prints as `run_script` does."""
+    """Run Ray's stock path on class folders of images; print as `run_script` does."""
     import ray.data
     import ray.train
     from ray.train import ScalingConfig
@@ -202,7 +202,7 @@ def main(
 
 
 def find_marks(outcomes: dict[str, list[Outcome]]) -> list[Mark]:
-    """Return what this project is to reach beside the notes' script."""
+    """Return the targets of this project against the notes' script."""
 
     def ratio(name: str, field: str) -> float:
         return ratio_of(*([getattr(one, field) for one in outcomes[which]] for which in (name, SCRIPT)))

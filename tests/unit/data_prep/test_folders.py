@@ -67,7 +67,7 @@ def test_split_folders_may_be_in_any_case(write_files):
 
 def test_a_folder_beside_split_folders_is_refused_and_named(write_files):
     source = write_files("train/a/1.png", "train/b/2.png", "val/a/3.png", "extra/a/4.png")
-    with pytest.raises(InputError, match=r"the folders train, val look like splits, and next to them is extra; move or"):
+    with pytest.raises(InputError, match=r"folders train, val look like splits, and next to them is extra; move or"):
         find_images(source)
 
 
