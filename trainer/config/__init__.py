@@ -1,1 +1,1 @@
-"""What is asked of a run, and the config that it comes to."""
+"""Requests for runs, and the configs that follow from them."""

@@ -114,7 +114,7 @@ class Settings(BaseModel):
     checkpoint_every: int = Field(0, ge=0)
     """Optimizer steps between checkpoints within an epoch. 0 saves one at the end of each epoch only."""
     keep_best: int = Field(1, ge=1)
-    """Number of best checkpoints to keep besides the last one, ranked by validation accuracy, then loss."""
+    """Number of best checkpoints to keep in addition to the last one, ranked by validation accuracy, then loss."""
     evaluate_test: bool = False
     """Evaluate the best checkpoint once on the test split when training ends."""
     save_probabilities: bool = False

@@ -37,7 +37,7 @@ class ClassResult(BaseModel):
 
 @dataclass(frozen=True)
 class ClassScores:
-    """What a class's row and column of the confusion matrix come to; NaN where there is nothing to divide by."""
+    """Measures from a class's row and column of the confusion matrix; NaN if there is nothing to divide by."""
 
     precision: float
     """Share of the images predicted as this class that are of it."""

@@ -384,7 +384,7 @@ class SizeMeasured:
     peak_memory_gib: float
     """Peak memory of the worker that used the most."""
     seconds: float = 0.0
-    """What measuring took, with building and compiling."""
+    """Duration of the measurement, with building and compiling."""
     alone: bool = True
     """Whether the processes held no other network and no larger size before: else the memory is an upper bound."""
 

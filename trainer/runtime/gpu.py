@@ -88,7 +88,7 @@ def explain_unseen(seen: int, given: int) -> str:
 
 
 def _loads(library: str) -> bool:
-    # First as the linker finds it (LD_LIBRARY_PATH), then where TensorFlow looks besides: in NVIDIA's packages.
+    # First as the linker finds it (LD_LIBRARY_PATH), then where TensorFlow also looks: in NVIDIA's packages.
     for path in (library, *(str(path) for path in _packages().glob(f"nvidia/*/lib/{library}"))):
         try:
             ctypes.CDLL(path)

@@ -2,7 +2,7 @@
 
 While a network trains, the averages follow augmented images. Interpolation makes these smoother than the images that
 the network is validated on, and a network whose weights are good can then be validated at chance. So before each
-validation the averages are estimated anew, with the weights of the moment, on images that are not augmented (Izmailov
+validation the averages are estimated again, with the current weights, on images that are not augmented (Izmailov
 et al. 2018, https://arxiv.org/abs/1803.05407, section 3.2, do so for averaged weights). Training does not use them.
 """
 

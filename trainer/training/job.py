@@ -22,7 +22,7 @@ class WorkerJob:
     lease: Lease | None
     """The driver's lease: its workers stop writing when the driver has lost the run."""
     trackers: tuple[str, ...]
-    """Names from `trainer.training.tracking`: where metrics go besides the run folder."""
+    """Names from `trainer.training.tracking`: where metrics go in addition to the run folder."""
     profile_steps: int
     """The number of steps to trace; 0 for none."""
     largest_per_replica: int | None

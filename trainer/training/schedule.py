@@ -30,7 +30,7 @@ def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Any:
 
 
 class StagedSchedule(schedules.LearningRateSchedule):
-    """A schedule times a factor that changes linearly over an epoch; each epoch sets it anew.
+    """A schedule times a factor that changes linearly over an epoch; each epoch sets it again.
 
     Args:
         schedule: a function of the optimizer step.

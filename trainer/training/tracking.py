@@ -1,4 +1,4 @@
-"""Where metrics go besides the run folder: TensorBoard event files in it, or an MLflow server."""
+"""Where metrics go in addition to the run folder: TensorBoard event files in it, or an MLflow server."""
 
 import importlib.util
 import os

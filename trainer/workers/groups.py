@@ -41,7 +41,7 @@ _RELEASE_SECONDS = 5.0
 # Ray looks for room for the workers for a minute per try. It may take several until a lost node is replaced. Ray counts
 # the tries of the whole run, so each allowed failure adds as many again.
 _ROOM_TRIES = 15
-# Time without a message from any worker before the user is told what they wait for.
+# Time without a message from any worker before the log says what they wait for.
 _SILENCE_SECONDS = 10.0
 
 
