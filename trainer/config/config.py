@@ -93,8 +93,8 @@ class Settings(BaseModel):
     """Momentum per step of an exponential moving average of the weights, which is validated and kept; less in the first
     steps. 0 disables it."""
     augment: Literal["auto", "all", "none"] = "all"
-    """Random changes of the training images: auto tries which of those below lower the validation loss, none of them
-    included, and a flip; all makes all of them; none makes none. Default: auto, or all if one of them is given."""
+    """Random changes of the training images: auto tries which of the --augment options lower the validation loss, also
+    none of them, and a flip; all applies all of them; none applies none. The default is all if one of them is given."""
     augment_flip: bool = False
     """Flip half of the training images left to right."""
     augment_rotation: float = Field(0.0, ge=0, le=180)

@@ -22,7 +22,7 @@ _GROUPS = {
         *("optimizer", "base_learning_rate", "momentum", "weight_decay"),
         *("schedule", "warmup_epochs", "clip_norm", "label_smoothing", "class_weights", "ema_momentum"),
     },
-    "Augmentation": {name for name in OPTIONS if name.startswith("augment_")} | {"input_scaling"},
+    "Augmentation": {name for name in OPTIONS if name.startswith("augment")} | {"input_scaling"},
     "Cluster": {"num_workers", "batch_norm", "all_reduce", "gradient_exchange"},
 }
 _OTHERS = "Run"

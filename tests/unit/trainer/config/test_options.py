@@ -72,6 +72,7 @@ def test_help_groups_the_options_and_says_each_default(invoke):
         "Network:", "Batch:", "Optimizer:", "Augmentation:", "Cluster:", "Run:"
     ]  # fmt: skip
     texts = " ".join(" ".join(lines).split())
+    assert texts.index("Augmentation:") < texts.index("--augment ") < texts.index("Cluster:")
     assert "beta_2 (default 0.999)" in texts
     assert "Undefined" not in texts
 
