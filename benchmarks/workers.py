@@ -30,7 +30,7 @@ def main(
         for count, found in outcomes.items():
             found.append(measure_project(dataset, arch, precision, num_workers=count))
             print(f"{count} workers: {found[-1]}", file=sys.stderr, flush=True)
-    table = Table(f"{arch}, workers", "images/s", "ratio", "first step, s", "last epoch to prompt, s", "GiB a worker")
+    table = Table(f"{arch}, workers", "images/s", "ratio", "first step, s", "last epoch to prompt, s", "GiB per worker")
     first = [one.images_per_second for one in outcomes[workers[0]]]
     for count, found in outcomes.items():
         rates = [one.images_per_second for one in found]

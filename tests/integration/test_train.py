@@ -255,7 +255,7 @@ def test_a_finished_run_is_trained_on_from_before_its_end(train, plain_run_of_on
     assert longer.read_result().epochs == 5
 
 
-# Ten steps an epoch.
+# Ten steps per epoch.
 BATCH_NORM_OPTIONS = {"global_batch_size": "8"}
 
 

@@ -28,7 +28,7 @@ def table(labels: np.ndarray, predicted: np.ndarray, loss: float) -> pa.Table:
 
 
 def history(val_loss, loss=None, val_accuracy=None, **others) -> list[dict]:
-    """Rows of metrics; 50 steps an epoch."""
+    """Rows of metrics; 50 steps per epoch."""
     count = len(val_loss)
     columns = {
         "epoch": list(range(1, count + 1)),
