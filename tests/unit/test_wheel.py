@@ -23,7 +23,8 @@ def install_wheel(folder: Path) -> Path:
     packages = next((folder / "venv" / "lib").glob("python3*")) / "site-packages"
     # Python does not read the .pth files in there, so the checkout of this environment stays out.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
-    install = [*pip, "--python", str(folder / "venv" / "bin" / "python"), "install", "--no-deps", "--force-reinstall"]
+    install = [*pip, "--python", str(folder / "venv" / "bin" / "python"), "install", "--no-deps"]
+    install += ["--no-compile", "--force-reinstall"]
     subprocess.run([*install, *map(str, folder.glob("*.whl"))], check=True)
     return folder / "venv" / "bin" / "training-notes"
 

@@ -12,7 +12,7 @@ def build_tiny(arch: str, **arguments):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_residual_blocks_may_begin_as_the_identity(arch):
-    model = build_tiny(arch, zero_init_residual=True)
+    model = build_tiny(arch, blocks=[1, 1, 1, 2], zero_init_residual=True)
     last = "conv5_block2_2_bn" if arch == "resnet18" else "conv5_block2_3_bn"
     assert not model.get_layer(last).gamma.numpy().any()
     block = keras.Model(model.get_layer("conv5_block1_out").output, model.get_layer("conv5_block2_out").output)
@@ -20,7 +20,15 @@ def test_residual_blocks_may_begin_as_the_identity(arch):
     np.testing.assert_allclose(block(before), before)
 
 
-@pytest.mark.parametrize(("arch", "convolutions"), [("resnet18", 17), ("resnet34", 33), ("resnet50", 49)])
+# The number of parameters of the deeper ones is in tests/integration/test_architectures.py.
+@pytest.mark.parametrize(
+    ("arch", "convolutions"),
+    [
+        ("resnet18", 17),
+        pytest.param("resnet34", 33, marks=pytest.mark.slow),
+        pytest.param("resnet50", 49, marks=pytest.mark.slow),
+    ],
+)
 def test_the_depth_is_that_of_the_name(arch, convolutions):
     with tf.Graph().as_default():
         layers = build_tiny(arch).layers

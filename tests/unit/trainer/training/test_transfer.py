@@ -11,7 +11,7 @@ from trainer.runtime.errors import InputError
 from trainer.training.transfer import freeze_trunk, read_weights, transfer_weights
 
 TINY_VGG = {"filters": (4, 4, 8, 8, 8), "dense_units": 16}
-TINY_RESNET = {"width": 0.125}
+TINY_RESNET = {"width": 0.125, "blocks": [1, 1, 1, 2]}
 
 
 def build_vgg(num_classes=3, channels=1, image_size=32, seed=0, **arguments):
