@@ -1,4 +1,4 @@
-"""The pictures of the README, made from finished runs: the report's head, and the last run with its worst mistakes.
+"""The pictures of the README, made from finished runs: the page of all runs, and the last run with its worst mistakes.
 
 Nothing is measured. The report and the note are written by the code of jobs/notes.py, and a headless Chromium draws the
 report; it has to be on the PATH. RUNS is only read.
@@ -22,9 +22,9 @@ from trainer.runtime.errors import InputError, JobError
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Of the window, in CSS pixels; the table of all runs is as wide. Empty space is cut off.
-_WIDTH, _HEIGHT = 1180, 2000
-# What each picture leaves out of the page; INDEX is that of the last run.
-_HIDDEN = {"report.png": "section[id^=run-]", "run.png": "body > :not(#run-INDEX)"}
+_WIDTH, _HEIGHT = 1280, 2000
+# What each picture leaves out of its page.
+_HIDDEN = {"report.png": ".no-element", "run.png": "body > h2, body > h2 ~ *, nav"}
 _MARGIN = 12
 _COLORS = 64
 _MOST_BYTES = 300_000
@@ -55,7 +55,7 @@ def draw_page(browser: str, page: Path, hidden: str) -> Image.Image:
     part.write_text(page.read_text().replace("</head>", f"<style>{hidden} {{ display: none; }}</style></head>"))
     command = [
         *(browser, "--headless", "--hide-scrollbars", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"),
-        *(f"--window-size={_WIDTH},{_HEIGHT}", f"--screenshot={picture}"),
+        *(f"--window-size={_WIDTH},{_HEIGHT}", f"--screenshot={picture}", "--virtual-time-budget=3000"),
         # Chromium refuses to run as root in its sandbox; the page is this program's own.
         *(["--no-sandbox"] if os.geteuid() == 0 else []),
         part.as_uri(),
@@ -99,6 +99,7 @@ def main(
     with console.exit_codes():
         from trainer.notes.note import format_note
         from trainer.notes.report import REPORT_NAME, write_notes_and_report
+        from trainer.notes.run_page import PAGES_FOLDER
         from trainer.record.run_folder import RunResult, find_runs
         from trainer.runtime import storage
 
@@ -110,16 +111,18 @@ def main(
         last, result = finished[-1]
         with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
             write_notes_and_report(runs, folder)
-            page, index = Path(folder, REPORT_NAME), str(started.index(last))
-            files = {
-                name: to_png(crop(draw_page(browser, page, hidden.replace("INDEX", index))))
-                for name, hidden in _HIDDEN.items()
+            pages = {
+                "report.png": Path(folder, REPORT_NAME),
+                "run.png": Path(folder, PAGES_FOLDER, f"{last.folder.name}.html"),
             }
-        mistakes = Image.open(BytesIO(storage.read_bytes(last.folder.path("plots", "mistakes.png"))))
-        files["mistakes.png"] = to_png(crop(mistakes.convert("RGB")))
+            files = {name: to_png(crop(draw_page(browser, pages[name], hidden))) for name, hidden in _HIDDEN.items()}
+        for name in ("curves.png", "confusion.png", "mistakes.png"):
+            drawn = Image.open(BytesIO(storage.read_bytes(last.folder.path("plots", name))))
+            files[name] = to_png(crop(drawn.convert("RGB")))
         if (size := sum(map(len, files.values()))) > _MOST_BYTES:
             raise JobError(f"the pictures have {size:,} bytes, more than {_MOST_BYTES:,}; give fewer or smaller runs")
-        files["note.md"] = format_note(last, started, result).encode()
+        # Its pictures lie beside it.
+        files["note.md"] = format_note(last, started, result, last.folder.path("plots")).encode()
         output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (output / name).write_bytes(content)

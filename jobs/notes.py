@@ -14,13 +14,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command(cls=JobCommand)
 def main(
     storage: Annotated[str, Argument(help="Folder or s3:// prefix that contains the run folders.")],
-    output: Annotated[str, Option(help="Folder or s3:// prefix for the two files. Default: STORAGE.")] = "",
+    output: Annotated[str, Option(help="Folder or s3:// prefix for the pages. Default: STORAGE.")] = "",
 ) -> None:
-    """Write NOTES.md and report.html, a page without external resources, about all runs in STORAGE."""
+    """Write NOTES.md and report.html about all runs in STORAGE, and a page for each with its curves and mistakes."""
     with console.exit_codes():
         from trainer.notes.report import write_notes_and_report
 
-        written, left_out = write_notes_and_report(storage, output)
+        with console.show_events() as on_event:
+            written, left_out = write_notes_and_report(storage, output, on_event)
         for line in left_out:
             console.stderr.print(f"left out: {line}", markup=False)
         for uri in written:

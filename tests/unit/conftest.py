@@ -9,6 +9,7 @@ from data_prep.manifest import SPLITS, Manifest, Split
 from data_prep.shards import write_data_file
 from trainer.config.config import TrainConfig
 from trainer.record.evaluation_result import EvaluationResult, LateEpochs, summarise
+from trainer.record.predictions import PREDICTIONS_NAME
 from trainer.record.run_folder import RunFolder, RunResult, describe_run
 from trainer.runtime import storage
 
@@ -174,3 +175,27 @@ def trained_run(tmp_path, write_dataset, make_config, make_result) -> RunFolder:
     checkpoints.save_checkpoint(run.checkpoints, position, files)
     run.write_ending(make_result())
     return run
+
+
+@pytest.fixture
+def write_run(tmp_path, make_config, make_result, write_dataset):
+    """Return a function that writes a finished run, or one that has only begun."""
+    manifest = write_dataset().manifest
+
+    def write(name: str, right: int = 51, finished: bool = True, **values) -> RunFolder:
+        run = RunFolder(str(tmp_path / "runs" / name))
+        run.write_manifest(manifest)
+        run.write_record(describe_run(make_config(clip_norm=1.0, **values), "1 node"))
+        if finished:
+            columns = {"epoch": (1.0, 2.0, 3.0), "loss": (3.0, 2.0, 1.0), "val_loss": (5.0, 2.5, 2.0)}
+            columns |= {"accuracy": (0.2, 0.4, 0.8), "val_accuracy": (0.1, 0.3, 0.6), "images_per_second": (90.0,) * 3}
+            history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            predicted = ["cat"] * right + ["dog"] * (66 - right)
+            table = pa.table({"label": ["cat"] * 66, "predicted": predicted})
+            storage.write_bytes(run.path(PREDICTIONS_NAME), storage.parquet_bytes(table))
+            run.write_metrics(history)
+            run.write_steps(pa.table({"step": range(1, 13), "grad_norm": np.geomspace(0.1, 9, 12)}))
+            run.write_ending(make_result(findings=["overfitting: <b>less</b>"], best_epoch=3))
+        return run
+
+    return write

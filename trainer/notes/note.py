@@ -15,6 +15,7 @@ from trainer.record.evaluation_result import EvaluationResult
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, RecordError
+from trainer.runtime.html import link
 from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table
 
 NOTEBOOK_NAME = "NOTES.md"
@@ -29,6 +30,7 @@ class_names = json.loads(zipfile.ZipFile("model.keras").read("metadata.json"))["
 scores = model.predict(images)
 ```
 """
+_PICTURES = ("curves", "confusion", "mistakes")
 _CONTINUES = "the same command continues"
 # Options that another part of the sentence or of the note states, or that do not change what is learned.
 _SAID_ELSEWHERE = {
@@ -47,7 +49,7 @@ def write_note(run: RunFolder, runs: Sequence[StartedRun], result: RunResult) ->
         runs: from `find_until`.
         result: of the run.
     """
-    run.write((format_note(runs[-1], runs, result) + _MODEL).encode(), "note.md")
+    run.write((format_note(runs[-1], runs, result, run.uri) + _MODEL).encode(), "note.md")
 
 
 def find_until(run: RunFolder) -> list[StartedRun]:
@@ -57,38 +59,42 @@ def find_until(run: RunFolder) -> list[StartedRun]:
     return runs[: place + 1]
 
 
-def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str] = ()) -> str:
+def format_notebook(runs: Sequence[StartedRun], left_out: Sequence[str], folder: str) -> str:
     """Format the notes of all runs as Markdown.
 
     Args:
         runs: all runs of one storage, in the order in which they were started.
         left_out: a line for each run that cannot be read.
+        folder: URI of the folder that the notebook is for, from which its pictures are linked.
     """
-    notes = ["# Training notes", "", *(_format_readable_note(run, runs) for run in runs)]
+    notes = ["# Training notes", "", *(_format_readable_note(run, runs, folder) for run in runs)]
     if left_out:
         notes += ["### Left out", "", *(f"- {line}" for line in left_out), ""]
     return "\n".join(notes)
 
 
-def _format_readable_note(run: StartedRun, runs: Sequence[StartedRun]) -> str:
+def _format_readable_note(run: StartedRun, runs: Sequence[StartedRun], folder: str) -> str:
     """Format the note of a run; if the record of its end cannot be read, with the reason."""
     try:
-        return format_note(run, runs, run.folder.read_ending())
+        return format_note(run, runs, run.folder.read_ending(), folder)
     except InputError as error:
         return "\n".join([*_format_head(run, runs), "```sh", run.record.command, "```", str(error), ""])
 
 
-def format_note(run: StartedRun, runs: Sequence[StartedRun], ending: RunResult | RunInterruption | None) -> str:
-    """Format the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers.
+def format_note(
+    run: StartedRun, runs: Sequence[StartedRun], ending: RunResult | RunInterruption | None, folder: str
+) -> str:
+    """Format the note of a run as Markdown: date, what changed, the network, how it was trained, the numbers, pictures.
 
     Args:
         run: the run.
         runs: all runs of the same storage, in the order in which they were started.
         ending: how the run ended; None if it has not ended.
+        folder: URI of the folder that the note is for, from which its pictures are linked.
     """
     lines = _format_head(run, runs)
     if isinstance(ending, RunResult):
-        lines += _format_finished(run.folder, run.record, ending)
+        lines += [*_format_finished(run.folder, run.record, ending), *_format_pictures(run.folder, folder)]
     else:
         lines += ["```sh", run.record.command, "```", describe_unfinished(ending)]
     return "\n".join(lines) + "\n"
@@ -239,6 +245,11 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]
+
+
+def _format_pictures(run: RunFolder, folder: str) -> list[str]:
+    """Format the pictures that every finished run has."""
+    return [line for name in _PICTURES for line in ("", f"![{name}]({link(folder, run.path('plots', f'{name}.png'))})")]
 
 
 def _format_classes(val: EvaluationResult) -> list[str]:

@@ -1,12 +1,24 @@
-"""Self-contained HTML pages: templates with escaping, and embedded pictures."""
+"""Self-contained HTML pages: templates with escaping, embedded pictures, and links between pages."""
 
 import base64
+import functools
 import io
+import json
+import os
+import posixpath
+import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+from trainer.runtime import storage
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 # A page of a hundred runs with pictures stays below ten megabytes.
 _PICTURE_WIDTH, _PICTURE_QUALITY = 640, 55
@@ -19,6 +31,8 @@ class Table:
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Where the first cells of rows lead, by their text."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,11 @@ def render_page(template: str, **values: Any) -> str:
         template: name of a file in ``trainer/runtime/templates``.
         values: all values that the template uses.
     """
+    return _load_environment().get_template(template).render(values)
+
+
+@functools.cache
+def _load_environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -49,10 +68,48 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(values)
+    environment.globals["asset"] = _read_asset
+    return environment
 
 
-def render_sections(title: str, subtitle: str, sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
+@functools.cache
+def _read_asset(name: str) -> "Markup":
+    """Return a script, a style or a license of ``trainer/runtime/templates`` as it is."""
+    from markupsafe import Markup
+
+    return Markup(resources.files("trainer.runtime").joinpath("templates", name).read_text())
+
+
+def to_script_json(value: Any) -> "Markup":
+    """Return JSON for a ``script`` element, which it cannot close."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def link(folder: str, uri: str) -> str:
+    """Return the address of a file for a page in a folder: relative where it is, so that both can move together.
+
+    Args:
+        folder: URI of the folder of the page.
+        uri: URI of the file.
+    """
+    if storage.is_local(folder) and storage.is_local(uri):
+        return urllib.parse.quote(os.path.relpath(uri, folder))
+    start, end = (urllib.parse.urlsplit(one) for one in (folder, uri))
+    if (start.scheme, start.netloc) != (end.scheme, end.netloc):
+        return uri
+    return urllib.parse.quote(posixpath.relpath(end.path, start.path))
+
+
+def render_sections(
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    pictures: Mapping[str, bytes],
+    drawings: Mapping[str, str] | None = None,
+) -> str:
     """Render a page of sections as HTML text.
 
     Args:
@@ -60,9 +117,19 @@ def render_sections(title: str, subtitle: str, sections: Sequence[Section], pict
         subtitle: the line below the title.
         sections: the sections, in order.
         pictures: content of the picture files, by the names that the sections use.
+        drawings: SVG elements, likewise, which take the colors of the page.
     """
+    from markupsafe import Markup
+
     addresses = {name: to_data_uri(content, _WIDE) for name, content in pictures.items()}
-    return render_page("sections.html.jinja", title=title, subtitle=subtitle, sections=sections, pictures=addresses)
+    return render_page(
+        "sections.html.jinja",
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        pictures=addresses,
+        drawings={name: Markup(drawing) for name, drawing in (drawings or {}).items()},
+    )
 
 
 def to_data_uri(picture: bytes, width: int = _PICTURE_WIDTH) -> str:

@@ -45,7 +45,8 @@ def start(tmp_path, make_config, write_dataset, monkeypatch):
 
 def note_of(run: RunFolder, result=None) -> str:
     runs, _ = find_runs(storage.parent(run.uri))
-    return format_note(next(one for one in runs if one.folder.uri == run.uri), runs, result or run.read_ending())
+    this = next(one for one in runs if one.folder.uri == run.uri)
+    return format_note(this, runs, result or run.read_ending(), run.uri)
 
 
 def test_the_note_has_the_form_of_the_users_own(start, make_result):
@@ -84,6 +85,12 @@ overfitting: try less
 | cat | 22 | 22 | 0.917 | 1.000 | 0.957 |
 | dog | 20 | 22 | 0.606 | 0.909 | 0.727 |
 | eel | 9 | 22 | 1.000 | 0.409 | 0.581 |
+
+![curves](plots/curves.png)
+
+![confusion](plots/confusion.png)
+
+![mistakes](plots/mistakes.png)
 """
     )
 
@@ -239,9 +246,11 @@ def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_resu
 def test_the_notebook_has_all_runs_by_date(start, make_result):
     second, first = start("second", 20), start("first", 10)
     first.write_ending(make_result())
-    notebook = format_notebook(*find_runs(storage.parent(second.uri)))
+    notebook = format_notebook(*find_runs(storage.parent(second.uri)), storage.parent(second.uri))
     assert notebook.startswith("# Training notes\n")
     assert notebook.index("alexnet: first") < notebook.index("loss: 0.9315") < notebook.index("alexnet: second")
+    assert "![mistakes](first/plots/mistakes.png)" in notebook
+    assert "second/plots" not in notebook
 
 
 def test_a_run_that_cannot_be_read_is_one_line_and_the_others_are_there(start, make_result):
@@ -255,7 +264,7 @@ def test_a_run_that_cannot_be_read_is_one_line_and_the_others_are_there(start, m
     storage.write_bytes(broken["newer"].path("config.json"), b'{"format": 9}')
     storage.write_bytes(broken["result"].path("result.json"), b'{"format": 9}')
     storage.delete_file(broken["manifest"].path("dataset.json"))
-    lines = format_notebook(*find_runs(storage.parent(whole.uri))).splitlines()
+    lines = format_notebook(*find_runs(storage.parent(whole.uri)), storage.parent(whole.uri)).splitlines()
     for name, file, reason in (
         ("config", "config.json", "cannot be read: Invalid JSON"),
         ("newer", "config.json", "it is of format 9: update this program"),
@@ -274,7 +283,7 @@ def test_a_run_of_the_first_version_has_its_note(start, make_result):
     run = start("first")
     for name in ("config", "result"):
         storage.write_bytes(run.path(f"{name}.json"), (PAST / "a9db2b2" / f"{name}.json").read_bytes())
-    note = format_notebook(*find_runs(storage.parent(run.uri)))
+    note = format_notebook(*find_runs(storage.parent(run.uri)), storage.parent(run.uri))
     assert "loss: 0.9315 - accuracy: 0.7727 (51 of 66" in note
     assert "top 1: 51 of 66\n" in note
     assert "calibration" not in note
