@@ -29,6 +29,10 @@ REPORT_NAME = "report.html"
 _FIRST_TITLE = "Do the maps mean anything?"
 _FILTERS, _ACTIVATIONS = "filters of the first convolution", "their activations for the first image"
 _PICTURE_NAME = re.compile(rf"(image-\d{{3,}}|{_FILTERS}|{_ACTIVATIONS})\.png")
+_LEGEND = (
+    "Below, red marks pixels that speak for the predicted class and blue those that speak against it, the more the "
+    "stronger the color; grad_cam and smooth_grad have no blue. The methods with the largest effect come first."
+)
 _SIGNIFICANCE = 0.05
 _MOST_FILTERS = 64
 
@@ -169,13 +173,10 @@ def _explain(
                 _SIGNIFICANCE / len(methods),
             )
         )
+    tests.sort(key=lambda test: (not test.passed, -test.effect))
     pictures = {}
-    sections = [
-        Section(
-            _FIRST_TITLE,
-            [*EXPLAINED, *_describe_layer(network.logits, methods), *map(str, tests)],
-        )
-    ]
+    lines = [*EXPLAINED, *_describe_layer(network.logits, methods), *map(str, tests), _LEGEND]
+    sections = [Section(_FIRST_TITLE, lines)]
     for index, one in enumerate(images):
         predicted = manifest.class_names[labels[index]]
         title = f"{one.name}: {predicted} (confidence {confidence[index]:.2f})"
@@ -242,8 +243,8 @@ def _describe_layer(logits: Any, methods: Sequence[str]) -> list[str]:
 
 
 def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any], failed: Collection[str]) -> Figure:
-    """Draw an image and its maps; those of methods that failed their test say so."""
-    figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.9), layout="constrained")
+    """Draw an image and its maps, with what their colors mean; those of methods that failed their test say so."""
+    figure = Figure(figsize=(2.6 * (len(maps) + 1) + 1, 2.9), layout="constrained")
     first, *others = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     first.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
     first.set_title("image", fontsize=9)
@@ -252,13 +253,15 @@ def _draw_maps(pixels: npt.NDArray[np.uint8], maps: dict[str, Any], failed: Coll
         axes.imshow(gray, cmap="gray", vmin=0, vmax=255)
         # A percentile, so that one outlier does not wash out the rest.
         limit = max(float(np.percentile(np.abs(values), 99)), 1e-12)
-        axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+        colored = axes.imshow(values / limit, cmap="RdBu_r", vmin=-1, vmax=1, alpha=0.6)
         if name in failed:
             axes.set_title(f"{name}: failed its test", fontsize=9, color="#b00020")
         else:
             axes.set_title(name, fontsize=9)
     for axes in figure.axes:
         axes.set_axis_off()
+    legend = figure.colorbar(colored, ax=figure.axes, ticks=[-1, 0, 1], fraction=0.03)
+    legend.ax.set_yticklabels(["against", "neutral", "for it"], fontsize=8)
     return figure
 
 

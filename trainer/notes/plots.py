@@ -5,6 +5,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -212,6 +213,25 @@ def shorten_name(name: str) -> str:
         return name
     half = _LONGEST_NAME // 2
     return f"{name[:half]}…{name[1 - half :]}"
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element that takes the colors of the page around it, light or dark."""
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            legend.get_frame().set_alpha(0)
+    sink = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        # Without metadata, which names sites.
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(sink, format="svg", transparent=True, metadata=metadata)
+    text = sink.getvalue()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    for number, color in enumerate(COLOURS):
+        text = text.replace(color.lower(), f"var(--c{number})")
+    for gray in ("#cccccc", "#e5e5e5"):
+        text = text.replace(gray, "var(--line)")
+    return text
 
 
 def to_png(figure: Figure) -> bytes:

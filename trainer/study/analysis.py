@@ -27,6 +27,9 @@ _BOOTSTRAP_SAMPLES = 2000
 # Relative difference of a loss that is not significant.
 _SAME_LOSS_SHARE = 0.05
 _TOO_EARLY, _TOO_LATE = 0.1, 0.75
+# Of fewer trials nothing is said about which parameter matters.
+_LEAST_TRIALS = 6
+_SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,22 @@ class BestOf:
     best: Trial | None
     trials: int
     """Number of trials with that value, including those without a result."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much a parameter matters."""
+
+    label: str
+    share: float
+    """Share of the differences between the objectives of the trials that it explains, from 0 to 1."""
+    p_value: float
+    """Probability of such differences between the groups if the parameter did nothing."""
+
+    def __str__(self) -> str:
+        verdict = "" if self.p_value < _SIGNIFICANCE else "; may be luck"
+        evidence = f"(p = {self.p_value:.2g}{verdict})"
+        return f"{self.label} explains {self.share:.0%} of the differences between trials {evidence}"
 
 
 @dataclass(frozen=True)
@@ -125,12 +144,43 @@ def isolate(study: Study, parameter: Parameter, trials: Sequence[Trial]) -> list
     for trial in trials:
         if trial.kind != "search" or not trial.ended or not _varies(trial, parameter):
             continue
-        value = trial.values[parameter.name]
-        if isinstance(parameter.domain, Choice):
-            groups[format_value(value)].append(trial)
-        else:
-            groups[names[min(int(parameter.domain.position(value) * _BUCKETS), _BUCKETS - 1)]].append(trial)
+        groups[names[_find_group(parameter, trial)]].append(trial)
     return [BestOf(name, find_best(study, of_group), len(of_group)) for name, of_group in groups.items()]
+
+
+def rank_parameters(study: Study, trials: Sequence[Trial]) -> list[Importance]:
+    """Return how much each parameter matters, the most important first; empty where too few trials tell.
+
+    The values of a parameter, or the quarters of its range, make groups of trials. Their share of the differences in
+    the objective is the effect size of the test of Kruskal and Wallis (1952), which compares ranks, so that a trial
+    that diverged counts as the worst, however bad.
+    """
+    from scipy.stats import kruskal
+
+    ended = [one for one in trials if one.kind == "search" and one.status in ("completed", "infeasible")]
+    found = []
+    for parameter in study.parameters:
+        groups: dict[int, list[float]] = {}
+        for trial in ended:
+            if _varies(trial, parameter):
+                groups.setdefault(_find_group(parameter, trial), []).append(_score(study, trial))
+        scores = [score for group in groups.values() for score in group]
+        if len(groups) < 2 or len(scores) < _LEAST_TRIALS or len(set(scores)) < 2:
+            continue
+        # Ranks, since the score of a trial without result is infinite.
+        order = {score: rank for rank, score in enumerate(sorted(set(scores)))}
+        statistic, p_value = kruskal(*([order[score] for score in group] for group in groups.values()))
+        share = (statistic - len(groups) + 1) / (len(scores) - len(groups))
+        found.append(Importance(parameter.label, max(0.0, float(share)), float(p_value)))
+    return sorted(found, key=lambda one: -one.share)
+
+
+def _find_group(parameter: Parameter, trial: Trial) -> int:
+    """Return the number of the value of a parameter, or of the quarter of its range that a trial is in."""
+    value = trial.values[parameter.name]
+    if isinstance(parameter.domain, Choice):
+        return parameter.domain.values.index(value)
+    return min(int(parameter.domain.position(value) * _BUCKETS), _BUCKETS - 1)
 
 
 def check_boundaries(study: Study, trials: Sequence[Trial], chance: float) -> list[str]:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from trainer.config.options import format_value
 from trainer.notes.plots import COLOURS
-from trainer.study.analysis import BestOf, best_of_k, find_best
+from trainer.record.evaluation_result import accuracy_interval
+from trainer.study.analysis import BestOf, Importance, best_of_k, find_best
 from trainer.study.file import Choice, Parameter, Range, Study
 from trainer.study.folder import Trial
 
@@ -18,7 +20,10 @@ _PLOT_WIDTH, _PLOT_HEIGHT = 4.0, 3.2
 
 
 def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
-    """Draw the objective against each parameter, one point per trial; trials without a result are red crosses."""
+    """Draw the objective against each parameter, one point per trial; trials without a result are red crosses.
+
+    Bars are the 95% intervals of accuracies.
+    """
     parameters = study.parameters
     ended = [one for one in trials if one.kind == "search" and one.ended]
     best = find_best(study, trials)
@@ -26,14 +31,8 @@ def draw_axes(study: Study, trials: Sequence[Trial]) -> Figure:
     for axes, parameter in zip(places, parameters, strict=False):
         of_parameter = [one for one in ended if parameter.name in one.values and parameter.applies(one.values)]
         completed = [one for one in of_parameter if one.status == "completed"]
-        axes.plot(
-            [_place(parameter, one) for one in completed],
-            np.array([one.objective for one in completed], np.float64),
-            linestyle="none",
-            marker="o",
-            markersize=4,
-            color=COLOURS[0],
-        )
+        places_of = [_place(parameter, one) for one in completed]
+        _draw_points(axes, study, places_of, completed, markersize=4)
         if best is not None and best in completed:
             axes.plot(
                 [_place(parameter, best)],
@@ -62,13 +61,36 @@ def draw_isolation(study: Study, groups: Mapping[str, Sequence[BestOf]]) -> Figu
     """Draw the best objective for each value of the scientific parameters."""
     figure, places = _grid(len(groups))
     for axes, (label, of_parameter) in zip(places, groups.items(), strict=False):
-        known = [(index, one.best.objective) for index, one in enumerate(of_parameter) if one.best]
-        axes.plot(*zip(*known, strict=True), linestyle="none", marker="o", markersize=9, color=COLOURS[0])
+        known = [(index, one.best) for index, one in enumerate(of_parameter) if one.best]
+        _draw_points(axes, study, [index for index, _ in known], [best for _, best in known], markersize=9)
         names = [f"{one.label}\n({one.trials})" for one in of_parameter]
         axes.set_xticks(range(len(names)), names, fontsize=8, parse_math=False)
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set(xlabel=f"{label} (trials)", ylabel=f"best {study.objective}")
         axes.grid(axis="y", color="0.9")
+    return figure
+
+
+def _draw_points(axes: Axes, study: Study, places: Sequence[float], trials: Sequence[Trial], markersize: float) -> None:
+    """Draw the objectives of some trials, with the 95% intervals of accuracies."""
+    values = np.array([one.objective for one in trials], np.float64)
+    if study.maximises and all(one.total for one in trials):
+        low, high = np.array([accuracy_interval(one.correct, one.total) for one in trials]).reshape(-1, 2).T
+        spread = np.clip([values - low, high - values], 0, None)
+        axes.errorbar(places, values, spread, fmt="none", ecolor=COLOURS[0], elinewidth=0.8, alpha=0.5)
+    axes.plot(places, values, linestyle="none", marker="o", markersize=markersize, color=COLOURS[0])
+
+
+def draw_importance(parameters: Sequence[Importance]) -> Figure:
+    """Draw how much of the differences between trials each parameter explains, the most important on top."""
+    figure = Figure(figsize=(6.4, 0.9 + 0.4 * len(parameters)), layout="constrained")
+    axes = figure.subplots()
+    shown = parameters[::-1]
+    axes.barh(range(len(shown)), [one.share for one in shown], color=COLOURS[0])
+    axes.set_yticks(range(len(shown)), [one.label for one in shown], parse_math=False)
+    for row, one in enumerate(shown):
+        axes.text(one.share + 0.01, row, f"{one.share:.0%}, p = {one.p_value:.2g}", va="center", fontsize=8)
+    axes.set(xlabel="share of the differences between trials", xlim=(0, 1.25), xticks=np.linspace(0, 1, 6))
     return figure
 
 
@@ -79,6 +101,7 @@ def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
     axes.fill_between(k, *band, color=COLOURS[0], alpha=0.2, label="5% to 95%")
     axes.plot(k, means, color=COLOURS[0], marker=".", label="mean")
     axes.set(xlabel="trials", ylabel=f"best {study.objective}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
 
@@ -92,6 +115,7 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
             axes.plot(epochs, [row[name] for row in history], color=colour, linestyle="--", linewidth=0.9)
             axes.plot(epochs, [row[f"val_{name}"] for row in history], color=colour, marker=".", label=run)
         axes.set(xlabel="epoch", ylabel=f"{name} (dashed: train)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     return figure
 
@@ -105,6 +129,8 @@ def _set_range(axes: Axes, domain: Range) -> None:
     else:
         margin = (domain.high - domain.low) * _MARGIN
         axes.set_xlim(domain.low - margin, domain.high + margin)
+        if isinstance(domain.low, int) and isinstance(domain.high, int):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for end in (domain.low, domain.high):
         axes.axvline(end, color="0.8", linestyle=":")
 

@@ -3,15 +3,19 @@
 import contextlib
 from collections.abc import Sequence
 
+from matplotlib.figure import Figure
+
 from trainer.config.options import format_value
 from trainer.notes.comparison import Comparison, compare_predictions
-from trainer.notes.plots import to_png
+from trainer.notes.plots import to_png, to_svg
+from trainer.notes.run_page import PAGES_FOLDER, view_run, write_run_page
 from trainer.record.evaluation_result import describe_accuracy
+from trainer.record.run_folder import RunRecord, StartedRun
 from trainer.runtime import storage
 from trainer.runtime.errors import DamagedError, InputError
 from trainer.runtime.events import GlyphsMissing
 from trainer.runtime.fonts import fonts_for
-from trainer.runtime.html import Section, Table, render_sections
+from trainer.runtime.html import Section, Table, link, render_sections
 from trainer.runtime.markdown import format_count, format_table
 from trainer.study.analysis import (
     BestOf,
@@ -24,11 +28,12 @@ from trainer.study.analysis import (
     is_above_chance,
     is_as_good,
     isolate,
+    rank_parameters,
     rank_trials,
 )
 from trainer.study.file import Study
 from trainer.study.folder import StudyFolder, Trial
-from trainer.study.plots import draw_axes, draw_best_of_k, draw_curves, draw_isolation
+from trainer.study.plots import draw_axes, draw_best_of_k, draw_curves, draw_importance, draw_isolation
 
 _CURVES_OF = 3
 
@@ -43,7 +48,9 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
     """
     # Values such as the path of --init-from label the axes.
     with fonts_for("".join(format_value(value) for one in trials for value in one.values.values())) as missing:
-        plots = _draw(folder, study, trials)
+        figures = _draw(folder, study, trials)
+        plots = {name: to_png(figure) for name, figure in figures.items()}
+        drawings = {name: to_svg(figure) for name, figure in figures.items()}
     for name, content in plots.items():
         storage.write_bytes(folder.path("plots", f"{name}.png"), content)
     sections = [one for one in _describe(folder, study, trials) if not one.picture or one.picture in plots]
@@ -52,13 +59,13 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
     ended = sum(one.ended and one.kind == "search" for one in trials)
     of_all = f"{ended} of {format_count(study.trials, 'trial')}"
     subtitle = f"{of_all}, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
-    page = render_sections(study.goal, subtitle, sections, plots)
+    page = render_sections(study.goal, subtitle, sections, {}, drawings)
     markdown = _format_markdown(study.goal, subtitle, sections)
     for name, text in (("study.md", markdown), ("study.html", page)):
         storage.write_bytes(folder.path(name), text.encode())
 
 
-def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[str, bytes]:
+def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[str, Figure]:
     ranked = rank_trials(study, trials)
     if not ranked:
         return {}
@@ -71,7 +78,9 @@ def _draw(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> dict[st
     }
     if scientific:
         figures["isolation"] = draw_isolation(study, scientific)
-    return {name: to_png(figure) for name, figure in figures.items()}
+    if parameters := rank_parameters(study, trials):
+        figures["importance"] = draw_importance(parameters)
+    return figures
 
 
 def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> list[Section]:
@@ -88,11 +97,12 @@ def _describe(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> lis
             check_boundaries(study, trials, chance) or ["the best values lie inside their ranges"],
             picture="axes",
         ),
+        _describe_importance(study, trials),
         Section("Enough trials?", [check_points(study, trials, chance)], picture="best_of_k"),
         Section("Trials without result", check_infeasible(study, trials)),
         Section("Steps", [check_steps(study, trials), *_describe_symptoms(folder, ranked)], picture="curves"),
         Section("These conclusions hold only for", study.caveats),
-        Section("All trials", [], _list_trials(study, trials)),
+        Section("All trials", [], _list_trials(folder, study, trials)),
     ]
     return sections
 
@@ -194,7 +204,30 @@ def _describe_symptoms(folder: StudyFolder, ranked: Sequence[Trial]) -> list[str
     return [f"{name}: {finding}" for name, result in results if result for finding in result.findings]
 
 
-def _list_trials(study: Study, trials: Sequence[Trial]) -> Table:
+def _describe_importance(study: Study, trials: Sequence[Trial]) -> Section:
+    parameters = rank_parameters(study, trials)
+    if not parameters:
+        return Section("Which parameters matter?", ["too few trials have ended to tell"])
+    lines = [str(one) for one in parameters]
+    return Section("Which parameters matter?", lines, picture="importance")
+
+
+def _write_pages(folder: StudyFolder, trials: Sequence[Trial]) -> dict[str, str]:
+    """Write the page of each trial that has ended, and return the addresses from the page of the study."""
+    records = {one.run_name: _read_record(folder, one) for one in trials if one.ended}
+    runs = [StartedRun(folder.run(one), record) for one in trials if (record := records.get(one.run_name))]
+    runs.sort(key=lambda run: run.record.started)
+    pages, overview = folder.path(PAGES_FOLDER), folder.path("study.html")
+    return {run.folder.name: link(folder.uri, write_run_page(view_run(run, runs), pages, overview)) for run in runs}
+
+
+def _read_record(folder: StudyFolder, trial: Trial) -> RunRecord | None:
+    with contextlib.suppress(InputError):
+        return folder.run(trial).read_record()
+    return None
+
+
+def _list_trials(folder: StudyFolder, study: Study, trials: Sequence[Trial]) -> Table:
     names = list(dict.fromkeys(name for one in trials for name in one.values))
     rows = [
         (
@@ -208,7 +241,8 @@ def _list_trials(study: Study, trials: Sequence[Trial]) -> Table:
         )
         for one in trials
     ]
-    return Table(("trial", "status", study.objective, "k of n", *names, "steps", "seconds"), rows)
+    header = ("trial", "status", study.objective, "k of n", *names, "steps", "seconds")
+    return Table(header, rows, _write_pages(folder, trials))
 
 
 def _shorten(value: object) -> str:

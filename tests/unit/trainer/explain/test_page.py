@@ -46,7 +46,10 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
         f"explain: {done} of 4, {method}: {part}"
         for done, (method, part) in enumerate(itertools.product(methods, ("maps", "its test")))
     ]
-    assert [(one.method, one.threshold) for one in explanation.tests] == [(name, 0.025) for name in methods]
+    assert {(one.method, one.threshold) for one in explanation.tests} == {(name, 0.025) for name in methods}
+    # Those that fail come last, the largest effect first.
+    keys = [(not one.passed, -one.effect) for one in explanation.tests]
+    assert keys == sorted(keys)
     names = ["image-000", "image-001", "filters of the first convolution", "their activations for the first image"]
     assert list(explanation.pictures) == names
     assert all(content.startswith(b"\x89PNG") for content in explanation.pictures.values())
@@ -73,7 +76,9 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
 def test_the_maps_of_a_method_that_failed_say_so():
     maps = {"grad_cam": np.ones((8, 8)), "occlusion": np.ones((8, 8))}
     figure = _draw_maps(np.zeros((8, 8, 1), np.uint8), maps, {"grad_cam"})
-    assert [axes.get_title() for axes in figure.axes] == ["image", "grad_cam: failed its test", "occlusion"]
+    *maps_of, legend = figure.axes
+    assert [axes.get_title() for axes in maps_of] == ["image", "grad_cam: failed its test", "occlusion"]
+    assert [label.get_text() for label in legend.get_yticklabels()] == ["against", "neutral", "for it"]
 
 
 @pytest.mark.parametrize("name", ["report.html", "image-000.png", "filters of the first convolution.png"])

@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import warnings
 
@@ -15,6 +16,7 @@ from trainer.notes.plots import (
     draw_gradients,
     draw_mistakes,
     to_png,
+    to_svg,
     write_mistakes,
     write_plots,
 )
@@ -199,3 +201,14 @@ def test_batch_sizes_are_drawn_with_their_speed_and_memory():
 def test_a_run_without_mistakes_says_so_in_an_empty_picture(run):
     write_mistakes(run, np.zeros((0, 8, 8, 3), np.uint8), predictions([0, 0], [0.1, 0.1]))
     assert read_picture(run, "mistakes.png").size[0] >= 400
+
+
+def test_a_drawing_takes_the_colors_of_its_page():
+    drawing = to_svg(draw_curves(make_history(3), best_epoch=2))
+    assert drawing.startswith("<svg")
+    assert "currentColor" in drawing
+    assert "var(--c0)" in drawing
+    assert not re.search("#(000000|0072b2|d55e00)", drawing)
+    assert set(re.findall('http[^"]*', drawing)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    # The words stay words.
+    assert ">accuracy<" in drawing

@@ -13,6 +13,7 @@ from trainer.study.analysis import (
     find_no_difference,
     find_rivals,
     isolate,
+    rank_parameters,
 )
 from trainer.study.file import parse_study
 from trainer.study.folder import Trial
@@ -295,3 +296,30 @@ def test_two_repetitions_are_needed_of_each():
     assert decide_adoption(STUDY, [*best, *repeat("best", 90)]).startswith("not decided")
     one_incumbent = decide_adoption(STUDY, [*best, *repeat("best", 90, 91), *repeat("incumbent", 90)])
     assert "there is no incumbent" in one_incumbent
+
+
+def test_the_parameter_that_makes_the_difference_explains_it():
+    # The learning rate decides, the optimizer does nothing.
+    rates = (0.002, 0.02, 0.1, 0.5)
+    trials = [
+        trial(2 * i + j, 50 + 10 * i + k, rate=rate) for i, rate in enumerate(rates) for j in (0, 1) for k in (0, 1)
+    ]
+    first, *others = rank_parameters(STUDY, trials)
+    assert (first.label, first.share > 0.9, first.p_value < 0.01) == ("base_learning_rate", True, True)
+    assert [(one.label, one.share) for one in others] == [("optimizer", 0.0)]
+    assert str(others[0]).startswith("optimizer explains 0% of the differences between trials (p = ")
+    assert "may be luck" in str(others[0])
+
+
+def test_a_trial_that_diverged_counts_as_the_worst():
+    rates = [0.002] * 4 + [0.9] * 4
+    trials = [trial(i, 70 + i % 2, rate=rate) for i, rate in enumerate(rates)]
+    assert {one.label: one.share for one in rank_parameters(STUDY, trials)}["base_learning_rate"] < 0.2
+    diverged = [*trials[:4], *(trial(i, rate=0.9, status="infeasible", reason=DIVERGED) for i in range(4, 8))]
+    (first, *_) = rank_parameters(STUDY, diverged)
+    assert (first.label, first.share > 0.7) == ("base_learning_rate", True)
+
+
+def test_of_few_trials_nothing_is_said_about_what_matters():
+    assert rank_parameters(STUDY, [trial(i, 70 + i) for i in range(5)]) == []
+    assert rank_parameters(STUDY, [trial(i, 70) for i in range(8)]) == []

@@ -5,8 +5,9 @@ import warnings
 import pytest
 
 from tests.unit.trainer.study.test_analysis import STUDY, trial
-from trainer.study.analysis import isolate
-from trainer.study.plots import draw_axes, draw_best_of_k, draw_curves, draw_isolation
+from trainer.record.evaluation_result import accuracy_interval
+from trainer.study.analysis import Importance, isolate
+from trainer.study.plots import draw_axes, draw_best_of_k, draw_curves, draw_importance, draw_isolation
 
 TRIALS = [trial(0, 70), trial(1, 80, rate=0.5), trial(2, status="infeasible", rate=0.9)]
 
@@ -80,3 +81,27 @@ def test_both_splits_of_each_trial_are_drawn_in_its_colour():
             assert points_of(val) == [(row["epoch"], row[f"val_{name}"]) for row in history]
             assert (train.get_linestyle(), val.get_linestyle(), val.get_label()) == ("--", "-", run)
             assert train.get_color() == val.get_color()
+
+
+def test_each_accuracy_has_its_interval():
+    rate = draw_axes(STUDY, TRIALS).axes[1]
+    (bars,) = rate.collections
+    ends = [tuple(segment[:, 1]) for segment in bars.get_segments()]
+    assert ends == [pytest.approx(accuracy_interval(correct, 100)) for correct in (70, 80)]
+    losses = STUDY.model_copy(update={"objective": "val_loss"})
+    assert not draw_axes(losses, TRIALS).axes[1].collections
+
+
+def test_the_most_important_parameter_is_on_top():
+    (axes,) = draw_importance([Importance("rate", 0.7, 0.01), Importance("decay", 0.1, 0.4)]).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert dict(zip(names, [bar.get_width() for bar in axes.patches], strict=True)) == {"rate": 0.7, "decay": 0.1}
+    assert names[-1] == "rate"
+    assert [text.get_text() for text in axes.texts] == ["10%, p = 0.4", "70%, p = 0.01"]
+
+
+def test_axes_of_whole_numbers_have_whole_numbers():
+    (of_trials,) = draw_best_of_k(STUDY, [trial(0, 70), trial(1, 80)]).axes
+    history = [{"epoch": n, "loss": 1.0, "val_loss": 1.0, "accuracy": 0.5, "val_accuracy": 0.5} for n in (1, 2)]
+    for axes in (of_trials, *draw_curves({"first": history}).axes):
+        assert all(tick == int(tick) for tick in axes.get_xticks())
