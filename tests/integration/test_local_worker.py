@@ -84,6 +84,24 @@ def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(options
     assert last_state(run) == last_state(undisturbed)
 
 
+@pytest.mark.slow
+def test_a_killed_run_that_xla_compiles_ends_with_the_same_weights_and_compiles_once(options):
+    options = [*options, "--xla", "on"]
+    whole, killed = (RunFolder(f"{options[options.index('--storage') + 1]}/xla-{name}") for name in ("whole", "killed"))
+    job = run_job("train.py", *options, "--run-name", whole.name)
+    assert job.returncode == 0, job.stderr
+    programs = set(Path(os.environ["XDG_CACHE_HOME"], "training-notes", "xla").rglob("*.pb"))
+    assert programs
+    job = start(*options, "--run-name", killed.name)
+    os.kill(worker_pid(killed), signal.SIGKILL)
+    errors = job.communicate(timeout=200)[1]
+    assert job.returncode == 0, errors
+    assert "compiling the training step by XLA" in errors
+    assert set(Path(os.environ["XDG_CACHE_HOME"], "training-notes", "xla").rglob("*.pb")) == programs
+    assert killed.read_result().attempts == 2
+    assert last_state(killed) == last_state(whole)
+
+
 def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options, undisturbed):
     run = RunFolder(f"{options[-1]}/driver-killed")
     job = start(*options, "--run-name", run.name)

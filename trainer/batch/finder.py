@@ -59,6 +59,8 @@ _NOT_IN_STEP = {
     "evaluate_test",
     "save_probabilities",
     "export",
+    # No size is compiled by XLA before it is chosen.
+    "xla",
 }
 _KEY_PACKAGES = ("ray", "tensorflow", "tf_keras")
 

@@ -77,6 +77,8 @@ class Settings(BaseModel):
     """Implementation of the communication between workers: auto (nccl if they have GPUs), nccl, or ring (gRPC)."""
     gradient_exchange: Literal["float32", "bfloat16"] = "float32"
     """Precision in which workers exchange gradients; bfloat16 is half the bytes."""
+    xla: Literal["auto", "on", "off"] = "auto"
+    """Compilation of the training step by XLA: on, off, or auto (on GPUs, if what is left of the run repays it)."""
     schedule: Literal["plateau", "cosine", "constant"] = "cosine"
     """Schedule of the learning rate after the warmup: plateau (constant until validation stops improving, then down to
     zero), cosine (down to zero over all epochs) or constant."""

@@ -103,6 +103,7 @@ class RunRecord(Record):
         "config.batch_norm": "global",
         "config.all_reduce": "auto",
         "config.gradient_exchange": "float32",
+        "config.xla": "auto",
         "config.augment": "all",
         "config.known_augmentation": "",
         "config.patience": 0,

@@ -223,6 +223,63 @@ class WeightsTransferred:
 
 
 @dataclass(frozen=True)
+class Tf32Used:
+    """A run in float32 computes in less than that."""
+
+    def __str__(self) -> str:
+        return (
+            "float32: this GPU multiplies in TF32, with 10 bits instead of 23, and adds in float32; "
+            "NVIDIA_TF32_OVERRIDE=0 turns that off"
+        )
+
+
+@dataclass(frozen=True)
+class XlaWeighed:
+    """Whether the training step is compiled by XLA was decided, from its first steps."""
+
+    steps: int = 0
+    """Optimizer steps left if all epochs are trained."""
+    saved_seconds: float = 0.0
+    """What they take less if they are compiled, as an estimate."""
+    compile_seconds: float = 0.0
+    """What compiling takes, as an estimate."""
+    obstacle: str = ""
+    """Why it cannot be compiled; empty if it can."""
+
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether it is compiled."""
+        return not self.obstacle and self.saved_seconds > self.compile_seconds
+
+    def __str__(self) -> str:
+        if self.obstacle:
+            return f"the training step is not compiled by XLA: {self.obstacle}"
+        return (
+            f"XLA would save about {self.saved_seconds:.0f} s of the {format_count(self.steps, 'step')} left, and take "
+            f"about {self.compile_seconds:.0f} s to compile: {'on' if self.is_worthwhile else 'off'}"
+        )
+
+
+@dataclass(frozen=True)
+class StepCompiling:
+    """XLA starts to compile the training step, which can take a minute."""
+
+    def __str__(self) -> str:
+        return "compiling the training step by XLA; the cache folder keeps it for runs of the same network and batch"
+
+
+@dataclass(frozen=True)
+class StepCompiled:
+    """The first compiled step was taken."""
+
+    seconds: float
+    """What it took, with tracing and compiling."""
+
+    def __str__(self) -> str:
+        return f"compiled the training step in {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
 class EpochFinished:
     """An epoch has been trained and evaluated."""
 
@@ -437,6 +494,10 @@ Event = (
     | AugmentationChosen
     | RunStarted
     | WeightsTransferred
+    | Tf32Used
+    | XlaWeighed
+    | StepCompiling
+    | StepCompiled
     | EpochFinished
     | GlyphsMissing
     | BatchChosen

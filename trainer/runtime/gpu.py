@@ -1,5 +1,6 @@
 """The GPUs that a process may use, and what TensorFlow needs to use them; nothing here imports TensorFlow."""
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -47,6 +48,17 @@ def read_free_gib() -> float:
 
     pynvml.nvmlInit()
     return float(pynvml.nvmlDeviceGetMemoryInfo(_find_handle(pynvml, (visible_devices() or ["0"])[0])).free) / _GIB
+
+
+def read_name() -> str:
+    """Return the kind of the first visible GPU, such as "NVIDIA H200"; "GPU" where that cannot be known."""
+    with contextlib.suppress(ImportError):
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            return str(pynvml.nvmlDeviceGetName(_find_handle(pynvml, (visible_devices() or ["0"])[0])))
+    return "GPU"
 
 
 def _find_handle(pynvml: Any, device: str) -> Any:

@@ -15,7 +15,7 @@ import tf_keras as keras
 
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
-from trainer.training.dropout import fix_dropout
+from trainer.training.dropout import draw_masks, use_masks
 from trainer.training.network import Network
 from trainer.training.scaling import build_scaling
 
@@ -88,8 +88,7 @@ def compile_estimate(network: Network, manifest: Manifest, config: TrainConfig) 
     scale_pixels = build_scaling(manifest, config)
 
     def replica_step(images: Any, momentum: Any) -> None:
-        # Another computation may have traced dropout with tensors of its own.
-        fix_dropout(network.model, network.optimizer, config)
+        use_masks(network.model, draw_masks(network.model, config, network.optimizer.iterations))
         # Over the global batch, whatever training does, so that all workers validate with the same averages.
         synchronize_batch_norm(network.model, True)
         momenta = [layer.momentum for layer in layers]

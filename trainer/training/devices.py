@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import signal
 import threading
@@ -15,6 +16,7 @@ from trainer.runtime import gpu
 from trainer.runtime.cluster import read_machine
 from trainer.runtime.compat import count_cores
 from trainer.runtime.errors import JobError
+from trainer.training.programs import keep_programs
 
 _GIB = 2**30
 _GUARD_INTERVAL_SECONDS = 0.02
@@ -23,9 +25,12 @@ _GUARD_INTERVAL_SECONDS = 0.02
 def share_devices(workers_on_node: int) -> None:
     """Give each worker its share of the node's cores; Ray has already given it its one GPU, if any.
 
+    Must be called before anything makes TensorFlow list its devices.
+
     Raises:
         JobError: TensorFlow does not see that one GPU, or sees more.
     """
+    keep_programs(gpu.read_name() if _count_given_gpus() else _read_cpu_name())
     check_gpu()
     for device in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(device, True)
@@ -60,10 +65,24 @@ def _count_given_gpus() -> int:
     return len(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
 
+def _read_cpu_name() -> str:
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
 def has_gpu() -> bool:
     """Return whether this worker uses a GPU."""
     # Not the logical devices: listing them would initialize TensorFlow before the strategy can.
     return bool(tf.config.list_physical_devices("GPU"))
+
+
+def uses_tf32() -> bool:
+    """Return whether this worker's GPU computes products of float32 as TF32: with the 10 bits of float16."""
+    if not has_gpu() or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        return False
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    is_able = details.get("compute_capability", (0, 0)) >= (8, 0)
+    return is_able and bool(tf.config.experimental.tensor_float_32_execution_enabled())
 
 
 def memory_limit_gib(workers_on_node: int) -> float:

@@ -4,6 +4,7 @@ Keras' own masks depend on how many were drawn before in this process, which a c
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,38 +15,44 @@ from trainer.runtime import compat
 from trainer.training.random_rows import draw_rows
 
 
-def fix_dropout(model: Any, optimizer: Any, config: TrainConfig, first_row: Any = None) -> None:
-    """Make every Dropout layer of a model draw this replica's share of a mask for the global batch.
+def draw_masks(model: Any, config: TrainConfig, step: Any, first_row: Any = None, rows: Any = None) -> list[Any]:
+    """Return which inputs each Dropout layer keeps: a bool tensor ``[rows, ...]`` for each layer.
 
-    The layers themselves stay unchanged, so neither an architecture nor an export needs to know.
+    They are some rows of masks for the global batch, by default those of this replica's share. Drawn before the step
+    rather than in it, they are the same whether XLA compiles the step or not: its generator numbers what it draws in
+    another order.
 
     Args:
-        model: a `tf_keras.Model`, before it is first called with ``training=True``.
-        optimizer: the optimizer whose ``iterations`` are the step.
+        model: a `tf_keras.Model`.
         config: the seed and the batch sizes.
-        first_row: int32 scalar: the row of the global batch that the layers' first input is; None for the first of this
-            replica's share.
+        step: int64 scalar, the optimizer step.
+        first_row: int scalar, the first row of the global batch.
+        rows: int scalar, how many.
     """
-    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
-    for number, layer in enumerate(layers):
-        compat.replace_dropout(layer, functools.partial(_drop, number, optimizer, config, first_row))
+    if first_row is None:
+        rows = config.per_replica_batch_size
+        first_row = tf.distribute.get_replica_context().replica_id_in_sync_group * rows
+    masks = []
+    for number, layer in enumerate(_find_layers(model)):
+        # A seed of its own for each layer and step; augmentation draws from (seed, step).
+        layer_seed = tf.constant((config.seed + 1) * 1_000_003 + number + 1, tf.int64)
+        seed = tf.stack([layer_seed, tf.cast(step, tf.int64)])
+        masks.append(draw_rows(seed, first_row, rows, layer.input_shape[1:]) >= layer.rate)
+    return masks
 
 
-def _drop(
-    number: int,
-    optimizer: Any,
-    config: TrainConfig,
-    first_row: Any,
-    inputs: Any,
-    rate: float,
-    noise_shape: Any = None,
-) -> Any:
-    first = first_row
-    if first is None:
-        first = tf.distribute.get_replica_context().replica_id_in_sync_group * config.per_replica_batch_size
-    # A seed of its own for each layer and step; augmentation draws from (seed, step).
-    layer_seed = tf.constant((config.seed + 1) * 1_000_003 + number + 1, tf.int64)
-    seed = tf.stack([layer_seed, tf.cast(optimizer.iterations, tf.int64)])
-    drawn = draw_rows(seed, first, tf.shape(inputs)[0], inputs.shape[1:])
-    kept = tf.cast(drawn >= rate, inputs.dtype)
-    return inputs * kept / tf.cast(1 - rate, inputs.dtype)
+def use_masks(model: Any, masks: Sequence[Any]) -> None:
+    """Make the Dropout layers keep what masks say, in calls with ``training=True`` that are traced afterwards.
+
+    The layers themselves stay unchanged, so neither an architecture nor an export needs to know.
+    """
+    for layer, mask in zip(_find_layers(model), masks, strict=True):
+        compat.replace_dropout(layer, functools.partial(_drop, mask))
+
+
+def _find_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+
+
+def _drop(mask: Any, inputs: Any, rate: float, noise_shape: Any = None) -> Any:
+    return inputs * tf.cast(mask, inputs.dtype) / tf.cast(1 - rate, inputs.dtype)

@@ -5,6 +5,7 @@ this run if there is one, else from the weights of --init-from if given, else fr
 """
 
 import contextlib
+import functools
 import math
 import time
 import zlib
@@ -43,12 +44,14 @@ from trainer.runtime.events import (
     EpochFinished,
     StageProgressed,
     StepProfiled,
+    Tf32Used,
     WeightsTransferred,
+    ignore_event,
 )
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
 from trainer.training.batches import make_batch
 from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, read_sources, worker_rows
-from trainer.training.devices import peak_memory_gib, share_devices
+from trainer.training.devices import peak_memory_gib, share_devices, uses_tf32
 from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy, predictions_table
 from trainer.training.export import score_images, write_exports
 from trainer.training.job import WorkerJob, WorkerResult
@@ -59,6 +62,7 @@ from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
 from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_eval_step, compile_gather, compile_train_step
 from trainer.training.tracking import write_tensorboard
 from trainer.training.transfer import read_weights
+from trainer.training.xla import choose_step
 
 _PROGRESS_INTERVAL_SECONDS = 0.5
 # The loss that is shown while an epoch runs is the mean of so many steps.
@@ -189,8 +193,8 @@ class _Training:
         self.network = build_network(job.manifest, config, self._steps_per_epoch, initial_weights)
         if self.network.transferred and rank == 0:
             job.send_event(WeightsTransferred(self.network.transferred))
-        train_step = compile_train_step(self.network, job.manifest, config)
-        self._train_step = add_noise(train_step, self.network, job.manifest, config)
+        if config.precision == "float32" and uses_tf32() and rank == 0:
+            job.send_event(Tf32Used())
         self._eval_step = compile_eval_step(self.network, job.manifest, config)
         self._estimate = compile_estimate(self.network, job.manifest, config)
         self.gather = compile_gather(self.network)
@@ -203,6 +207,19 @@ class _Training:
         self._profiler = StepProfiler(self._run, rank, job.profile_steps)
         if last is not None:
             self._continue(last)
+        self._train_step = self._build_train_step()
+
+    def _build_train_step(self) -> Callable[[Any, Any, int], Any]:
+        job, config = self._job, self._config
+        train_step = choose_step(
+            functools.partial(compile_train_step, self.network, job.manifest, config),
+            self.network,
+            config,
+            steps_left=config.epochs * self._steps_per_epoch - self._steps.num_rows,
+            agree=lambda value: float(self.gather([[value]]).max()),
+            on_event=job.send_event if self._rank == 0 else ignore_event,
+        )
+        return add_noise(train_step, self.network, job.manifest, config)
 
     def _continue(self, last: Checkpoint) -> None:
         self._restore(last)

@@ -12,7 +12,7 @@ import tensorflow as tf
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig, replace_values
 from trainer.training.augment import augment
-from trainer.training.dropout import fix_dropout
+from trainer.training.dropout import draw_masks
 from trainer.training.network import Network
 from trainer.training.step import STEP_GRAD_NOISE, build_gradients
 
@@ -58,10 +58,10 @@ def compile_noise(network: Network, manifest: Manifest, config: TrainConfig) -> 
     gradients_of = build_gradients(network, manifest, replace_values(config, global_batch_size=half))
 
     def half_gradients(images: Any, labels: Any, first: Any) -> Any:
-        fix_dropout(model, optimizer, config, first)
         augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, network.strengths, config)
         averages = [tf.identity(variable) for variable in model.non_trainable_variables]
-        gradients, _ = gradients_of(augmented[first : first + half], labels[first : first + half])
+        masks = draw_masks(model, config, optimizer.iterations, first, half)
+        gradients, _ = gradients_of(augmented[first : first + half], labels[first : first + half], masks)
         for variable, average in zip(model.non_trainable_variables, averages, strict=True):
             variable.assign(average)
         return gradients

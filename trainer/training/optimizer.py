@@ -105,7 +105,8 @@ def build_optimizer(config: TrainConfig, schedule: Any) -> Any:
     """
     # Weight decay is decoupled in all of them, so Adam with decay is AdamW (Loshchilov & Hutter 2017).
     optimizer_class = {"sgd": SGD, "nadam": Nadam}.get(config.optimizer, Adam)
-    options: dict[str, Any] = dict(config.optimizer_arguments)
+    # Keras would compile the update of each variable by itself on a GPU.
+    options: dict[str, Any] = {**config.optimizer_arguments, "jit_compile": False}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     optimizer: Any = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)

@@ -4,7 +4,8 @@ All run under MultiWorkerMirroredStrategy with one replica per worker. They take
 and communicate with the other workers inside.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
 from trainer.training.augment import augment
 from trainer.training.batch_norm import synchronize_batch_norm, without_idle_biases
-from trainer.training.dropout import fix_dropout
+from trainer.training.dropout import draw_masks, use_masks
 from trainer.training.network import Network
 from trainer.training.scaling import build_scaling
 
@@ -34,11 +35,12 @@ def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
     return [sum(rows) / (present * count) if count else 0.0 for count in rows]
 
 
-def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
-    """Return ``gradients(images, labels)`` for this replica's share of the training objective.
+def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any, Any], Any]:
+    """Return ``gradients(images, labels, masks)`` for this replica's share of the training objective.
 
-    It takes float32 images with pixels from 0 to 255, augmented, and int32 labels. It returns a list with the gradient
-    of each trainable variable, and the logits. The gradients are divided by the global batch of the config, so that
+    It takes float32 images with pixels from 0 to 255, augmented, int32 labels, and what Dropout keeps
+    (`trainer.training.dropout.draw_masks`). It returns a list with the gradient of each trainable variable, and the
+    logits. The gradients are divided by the global batch of the config, so that
     their sum over the workers is that of its mean loss.
     """
     model, optimizer = network.model, network.optimizer
@@ -47,7 +49,9 @@ def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -
     scales_loss = config.precision == "mixed_float16"
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
-    def gradients_of(images: Any, labels: Any) -> Any:
+    def gradients_of(images: Any, labels: Any, masks: Any) -> Any:
+        # While tracing: other computations trace the same layers in another way.
+        use_masks(model, masks)
         synchronize_batch_norm(model, config.synchronizes_batch_norm)
         with tf.GradientTape() as tape:
             with without_idle_biases(model):
@@ -71,6 +75,8 @@ def sum_over_workers(gradients: list[Any], means: Any, config: TrainConfig) -> t
     """Return the sums of the gradients and of a float32 tensor over the workers; called by each replica."""
     if config.num_workers == 1:
         return gradients, means
+    # The strategy finds the device to reduce on from the operation that makes a tensor; an argument has none.
+    gradients, means = [tf.identity(one) for one in gradients], tf.identity(means)
     context, total = tf.distribute.get_replica_context(), tf.distribute.ReduceOp.SUM
     if config.gradient_exchange == "float32":
         *gradients, means = context.all_reduce(total, [*gradients, means], options=_PACKS)
@@ -80,47 +86,97 @@ def sum_over_workers(gradients: list[Any], means: Any, config: TrainConfig) -> t
     return [tf.cast(one, tf.float32) for one in sums], context.all_reduce(total, means)
 
 
-def compile_train_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:
-    """Return ``train_step(images, labels)``, which updates the model once.
+def compile_train_step(
+    network: Network, manifest: Manifest, config: TrainConfig, *, use_xla: bool = False
+) -> Callable[[Any, Any], Any]:
+    """Return ``train_step(images, labels)``, a `tf.function` that updates the model once.
 
     It takes uint8 ``[per_replica_batch_size, height, width, channels]`` and int32 ``[per_replica_batch_size]``. It
     returns float32 ``[5]`` over the global batch: mean cross-entropy, accuracy, L2 norm of the unclipped gradient,
     whether the gradient was clipped, and the noise of the gradient, `trainer.record.noise_scale`: NaN with one worker
     (`trainer.training.noise`).
-    """
-    model, optimizer = network.model, network.optimizer
-    gradients_of = build_gradients(network, manifest, config)
 
-    def replica_step(images: Any, labels: Any) -> Any:
-        fix_dropout(model, optimizer, config)  # while tracing, for this batch size
-        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, network.strengths, config)
-        gradients, logits = gradients_of(augmented, labels)
+    Args:
+        network: the network.
+        manifest: the manifest of the dataset.
+        config: the config of the run.
+        use_xla: compile the step by XLA: one program for one worker, else one before and one after the exchange.
+    """
+
+    def run(*parts: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that calls parts on this replica, each with what the one before returned."""
+        return lambda *values: network.strategy.run(functools.partial(_call_in_turn, parts), args=values)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        program: Callable[..., Any] = tf.function(function, jit_compile=True)
+        return program
+
+    parts = _TrainStep(network, manifest, config)
+    if not use_xla:
+        stages = [run(parts.prepare, parts.compute, parts.exchange, parts.update)]
+    elif config.num_workers == 1:
+        stages = [run(parts.prepare), compiled(run(parts.compute, parts.exchange, parts.update))]
+    else:
+        # XLA has no collectives for CPUs.
+        stages = [run(parts.prepare), compiled(run(parts.compute)), run(parts.exchange), compiled(run(parts.update))]
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def train_step(images: Any, labels: Any) -> Any:
+        return _call_in_turn(stages, images, labels)
+
+    whole: Callable[[Any, Any], Any] = train_step
+    return whole
+
+
+def _call_in_turn(functions: Sequence[Callable[..., Any]], *values: Any) -> Any:
+    """Call each function with the tuple that the one before returned, and return what the last one returns."""
+    return functools.reduce(lambda taken, function: function(*taken), functions, values)
+
+
+class _TrainStep:
+    """The parts of a training step on one replica; each takes what the one before returns."""
+
+    def __init__(self, network: Network, manifest: Manifest, config: TrainConfig) -> None:
+        self._network, self._config = network, config
+        self._gradients_of = build_gradients(network, manifest, config)
+
+    def prepare(self, images: Any, labels: Any) -> tuple[Any, Any, Any]:
+        """Augment the images and draw what Dropout keeps, which XLA cannot do or does with other random numbers."""
+        network, config = self._network, self._config
+        step = network.optimizer.iterations
+        augmented = augment(tf.cast(images, tf.float32), step, network.strengths, config)
+        return augmented, labels, draw_masks(network.model, config, step)
+
+    def compute(self, images: Any, labels: Any, masks: Any) -> tuple[Any, Any]:
+        """Return this replica's gradients and its part of the means: cross-entropy, accuracy, its gradient's length."""
+        config = self._config
+        gradients, logits = self._gradients_of(images, labels, masks)
         cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
         # This worker's gradient is of a part of the batch; its length comes with the exchange that there is anyway.
         own = tf.linalg.global_norm(gradients) * config.num_workers if config.num_workers > 1 else tf.constant(0.0)
         means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size
-        means = tf.concat([means, [own**2 / config.num_workers]], axis=0)
-        gradients, means = sum_over_workers(gradients, means, config)
+        return gradients, tf.concat([means, [own**2 / config.num_workers]], axis=0)
+
+    def exchange(self, gradients: list[Any], means: Any) -> tuple[list[Any], Any]:
+        """Return the sums over the workers."""
+        return sum_over_workers(gradients, means, self._config)
+
+    def update(self, gradients: list[Any], means: Any) -> Any:
+        """Update the model, and return the columns of the step."""
+        config = self._config
         norm = tf.linalg.global_norm(gradients)
         clipped = tf.constant(0.0)
         if config.clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm, use_norm=norm)
             clipped = tf.cast(norm > config.clip_norm, tf.float32)
-        optimizer.apply_gradients(
-            zip(gradients, model.trainable_variables, strict=True), skip_gradients_aggregation=True
+        self._network.optimizer.apply_gradients(
+            zip(gradients, self._network.model.trainable_variables, strict=True), skip_gradients_aggregation=True
         )
         noise = tf.constant(float("nan"))
         if config.num_workers > 1:
             noise = (means[2] - norm**2) * config.global_batch_size / (config.num_workers - 1)
         return tf.stack([means[0], means[1], norm, clipped, noise])
-
-    @tf.function  # type: ignore[untyped-decorator]
-    def train_step(images: Any, labels: Any) -> Any:
-        return network.strategy.run(replica_step, args=(images, labels))
-
-    compiled: Callable[[Any, Any], Any] = train_step
-    return compiled
 
 
 def compile_eval_step(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:

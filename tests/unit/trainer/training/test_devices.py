@@ -55,6 +55,23 @@ def test_a_worker_with_other_gpus_than_its_own_one_does_not_start(monkeypatch, s
         devices.share_devices(1)
 
 
+@pytest.mark.parametrize(
+    ("capability", "override", "expected"),
+    [((9, 0), "", True), ((8, 0), "1", True), ((7, 5), "", False), ((9, 0), "0", False)],
+)
+def test_tf32_is_what_newer_gpus_use_unless_it_is_turned_off(monkeypatch, capability, override, expected):
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    monkeypatch.setattr(devices.tf.config, "list_physical_devices", lambda kind: ["GPU"])
+    details = {"compute_capability": capability}
+    monkeypatch.setattr(devices.tf.config.experimental, "get_device_details", lambda device: details)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    assert devices.uses_tf32() is expected
+
+
+def test_without_a_gpu_there_is_no_tf32():
+    assert not devices.uses_tf32()
+
+
 def test_a_field_that_the_kernel_does_not_have_is_named():
     with pytest.raises(RuntimeError, match="/proc/self/status has no VmNothing"):
         devices._resident_gib("VmNothing")

@@ -1,0 +1,277 @@
+"""XLA on CPUs: it computes the same there, and more slowly."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from tests.conftest import TINY_NETWORKS, free_port
+from trainer.architectures import ARCHITECTURES
+from trainer.record.checkpoint import assign_variables, read_variables
+from trainer.runtime.errors import InputError
+from trainer.runtime.events import StepCompiled, StepCompiling, XlaWeighed
+from trainer.training import xla
+from trainer.training.network import Network, build_network
+from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_train_step
+from trainer.training.xla import StepInTrial, choose_step, find_obstacle, weigh
+
+ROWS = 6
+SMALL = {"first_filters": 3, "later_filters": [4], "dense_units": 8, "batch_norm": True, "dropout": 0.3}
+EVERYTHING = {"augment_rotation": 10.0, "augment_contrast": 0.2, "clip_norm": 1.0, "ema_momentum": 0.5}
+
+
+def image_size_of(arch: str) -> int:
+    return max(16, ARCHITECTURES[arch].min_image_size)
+
+
+@pytest.fixture(autouse=True)
+def float32_afterwards():
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture
+def configure(make_config, write_dataset):
+    """Return a function that makes the manifest and the config of a run."""
+
+    def configure(arch: str, **values):
+        manifest = write_dataset(rows=(ROWS, 1, 1), image_size=image_size_of(arch)).manifest
+        base = {"arch_arguments": TINY_NETWORKS[arch], "optimizer": "adamw", "base_learning_rate": 0.01}
+        options = {"arch": arch, "global_batch_size": ROWS, "schedule": "constant", **base, **values}
+        return manifest, make_config(**options)
+
+    return configure
+
+
+@pytest.fixture
+def build(configure):
+    """Return a function that builds a network, and a function that compiles its step."""
+
+    def build(arch: str, **values):
+        manifest, config = configure(arch, **values)
+        network = build_network(manifest, config, steps_per_epoch=10)
+        return config, network, lambda use_xla=False: compile_train_step(network, manifest, config, use_xla=use_xla)
+
+    return build
+
+
+def draw_batch(arch: str, seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
+    size = image_size_of(arch)
+    images = np.random.default_rng(seed).integers(0, 256, (ROWS, size, size, 1), np.uint8)
+    return tf.constant(images), tf.constant([0, 1, 2, 0, 1, 2], tf.int32)
+
+
+def train(network: Network, step, arch: str, steps: int) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+    stats = np.stack([step(*draw_batch(arch, seed)).numpy() for seed in range(steps)])
+    return stats, [read_variables(one) for one in (network.model.variables, network.optimizer_variables)]
+
+
+def assert_same(build, arch: str, precision: str, **values) -> None:
+    tolerance = 2e-3 if precision == "float32" else 0.1
+    trained = []
+    for use_xla in (False, True):
+        _, network, compile_step = build(arch, precision=precision, **EVERYTHING, **values)
+        trained.append(train(network, compile_step(use_xla), arch, 2))
+    (stats, (weights, _)), (compiled_stats, (compiled_weights, _)) = trained
+    for column in (STEP_LOSS, STEP_GRAD_NORM):
+        np.testing.assert_allclose(compiled_stats[:, column], stats[:, column], rtol=tolerance)
+    # Adam's first steps are as long for a gradient of rounding noise as for any other.
+    for name, array in weights.items():
+        differences = np.abs(compiled_weights[name] - array)
+        assert np.median(differences) <= tolerance * max(np.abs(array).max(), 0.01), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_a_compiled_step_computes_the_same(build, precision):
+    assert_same(build, "cnn_softmax", precision, arch_arguments=SMALL)
+
+
+# What one of two workers computes with and without XLA, as JSON.
+WORKER = """
+import json, sys
+import numpy as np, tensorflow as tf
+from data_prep.manifest import Manifest
+from trainer.config.config import TrainConfig
+from trainer.training.batch_norm import compile_estimate
+from trainer.training.network import build_network
+from trainer.training.step import compile_eval_step, compile_train_step
+
+rank, manifest = int(sys.argv[1]), Manifest.model_validate_json(sys.argv[2])
+config = TrainConfig.model_validate_json(sys.argv[3])
+rows = slice(rank * config.per_replica_batch_size, (rank + 1) * config.per_replica_batch_size)
+size = manifest.image_size
+answers = []
+for use_xla in (False, True):
+    network = build_network(manifest, config, steps_per_epoch=10)
+    step = compile_train_step(network, manifest, config, use_xla=use_xla)
+    stats = []
+    for seed in range(3):
+        images = np.random.default_rng(seed).integers(0, 256, (config.global_batch_size, size, size, 1), np.uint8)
+        labels = np.arange(config.global_batch_size, dtype=np.int32) % 3
+        stats.append(step(tf.constant(images[rows]), tf.constant(labels[rows])).numpy().tolist())
+    if estimate := compile_estimate(network, manifest, config):
+        estimate(tf.constant(images[rows]), 0)
+    outcomes = compile_eval_step(network, manifest, config)(tf.constant(images), tf.constant(labels)).numpy()
+    weights = np.concatenate([one.numpy().ravel() for one in network.model.trainable_variables])
+    answers.append({"stats": stats, "outcomes": outcomes.tolist(), "weights": weights.tolist()})
+print(json.dumps(answers))
+"""
+
+
+def train_two_workers(config, manifest) -> list[list[dict[str, np.ndarray]]]:
+    """Return what `WORKER` prints, by rank: without XLA and with it."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    processes = []
+    for rank in range(2):
+        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+        command = [sys.executable, "-c", WORKER, str(rank), manifest.model_dump_json(), config.model_dump_json()]
+        environment = {**os.environ, "TF_CONFIG": json.dumps(cluster)}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    answers = []
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors.decode()[-2000:]
+            answers.append([{name: np.array(one) for name, one in answer.items()} for answer in json.loads(output)])
+    finally:
+        for process in processes:
+            process.kill()
+    return answers
+
+
+def assert_same_with_two_workers(configure, arch: str, **values) -> None:
+    manifest, config = configure(arch, num_workers=2, batch_norm="replica", **EVERYTHING, **values)
+    first, second = train_two_workers(config, manifest)
+    tolerance = 2e-3 if config.precision == "float32" else 0.1
+    for use_xla in range(2):
+        # Both validate alike, though each has normalised its own images.
+        for name in ("stats", "outcomes", "weights"):
+            np.testing.assert_array_equal(first[use_xla][name], second[use_xla][name], err_msg=name)
+    plain, compiled = first
+    np.testing.assert_allclose(compiled["stats"], plain["stats"], rtol=tolerance)
+    assert np.median(np.abs(compiled["weights"] - plain["weights"])) <= tolerance * 0.01
+
+
+@pytest.mark.slow
+def test_two_workers_compute_the_same(configure):
+    assert_same_with_two_workers(configure, "cnn_softmax", arch_arguments=SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("arch", TINY_NETWORKS)
+def test_two_workers_compute_the_same_with_every_network(configure, arch, precision):
+    assert_same_with_two_workers(configure, arch, precision=precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("arch", TINY_NETWORKS)
+def test_every_network_computes_the_same(build, arch, precision):
+    assert_same(build, arch, precision)
+
+
+def test_training_continues_from_a_state_as_if_it_had_not_stopped(build):
+    _, network, compile_step = build("cnn_softmax", arch_arguments=SMALL, **EVERYTHING)
+    step, parts = compile_step(use_xla=True), (network.model.variables, network.optimizer_variables)
+    _, state = train(network, step, "cnn_softmax", 2)
+    stats, whole = train(network, step, "cnn_softmax", 2)
+    for variables, arrays in zip(parts, state, strict=True):
+        assign_variables(variables, arrays)
+    resumed_stats, resumed = train(network, step, "cnn_softmax", 2)
+    np.testing.assert_array_equal(resumed_stats, stats)
+    for before, after in zip(whole, resumed, strict=True):
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+
+def build_sum(use_xla: bool):
+    """A step that is compiled in no time."""
+    return tf.function(lambda images, labels: tf.cast(images, tf.float32) * 2, jit_compile=use_xla)
+
+
+BATCH = tf.zeros([1]), tf.zeros([1])
+
+
+def choose(build, events: list, **values):
+    config, network, _ = build("cnn_softmax", **values)
+    return choose_step(build_sum, network, config, 1000, lambda value: value, events.append)
+
+
+def test_a_line_says_when_the_step_is_compiled_and_how_long_it_took(build):
+    events: list = []
+    step = choose(build, events, xla="on")
+    for _ in range(2):
+        step(*BATCH)
+    assert events == [StepCompiling(), StepCompiled(events[1].seconds)]
+    assert events[1].seconds > 0
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_nothing_is_compiled_on_cpus_that_is_not_asked_for(build, choice):
+    events: list = []
+    choose(build, events, xla=choice)(*BATCH)
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "compile_seconds", "is_worthwhile", "text"),
+    [
+        (95.0, 55.0, True, "save about 95 s of the 5000 steps left, and take about 55 s to compile: on"),
+        (54.0, 55.0, False, "save about 54 s of the 5000 steps left, and take about 55 s to compile: off"),
+    ],
+)
+def test_it_is_compiled_where_that_saves_more_than_it_takes(saved, compile_seconds, is_worthwhile, text):
+    weighed = XlaWeighed(5000, saved, compile_seconds)
+    assert weighed.is_worthwhile is is_worthwhile
+    assert text in str(weighed)
+
+
+def test_what_is_saved_grows_with_the_steps_left_and_what_it_takes_with_the_step():
+    short, long, large = weigh(100, 0.1, 3000), weigh(1000, 0.1, 3000), weigh(100, 0.1, 6000)
+    assert (long.saved_seconds, long.compile_seconds) == (10 * short.saved_seconds, short.compile_seconds)
+    assert (large.saved_seconds, large.compile_seconds) == (short.saved_seconds, 2 * short.compile_seconds)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_the_first_steps_are_timed_and_decide(seconds):
+    events: list = []
+    timed: list[float] = []
+
+    def agree(own: float) -> float:
+        timed.append(own)
+        return seconds  # of the slowest worker
+
+    step = StepInTrial(build_sum(False), lambda: build_sum(True), 1000, agree, events.append)
+    for _ in range(xla._UNTIMED_STEPS + xla._TIMED_STEPS + 2):
+        step(*BATCH)
+    assert len(timed) == 1
+    assert timed[0] > 0
+    weighed, *others = events
+    assert (weighed.steps, weighed.is_worthwhile) == (1000 - xla._UNTIMED_STEPS - xla._TIMED_STEPS, seconds > 0)
+    assert [type(one) for one in others] == ([StepCompiling, StepCompiled] if seconds else [])
+
+
+def test_batch_norm_over_several_workers_is_no_part_of_a_program(build):
+    config, network, _ = build("cnn_softmax", arch_arguments=SMALL)
+    two = config.model_copy(update={"num_workers": 2, "batch_norm": "global", "xla": "on"})
+    with pytest.raises(InputError, match=r"--xla on: BatchNorm .* 2 workers.* --batch-norm replica, or --xla off"):
+        choose_step(lambda use_xla: None, network, two, 1000, float, lambda event: None)
+    assert find_obstacle(network, two.model_copy(update={"batch_norm": "replica"})) == ""
+    _, plain, _ = build("cnn_softmax")
+    assert find_obstacle(plain, two) == ""
+
+
+def test_what_xla_does_not_find_is_named(build, monkeypatch):
+    config, network, _ = build("cnn_softmax")
+    monkeypatch.setattr(xla, "has_gpu", lambda: True)
+    monkeypatch.setattr(xla.gpu, "find_missing_tools", lambda: ["ptxas"])
+    events: list = []
+    choose_step(build_sum, network, config, 1000, float, events.append)(*BATCH)
+    (weighed,) = events
+    assert str(weighed).startswith("the training step is not compiled by XLA: XLA does not find ptxas; install")
