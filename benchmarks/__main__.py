@@ -10,6 +10,7 @@ from benchmarks import (
     classes,
     development_sets,
     feeding,
+    gpu,
     large_batch,
     learning_rates,
     pictures,
@@ -37,6 +38,7 @@ for module in (
     trainer_start,
     classes,
     pictures,
+    gpu,
 ):
     app.command(module.__name__.rpartition(".")[2], help=module.__doc__)(module.main)
 

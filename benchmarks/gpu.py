@@ -1,0 +1,322 @@
+"""The training step on one GPU: with and without XLA, against model.fit of the same layers, and against PyTorch.
+
+Every item is one network in one way, a process of its own with a time limit, and prints one line as soon as it has been
+measured, so that what was measured stays if the machine is lost. Several processes start and compile at once; they
+take turns at the GPU, by rounds, and a round is timed while nobody else has it. Images are random and in memory.
+Every way has the same layers, batch, precision and optimizer (AdamW). This project's steps augment as well, as the
+recipe says, and model.fit and PyTorch do not.
+
+PyTorch with channels_last and bfloat16 autocast takes part where the Python of --torch-python has it; it need not be
+this one.
+
+Marks: at least PyTorch's images/s by torch.compile, and 1.5 times those of model.fit.
+
+Run: python -m benchmarks gpu [--total 300] [--only resnet50,alexnet] [--torch-python PYTHON] [--tiny]
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.table import Mark, describe_machine
+
+HERE, TORCH = "benchmarks.gpu", Path(__file__).with_name("gpu_torch.py")
+ROUNDS = 4
+ROUND_SECONDS = 0.4
+WARM_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on random images."""
+
+    arch: str
+    size: int
+    channels: int
+    classes: int
+    batch: int
+    tiny: dict[str, Any]
+    """Arguments of the architecture for --tiny, which shows that this runs."""
+
+
+CASES = {
+    "resnet50": Case("resnet50", 224, 3, 1000, 256, {"width": 0.125, "blocks": [1, 1, 1, 1]}),
+    "vgg19": Case("vgg19", 224, 3, 1000, 128, {"filters": [8, 8, 16, 16, 16], "dense_units": 32}),
+    "alexnet": Case("alexnet", 227, 3, 1000, 512, {"width": 0.05, "dense_units": 16}),
+    "cnn_tapered": Case("cnn_tapered", 250, 1, 10, 256, {"first_filters": 4, "dense_units": 8}),
+    "small_cnn": Case("cnn_softmax", 28, 1, 10, 64, {"first_filters": 4, "dense_units": 8}),
+    "small_alexnet": Case("alexnet", 67, 1, 10, 344, {"width": 0.05, "dense_units": 16}),
+}
+WAYS = ("xla", "plain", "fit", "torch.compile", "torch")
+# Of one process.
+LIMIT_SECONDS = 150.0
+
+
+@dataclass
+class Measured:
+    """What one item prints, as JSON."""
+
+    first_seconds: float
+    """From the start of the process to the end of the first step."""
+    step_seconds: list[float]
+    """Of each round."""
+    host_seconds: float
+    """A step, until it has been handed to the device."""
+    kernels: float
+    """On the device, a step; NaN where there is no GPU."""
+    peak_gib: float
+
+
+def main(
+    total: Annotated[float, typer.Option(help="Seconds for everything; what has not begun by then is left out.")] = 300,
+    only: Annotated[str, typer.Option(help=f"Cases, separated by commas. Default: {','.join(CASES)}.")] = "",
+    ways: Annotated[str, typer.Option(help="Ways, separated by commas.")] = ",".join(WAYS),
+    jobs: Annotated[int, typer.Option(help="Processes that start and compile at once.")] = 4,
+    precision: Annotated[str, typer.Option(help="Of everything but PyTorch's.")] = "mixed_bfloat16",
+    torch_python: Annotated[str, typer.Option(help="A Python that has PyTorch.")] = sys.executable,
+    tiny: Annotated[bool, typer.Option(help="Narrow networks and batches of 4, to see that it runs.")] = False,
+) -> None:
+    started = time.monotonic()
+    print(", ".join(describe_machine().values()), flush=True)
+    print(_LINE.format("case", "way", "images/s", "ms", "host ms", "kernels", "GiB", "first s"), flush=True)
+    rates: dict[tuple[str, str], float] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+
+        def measure(name: str, way: str) -> None:
+            left = total - (time.monotonic() - started)
+            outcome = _run_item(name, way, precision, torch_python, tiny, folder, min(left, LIMIT_SECONDS))
+            if isinstance(outcome, str):
+                print(f"{name:<14} {way:<14} {outcome}", flush=True)
+                return
+            batch = 4 if tiny else CASES[name].batch
+            rates[name, way] = batch / statistics.median(outcome.step_seconds)
+            print(_format_line(name, way, rates[name, way], outcome), flush=True)
+
+        # The layers for PyTorch are written by the first way of a case.
+        for way in ways.split(","):
+            for name in only.split(",") if only else CASES:
+                pool.submit(measure, name, way)
+    for mark in _marks(rates):
+        print(mark, flush=True)
+
+
+_LINE = "{:<14} {:<14} {:>9} {:>8} {:>8} {:>8} {:>6} {:>8}"
+
+
+def _format_line(name: str, way: str, rate: float, measured: Measured) -> str:
+    milliseconds = statistics.median(measured.step_seconds) * 1000
+    return _LINE.format(
+        *(name, way, f"{rate:.0f}", f"{milliseconds:.2f}", f"{measured.host_seconds * 1000:.2f}"),
+        *(f"{measured.kernels:.0f}", f"{measured.peak_gib:.2f}", f"{measured.first_seconds:.1f}"),
+    )
+
+
+def _marks(rates: dict[tuple[str, str], float]) -> Iterator[Mark]:
+    for (name, way), rate in rates.items():
+        for other, limit in (("torch.compile", 1.0), ("fit", 1.5)):
+            if way == "xla" and (name, other) in rates:
+                yield Mark(f"{name}, images/s against {other}", rate / rates[name, other], limit)
+
+
+def _run_item(
+    name: str, way: str, precision: str, torch_python: str, tiny: bool, folder: str, seconds: float
+) -> Measured | str:
+    """Measure in a process of its own; return why there is no measurement if there is none."""
+    if seconds < 5:
+        return "left out: no time left"
+    words = [name, way, precision, str(int(tiny)), folder]
+    environment = dict(os.environ)
+    if way.startswith("torch"):
+        case = CASES[name]
+        command = [torch_python, str(TORCH), way, folder, name, str(4 if tiny else case.batch)]
+        if torch_python != sys.executable:
+            # Its packages are its own.
+            environment = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
+    else:
+        command = [sys.executable, "-m", HERE, *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"given up after {seconds:.0f} s"
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}"
+    return Measured(**json.loads(lines[-1]))
+
+
+@contextlib.contextmanager
+def _own_device(folder: str) -> Iterator[None]:
+    """Keep the other processes off the device in the context."""
+    with open(Path(folder, "device.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _time_steps(step: Callable[[], Any], wait: Callable[[Any], object], folder: str) -> tuple[list[float], float]:
+    """Return the seconds of a step by rounds, and the least that handing one over took."""
+    rounds, host = [], []
+    for _ in range(ROUNDS):
+        with _own_device(folder):
+            wait(step())
+            began = time.perf_counter()
+            wait(step())
+            count = max(2, round(ROUND_SECONDS / (time.perf_counter() - began)))
+            began = time.perf_counter()
+            for _ in range(count):
+                answer = step()
+            host.append((time.perf_counter() - began) / count)
+            wait(answer)
+            rounds.append((time.perf_counter() - began) / count)
+    return rounds, min(host)
+
+
+def measure_ours(name: str, way: str, precision: str, tiny: bool, folder: str) -> Measured:
+    """Measure a step of this project, or of model.fit."""
+    began = _process_start()
+    from trainer.runtime.cluster import WORKER_ENVIRONMENT
+
+    os.environ.update(WORKER_ENVIRONMENT)
+    import numpy as np
+    import tensorflow as tf
+
+    from trainer.training.devices import peak_memory_gib, share_devices
+    from trainer.training.network import build_network
+    from trainer.training.step import compile_train_step
+
+    share_devices(1)
+    case = CASES[name]
+    manifest, config = _configure(case, precision, tiny)
+    network = build_network(manifest, config, steps_per_epoch=1000)
+    write_layers(network.model, Path(folder, f"{name}.json"), case)
+    random = np.random.default_rng(0)
+    shape = (config.global_batch_size, case.size, case.size, case.channels)
+    images = tf.constant(random.integers(0, 256, shape, np.uint8))
+    labels = tf.constant(random.integers(0, case.classes, config.global_batch_size, np.int32))
+    if way == "fit":
+        step = _fit_step(network, manifest, config, images, labels)
+    else:
+        train_step = compile_train_step(network, manifest, config, use_xla=way == "xla")
+
+        def step() -> Any:
+            return train_step(images, labels)
+
+    np.asarray(step())
+    first = time.time() - began
+    for _ in range(WARM_STEPS):
+        np.asarray(step())
+    rounds, host = _time_steps(step, np.asarray, folder)
+    return Measured(first, rounds, host, _count_kernels(step, folder), peak_memory_gib())
+
+
+def _configure(case: Case, precision: str, tiny: bool) -> tuple[Any, Any]:
+    from data_prep.manifest import Manifest, Split
+    from trainer.config.batch_table import given_batch
+    from trainer.config.request import parse_request, resolve
+
+    split = Split(rows_per_class=[100] * case.classes, files=[])
+    manifest = Manifest.model_construct(
+        image_size=case.size,
+        channels=case.channels,
+        class_names=[f"class {number}" for number in range(case.classes)],
+        splits={"train": split, "val": split, "test": split},
+        pixel_mean=[120.0] * case.channels,
+        pixel_std=[60.0] * case.channels,
+        fingerprint="0" * 64,
+    )
+    options = {
+        "arch": case.arch,
+        "optimizer": "adamw",
+        "dataset": "/random",
+        "arch_arguments": case.tiny if tiny else {},
+    }
+    request = parse_request(options)
+    return manifest, resolve(request, manifest, 1, given_batch(request.batch, 4 if tiny else case.batch, precision))
+
+
+def _fit_step(network: Any, manifest: Any, config: Any, images: Any, labels: Any) -> Callable[[], Any]:
+    """Return the step that model.fit takes, of the same layers and optimizer."""
+    import tensorflow as tf
+    import tf_keras as keras
+
+    from trainer.training.scaling import build_scaling
+
+    inputs = keras.Input(images.shape[1:], dtype="uint8")
+    scaled = build_scaling(manifest, config)(tf.cast(inputs, tf.float32))
+    model = keras.Model(inputs, network.model(scaled))
+    model.compile(
+        keras.optimizers.AdamW(1e-3, global_clipnorm=config.clip_norm or None, jit_compile=False),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    train = model.make_train_function()
+    batches = iter(tf.data.Dataset.from_tensors((images, labels)).cache().repeat())
+    return lambda: train(batches)["loss"]
+
+
+def _count_kernels(step: Callable[[], Any], folder: str, steps: int = 3) -> float:
+    """Return how many kernels the device ran for a step; NaN where there is no GPU."""
+    import numpy as np
+    import tensorflow as tf
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    if not tf.config.list_physical_devices("GPU"):
+        return float("nan")
+    with _own_device(folder), tempfile.TemporaryDirectory() as traces:
+        tf.profiler.experimental.start(traces)
+        for _ in range(steps):
+            answer = step()
+        np.asarray(answer)
+        tf.profiler.experimental.stop()
+        (trace,) = Path(traces).rglob("*.xplane.pb")
+        space = xplane_pb2.XSpace.FromString(trace.read_bytes())
+    streams = [
+        line
+        for plane in space.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+    ]
+    return sum(len(line.events) for line in streams) / steps
+
+
+def write_layers(model: Any, path: Path, case: Case) -> None:
+    """Write the layers of a network, each with the layers that it takes, for `benchmarks.gpu_torch`."""
+    layers = []
+    for layer in model.layers:
+        node = layer.inbound_nodes[0]
+        before = [node.inbound_layers] if not isinstance(node.inbound_layers, list) else node.inbound_layers
+        values = {
+            name: value[0] if isinstance(value, tuple | list) and name != "padding" else value
+            for name, value in layer.get_config().items()
+            if isinstance(value, str | int | float | bool | tuple | list)
+        }
+        layers.append([layer.name, type(layer).__name__, values, [one.name for one in before]])
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(
+        json.dumps({"layers": layers, "size": case.size, "channels": case.channels, "classes": case.classes})
+    )
+    part.replace(path)
+
+
+def _process_start() -> float:
+    """Return when this process began, as time.time says it: proc(5), field 22 of stat."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    _name, _way, _precision, _tiny, _folder = sys.argv[1:]
+    print(json.dumps(asdict(measure_ours(_name, _way, _precision, bool(int(_tiny)), _folder))))
