@@ -34,7 +34,8 @@ class Evaluator:
         num_batches = -(-len(self.split) // self.batch_size)
         batches_per_worker = -(-num_batches // self.num_workers)
         own = range(self.rank, batches_per_worker * self.num_workers, self.num_workers)
-        results = [np.asarray(self.eval_step(*batch)) for batch in BatchFeed().batches(self._batch, own)]
+        # Read at the end, so that the device does not wait between batches.
+        results = [self.eval_step(*batch) for batch in BatchFeed().batches(self._batch, own)]
         gathered = self.gather(np.concatenate(results))
         # From [worker, batch of the worker, row of the batch] back to row order.
         by_worker = gathered.reshape(self.num_workers, batches_per_worker, self.batch_size, -1)

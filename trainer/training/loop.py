@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray.train
+import tensorflow as tf
 from ray.train.collective import broadcast_from_rank_zero
 
 from trainer.architectures.source import format_layers
@@ -500,7 +501,7 @@ def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
     if not stats:
         return STEPS_SCHEMA.empty_table()
     numbers = pa.array(range(taken_before + 1, taken_before + len(stats) + 1), pa.int64())
-    return pa.table([numbers, *np.stack(stats).T.astype(np.float32)], schema=STEPS_SCHEMA)
+    return pa.table([numbers, *tf.stack(stats).numpy().T], schema=STEPS_SCHEMA)
 
 
 def _upgrade_steps(steps: pa.Table) -> pa.Table:

@@ -152,6 +152,7 @@ def _swap_averages(network: Network) -> None:
     optimizer = getattr(network.optimizer, "inner_optimizer", network.optimizer)
     if optimizer.averages:
         for variable, average in zip(network.model.trainable_variables, optimizer.averages, strict=True):
-            weights = variable.numpy()
-            variable.assign(average.numpy())
+            # Not through the host.
+            weights = tf.identity(variable)
+            variable.assign(tf.identity(average))
             average.assign(weights)
