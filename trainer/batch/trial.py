@@ -28,6 +28,7 @@ from trainer.training.devices import (
     killed_beyond,
     memory_limit_gib,
     peak_memory_gib,
+    ran_out_of_memory,
     reset_peak_memory,
     share_devices,
 )
@@ -80,7 +81,9 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> TrialResult:
                         known = known.add(event)
                     if rank == 0:
                         send_event(event)
-            except tf.errors.ResourceExhaustedError as error:
+            except tf.errors.OpError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 raise MemoryError(f"batch {probe.size} per replica: {error.message}") from error
 
 

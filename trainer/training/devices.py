@@ -20,6 +20,13 @@ from trainer.training.programs import keep_programs
 
 _GIB = 2**30
 _GUARD_INTERVAL_SECONDS = 0.02
+# cuDNN's search for an algorithm fails where none gets its scratch; its handles and cuBLAS' take memory of their own.
+_NO_MEMORY = re.compile(
+    "out of memory|CUDA_ERROR_OUT_OF_MEMORY|No algorithm worked|Failed to allocate"
+    "|CUDNN_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED)"
+    "|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|RESOURCE_EXHAUSTED",
+    re.IGNORECASE,
+)
 
 
 def share_devices(workers_on_node: int) -> None:
@@ -98,6 +105,11 @@ def memory_limit_gib(workers_on_node: int) -> float:
     own_node = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_node)
     return float(resources["memory"]) / workers_on_node / _GIB
+
+
+def ran_out_of_memory(error: tf.errors.OpError) -> bool:
+    """Return whether an operation failed for want of memory, which each of CUDA's libraries says in its own way."""
+    return isinstance(error, tf.errors.ResourceExhaustedError) or bool(_NO_MEMORY.search(error.message))
 
 
 def peak_memory_gib() -> float:

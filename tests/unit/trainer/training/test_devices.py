@@ -56,6 +56,26 @@ def test_a_worker_with_other_gpus_than_its_own_one_does_not_start(monkeypatch, s
 
 
 @pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        ("ResourceExhaustedError", "OOM when allocating tensor with shape[256,64,112,112]", True),
+        ("NotFoundError", "No algorithm worked!  Error messages: Profiling failure on CUDNN engine", True),
+        ("InternalError", "Failed to call ThenRnnForward: CUDNN_STATUS_ALLOC_FAILED", True),
+        (
+            "InternalError",
+            "Attempting to perform BLAS operation using StreamExecutor: CUBLAS_STATUS_NOT_INITIALIZED",
+            True,
+        ),
+        ("InternalError", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes", True),
+        ("InternalError", "ptxas exited with non-zero error code 65280", False),
+        ("InvalidArgumentError", "Matrix size-incompatible", False),
+    ],
+)
+def test_every_way_of_running_out_of_memory_counts(kind, message, expected):
+    assert devices.ran_out_of_memory(getattr(devices.tf.errors, kind)(None, None, message)) is expected
+
+
+@pytest.mark.parametrize(
     ("capability", "override", "expected"),
     [((9, 0), "", True), ((8, 0), "1", True), ((7, 5), "", False), ((9, 0), "0", False)],
 )
