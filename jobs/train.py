@@ -9,7 +9,6 @@ from typer import Option
 from trainer.architectures import ARCHITECTURES
 from trainer.config.options import GroupedCommand, add_run_options, parse_command
 from trainer.runtime import console
-from trainer.runtime.errors import JobError
 
 # Plain text for wrong options and tracebacks: boxes are hard to read in a job log.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -47,40 +46,35 @@ def main(
             return
         request = parse_command(options)
         # Not at the top, so that --help and errors in options do not load Ray.
-        from data_prep.embedded import prepare_embedded
-        from trainer import launch
-        from trainer.runtime.cluster import connect
-        from trainer.training.tracking import check_trackers
-        from trainer.workers.groups import wait_for_workers
-
-        launch.check_request(request, storage, run_name)
-        check_trackers(track)
-        one_process = launch.needs_one_process(request, storage)
         if dry_run:
             from trainer.dry_run import preview_run
+            from trainer.launch import check_request
+            from trainer.runtime.cluster import connect
+            from trainer.training.tracking import check_trackers
 
+            check_request(request, storage, run_name)
+            check_trackers(track)
             with connect(wait_seconds=None, one_process=True) as resources:
                 console.stdout.print(preview_run(request, storage, resources), markup=False)
             return
-        with console.show_events() as on_event, connect(wait_seconds=None, one_process=one_process) as cluster:
-            resources = wait_for_workers(request.num_workers, cluster, wait, on_event)
-            with launch.open_run(storage, run_name, request.arch, resources) as run:
-                request = launch.choose_dataset(request, storage, prepare_embedded, on_event)
-                plan = launch.plan_run(request, run, resources, probe_again=probe_again, on_event=on_event)
-                result = launch.launch(
-                    plan,
-                    run,
-                    resources,
-                    max_failures=max_failures,
-                    trackers=tuple(track),
-                    profile_steps=profile_steps * profile,
-                    on_event=on_event,
-                )
+        from trainer.interface import check_outcome, train_request
+
+        with console.show_events() as on_event:
+            run, result = train_request(
+                request,
+                storage,
+                run_name,
+                wait=wait,
+                max_failures=max_failures,
+                trackers=track,
+                probe_again=probe_again,
+                profile_steps=profile_steps * profile,
+                on_event=on_event,
+            )
         for line in result.summary:
             console.print_words(line)
         console.stdout.print(f"run         {run.uri}", markup=False)
-        if result.status == "diverged":
-            raise JobError(f"{result.reason}; lower --base-learning-rate or set --clip-norm")
+        check_outcome(result)
 
 
 def print_architectures() -> None:

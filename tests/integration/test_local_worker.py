@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY, last_state, run_job
 from trainer.notes.note import describe_unfinished
 from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder
+from trainer.runtime import storage
 from trainer.runtime.cluster import read_machine
 from trainer.runtime.errors import InputError, WorkerDiedError
 from trainer.runtime.events import StageProgressed, WorkerHeardAgain, WorkerSilent
@@ -27,6 +28,19 @@ from trainer.workers.local_worker import discard_kept, run_process
 
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 20"
 OPTIONS = [*TRAINING.split(), "--global-batch-size", "20", "--precision", "float32", "--checkpoint-every", "3"]
+
+# As a researcher writes it: without a look at __name__.
+SCRIPT = """
+import sys
+import trainer
+
+dataset, storage, init_from = sys.argv[1:]
+network = {"arch": "cnn_softmax", "arch_arguments": {"first_filters": 8, "dense_units": 32}}
+batch = {"global_batch_size": 20, "precision": "float32"}
+places = {"dataset": dataset, "storage": storage, "run_name": "refused", "init_from": init_from}
+run = trainer.fine_tune(**network, **batch, **places, head_epochs=1, epochs=2)
+print(len(run.history), run.status)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +151,7 @@ def cut_off_weights(run: RunFolder, checkpoint: checkpoints.Checkpoint) -> check
     return checkpoint
 
 
-def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free(options, undisturbed):
+def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free_for_python(options, undisturbed, tmp_path):
     run = RunFolder(f"{options[-1]}/refused")
     options = [*options, "--run-name", run.name, "--epochs", "1"]
     # Its last layer alone would fit.
@@ -146,8 +160,18 @@ def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free(options, und
     assert refused.returncode == 2
     reason = refused.stderr.splitlines()[-1].removeprefix("error: ")
     assert describe_unfinished(run.read_ending()) == f"refused: {reason}"
-    without = run_job("train.py", *options, *other)
-    assert without.returncode == 0, without.stderr
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    places = [options[options.index("--dataset") + 1], storage.parent(run.uri), undisturbed.uri]
+    command = [sys.executable, str(script), *places]
+    without = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (without.returncode, without.stdout) == (0, "2 completed\n"), without.stderr
+    assert "epoch 2/2 - loss: " in without.stderr
+    head, tuned = RunFolder(f"{run.uri}-head").read_record(), run.read_record()
+    assert (head.config.freeze_trunk, tuned.config.freeze_trunk) == (True, False)
+    assert (head.config.init_from, tuned.config.init_from) == (undisturbed.uri, f"{run.uri}-head")
+    assert tuned.config.base_learning_rate == pytest.approx(head.config.base_learning_rate / 10)
+    assert tuned.command.startswith("python jobs/train.py --arch cnn_softmax --arch-argument first_filters=8 ")
 
 
 def test_a_worker_that_dies_too_often_fails_the_run(options, tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trainer.config.recipes import RECIPES
-from trainer.config.request import ARGUMENTS, OPTIONS, RunRequest, merge_options, parse_request, read_options
+from trainer.config.request import ARGUMENTS, OPTIONS, RunRequest, merge_file, parse_request
 from trainer.runtime.commands import JobCommand
 from trainer.runtime.errors import InputError
 
@@ -94,14 +94,11 @@ def parse_command(options: Mapping[str, Any]) -> RunRequest:
         InputError: the file cannot be read, a name is unknown, or a value is not allowed.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    of_file = read_options(given.pop("config")) if given.get("config") else {}
-    if {"epochs", "steps"} & given.keys():
-        of_file = {name: value for name, value in of_file.items() if name not in ("epochs", "steps")}
-    given.pop("config", None)
     for table in ARGUMENTS:
         flag = table.removesuffix("s")
         given[table] = dict(parse_assignment(text, flag) for text in given.pop(flag, []))
-    return parse_request(merge_options(of_file, given))
+    config = given.pop("config", "")
+    return parse_request(merge_file(config, given) if config else given)
 
 
 def _describe_default(name: str) -> str:

@@ -160,6 +160,18 @@ def read_options(path: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _NO_OPTIONS}
 
 
+def merge_file(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a file, in which the given ones replace others.
+
+    Raises:
+        InputError: the file cannot be read; see `read_options`.
+    """
+    of_file = read_options(path)
+    if {"epochs", "steps"} & given.keys():
+        of_file = {name: value for name, value in of_file.items() if name not in ("epochs", "steps")}
+    return merge_options(of_file, given)
+
+
 def format_options(values: Mapping[str, Any]) -> str:
     """Format options as a TOML file that `read_options` reads back."""
     plain = {name: value for name, value in values.items() if name in OPTIONS and name not in ARGUMENTS}

@@ -1,10 +1,11 @@
 """Output and exit codes of every job: progress on stderr, results on stdout.
 
-On a terminal there are progress bars, and lines are wrapped at its width; piped or in a job log there are plain lines
-with the time of day and without control characters.
+On a terminal there are progress bars, and lines are wrapped at its width; in a notebook there is a bar above the lines;
+piped or in a job log there are plain lines with the time of day and without control characters.
 """
 
 import contextlib
+import html
 import io
 import sys
 import time
@@ -35,6 +36,8 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 _PLAIN_INTERVAL_SECONDS = 10.0
 # The time left follows from the speed over this time: longer than an epoch's pause for validation.
 _SPEED_SECONDS = 300.0
+# Minimum time between two changes of the bar in a notebook: each is a message to the browser, which keeps all of them.
+_NOTEBOOK_INTERVAL_SECONDS = 0.5
 
 
 def print_words(line: str) -> None:
@@ -69,6 +72,9 @@ def exit_codes() -> Iterator[None]:
 @contextlib.contextmanager
 def show_events() -> Iterator[OnEvent]:
     """Yield a function that shows events: the current stage as a progress bar, all others as lines."""
+    if stderr.is_jupyter:
+        yield _uninterrupted(_notebook_lines())
+        return
     if not stderr.is_terminal:
         yield _uninterrupted(_plain_lines())
         return
@@ -105,6 +111,28 @@ def _uninterrupted(show: OnEvent) -> OnEvent:
             show(event)
 
     return show_whole
+
+
+def _notebook_lines() -> OnEvent:
+    """Return a function that shows events below a notebook's cell; rich's own bars need a package in the browser."""
+    from IPython.display import display
+
+    # The bar stays above the lines, where each of its states takes the place of the one before.
+    bar = display({"text/plain": ""}, raw=True, display_id=True)
+    stage, last_change = "", 0.0
+
+    def show(event: Event) -> None:
+        nonlocal stage, last_change
+        if not isinstance(event, StageProgressed):
+            print(event.short if isinstance(event, EpochFinished) else event, flush=True)
+            return
+        now = time.monotonic()
+        if event.stage != stage or event.done >= event.total or now - last_change >= _NOTEBOOK_INTERVAL_SECONDS:
+            stage, last_change = event.stage, now
+            drawn = f'<progress value="{event.done}" max="{event.total}"></progress> {html.escape(str(event))}'
+            bar.update({"text/plain": str(event), "text/html": drawn}, raw=True)
+
+    return show
 
 
 def _plain_lines() -> OnEvent:

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import platform
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -76,7 +78,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_main, args=(folder, other), daemon=True)
-        self._process.start()
+        with _without_main_module():
+            self._process.start()
         # Only the process holds the other end now, so its death closes the pipe.
         other.close()
 
@@ -112,6 +115,21 @@ class _Worker:
         self._process.kill()
         self._process.join()
         self._connection.close()
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Keep a process that starts in this context from running the script of this process once more.
+
+    Python does that for functions that are pickled by name, and a script that trains without looking at ``__name__``
+    would train again there. Functions come as cloudpickle's, by value.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _describe_end(process: SpawnProcess, pulse: Pulse | None, folder: str) -> WorkerDiedError:
