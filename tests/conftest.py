@@ -39,6 +39,8 @@ TINY_NETWORKS = {
     "resnet18": {"width": 0.125},
     "resnet34": {"width": 0.125},
     "resnet50": {"width": 0.125},
+    "inception_v3": {"width": 0.125},
+    "xception": {"width": 0.125, "middle_blocks": 1},
 }
 
 

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from trainer.architectures.alexnet import build_alexnet
 from trainer.architectures.cnn import build_cnn
 from trainer.architectures.inception import build_googlenet, build_inception_notes
+from trainer.architectures.inception_v3 import build_inception_v3
 from trainer.architectures.resnet import build_resnet
 from trainer.architectures.vgg import build_vgg
+from trainer.architectures.xception import build_xception
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ ARCHITECTURES: Mapping[str, ModelSpec] = {
         (224, 3, 1000, 25_636_712),
         arguments={"blocks": (3, 4, 6, 3), "bottleneck": True, "convolution_bias": True},
     ),
+    "inception_v3": ModelSpec(
+        build_inception_v3,
+        75,
+        "Szegedy et al. 2015 (Keras layout, no auxiliary head)",
+        (299, 3, 1000, 23_851_784),
+    ),
+    "xception": ModelSpec(build_xception, 32, "Chollet 2016, figure 5 (Keras layout)", (299, 3, 1000, 22_910_480)),
 }
 
 

@@ -88,6 +88,8 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "base_learning_rate": 0.002,
             "arch_arguments": {**_HE_NORMAL, "zero_init_residual": True},
         },
+        "inception_v3": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL},
+        "xception": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL},
     },
 }
 

@@ -10,7 +10,7 @@ from tests.conftest import TINY_NETWORKS
 from trainer.architectures import ARCHITECTURES, build_model, count_parameters, family_arguments
 
 # One of each family: their variants differ in numbers only.
-FAMILIES = ["cnn_tapered", "alexnet", "vgg19", "inception_notes", "googlenet", "resnet18"]
+FAMILIES = ["cnn_tapered", "alexnet", "vgg19", "inception_notes", "googlenet", "resnet18", "inception_v3", "xception"]
 
 
 @pytest.fixture(params=["float32", "mixed_bfloat16"])
@@ -54,6 +54,8 @@ PUBLISHED = [
     ("resnet34", 224, 3, 1000, 21_797_672 + 17_024),
     # As Keras counts it.
     ("resnet50", 224, 3, 1000, 25_636_712),
+    ("inception_v3", 299, 3, 1000, 23_851_784),
+    ("xception", 299, 3, 1000, 22_910_480),
 ]
 
 
@@ -87,7 +89,7 @@ def test_the_initializer_is_that_of_every_kernel_but_the_last(arch):
     assert isinstance(logits.kernel_initializer, keras.initializers.GlorotUniform)
 
 
-@pytest.mark.parametrize("arch", ["cnn_tapered", "inception_notes"])
+@pytest.mark.parametrize("arch", ["cnn_tapered", "inception_notes", "xception"])
 def test_dropout_is_a_layer_only_where_it_is_asked_for(arch):
     def rates(model) -> list[float]:
         return [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
@@ -103,7 +105,7 @@ def test_the_smallest_image_leaves_every_layer_a_pixel(arch):
         assert all(size >= 1 for layer in model.layers for size in layer.output_shape[1:])
 
 
-@pytest.mark.parametrize("arch", ["cnn_softmax", "cnn_deep", "cnn_tapered", "alexnet", "vgg16"])
+@pytest.mark.parametrize("arch", ["cnn_softmax", "cnn_deep", "cnn_tapered", "alexnet", "vgg16", "inception_v3"])
 def test_one_pixel_less_than_the_smallest_image_is_too_few(arch):
     with pytest.raises(ValueError):  # noqa: PT011 - Keras words it otherwise in each layer
         count_parameters(arch, ARCHITECTURES[arch].min_image_size - 1, 1, 3)
