@@ -23,7 +23,8 @@ def main(
     list_archs: Annotated[bool, Option("--list-archs", help="Print the architectures, and exit.")] = False,
     storage: Annotated[str, Option(help="Folder or s3:// prefix in which the run is stored.")] = "runs",
     run_name: Annotated[
-        str, Option(help="Name of the run folder; the name of a run continues it. Default: architecture and time.")
+        str,
+        Option(help="Name of the run folder; that of an interrupted run resumes it. Default: architecture and time."),
     ] = "",
     wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers or starting nodes.")] = 0,
     max_failures: Annotated[int, Option(min=0, help="How often the workers are restarted after they were lost.")] = 3,

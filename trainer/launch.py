@@ -25,6 +25,7 @@ from trainer.config.batch_table import (
     given_batch,
 )
 from trainer.config.config import TrainConfig, find_differences, replace_values, resize_batch
+from trainer.config.pretrained import fetch_published, find_published
 from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, resolve
 from trainer.notes.diagnostics import History, find_symptoms
@@ -226,10 +227,11 @@ def _check_fits(request: RunRequest, manifest: Manifest) -> None:
             f"--global-batch-size {given_size} is more than the {format_count(rows, 'train image')} of "
             f"{request.dataset}; give {rows} or less"
         )
-    if settings.init_from and not storage.exists(settings.init_from):
+    is_location = settings.init_from and not find_published(settings.init_from)
+    if is_location and not storage.exists(settings.init_from):
         raise InputError(
             f"--init-from {settings.init_from}: there is no such run or file; give a run folder or a weights file "
-            "(.safetensors or .h5)"
+            "(.safetensors or .h5), or keras:NAME"
         )
     if settings.export == "onnx" and importlib.util.find_spec("tf2onnx") is None:
         raise InputError("--export onnx needs a package that is not installed: pip install -e '.[onnx]'")
@@ -307,6 +309,9 @@ def plan_run(
         repaired.append(run.repair_manifest(manifest))
     for event in filter(None, repaired):
         on_event(event)
+    published = find_published(request.settings.init_from)
+    if published and not checkpoints.find_last(run.checkpoints):
+        fetch_published(published, storage.parent(run.uri), on_event)
     if record is not None and record.batch is not None and record.batch.request == request.batch:
         batch = record.batch
     else:

@@ -26,7 +26,8 @@ class BatchRequest(BaseModel):
     """Images per optimizer step over all workers: auto (the batch with the shortest time to a result), max (the most
     that memory holds), knee (the smallest batch that is about as fast as the fastest), or a number."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
-    """Precision of the layers; auto measures which is fastest. Variables, logits and losses are always float32."""
+    """Precision of the layers, mixed precision or float32; auto measures which is fastest. Variables, logits and losses
+    are always float32."""
     min_steps_per_epoch: int = Field(10, ge=1)
     """Minimum optimizer steps per epoch that a batch of auto, max or knee leaves."""
     memory_limit_gib: float | None = Field(None, gt=0)
@@ -55,9 +56,11 @@ class Settings(BaseModel):
     arch_arguments: dict[str, bool | int | float | str | list[int]] = {}
     """Arguments of the architecture's family (width, dropout, ...) that replace those of the architecture."""
     init_from: str = ""
-    """Run folder or weights file, local or s3://, to load initial weights from; layers are matched by name."""
+    """Transfer learning: run folder or weights file, local or s3://, to load initial weights from, layers being matched
+    by name; or keras:NAME, the weights of tf_keras.applications for vgg16, vgg19, resnet50, inception_v3 or xception,
+    pretrained on ImageNet."""
     freeze_trunk: bool = False
-    """Train the last layer only."""
+    """Train the last layer only, the first part of fine-tuning."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
     """Optimizer. Weight decay is decoupled in all of them, so adamw is the same as adam."""
     base_learning_rate: float = Field(gt=0)
@@ -85,18 +88,19 @@ class Settings(BaseModel):
     warmup_epochs: float = Field(1.0, ge=0)
     """Epochs in which the learning rate rises linearly from zero, at most a tenth of all steps."""
     clip_norm: float = Field(0.0, ge=0)
-    """Maximum L2 norm of the gradients; larger ones are scaled down to it. 0 disables clipping."""
+    """Gradient clipping: maximum L2 norm of the gradients; larger ones are scaled down to it. 0 disables it."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training objective; reported losses are plain cross-entropies."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the classes in the training objective; balanced gives every class the same total weight, however many
-    images it has."""
+    """Weights of the classes in the training objective, against imbalance; balanced gives every class the same total
+    weight, however many images it has."""
     ema_momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum per step of an exponential moving average of the weights, which is validated and kept; less in the first
     steps. 0 disables it."""
     augment: Literal["auto", "all", "none"] = "all"
-    """Random changes of the training images: auto tries which of the --augment options lower the validation loss, also
-    none of them, and a flip; all applies all of them; none applies none. The default is all if one of them is given."""
+    """Data augmentation, random changes of the training images: auto tries which of the --augment options lower the
+    validation loss, also none of them, and a flip; all applies all of them; none applies none. The default is all if
+    one of them is given."""
     augment_flip: bool = False
     """Flip half of the training images left to right."""
     augment_rotation: float = Field(0.0, ge=0, le=180)
@@ -107,10 +111,11 @@ class Settings(BaseModel):
     """Maximum zoom of training images as a fraction of their size, in or out."""
     augment_contrast: float = Field(0.0, ge=0, lt=1)
     """Maximum change of the contrast of training images, as a fraction, up or down."""
-    input_scaling: Literal["image", "standardise", "unit"] = "standardise"
+    input_scaling: Literal["image", "standardise", "unit", "imagenet", "symmetric"] = "standardise"
     """Scaling of the pixels: image (zero mean and unit standard deviation within each image, so that its brightness and
-    contrast do not matter), standardise (zero mean and unit standard deviation over the train split) or unit (0 to
-    1)."""
+    contrast do not matter), standardise (zero mean and unit standard deviation over the train split), unit (0 to 1),
+    imagenet (0 to 255 minus the mean color of ImageNet, which keras:vgg16, keras:vgg19 and keras:resnet50 expect and
+    choose) or symmetric (-1 to 1, for keras:inception_v3 and keras:xception)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialization, dropout, augmentation and data order."""
     checkpoint_every: int = Field(0, ge=0)

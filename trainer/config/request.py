@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from trainer.architectures import ARCHITECTURES, family_arguments
 from trainer.config.config import BatchRequest, Settings, TrainConfig, validate
 from trainer.config.optimizers import drop_foreign_arguments, upgrade_options
+from trainer.config.pretrained import check_arch_of_published, find_published, resolve_init_from
 from trainer.config.recipes import RECIPES, recipe_epochs, recipe_patience
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
@@ -98,11 +99,14 @@ def parse_request(options: Mapping[str, Any]) -> RunRequest:
     check_arch(arch)
     if "augment" not in given and any(name.startswith("augment_") for name in given):
         given["augment"] = "all"
+    if "input_scaling" not in given and (published := find_published(given.get("init_from", ""))):
+        given["input_scaling"] = published.input_scaling
     values = merge_options(_recipe_of(recipe, arch), given)
     check_arch(arch, values["arch_arguments"])
-    for name in ("dataset", "init_from"):
+    for name, resolve_location in (("dataset", storage.resolve_uri), ("init_from", resolve_init_from)):
         if values.get(name):
-            values[name] = storage.resolve_uri(values[name])
+            values[name] = resolve_location(values[name])
+    check_arch_of_published(values.get("init_from", ""), arch)
     if {"epochs", "steps"} <= given.keys():
         raise InputError(f"--epochs {given['epochs']} and --steps {given['steps']}: give one of them")
     parts = {

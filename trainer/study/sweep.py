@@ -21,6 +21,7 @@ from trainer import launch
 from trainer.batch.finder import measure_size
 from trainer.config.config import TrainConfig
 from trainer.config.options import format_command, format_value
+from trainer.config.pretrained import resolve_init_from
 from trainer.config.request import merge_options, parse_request
 from trainer.record.run_folder import RunFolder, RunInterruption
 from trainer.runtime import storage
@@ -438,7 +439,9 @@ def _options(study: Study, values: Values) -> dict[str, Any]:
     """Return the options of a trial for `trainer.config.request`."""
     options = merge_options(study.base, nest_values(values))
     # The process of a trial has another current folder.
-    options |= {name: storage.resolve_uri(options[name]) for name in ("dataset", "init_from") if options.get(name)}
+    for name, resolve_location in (("dataset", storage.resolve_uri), ("init_from", resolve_init_from)):
+        if options.get(name):
+            options[name] = resolve_location(options[name])
     return {**options, "epochs": study.epochs, "steps": study.steps}
 
 

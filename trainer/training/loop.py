@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ from trainer.training.profile import StepProfiler
 from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
 from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_eval_step, compile_gather, compile_train_step
 from trainer.training.tracking import write_tensorboard
-from trainer.training.transfer import read_weights
+from trainer.training.transfer import read_initial_weights
 from trainer.training.xla import choose_step
 
 _PROGRESS_INTERVAL_SECONDS = 0.5
@@ -189,9 +190,12 @@ class _Training:
         self._job, self._run, self._config, self._rank, self._attempt = job, run, config, rank, attempt
         self._lineage = (*last.lineage, (last.attempt, last.step)) if last else ()
         self._train, self.val = (open_split(config.dataset, job.manifest, name) for name in ("train", "val"))
-        initial_weights = read_weights(config.init_from) if config.init_from and last is None else None
+        read_weights = partial(read_initial_weights, config.init_from, storage.parent(run.uri))
+        starts_elsewhere = bool(config.init_from) and last is None
         self._steps_per_epoch = len(self._train) // config.global_batch_size
-        self.network = build_network(job.manifest, config, self._steps_per_epoch, initial_weights)
+        self.network = build_network(
+            job.manifest, config, self._steps_per_epoch, read_weights if starts_elsewhere else None
+        )
         if self.network.transferred and rank == 0:
             job.send_event(WeightsTransferred(self.network.transferred))
         if config.precision == "float32" and uses_tf32() and rank == 0:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,10 @@ class Network:
 
 
 def build_network(
-    manifest: Manifest, config: TrainConfig, steps_per_epoch: int, initial_weights: LayerWeights | None = None
+    manifest: Manifest,
+    config: TrainConfig,
+    steps_per_epoch: int,
+    read_weights: Callable[[Any], LayerWeights] | None = None,
 ) -> Network:
     """Build the model and its optimizer with all variables, identical on every worker.
 
@@ -68,14 +71,14 @@ def build_network(
         manifest: the manifest of the dataset.
         config: the config of the run.
         steps_per_epoch: number of optimizer steps per epoch.
-        initial_weights: weights of another network, which layers of the same name start from.
+        read_weights: returns the weights that layers of the model start from, by their names.
 
     Raises:
         InputError: the network cannot be built with these arguments, or cannot start from these weights.
     """
     strategy, model = _build_distributed_model(manifest, config, config.all_reduce)
     with strategy.scope():
-        transferred = str(transfer_weights(model, initial_weights)) if initial_weights else ""
+        transferred = str(transfer_weights(model, read_weights(model))) if read_weights else ""
         if config.freeze_trunk:
             freeze_trunk(model)
         schedule = build_schedule(config, steps_per_epoch)

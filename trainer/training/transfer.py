@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
+from trainer.config.pretrained import find_published, read_published
 from trainer.record import checkpoint as checkpoints
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
@@ -65,7 +66,7 @@ def read_weights(location: str) -> LayerWeights:
     if location.endswith(".safetensors"):
         return _read_safetensors(location)
     if location.endswith((".h5", ".hdf5")):
-        return _read_hdf5(location)
+        return _parse_hdf5(location, _read_file(location))
     folder = storage.join(location, "checkpoints")
     best = checkpoints.find_best(folder)
     if best is None:
@@ -74,6 +75,28 @@ def read_weights(location: str) -> LayerWeights:
         )
     arrays = checkpoints.from_safetensors(checkpoints.read_file(folder, best, checkpoints.MODEL_NAME))
     return _by_layer(location, arrays)
+
+
+def read_initial_weights(init_from: str, storage_uri: str, model: Any) -> LayerWeights:
+    """Return what ``--init-from`` names, for a `tf_keras.Model`.
+
+    Args:
+        init_from: a run or a file, see `read_weights`, or ``keras:NAME``.
+        storage_uri: the storage of the run, which has a copy of published weights.
+        model: the network; layers of published weights are matched to its layers by their order, as Keras does: some
+            have no names there.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    published = find_published(init_from)
+    if published is None:
+        return read_weights(init_from)
+    of_file = _parse_hdf5(init_from, read_published(published, storage_uri))
+    arrays = [of_layer for of_layer in of_file.values() if of_layer]
+    if published.is_bgr:
+        arrays[0] = [np.flip(arrays[0][0], axis=2), *arrays[0][1:]]
+    return dict(zip((layer.name for layer in model.layers if layer.weights), arrays, strict=False))
 
 
 def _read_file(location: str) -> bytes:
@@ -108,11 +131,11 @@ def _weight_name(variable: str) -> str:
     return variable.rpartition("/")[2].partition(":")[0]
 
 
-def _read_hdf5(location: str) -> LayerWeights:
+def _parse_hdf5(location: str, content: bytes) -> LayerWeights:
     import h5py
 
     try:
-        opened = h5py.File(io.BytesIO(_read_file(location)))
+        opened = h5py.File(io.BytesIO(content))
     except OSError as error:
         raise InputError(f"--init-from {location} is not an HDF5 file: {error}; give another one") from error
     with opened as file:

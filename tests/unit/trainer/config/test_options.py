@@ -66,6 +66,17 @@ def test_the_text_under_a_field_is_its_help(invoke):
     assert "Maximum rotation of training images in degrees, in either direction. [default: from the recipe]" in output
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("early stopping", "transfer learning", "pretrained", "fine-tuning", "mixed precision", "gradient clipping"),
+        *("data augmentation", "label smoothing", "imbalance", "weight decay", "warmup", "moving average"),
+    ],
+)
+def test_help_has_the_words_that_people_look_for(invoke, words):
+    assert words in " ".join(invoke("--help").output.split()).lower()
+
+
 def test_help_groups_the_options_and_says_each_default(invoke):
     lines = invoke("--help").output.splitlines()
     assert [line for line in lines if line.endswith(":") and not line.startswith(" ")] == [

@@ -91,6 +91,11 @@ def test_arguments_that_the_family_does_not_take_are_refused(arguments, message)
         ({"epochs": 0}, "--epochs 0: "),
         ({"epochs": 2, "steps": 9}, "--epochs 2 and --steps 9: give one of them"),
         ({"seed": -1}, "--seed -1: "),
+        (
+            {"init_from": "keras:alexnet"},
+            "--init-from keras:alexnet: there are no such weights; ",
+        ),
+        ({"init_from": "keras:vgg19"}, "--init-from keras:vgg19 has the weights of vgg19, not of --arch alexnet; "),
         ({"global_batch_size": "many"}, "--global-batch-size many: "),
         ({"global_batch_size": 0}, "--global-batch-size 0: "),
     ],
@@ -140,6 +145,13 @@ def test_what_is_left_open_is_settled_by_recipe_dataset_and_batch(manifest, opti
     assert {name: config[name] for name in expected} == expected
     assert config["dataset_fingerprint"] == manifest.fingerprint
     assert config["dataset"] == "/data"
+
+
+def test_published_weights_choose_the_scaling_of_the_pixels_unless_it_is_given():
+    settings = parse_request({"arch": "xception", "init_from": "keras:xception"}).settings
+    assert (settings.init_from, settings.input_scaling) == ("keras:xception", "symmetric")
+    settings = parse_request({"arch": "vgg16", "init_from": "keras:vgg16", "input_scaling": "unit"}).settings
+    assert settings.input_scaling == "unit"
 
 
 def test_arguments_of_the_recipe_and_of_an_option_are_put_together():

@@ -22,6 +22,17 @@ def test_pixels_may_be_scaled_to_the_unit_interval(manifest, make_config):
     assert np.ravel(scaled) == pytest.approx([0, 1])
 
 
+def test_pixels_may_be_scaled_as_published_weights_expect_them(manifest, make_config):
+    color = manifest.model_copy(update={"channels": 3, "pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3})
+    pixels = np.float32([[[[10, 20, 30]]]])
+    for scaling, module in (("imagenet", keras.applications.resnet50), ("symmetric", keras.applications.xception)):
+        scaled = build_scaling(color, make_config(input_scaling=scaling))(pixels)
+        published = module.preprocess_input(pixels.copy())
+        np.testing.assert_allclose(scaled, published[..., ::-1] if scaling == "imagenet" else published, rtol=1e-5)
+    gray = build_scaling(manifest, make_config(input_scaling="imagenet"))(np.float32([[[[114.799]]]]))
+    assert np.ravel(gray) == pytest.approx([0], abs=1e-3)
+
+
 def test_each_channel_has_its_own_scale_and_a_plain_one_is_not_blown_up(manifest, make_config):
     color = manifest.model_copy(update={"channels": 3, "pixel_mean": [10.0, 20.0, 30.0], "pixel_std": [2.0, 4.0, 0.0]})
     scaled = build_scaling(color, make_config())(np.full((1, 1, 1, 3), 40, np.float32))
@@ -38,7 +49,7 @@ def test_brightness_and_contrast_of_an_image_do_not_matter_and_a_plain_one_is_no
     assert not of_plain.any()
 
 
-@pytest.mark.parametrize("input_scaling", ["image", "standardise", "unit"])
+@pytest.mark.parametrize("input_scaling", ["image", "standardise", "unit", "imagenet", "symmetric"])
 def test_scaling_has_no_weights_and_is_exact_in_mixed_precision(manifest, make_config, input_scaling):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:

@@ -1,14 +1,19 @@
+import hashlib
+from dataclasses import replace
+
+import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
 
 from trainer.architectures import build_model
+from trainer.config.pretrained import PUBLISHED, locate_published
 from trainer.record.checkpoint import MODEL_NAME, Position, read_variables, save_checkpoint, to_safetensors
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
-from trainer.training.transfer import freeze_trunk, read_weights, transfer_weights
+from trainer.training.transfer import freeze_trunk, read_initial_weights, read_weights, transfer_weights
 
 TINY_VGG = {"filters": (4, 4, 8, 8, 8), "dense_units": 16}
 TINY_RESNET = {"width": 0.125, "blocks": [1, 1, 1, 2]}
@@ -116,6 +121,50 @@ def test_an_image_size_that_changes_the_dense_layers_keeps_the_convolutions(run_
     np.testing.assert_array_equal(
         other.get_layer("block5_conv3").get_weights()[0], one.get_layer("block5_conv3").get_weights()[0]
     )
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Returns a function that makes a model's weights those that are published as ``keras:NAME``."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def write(model, name: str) -> None:
+        # As in the files of Keras: every layer but the last in order, those of convolutions by numbers of another kind.
+        path = tmp_path / "published.h5"
+        with h5py.File(path, "w") as file:
+            layers = {layer.name.replace("conv2d_", "convolution2d_"): layer for layer in model.layers[:-1]}
+            file.attrs["layer_names"] = [name.encode() for name in layers]
+            for name_of_layer, layer in layers.items():
+                group = file.create_group(name_of_layer)
+                group.attrs["weight_names"] = [weight.name.encode() for weight in layer.weights]
+                for weight in layer.weights:
+                    group[weight.name] = weight.numpy()
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], md5=digest))
+        storage.write_bytes(locate_published(PUBLISHED[name], str(tmp_path)), path.read_bytes())
+
+    return write
+
+
+def test_published_weights_are_matched_by_the_order_of_layers(publish, tmp_path):
+    one, other = (build_model("xception", 32, 3, 3, {"width": 0.125, "middle_blocks": 1}) for _ in range(2))
+    for variable in one.variables:
+        variable.assign(np.random.default_rng(len(variable.name)).uniform(0.1, 0.2, variable.shape))
+    publish(one, "xception")
+    transfer = transfer_weights(other, read_initial_weights("keras:xception", str(tmp_path), other))
+    assert transfer.initialised == ["logits"]
+    np.testing.assert_allclose(features(other, images(3)), features(one, images(3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_published_weights_that_take_blue_first_are_turned_around(publish, tmp_path, channels):
+    one, other = build_vgg(channels=3), build_vgg(channels=channels, seed=1)
+    publish(one, "vgg16")
+    transfer = transfer_weights(other, read_initial_weights("keras:vgg16", str(tmp_path), other))
+    assert transfer.initialised == ["logits"]
+    batch = images(channels)
+    blue_first = np.flip(batch, axis=3) if channels == 3 else batch.repeat(3, axis=3)
+    np.testing.assert_allclose(features(other, batch), features(one, blue_first), rtol=1e-4, atol=1e-6)
 
 
 def test_gray_images_give_a_colour_trunk_the_same_answers():
