@@ -1,4 +1,4 @@
-"""Read the bytes of images from where their source keeps them: files, members of a tar, rows of a Parquet file."""
+"""Read the bytes of images from where their source keeps them: files, parts of files, rows of a Parquet file."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ def read_contents(source: str, images: pa.Table) -> Iterator[bytes | None]:
         InputError: the storage denied access or could not be reached.
     """
     containers = set(images["container"].unique().to_pylist())
-    if containers == {None} or all(suffix_of(container) == ".tar" for container in containers if container):
+    if all(suffix_of(container) != ".parquet" for container in containers if container):
         with ThreadPoolExecutor(_READERS) as readers:
             yield from readers.map(lambda row: _read_one(source, row), images.to_pylist())
     else:

@@ -13,6 +13,7 @@ from PIL import Image
 from data_prep.formats import FORMATS
 from data_prep.manifest import SplitName
 from trainer.runtime.errors import InputError
+from trainer.runtime.markdown import format_count
 
 _SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",
@@ -148,6 +149,22 @@ def to_class_names(labels: Sequence[Any]) -> list[str | None]:
     if not all(matches):
         return names
     return [None if name is None else name.partition(".")[0] for name in names]
+
+
+def name_declared(uri: str, declared: Sequence[str], labels: Sequence[int | None]) -> list[str | None]:
+    """Return the class names of labels that are indices into declared names; None for a label that is not published.
+
+    Raises:
+        InputError: there are fewer names than labels.
+    """
+    known = [label for label in labels if label is not None]
+    if known and max(known) >= len(declared):
+        raise InputError(
+            f"{uri} has the label {max(known)}, but declares {format_count(len(declared), 'class')}; "
+            "declare every class"
+        )
+    # On the Hugging Face Hub, -1 marks such a label.
+    return [None if label is None or label < 0 else declared[label] for label in labels]
 
 
 def sort_class_names(names: Iterable[str]) -> list[str]:

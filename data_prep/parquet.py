@@ -1,16 +1,16 @@
 """Find images in the rows of Parquet files, such as those on the Hugging Face Hub."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.listing import FoundImage, Listing
-from data_prep.names import parse_split, split_of_file, suffix_of, to_class_name, to_class_names
+from data_prep.names import name_declared, parse_split, split_of_file, suffix_of, to_class_name, to_class_names
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
-from trainer.runtime.markdown import format_count
 
 
 def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> None:
@@ -31,39 +31,73 @@ def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> N
         return
     uri = storage.join(root, path)
     schema = storage.read_parquet_schema(uri)
+    check_columns(uri, schema, labelled)
     labels_in = label_column(schema)
-    if image_column(schema) is None or (labelled and labels_in is None):
-        raise InputError(
-            f"{uri} has the columns {', '.join(schema.names)}; required are image and label; split is optional"
-        )
     columns = [name for name in (labels_in, "split") if name in schema.names]
     with storage.open_file(uri) as file:
         rows = pq.read_table(file, columns=columns)
         num_rows = pq.ParquetFile(file).metadata.num_rows
     labels = rows[labels_in].to_pylist() if labels_in else [None] * num_rows
-    declared = declared_classes(schema)
-    class_names = _declared_names(uri, declared, labels) if declared else to_class_names(labels)
-    listing.declared_classes += [name for name in declared if name not in listing.declared_classes]
     splits = rows["split"].to_pylist() if "split" in columns else [split_of_file(path)] * num_rows
-    for row, (class_name, split) in enumerate(zip(class_names, splits, strict=True)):
-        name = f"{path}#{row:08d}"
-        if labelled and class_name is None and declared:
-            listing.ignore(name, "no_label")
-            continue
-        if labelled and class_name is None:
-            raise InputError(f"{path}, row {row} has no label; add it")
-        listing.found.append(FoundImage(name, class_name, parse_split(path, row, split), path, row))
+    places = [Place(row, 0) for row in range(num_rows)]
+    add_rows(uri, path, schema, labels, splits, places, listing, labelled)
 
 
-def _declared_names(uri: str, declared: list[str], labels: list[int | None]) -> list[str | None]:
-    known = [label for label in labels if label is not None]
-    if known and max(known) >= len(declared):
+class Place(NamedTuple):
+    """Where a file holds an image."""
+
+    offset: int
+    """Number of the first byte, or of the row in a Parquet file."""
+    bytes: int
+    """Size; 0 in a Parquet file."""
+
+
+def check_columns(uri: str, schema: pa.Schema, labelled: bool) -> None:
+    """Raise InputError where a file has no column of images, or none of labels and every image must have one."""
+    if image_column(schema) is None or (labelled and label_column(schema) is None):
         raise InputError(
-            f"{uri} has the label {max(known)}, but declares {format_count(len(declared), 'class')}; "
-            "declare every class"
+            f"{uri} has the columns {', '.join(schema.names)}; required are image and label; split is optional"
         )
-    # On the Hub, -1 marks a label that is not published.
-    return [None if label is None or label < 0 else declared[label] for label in labels]
+
+
+def add_rows(
+    uri: str,
+    path: str,
+    schema: pa.Schema,
+    labels: Sequence[Any],
+    splits: Sequence[Any],
+    places: Sequence[Place | None],
+    listing: Listing,
+    labelled: bool,
+) -> None:
+    """Add the rows of a file to a listing.
+
+    Args:
+        uri: URI of the file, for messages.
+        path: path of the file in the source.
+        schema: its schema, which can declare the names of the classes.
+        labels: label of each row, or None.
+        splits: split of each row as it is given, or None.
+        places: place of each image; None for one that the file does not hold.
+        listing: what to add to.
+        labelled: whether every image must have a label.
+
+    Raises:
+        InputError: a label is missing or unknown, or a split is unknown.
+    """
+    declared = declared_classes(schema)
+    class_names = name_declared(uri, declared, labels) if declared else to_class_names(labels)
+    listing.declared_classes += [name for name in declared if name not in listing.declared_classes]
+    for row, (class_name, split, place) in enumerate(zip(class_names, splits, places, strict=True)):
+        name = f"{path}#{row:08d}"
+        if place is None:
+            listing.ignore(name, "bytes_are_elsewhere", class_name)
+        elif labelled and class_name is None and declared:
+            listing.ignore(name, "no_label")
+        elif labelled and class_name is None:
+            raise InputError(f"{path}, row {row} has no label; add it")
+        else:
+            listing.found.append(FoundImage(name, class_name, parse_split(path, row, split), path, *place))
 
 
 def image_column(schema: pa.Schema) -> str | None:

@@ -6,10 +6,15 @@
     parquet      one file or a folder of files with the columns image (bytes, or a struct with a field bytes), label and
                  optionally split; the names of columns and classes can also be declared in the file, as on the Hugging
                  Face Hub
+    arrow        one Arrow file or a folder of them with the same columns, such as a Hugging Face dataset saved to disk
+    tfrecord     one TFRecord file or a folder of them, such as those of TensorFlow Datasets; each record is a
+                 tf.train.Example with the features image/encoded or image, and image/class/text, label or
+                 image/class/label
     webdataset   one tar or a folder of tars, with KEY.jpg and KEY.cls (or KEY.json with a field label) side by side;
                  tars without any label are read like the folder that they were made of
 
-For the last two, the split comes from a column split or from the file's name (train-00000.parquet, val/0.tar).
+For all but the first two, the split comes from a column split or from the file's name (train-00000.parquet, val/0.tar,
+mnist-train.tfrecord-00000-of-00001).
 
 Every file counts as an image unless its name plainly says otherwise: its bytes say what it is.
 """
@@ -25,6 +30,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.arrow import find_in_arrow
 from data_prep.folders import find_in_folders
 from data_prep.listing import FoundImage, Listing
 from data_prep.names import (
@@ -39,25 +45,26 @@ from data_prep.names import (
 from data_prep.parquet import find_in_parquet, image_column
 from data_prep.tables import TEXT_SUFFIXES, find_in_table
 from data_prep.tars import find_in_tars
+from data_prep.tfrecord import find_in_tfrecords, is_tfrecord
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 from trainer.runtime.events import SourceListed
 from trainer.runtime.markdown import format_count
 
-SourceFormat = Literal["folder", "table", "parquet", "webdataset"]
+SourceFormat = Literal["folder", "table", "parquet", "arrow", "tfrecord", "webdataset"]
 
 IMAGES_SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # identifies the image within the source
         ("label", pa.int32()),  # null if the source does not give it
         ("split", pa.string()),  # null if the source does not give it
-        ("container", pa.string()),  # null, or path of the tar or Parquet file with the image, relative to the source
-        ("offset", pa.int64()),  # in a tar: offset of the first byte; in a Parquet file: number of the row
-        ("bytes", pa.int64()),  # in a tar or a folder: size
+        ("container", pa.string()),  # null, or path of the file with the image and others, relative to the source
+        ("offset", pa.int64()),  # in a Parquet file: number of the row; in others: offset of the first byte
+        ("bytes", pa.int64()),  # size; in a Parquet file 0
     ]
 )
 
-_CONTAINER_SUFFIXES = {*TEXT_SUFFIXES, ".parquet", ".tar", ".tfrecord", ".tfrecords"}
+_CONTAINER_SUFFIXES = {*TEXT_SUFFIXES, ".parquet", ".arrow", ".tar"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,15 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
             case "parquet":
                 for path in sorted(visible):
                     find_in_parquet(root, path, listing, labelled)
+            case "arrow":
+                for path in sorted(visible):
+                    find_in_arrow(root, path, listing, labelled)
+            case "tfrecord":
+                find_in_tfrecords(root, sorted(visible), listing, labelled)
             case "webdataset":
                 find_in_tars(source, root, sorted(visible), listing, labelled)
     except FileNotFoundError as error:
-        raise InputError(f"{error}; give an existing folder, table, Parquet file or tar") from error
+        raise InputError(f"{error}; give an existing folder, or a file of a format that is read") from error
     except (pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(
             f"{source} is damaged, or not of the format that its name says: {str(error).splitlines()[0]}"
@@ -133,7 +145,8 @@ def _list_files(uri: str) -> tuple[str, dict[str, int]]:
     if storage.is_local(uri) and os.path.isfile(uri):
         return storage.parent(uri), {storage.basename(uri): os.path.getsize(uri)}
     sizes = storage.find_files(uri)
-    if not sizes and (suffix_of(uri) in _CONTAINER_SUFFIXES or (not storage.is_local(uri) and storage.exists(uri))):
+    is_container = suffix_of(uri) in _CONTAINER_SUFFIXES or is_tfrecord(uri)
+    if not sizes and (is_container or (not storage.is_local(uri) and storage.exists(uri))):
         return storage.parent(uri), {storage.basename(uri): 0}
     if not storage.is_local(uri) and not all(sizes.values()):
         # An empty object can have the name of a folder.
@@ -144,12 +157,12 @@ def _list_files(uri: str) -> tuple[str, dict[str, int]]:
 
 def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
     suffixes = {suffix_of(path) for path in paths}
-    if suffixes & {".tfrecord", ".tfrecords"}:
-        raise InputError(
-            f"{root}: TFRecord files are not supported; write the images to class folders, a WebDataset tar or Parquet"
-        )
     if suffixes & image_suffixes():
         return "folder"
+    if any(map(is_tfrecord, paths)):
+        return "tfrecord"
+    if ".arrow" in suffixes:
+        return "arrow"
     if suffixes & TEXT_SUFFIXES:
         return "table"
     if ".tar" in suffixes:

@@ -316,12 +316,6 @@ def test_a_webdataset_tar_is_read(source, tmp_path):
     assert sorted(rows["sha256"]) == sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
 
 
-def test_tfrecord_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "train.tfrecord").write_bytes(b"anything")
-    with pytest.raises(InputError, match="TFRecord files are not supported"):
-        prepare(str(tmp_path), str(tmp_path.with_name("dataset")), CONFIG)
-
-
 def test_a_table_cannot_name_files_outside_its_folder(tmp_path):
     (tmp_path / "inside").mkdir()
     table = tmp_path / "inside" / "table.csv"

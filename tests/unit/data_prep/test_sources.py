@@ -106,11 +106,6 @@ def test_a_damaged_container_is_refused(write_table, name):
         find_images(write_table(name, "not what the name says" * 100))
 
 
-def test_tfrecord_files_are_refused_with_what_to_do(write_files):
-    with pytest.raises(InputError, match="TFRecord files are not supported; write the images to"):
-        find_images(write_files("train.tfrecord"))
-
-
 def test_the_format_can_be_given(write_files):
     source = write_files("a/1.png", "b/2.png", "labels.csv")
     assert ignored_in(source) == {"labels.csv": "not_in_a_class_folder"}

@@ -1,0 +1,80 @@
+"""Find images in Arrow files, such as those of a Hugging Face dataset that was saved to disk."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.listing import Listing
+from data_prep.names import split_alluded_to, split_of_file, suffix_of
+from data_prep.parquet import Place, add_rows, check_columns, image_column, label_column
+from trainer.runtime import storage
+from trainer.runtime.errors import InputError
+
+SUFFIX = ".arrow"
+_FILE_MAGIC = b"ARROW1"
+
+
+def find_in_arrow(root: str, path: str, listing: Listing, labelled: bool) -> None:
+    """Add the images in the rows of an Arrow file, a stream or a random access file, to a listing.
+
+    Args:
+        root: path or URI of the source.
+        path: path of the file in the source; a file of another kind is ignored.
+        listing: what to add to.
+        labelled: whether every image must have a label.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        InputError: the columns are not those of images and labels, or the images are compressed.
+        pyarrow.ArrowInvalid: the file is damaged.
+    """
+    if suffix_of(path) != SUFFIX:
+        listing.ignore(path, "not_an_arrow_file")
+        return
+    uri = storage.join(root, path)
+    content = _map(uri)
+    schema, batches = _open(content)
+    check_columns(uri, schema, labelled)
+    images_in, labels_in = image_column(schema), label_column(schema)
+    labels: list[object] = []
+    splits: list[object] = []
+    places: list[Place | None] = []
+    of_file = split_of_file(path) or split_alluded_to(storage.basename(path).removesuffix(SUFFIX))
+    for batch in batches:
+        places += _find_places(uri, batch.column(images_in), content)
+        labels += batch.column(labels_in).to_pylist() if labels_in else [None] * len(batch)
+        splits += batch.column("split").to_pylist() if "split" in schema.names else [of_file] * len(batch)
+    add_rows(uri, path, schema, labels, splits, places, listing, labelled)
+
+
+def _map(uri: str) -> pa.Buffer:
+    """Return the content of a file; that of a local one is read only where it is looked at."""
+    return pa.memory_map(uri).read_buffer() if storage.is_local(uri) else pa.py_buffer(storage.read_bytes(uri))
+
+
+def _open(content: pa.Buffer) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    if content[: len(_FILE_MAGIC)].to_pybytes() != _FILE_MAGIC:
+        stream = pa.ipc.open_stream(content)
+        return stream.schema, iter(stream)
+    file = pa.ipc.open_file(content)
+    return file.schema, map(file.get_batch, range(file.num_record_batches))
+
+
+def _find_places(uri: str, column: pa.Array, content: pa.Buffer) -> list[Place | None]:
+    """Return where in a file the bytes of each image are; None for those that are not in it."""
+    array = column.field("bytes") if pa.types.is_struct(column.type) else column
+    if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
+        raise InputError(f"{uri}: the column of images holds {array.type}; required are the bytes of image files")
+    _, offsets, data = array.buffers()
+    if data is None:
+        return [None] * len(array)
+    first = data.address - content.address
+    if not 0 <= first <= content.size:
+        raise InputError(f"{uri} is compressed; write it without compression, or as Parquet")
+    kind = np.int32 if pa.types.is_binary(array.type) else np.int64
+    ends = np.frombuffer(offsets, kind)[array.offset : array.offset + len(array) + 1].tolist()
+    return [
+        Place(first + start, end - start) if valid else None
+        for start, end, valid in zip(ends, ends[1:], array.is_valid().to_pylist(), strict=False)
+    ]
