@@ -37,7 +37,9 @@ def main(
     profile_steps: Annotated[
         int, Option(min=1, help="Number of steps to profile; the first steps of a run are skipped.")
     ] = 10,
-    track: Annotated[list[str], Option(help="Also send metrics to tensorboard or mlflow; repeat for both.")] = [],  # noqa: B006
+    track: Annotated[
+        list[str], Option(help="Also log the run with tensorboard, mlflow or wandb; repeat for several.")
+    ] = [],  # noqa: B006
     **options: Any,
 ) -> None:
     """Train on all GPUs of the cluster at RAY_ADDRESS, or on this machine, and write a run folder."""
@@ -51,10 +53,11 @@ def main(
             from trainer.dry_run import preview_run
             from trainer.launch import check_request
             from trainer.runtime.cluster import connect
+            from trainer.runtime.storage import resolve_uri
             from trainer.training.tracking import check_trackers
 
             check_request(request, storage, run_name)
-            check_trackers(track)
+            check_trackers(track, resolve_uri(storage))
             with connect(wait_seconds=None, one_process=True) as resources:
                 console.stdout.print(preview_run(request, storage, resources), markup=False)
             return

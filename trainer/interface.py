@@ -20,6 +20,7 @@ from trainer.record.run_folder import RunFolder, RunResult, find_runs
 from trainer.runtime import console, storage
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import OnEvent
+from trainer.runtime.storage import resolve_uri
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +127,7 @@ def load_run(uri: str) -> Run:
     Raises:
         InputError: there is no run, or its record cannot be read.
     """
-    run = Run(storage.resolve_uri(uri))
+    run = Run(resolve_uri(uri))
     # Read now, so that a wrong place is an error here.
     _ = run.config
     return run
@@ -138,7 +139,7 @@ def load_runs(storage_uri: str = "runs") -> list[Run]:
     Args:
         storage_uri: local path or s3:// URI of the folder that runs are stored in.
     """
-    runs, _ = find_runs(storage.resolve_uri(storage_uri))
+    runs, _ = find_runs(resolve_uri(storage_uri))
     return [Run(run.folder.uri) for run in runs]
 
 
@@ -265,7 +266,7 @@ def train_request(
     from trainer.workers.groups import wait_for_workers
 
     launch.check_request(request, storage_uri, run_name)
-    check_trackers(trackers)
+    check_trackers(trackers, resolve_uri(storage_uri))
     one_process = launch.needs_one_process(request, storage_uri)
     with connect(wait_seconds=None, one_process=one_process) as cluster:
         resources = wait_for_workers(request.num_workers, cluster, wait, on_event)

@@ -58,7 +58,7 @@ from trainer.runtime.markdown import format_count
 from trainer.runtime.signals import failure_reason, received_signal
 from trainer.training.dataset import load_manifest
 from trainer.training.job import WorkerJob, WorkerResult
-from trainer.training.tracking import log_to_mlflow
+from trainer.training.tracking import FinishedRun, end_trackers
 from trainer.workers.groups import WorkerCount, needs_cluster, parse_num_workers, run_workers
 
 
@@ -607,9 +607,6 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_e
     if job.profile_steps and ray.is_initialized():
         # Chrome's trace viewer and ui.perfetto.dev show it.
         run.write(json.dumps(ray.timeline()).encode(), "profile", "ray_timeline.json")
-    if "mlflow" in job.trackers:
-        run.check_owner()
-        log_to_mlflow(run, config, last.history, result)
     if remember and not worker_result.reason and result.noise_scale is not None:
         remember_noise_scale(
             config.arch,
@@ -621,5 +618,6 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_e
             global_batch_size=config.global_batch_size,
         )
     write_note(run, runs, result)
+    end_trackers(job.trackers, FinishedRun(run, config, last.history, result))
     run.write_ending(result)
     return result

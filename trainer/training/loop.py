@@ -62,7 +62,7 @@ from trainer.training.noise import add_noise
 from trainer.training.profile import StepProfiler
 from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
 from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_eval_step, compile_gather, compile_train_step
-from trainer.training.tracking import write_tensorboard
+from trainer.training.tracking import write_tensorboard_epoch
 from trainer.training.transfer import read_initial_weights
 from trainer.training.xla import choose_step
 
@@ -575,4 +575,4 @@ def _write_checkpoint(
     run.write_metrics(position.history)
     run.write_steps(tables[checkpoints.STEPS_NAME])
     if "tensorboard" in job.trackers:
-        write_tensorboard(run, position.history)
+        write_tensorboard_epoch(run, position.history, tables[checkpoints.STEPS_NAME])
