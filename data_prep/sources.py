@@ -82,6 +82,8 @@ class Source:
     """Table with the columns path and reason: files that are not images, judging by their place or name."""
     listed: SourceListed
     """Event that describes what was found."""
+    source_format: SourceFormat
+    """The format that was given or detected."""
 
 
 def find_images(source: str, source_format: SourceFormat | None = None, *, labelled: bool = True) -> Source:
@@ -137,7 +139,7 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         _check_classes(source, listing, tables)
     elif not listing.found:
         raise InputError(f"{source}: no images found{_describe_ignored(listing)}; give images or a folder of them")
-    return _to_source(source, root, listing, tables if labelled else [])
+    return _to_source(source, root, source_format, listing, tables if labelled else [])
 
 
 def _list_files(uri: str) -> tuple[str, dict[str, int]]:
@@ -245,7 +247,9 @@ def _describe_chances(source: str, listing: Listing, tables: list[str]) -> str:
     return chances
 
 
-def _to_source(source: str, root: str, listing: Listing, unused_tables: list[str]) -> Source:
+def _to_source(
+    source: str, root: str, source_format: SourceFormat, listing: Listing, unused_tables: list[str]
+) -> Source:
     found = listing.found
     used = {image.class_name for image in found if image.class_name is not None}
     declared = [name for name in listing.declared_classes if name in used]
@@ -270,7 +274,7 @@ def _to_source(source: str, root: str, listing: Listing, unused_tables: list[str
         empty_classes=name_some([name for name in listing.declared_classes if name not in used]),
     )
     ignored = pa.table({"path": list(listing.ignored), "reason": list(listing.ignored.values())})
-    return Source(root, class_names, images, ignored, listed)
+    return Source(root, class_names, images, ignored, listed, source_format)
 
 
 def _count_names(counts: Counter[str]) -> str:

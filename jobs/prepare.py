@@ -61,6 +61,9 @@ def main(
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if a larger fraction of the files is rejected.")
     ] = 0.01,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what SOURCE holds and what would be left out, and exit.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset in DATASET.")] = False,
     wait: Wait = 0,
 ) -> None:
@@ -80,6 +83,13 @@ def main(
             seed=seed,
             max_bad_fraction=max_bad_fraction,
         )
+        if dry_run:
+            from data_prep.preview import preview_source
+            from data_prep.sources import find_images
+
+            for line in preview_source(find_images(source, source_format), config):
+                console.print_words(line)
+            return
         manifest = check_places(source, dataset, config, overwrite=overwrite)
         if manifest is None:
             with connect(wait_seconds=wait), console.show_events() as on_event:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_images_are_decoded_in_order_and_others_have_their_reason(source):
 
 @pytest.mark.parametrize(("image_size", "sizes"), [(250, [256, 256, 88]), (4096, [2] * 300)])
 def test_slices_cover_all_images_in_order_and_are_bounded(source, image_size, sizes):
-    many = Source(source.uri, source.class_names, source.images.take([0] * 600), source.ignored, source.listed)
+    many = replace(source, images=source.images.take([0] * 600))
     slices = slice_images(many, ImageOptions(image_size=image_size))
     assert [row for rows in slices for row in rows] == list(range(600))
     assert [len(rows) for rows in slices] == sizes
