@@ -16,7 +16,7 @@ unit: install
 	$(BIN)/pytest -n 2 tests/unit
 
 test: check unit
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest -n 2 --dist loadfile tests/integration
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

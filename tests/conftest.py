@@ -32,13 +32,13 @@ TINY_NETWORKS = {
     "cnn_deep": {"first_filters": 4, "dense_units": 8},
     "cnn_tapered": {"first_filters": 4, "dense_units": 8},
     "alexnet": {"width": 0.05, "dense_units": 16},
-    "vgg16": {"filters": [8, 8, 16, 16, 16], "dense_units": 32},
-    "vgg19": {"filters": [8, 8, 16, 16, 16], "dense_units": 32},
+    "vgg16": {"filters": [8, 8, 16, 16, 16], "convolutions": [1, 1, 1, 1, 1], "dense_units": 32},
+    "vgg19": {"filters": [8, 8, 16, 16, 16], "convolutions": [1, 1, 1, 1, 2], "dense_units": 32},
     "inception_notes": {"width": 0.25},
     "googlenet": {"width": 0.125},
-    "resnet18": {"width": 0.125},
-    "resnet34": {"width": 0.125},
-    "resnet50": {"width": 0.125},
+    "resnet18": {"width": 0.125, "blocks": [1, 1, 1, 2]},
+    "resnet34": {"width": 0.125, "blocks": [1, 1, 1, 1]},
+    "resnet50": {"width": 0.125, "blocks": [1, 1, 1, 1]},
     "inception_v3": {"width": 0.125},
     "xception": {"width": 0.125, "middle_blocks": 1},
 }
@@ -68,16 +68,6 @@ def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int
     return folder
 
 
-@pytest.fixture(scope="session")
-def stripes(tmp_path_factory) -> Path:
-    """A prepared dataset of 120 stripes, 32 pixels wide."""
-    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
-    folder = tmp_path_factory.mktemp("prepared") / "dataset"
-    job = run_job("prepare.py", str(source), str(folder), "--image-size", "32")
-    assert job.returncode == 0, job.stderr
-    return folder
-
-
 @pytest.fixture
 def handlers():
     """The signals that stop a job; what this process does at them is restored."""
@@ -102,7 +92,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An empty bucket on a real HTTP object store that every process started meanwhile can reach."""
+    with object_store() as bucket:
+        yield bucket
+
+
+@contextlib.contextmanager
+def object_store() -> Iterator[str]:
+    """Yield an empty bucket on a real HTTP object store that every process started meanwhile can reach."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
@@ -153,9 +149,11 @@ def ray_nodes(
     environment = {**os.environ, "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **variables}
     subprocess.run(["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     port, dashboard_port = free_port(), free_port()
-    ports = [f"--port={port}", f"--dashboard-port={dashboard_port}"]
+    ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={free_port()}"]
     commands = [["--head", f"--temp-dir={session}", *ports, *head]]
     commands += [[f"--address=127.0.0.1:{port}", *options] for options in nodes]
+    # Neither the nodes of one machine nor the clusters of tests that run side by side may share ports of workers.
+    any_port = ["--min-worker-port=0", "--max-worker-port=0"]
     started = []
 
     def run(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -174,7 +172,14 @@ def ray_nodes(
             with log_path.open("w") as log:
                 started.append(
                     subprocess.Popen(
-                        ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *command],
+                        [
+                            "ray",
+                            "start",
+                            "--block",
+                            f"--dashboard-agent-listen-port={free_port()}",
+                            *any_port,
+                            *command,
+                        ],
                         cwd=REPOSITORY,
                         env=environment,
                         stdout=log,

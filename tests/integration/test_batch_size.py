@@ -7,13 +7,14 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
-import ray
 
 from data_prep.manifest import Manifest
 from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import run_job, write_stripes
+from tests.conftest import write_stripes
 from trainer import launch
 from trainer.batch import finder
 from trainer.batch.finder import choose_batch
@@ -24,6 +25,11 @@ from trainer.runtime import storage
 from trainer.runtime.cluster import read_machine
 from trainer.runtime.errors import InputError
 from trainer.runtime.events import EpochFinished, SizeMeasured
+from trainer.training.batches import make_batch
+from trainer.training.dataset import epoch_order, load_manifest, open_split
+from trainer.training.network import build_network
+from trainer.training.noise import compile_noise
+from trainer.training.stages import plan_epoch
 
 NETWORK = {"first_filters": 8, "later_filters": [8], "dense_units": 32}
 SMALL = [word for name, value in NETWORK.items() for word in ("--arch-argument", f"{name}={json.dumps(value)}")]
@@ -39,9 +45,9 @@ def work(resources, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(resources, work):
-    """Return a function that runs a job on the cluster of this module."""
-    return partial(run_job, cwd=work, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+def run(run_on_cluster, work):
+    """Return a function that runs a job on the cluster, in the folder."""
+    return partial(run_on_cluster, cwd=work)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +86,13 @@ def test_the_note_has_the_table_and_a_picture(trained, work):
     assert (work / "runs" / "first" / "plots" / "batch_sizes.png").exists()
 
 
-def test_the_next_run_of_the_same_kind_measures_nothing(trained, run):
-    _, options = trained
-    again = run("train.py", *options, "--run-name", "second", "--seed", "1")
-    assert again.returncode == 0, again.stderr
-    assert measured_lines(again.stderr) == []
-    assert "2 replicas x" in again.stderr
+def test_the_next_run_of_the_same_kind_measures_nothing(trained, work, resources):
+    request, _ = ask(work, resources, num_workers="2", epochs=1, precision="auto", seed=1)
+    events = []
+    with launch.open_run(str(work / "runs"), "second", request.arch, resources) as second:
+        plan = launch.plan_run(request, second, resources, on_event=events.append)
+    assert not any(isinstance(event, SizeMeasured) for event in events)
+    assert plan.batch.table == RunFolder(str(work / "runs" / "first")).read_record().batch.table
 
 
 @pytest.mark.slow
@@ -100,6 +107,21 @@ def test_the_table_of_a_job_has_every_size_and_serves_the_next_run(trained, run,
     assert {one["size"] for one in measured["float32"]} >= {one.size for one in of_run.table.rows} | {4}
     assert set(measured) == {"float32", "mixed_bfloat16"}
     assert choice["table_name"] == of_run.table_name
+
+
+def test_the_noise_that_two_workers_measure_is_that_of_two_halves_of_the_batch(trained, work):
+    run, manifest = RunFolder(str(work / "runs" / "first")), load_manifest(str(work / "dataset"))
+    config = run.read_record().config.model_copy(update={"num_workers": 1})
+    train = open_split(str(work / "dataset"), manifest, "train")
+    first_rows = epoch_order(len(train), config.seed, 1)[: config.global_batch_size]
+    steps = len(train) // config.global_batch_size
+    network = build_network(manifest, config, steps)
+    network.start_epoch(plan_epoch([], config, steps), config, 0, steps)
+    measure = compile_noise(network, manifest, config)
+    noises = run.read_steps()["grad_noise"].to_numpy()
+    assert noises[0] == pytest.approx(float(measure(*make_batch(train, first_rows))), rel=1e-3)
+    assert np.isfinite(noises).all()
+    assert np.isfinite(pq.read_table(run.path("metrics.parquet"))["noise_scale"].to_numpy()).all()
 
 
 def search(work: Path, resources, storage_uri, num_workers: int = 1, **options) -> BatchChoice:
@@ -137,7 +159,8 @@ def kill_trial_workers(event) -> None:
             continue
 
 
-@pytest.mark.parametrize(("num_workers", "steps"), [(1, 10), (2, 5)])
+# That a worker of a group has died is found in test_train.py, too.
+@pytest.mark.parametrize(("num_workers", "steps"), [(1, 10), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_a_killed_trial_counts_as_out_of_memory_and_the_search_goes_on(
     work, resources, tmp_path, monkeypatch, num_workers, steps
 ):

@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from tests.conftest import run_job, write_stripes
 from trainer.inference import check_output, predict_images, request_evaluation
@@ -29,25 +27,19 @@ OPTIONS += ["--track", "tensorboard", "--evaluate-test", "--save-probabilities"]
 
 
 @pytest.fixture(scope="module")
-def run(resources):
-    """Return a function that runs a job on the cluster of this module: one that needs a cluster starts for longer."""
-    return partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
-
-
-@pytest.fixture(scope="module")
-def work(run, tmp_path_factory) -> Path:
+def work(run_on_cluster, tmp_path_factory) -> Path:
     """A folder with a source, a prepared dataset and a finished run."""
     folder = tmp_path_factory.mktemp("work")
     write_stripes(folder / "source", images_per_class=30)
-    prepared = run("prepare.py", "source", "dataset", "--image-size", "24", cwd=folder)
+    prepared = run_on_cluster("prepare.py", "source", "dataset", "--image-size", "24", cwd=folder)
     assert prepared.returncode == 0, prepared.stderr
     trained = run_job("train.py", *SMALL, "--dataset", "dataset", "--run-name", "first", *OPTIONS, cwd=folder)
     assert trained.returncode == 0, trained.stderr
     return folder
 
 
-def test_evaluation_repeats_the_runs_own_numbers_exactly(run, work):
-    finished = run("evaluate.py", "runs/first", cwd=work)
+def test_evaluation_repeats_the_runs_own_numbers_exactly(run_on_cluster, work):
+    finished = run_on_cluster("evaluate.py", "runs/first", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "exactly as recorded" in finished.stdout
     result = json.loads((work / "runs/first/result.json").read_text())
@@ -87,7 +79,7 @@ def test_reading_the_test_split_again_is_counted(work):
     assert len(list((work / "runs/first/test_reads").iterdir())) == 2
 
 
-def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run, resources, work):
+def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run_on_cluster, resources, work):
     shutil.copytree(work / "source", work / "new")
     (work / "new" / "down" / "broken.png").write_bytes((work / "new" / "down" / "000.png").read_bytes()[:200])
     shutil.copy(work / "new" / "across" / "000.png", work / "new" / "loose.png")
@@ -97,12 +89,12 @@ def test_predictions_have_a_row_an_image_and_bad_ones_their_reason(run, resource
         (output / name).write_text("old")
     with pytest.raises(InputError, match=r"predicted is not empty.*--overwrite"):
         check_output(str(output))
-    missing = run("predict.py", "runs/first", "new/missing.png", "predicted", "--overwrite", cwd=work)
+    missing = run_on_cluster("predict.py", "runs/first", "new/missing.png", "predicted", "--overwrite", cwd=work)
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
     assert "new/missing.png: no files found" in missing.stderr
     assert (output / "_summary.json").exists()
     (work / "new" / "down" / "Thumbs.db").touch()
-    finished = run("predict.py", "runs/first", "new", "predicted", "--overwrite", cwd=work)
+    finished = run_on_cluster("predict.py", "runs/first", "new", "predicted", "--overwrite", cwd=work)
     assert finished.returncode == 0, finished.stderr
     assert "92 images, 1 not decoded (damaged: 1)" in finished.stdout
     assert "92 files to read, 3 classes; ignored: 1 Thumbs.db" in finished.stderr

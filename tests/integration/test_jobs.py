@@ -5,32 +5,22 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from tests.conftest import REPOSITORY, free_port, run_job, write_stripes
-from trainer.runtime.cluster import connect
 
 SMALL = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
-TRAINING = [*SMALL, "--num-workers", "2", "--base-learning-rate", "0.05", "--epochs", "2"]
+TRAINING = [*SMALL, "--base-learning-rate", "0.05", "--epochs", "2"]
 TRAINING += ["--global-batch-size", "20", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return write_stripes(tmp_path_factory.mktemp("source"), images_per_class=30)
-
-
-@pytest.fixture(scope="module")
-def run_on_cluster(bucket):
-    """Return a function that runs a job on a cluster that knows the bucket; starting one for each takes time."""
-    with connect():
-        yield partial(run_job, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +32,9 @@ def dataset(run_on_cluster, bucket, source) -> str:
 
 
 @pytest.fixture(scope="module")
-def train(run_on_cluster, bucket, dataset):
+def train(bucket, dataset):
     def run(*options: str):
-        return run_on_cluster("train.py", *TRAINING, "--dataset", dataset, "--storage", f"{bucket}/runs", *options)
+        return run_job("train.py", *TRAINING, "--dataset", dataset, "--storage", f"{bucket}/runs", *options)
 
     return run
 
@@ -64,7 +54,7 @@ def test_a_job_log_has_one_line_of_arithmetic_and_one_an_epoch(finished):
     times, lines = zip(*(line.split(" ", 1) for line in finished.stderr.splitlines()), strict=True)
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time in times)
     assert lines[0] == (
-        "global batch 20 = 2 replicas x 10; 66 images: 3 steps per epoch, 6 dropped (different images each epoch); "
+        "global batch 20 = 1 replica x 20; 66 images: 3 steps per epoch, 6 dropped (different images each epoch); "
         "2 epochs = 6 steps"
     )
     assert [line.partition(" - ")[0] for line in lines[1:]] == ["epoch 1/2", "epoch 2/2"]
@@ -109,7 +99,7 @@ def test_a_used_name_with_another_config_is_refused(train, finished):
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(train):
-    odd = train("--global-batch-size", "21")
+    odd = train("--num-workers", "2", "--global-batch-size", "21")
     assert odd.returncode == 2
     assert "21 cannot be divided over 2 workers; give a multiple of 2, such as 20 or 22" in odd.stderr
 

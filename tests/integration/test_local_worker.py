@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -55,6 +57,10 @@ def undisturbed(options, tmp_path_factory) -> RunFolder:
     assert job.returncode == 0, job.stderr
     assert list(home.iterdir()) == []
     return RunFolder(f"{options[-1]}/undisturbed")
+
+
+def test_the_network_learns(undisturbed):
+    assert undisturbed.read_result().val.loss < 0.7 * np.log(3)
 
 
 def start(*options: str) -> subprocess.Popen[str]:
@@ -136,8 +142,12 @@ def test_the_worker_of_a_killed_driver_ends_and_the_same_command_goes_on(options
     assert f"{last.name}/model.safetensors is damaged" in damage.what
     assert str(damage) in Path(run.path("note.md")).read_text()
 
-    # As the refusal of evaluate.py says.
-    best = cut_off_weights(run, checkpoints.find_named(run.checkpoints, result.best_checkpoint))
+
+@pytest.mark.slow
+def test_the_same_command_repairs_a_finished_run_whose_best_is_damaged(options, undisturbed):
+    """As the refusal of evaluate.py says; that the next best takes its place is in test_loop.py."""
+    run = RunFolder(shutil.copytree(undisturbed.uri, f"{options[-1]}/repaired"))
+    best = cut_off_weights(run, checkpoints.find_named(run.checkpoints, run.read_result().best_checkpoint))
     Path(run.path("result.json")).unlink()
     repaired = run_job("train.py", *options, "--run-name", run.name)
     assert repaired.returncode == 0, repaired.stderr

@@ -17,15 +17,15 @@ NETWORK = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument de
 @pytest.fixture
 def submit(bucket, tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Return a function that submits a Python script and its options from elsewhere."""
-    # Two nodes of one machine must not share the ports of their workers.
-    node = ["--num-cpus=2", "--min-worker-port=0", "--max-worker-port=0"]
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as session,
-        ray_nodes(tmp_path, session, head=["--num-cpus=0"], nodes=[node, node]) as run,
+        ray_nodes(tmp_path, session, head=["--num-cpus=0"], nodes=[["--num-cpus=2"]] * 2) as run,
     ):
         yield partial(run, "submit", "--", "python")
 
 
+# Jobs that are submitted are in test_submit.py, two workers and a bucket in test_train.py and test_jobs.py.
+@pytest.mark.slow
 def test_images_are_prepared_and_trained_on_by_four_workers_of_two_nodes(submit, bucket, tmp_path):
     source = write_stripes(tmp_path / "source", images_per_class=40)
     for path in source.rglob("*.png"):

@@ -16,7 +16,6 @@ import pytest
 import ray
 
 from tests.conftest import REPOSITORY, run_job, write_stripes
-from trainer.runtime.cluster import connect
 from trainer.runtime.signals import raise_on_signals, received_signal
 
 # Many epochs: a signal finds it at work. The batch keeps an epoch short.
@@ -67,8 +66,8 @@ def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Pa
 STOPS = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
 
 
-# One worker is a process of the job, two are a cluster's.
-@pytest.mark.parametrize("num_workers", ["1", "2"])
+# One worker is a process of the job, two are a cluster's; that a cluster ends with its job is below.
+@pytest.mark.parametrize("num_workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path, num_workers):
     run = tmp_path / "one"
     for attempt, (send, number, code) in enumerate(STOPS):
@@ -90,15 +89,17 @@ def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, f
         assert list((run / "checkpoints").glob("*/checkpoint.json"))
 
 
-def test_a_signal_is_not_lost_in_ray(handlers):
+def test_a_signal_is_not_lost_in_ray(resources, handlers):
     @raise_on_signals()
     def wait_for_ray() -> None:
-        with connect():
-            threading.Timer(2, signal.raise_signal, [signal.SIGTERM]).start()
-            ray.get(ray.remote(lambda: time.sleep(60)).remote())
+        threading.Timer(2, signal.raise_signal, [signal.SIGTERM]).start()
+        ray.get(waiting)
+
+    waiting = ray.remote(lambda: time.sleep(60)).remote()
 
     with pytest.raises(KeyboardInterrupt):
         wait_for_ray()
+    ray.cancel(waiting, force=True)
     assert received_signal() == signal.SIGTERM
 
 

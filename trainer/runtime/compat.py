@@ -25,7 +25,7 @@ def find_running_cluster() -> str | None:
 def replace_local_name(address: str) -> str:
     """Replace a name of this machine in an address by the one that the nodes of a cluster know, as `ray.init` does."""
     # _private/services.py, line 686: canonicalize_bootstrap_address.
-    # test_submit.py: test_the_command_as_typed_trains_in_the_checkout_of_the_head
+    # test_submit.py: test_the_command_as_typed_trains_in_the_checkout_of_the_head_until_it_is_stopped
     from ray._private import services
 
     known: str = services.canonicalize_bootstrap_address(address)
@@ -44,7 +44,7 @@ def find_local_nodes() -> list[str]:
 def use_token_if_available() -> None:
     """Turn on authentication by token where this user has a token and has not chosen a mode."""
     # _private/authentication/authentication_token_setup.py, line 92; `ray.init` calls it for the address "auto" alone.
-    # test_submit.py: test_the_command_as_typed_trains_in_the_checkout_of_the_head
+    # test_submit.py: test_the_command_as_typed_trains_in_the_checkout_of_the_head_until_it_is_stopped
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
