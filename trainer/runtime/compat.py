@@ -219,7 +219,7 @@ def watch_starts(on_failed_start: Callable[[Exception], None]) -> Any:
 def error_of_function(error: Exception) -> Exception:
     """Return the error that a training function raised, which Ray Train may have wrapped with its traceback."""
     # train/v2/_internal/exceptions.py, line 158: UserExceptionWithTraceback._base_exc.
-    # test_train.py: test_a_run_that_diverges_in_its_first_epoch_says_so
+    # test_workers.py: test_an_error_that_would_come_again_ends_all_workers_at_once
     raised: Exception = getattr(error, "_base_exc", error)
     return raised
 
