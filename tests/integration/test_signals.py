@@ -40,10 +40,12 @@ def start(stripes, folders, tmp_path):
         command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(stripes), "--storage", str(tmp_path)]
         command += ["--num-workers", num_workers]
         job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        lines = []
         for line in job.stderr:
+            lines.append(line)
             if " epoch " in line:
                 return job
-        raise AssertionError("ended before its first epoch")
+        raise AssertionError("".join(lines))
 
     return start
 
