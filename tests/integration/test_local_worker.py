@@ -68,7 +68,7 @@ def start(*options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "jobs/train.py", *options]
     job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     for line in job.stderr:
-        if " epoch " in line:
+        if re.search(r" epoch \d+/", line):
             return job
     raise AssertionError("ended before its first epoch")
 

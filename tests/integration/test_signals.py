@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def start(stripes, folders, tmp_path):
         lines = []
         for line in job.stderr:
             lines.append(line)
-            if " epoch " in line:
+            # Not the line that says in which epoch an attempt continues.
+            if re.search(r" epoch \d+/", line):
                 return job
         raise AssertionError("".join(lines))
 
