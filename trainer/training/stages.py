@@ -32,7 +32,7 @@ _PLAIN_SHARE = 0.15
 _TRIAL_SHARE = 0.25
 # None and the best of the others.
 _FINALISTS = 2
-# The last epochs of `plain` that tell how far its validation loss moves by chance.
+# The last epochs of `plain` that tell how far its validation loss rises by chance.
 _NOISE_EPOCHS = 6
 # Share of the epochs so far that `decay` adds.
 _DECAY_SHARE = 0.15
@@ -122,13 +122,14 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
 def choose_augmentation(plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int) -> str:
     """Return the augmentation that won: the best, if it is better than none by more than the noise, else none.
 
-    The noise is how far the validation loss of plain training typically moves from one epoch to the next.
+    The noise is how far the validation loss of plain training typically rises from one epoch to the next, if it does:
+    a fall may be progress.
     """
     means = _compare_candidates(trials, unit)
     best = min(means, key=means.__getitem__)
     losses = [float(row["val_loss"]) for row in plain][-_NOISE_EPOCHS:]
-    moves = [abs(after - before) for before, after in pairwise(losses)]
-    return best if means[best] < means[NO_AUGMENTATION] - (median(moves) if moves else 0.0) else NO_AUGMENTATION
+    rises = [after - before for before, after in pairwise(losses) if after > before]
+    return best if means[best] < means[NO_AUGMENTATION] - (median(rises) if rises else 0.0) else NO_AUGMENTATION
 
 
 def _compare_candidates(trials: Sequence[Metrics], first: int) -> dict[str, float]:
