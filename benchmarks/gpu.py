@@ -206,7 +206,7 @@ def measure_ours(name: str, way: str, precision: str, tiny: bool, folder: str) -
     images = tf.constant(random.integers(0, 256, shape, np.uint8))
     labels = tf.constant(random.integers(0, case.classes, config.global_batch_size, np.int32))
     if way == "fit":
-        step = _fit_step(network, manifest, config, images, labels)
+        step = _fit_step(manifest, config, images, labels)
     else:
         train_step = compile_train_step(network, manifest, config, use_xla=way == "xla")
 
@@ -246,16 +246,21 @@ def _configure(case: Case, precision: str, tiny: bool) -> tuple[Any, Any]:
     return manifest, resolve(request, manifest, 1, given_batch(request.batch, 4 if tiny else case.batch, precision))
 
 
-def _fit_step(network: Any, manifest: Any, config: Any, images: Any, labels: Any) -> Callable[[], Any]:
+def _fit_step(manifest: Any, config: Any, images: Any, labels: Any) -> Callable[[], Any]:
     """Return the step that model.fit takes, of the same layers and optimizer."""
     import tensorflow as tf
     import tf_keras as keras
 
+    from trainer.architectures import build_model
     from trainer.training.scaling import build_scaling
 
+    # A model of its own: model.fit has no strategy here.
+    layers = build_model(
+        config.arch, manifest.image_size, manifest.channels, manifest.num_classes, config.arch_arguments
+    )
     inputs = keras.Input(images.shape[1:], dtype="uint8")
     scaled = build_scaling(manifest, config)(tf.cast(inputs, tf.float32))
-    model = keras.Model(inputs, network.model(scaled))
+    model = keras.Model(inputs, layers(scaled))
     model.compile(
         keras.optimizers.AdamW(1e-3, global_clipnorm=config.clip_norm or None, jit_compile=False),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
