@@ -118,6 +118,10 @@ def _use_common_terms(serialized: dict[str, Any]) -> dict[str, Any]:
             return {**serialized, **public_name, "config": {**config, "input_layers": images, "output_layers": scores}}
         case "BatchNormalization", {"axis": [axis]}:
             return {**serialized, "config": {**config, "axis": axis}}
+        case "SeparableConv2D", {"groups": _}:
+            # Arguments of a plain convolution, which `tf_keras` writes and does not use.
+            used = {name: value for name, value in config.items() if not name.startswith(("groups", "kernel_"))}
+            return {**serialized, "config": {**used, "kernel_size": config["kernel_size"]}}
     return serialized
 
 
