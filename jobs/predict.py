@@ -74,8 +74,10 @@ def print_summary(output: str, summary: "PredictionSummary") -> None:
     from trainer.record.evaluation_result import describe_accuracy
 
     reasons = ", ".join(f"{reason}: {count}" for reason, count in summary.rejected.items())
-    bad = f", {sum(summary.rejected.values())} not decoded ({reasons})" if reasons else ""
-    console.stdout.print(f"{output}: {format_count(summary.images, 'image')}{bad}", markup=False)
+    num_bad = sum(summary.rejected.values())
+    bad = f", {num_bad} not decoded ({reasons})" if reasons else ""
+    predicted = f"{summary.images - num_bad} of {format_count(summary.images, 'image')} predicted"
+    console.stdout.print(f"{output}: {predicted}{bad}", markup=False)
     for name, part in summary.parts.items():
         accuracy = f", {describe_accuracy(part.correct, part.labelled)}" if part.labelled else ""
         console.stdout.print(f"{name:5}  {format_count(part.images, 'image')}{accuracy}{_PARTS[name]}", markup=False)
