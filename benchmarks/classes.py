@@ -51,14 +51,17 @@ def read_gib(field: str) -> float:
 
 def make_manifest(num_classes: int) -> Manifest:
     """Return the manifest of a dataset whose files nobody reads."""
-    split = Split(rows_per_class=[_IMAGES_PER_CLASS] * num_classes, files=[])
+    split = Split(rows_per_class=[_IMAGES_PER_CLASS] * num_classes)
     names = [f"class with a rather long name {label:05d}" for label in range(num_classes)]
     return Manifest(
         image_size=32,
         channels=1,
         class_names=names,
         splits=dict.fromkeys(SPLITS, split),
+        shards=[],
+        tables={},
         rejected={},
+        duplicates="near",
         duplicate_images=0,
         leaked_images=0,
         pixel_mean=[128.0],
@@ -66,7 +69,7 @@ def make_manifest(num_classes: int) -> Manifest:
         source="/photos",
         fingerprint="0" * 64,
         **{"resize": "fit", "background": 255, "seed": 0, "val_fraction": 0.15, "test_fraction": 0.15},
-        **{"value_range": None, "value_range_given": False, "gray_levels": (0, 255)},
+        **{"value_range": None, "value_range_given": False, "value_counts": None},
     )
 
 

@@ -20,18 +20,42 @@ import typer
 from rich.table import Table
 
 from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
+from data_prep.shards import write_shard
 
 EPOCHS = 3
 
 
-def project(images: np.ndarray, labels: np.ndarray, batch: int, epoch: int) -> Iterator[Any]:
-    """As `trainer.training.loop` does: rows of a memory map, gathered in a thread ahead of their use."""
+def project(folder: str, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:
+    """As `trainer.training.loop` does: rows of mapped shards, gathered in a thread ahead of their use."""
+    from data_prep.manifest import Shard
     from trainer.training.batches import make_batch
     from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
+    from trainer.training.shards import MappedShards
 
-    split, order = ImageSplit(images, labels), epoch_order(len(images), 0, epoch)
-    steps = range(len(images) // batch)
-    return BatchFeed().batches(lambda step: make_batch(split, worker_rows(order, step, batch, 0, 1)), steps)
+    written = json.loads(Path(folder, "shards.json").read_text())
+    shards = [Shard.model_validate(one) for one in written["shards"]]
+    of_rows = [np.repeat(np.arange(len(shards), dtype=np.int32), [one.rows for one in shards])]
+    of_rows += [np.concatenate([np.arange(one.rows, dtype=np.int32) for one in shards])]
+    split = ImageSplit(labels, *of_rows, MappedShards(folder, shards, tuple(written["shape"])))
+
+    def begin(epoch: int) -> Iterator[Any]:
+        order, steps = epoch_order(split, 0, epoch), range(len(labels) // batch)
+        return BatchFeed().batches(lambda step: make_batch(split, worker_rows(order, step, batch, 0, 1)), steps)
+
+    return begin
+
+
+def write_shards(folder: str, images: np.ndarray) -> None:
+    """Write the same images as the shards of a dataset, of 128 MiB or a 64th."""
+    rows = max(256, min(len(images) // 64, 128 * 2**20 // images[0].nbytes))
+    shards = []
+    for start in range(0, len(images), rows):
+        path = f"shards/{start // rows:05d}-00000000.arrow"
+        with write_shard(f"{folder}/{path}", images.shape[1:]) as shard:
+            for image in images[start : start + rows]:
+                shard.add(image)
+        shards.append(shard.describe(path).model_dump())
+    Path(folder, "shards.json").write_text(json.dumps({"shape": images.shape[1:], "shards": shards}))
 
 
 def tf_data_cache(images: np.ndarray, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:
@@ -69,7 +93,7 @@ def measure(name: str, folder: str, batch: int) -> list[float]:
     if name == CONTESTANTS[0]:
         begin = tf_data_cache(images, labels, batch)
     elif name == CONTESTANTS[1]:
-        begin = lambda epoch: project(images, labels, batch, epoch)  # noqa: E731
+        begin = project(folder, labels, batch)
     else:
         begin = ray_data(images, labels, batch, name.split()[2].rstrip(","))
     rates = []
@@ -103,6 +127,7 @@ def main(
         images = np.lib.format.open_memmap(Path(folder, "images.npy"), mode="w+", dtype=np.uint8, shape=shape)
         for row in range(rows):
             images[row] = random.integers(0, 256, shape[1:], np.uint8)
+        write_shards(folder, images)
         np.save(Path(folder, "labels.npy"), random.integers(0, 10, rows).astype(np.int32))
         for _ in range(rounds):
             for name in CONTESTANTS:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BATCH = 32
 SGD_ARCHS = ("alexnet",)
 
@@ -26,7 +28,7 @@ def build_script(dataset: str, arch: str, seed: int = 0) -> tuple[Any, tuple[Any
     keras.utils.set_random_seed(seed)
     manifest = load_manifest(dataset)
     splits = [open_split(dataset, manifest, name) for name in ("train", "val")]
-    train, val = [((split.images / 255.0).astype("float32"), split.labels) for split in splits]
+    train, val = [((split.take(np.arange(len(split))) / 255.0).astype("float32"), split.labels) for split in splits]
     network = build_model(arch, manifest.image_size, manifest.channels, manifest.num_classes)
     model = keras.Sequential([network, keras.layers.Activation(ARCHITECTURES[arch].head)])
     optimizer = keras.optimizers.SGD(0.001) if arch in SGD_ARCHS else "adam"

@@ -33,7 +33,7 @@ def main(dataset: str, arch: str) -> None:
     """Print when its first step and its epochs ended, as JSON."""
     manifest = load_manifest(dataset)
     split = open_split(dataset, manifest, "train")
-    images = torch.from_numpy(np.moveaxis(np.asarray(split.images), -1, 1).copy())
+    images = torch.from_numpy(np.moveaxis(split.take(np.arange(len(split))), -1, 1).copy())
     labels = torch.from_numpy(split.labels.astype(np.int64))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_network(arch, manifest.image_size, manifest.channels, manifest.num_classes).to(device)

@@ -1,20 +1,35 @@
 """The card of a dataset: its counts, which files were not used and why, and a picture of every class."""
 
 import io
+import itertools
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.manifest import DUPLICATES_NAME, MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest
+from data_prep.manifest import DUPLICATES_NAME, MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest, rows_per_batch
 from trainer.runtime import storage
 from trainer.runtime.markdown import MOST_CLASSES, format_count, format_table, shorten_digest
 
 CARD_NAME = "README.md"
 CONTACT_SHEET_NAME = "contact_sheet.png"
 
+_READ_IT = (
+    "```python",
+    "import pyarrow as pa, pyarrow.parquet as pq, glob",
+    'index = pq.read_table("index.parquet")  # or pandas.read_parquet',
+    'shards = [pa.ipc.open_file(pa.memory_map(path)).read_all() for path in sorted(glob.glob("shards/*.arrow"))]',
+    'images = pa.concat_tables(shards)["image"]  # of chunk(0): to_numpy_ndarray()',
+    "",
+    "import datasets  # Hugging Face",
+    'dataset = datasets.load_dataset("arrow", data_files="shards/*.arrow", split="train")',
+    "```",
+)
 # The contact sheet stays below 2,000 pixels on each side: with more classes, each has fewer images.
 _ROWS, _COLUMNS = 20, 20
 _IMAGES_PER_CLASS = (8, 4, 2, 1)
@@ -25,10 +40,10 @@ _EXTREME_CLASSES = 10
 _LEAST_LEVELS = 64
 
 
-def write_card(dataset: str, manifest: Manifest) -> None:
-    """Write ``README.md`` and ``contact_sheet.png`` of a dataset whose Parquet files have been written."""
+def write_card(dataset: str, manifest: Manifest, index: pa.Table) -> None:
+    """Write ``README.md`` and ``contact_sheet.png`` of a dataset whose shards have been written."""
     sink = io.BytesIO()
-    _draw_contact_sheet(dataset, manifest).save(sink, format="png")
+    _draw_contact_sheet(dataset, manifest, index).save(sink, format="png")
     storage.write_bytes(storage.join(dataset, CONTACT_SHEET_NAME), sink.getvalue())
     storage.write_bytes(storage.join(dataset, CARD_NAME), _format_card(manifest).encode())
 
@@ -49,7 +64,7 @@ def describe_few_levels(manifest: Manifest) -> str:
     levels = high - low + 1
     if levels >= _LEAST_LEVELS:
         return ""
-    text = f"warning: 99% of training pixels lie in {levels} of 256 gray levels, {low}-{high} ({CONTACT_SHEET_NAME})"
+    text = f"warning: 99% of pixels lie in {levels} of 256 gray levels, {low}-{high} ({CONTACT_SHEET_NAME})"
     if manifest.value_range is None:
         return text
     start, end = manifest.value_range
@@ -86,6 +101,10 @@ def _format_card(manifest: Manifest) -> str:
         f"resize {manifest.resize}, background {manifest.background}, seed {manifest.seed}, fingerprint "
         f"{shorten_digest(manifest.fingerprint)}",
         "",
+        "To read it (row i of the index is row i of the shards, one after another):",
+        "",
+        *_READ_IT,
+        "",
         f"![the first images of {format_count(shown, 'class')}]({CONTACT_SHEET_NAME})",
         "",
     ]
@@ -108,7 +127,7 @@ def list_classes(manifest: Manifest) -> list[tuple[str, ...]]:
     return [tuple(map(str, row)) for row in (*rows, ("all", *totals, sum(totals)))]
 
 
-def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
+def _draw_contact_sheet(dataset: str, manifest: Manifest, index: pa.Table) -> Image.Image:
     """Draw the name and the first training images of each class, one class per row, in as many columns as needed."""
     fits = (count for count in _IMAGES_PER_CLASS if _COLUMNS // count * _ROWS >= manifest.num_classes)
     per_class = next(fits, _IMAGES_PER_CLASS[-1])
@@ -118,7 +137,7 @@ def _draw_contact_sheet(dataset: str, manifest: Manifest) -> Image.Image:
     height = _NAME_PIXELS + _TILE_PIXELS
     size = (-(-num_classes // _ROWS) * width - _GAP_PIXELS, min(num_classes, _ROWS) * height)
     sheet = Image.new("L" if manifest.channels == 1 else "RGB", size, "white")
-    for label, number, pixels in _first_images(dataset, manifest, num_classes, per_class):
+    for label, number, pixels in _first_images(dataset, manifest, index, num_classes, per_class):
         picture = Image.fromarray(pixels[..., 0] if manifest.channels == 1 else pixels)
         tile = picture.resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.LANCZOS)
         left, row = label // _ROWS * width, label % _ROWS
@@ -143,25 +162,22 @@ def _write_name(sheet: Image.Image, name: str, place: tuple[int, int], width: in
 
 
 def _first_images(
-    dataset: str, manifest: Manifest, num_classes: int, per_class: int
+    dataset: str, manifest: Manifest, index: pa.Table, num_classes: int, per_class: int
 ) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
-    """Yield label, number within the class and pixels of the first training images of each class.
-
-    Labels are read first, and pixels only from the row groups that have an image to show.
-    """
-    found = [0] * num_classes
-    for file in manifest.splits["train"].files:
-        with storage.open_file(storage.join(dataset, file.path)) as content:
-            parquet = pq.ParquetFile(content)
-            for group in range(parquet.num_row_groups):
-                if min(found) == per_class:
-                    return
-                labels = parquet.read_row_group(group, columns=["label"])["label"].to_numpy()
-                wanted = [label for label in range(num_classes) if found[label] < per_class and label in labels]
-                if not wanted:
-                    continue
-                images = parquet.read_row_group(group, columns=["image"])["image"].combine_chunks().to_numpy_ndarray()
-                for label in wanted:
-                    for row in np.flatnonzero(labels == label)[: per_class - found[label]]:
-                        yield label, found[label], images[row]
-                        found[label] += 1
+    """Yield label, number within the class and pixels of the first training images of each class."""
+    train = index.filter(pc.field("split") == "train").select(["shard", "row", "label"])
+    labels = train["label"].to_numpy()
+    by_label = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[by_label], np.arange(num_classes + 1))
+    wanted: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for label in range(num_classes):
+        for number, place in enumerate(by_label[starts[label] : starts[label + 1]][:per_class]):
+            wanted[train["shard"][place].as_py()].append((train["row"][place].as_py(), label, number))
+    for shard, images in wanted.items():
+        uri = storage.join(dataset, manifest.shards[shard].path)
+        with pa.memory_map(uri) if storage.is_local(uri) else storage.open_file(uri) as file:
+            reader, rows = pa.ipc.open_file(file), rows_per_batch(math.prod(manifest.image_shape))
+            for batch, of_batch in itertools.groupby(sorted(images), key=lambda image: image[0] // rows):
+                pixels = reader.get_batch(batch).column("image").to_numpy_ndarray()
+                for row, label, number in of_batch:
+                    yield label, number, pixels[row % rows]

@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import functools
+import itertools
 import unicodedata
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -13,30 +14,48 @@ import pyarrow.parquet as pq
 from data_prep.names import suffix_of
 from data_prep.parquet import image_column
 from trainer.runtime import storage
+from trainer.runtime.ahead import call_ahead
 from trainer.runtime.errors import InputError
 
-# Reads overlap the latency of an object store.
+# Reads overlap the latency of an object store, and decoding.
 _READERS = 8
+_BLOCK = 16
 # Errors of a local file system that concern one file; any other is treated as a failure of the whole source.
 _OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def read_contents(source: str, images: pa.Table) -> Iterator[bytes | None]:
-    """Yield the bytes of each image in turn, or None if the file does not exist or, if it is local, cannot be opened.
+    """Yield the bytes of each image in turn, as `read_blocks` does."""
+    return itertools.chain.from_iterable(read_blocks(source, images, _BLOCK))
+
+
+def read_blocks(source: str, images: pa.Table, block: int) -> Iterator[list[bytes | None]]:
+    """Yield the bytes of images in blocks, which are read ahead of their use.
+
+    The bytes are None if the file does not exist or, if it is local, cannot be opened.
 
     Args:
         source: URI of the folder that paths and containers are relative to.
         images: table with the columns of `data_prep.sources.IMAGES_SCHEMA`.
+        block: number of images in each block but the last.
 
     Raises:
         InputError: the storage denied access or could not be reached.
     """
     containers = set(images["container"].unique().to_pylist())
+    blocks = (images.slice(start, block).to_pylist() for start in range(0, len(images), block))
     if all(suffix_of(container) != ".parquet" for container in containers if container):
-        with ThreadPoolExecutor(_READERS) as readers:
-            yield from readers.map(lambda row: _read_one(source, row), images.to_pylist())
+        read = functools.partial(_read_block, source)
+        for future in call_ahead(read, blocks, ahead=_READERS, threads=_READERS, name="read"):
+            yield future.result()
     else:
-        yield from _read_rows(source, images.to_pylist())
+        contents = _read_rows(source, itertools.chain.from_iterable(blocks))
+        while some := list(itertools.islice(contents, block)):
+            yield some
+
+
+def _read_block(source: str, rows: list[dict[str, Any]]) -> list[bytes | None]:
+    return [_read_one(source, row) for row in rows]
 
 
 def _read_one(source: str, row: dict[str, Any]) -> bytes | None:
@@ -61,7 +80,7 @@ def _read_file(source: str, path: str) -> bytes:
     raise FileNotFoundError(path)
 
 
-def _read_rows(source: str, rows: list[dict[str, Any]]) -> Iterator[bytes | None]:
+def _read_rows(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[bytes | None]:
     """Yield the images in rows of Parquet files; read only the row groups that contain these rows."""
     group_of_file: tuple[str, int] | None = None
     images: list[Any] = []

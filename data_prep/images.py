@@ -1,7 +1,10 @@
 """Decode the images of a source in slices, one after another or as tasks of Ray Data."""
 
+import contextlib
 import hashlib
+import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +12,21 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from data_prep.contents import read_contents
+from data_prep.contents import read_blocks
 from data_prep.decode import ImageOptions, Pixels, decode_image
 from data_prep.formats import RejectedImageError
-from data_prep.isolation import Decode, Outcome, decode_guarded
+from data_prep.isolation import IMAGES_PER_CALL, Decode, Outcome, decode_guarded
 from data_prep.sources import Source
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
-# An interruption loses at most the slices being decoded; a slice fits into a worker's memory many times over.
+# A slice fits into a worker's memory many times over.
 _MAX_SLICE_IMAGES = 256
 _MAX_SLICE_BYTES = 32 * 2**20
 
 
 def slice_images(found: Source, options: ImageOptions) -> list[range]:
-    """Return the range of rows of each slice; the same source and options always give the same slices."""
+    """Return the range of rows of each slice: what a task decodes at once to predict it."""
     image_bytes = options.image_size**2 * options.channels
     rows = max(1, min(_MAX_SLICE_IMAGES, _MAX_SLICE_BYTES // image_bytes))
     return [range(start, min(start + rows, len(found.images))) for start in range(0, len(found.images), rows)]
@@ -31,8 +34,8 @@ def slice_images(found: Source, options: ImageOptions) -> list[range]:
 
 def decode_listed(
     source: str, listed: pa.Table, options: ImageOptions, decode: Decode = decode_image
-) -> tuple[list[bytes | None], list[Outcome]]:
-    """Return the bytes of each image (None if unreadable), and what it decodes to or why it cannot be used.
+) -> Iterator[tuple[bytes | None, Outcome]]:
+    """Yield the bytes of each image (None if unreadable), and what it decodes to or why it cannot be used.
 
     Args:
         source: URI of the folder that paths and containers are relative to.
@@ -40,11 +43,15 @@ def decode_listed(
         options: how to decode.
         decode: function that decodes one image.
     """
-    contents = list(read_contents(source, listed))
     slice_name = hashlib.sha256(repr((source, listed["path"][0], len(listed), options)).encode()).hexdigest()
     marker = Path(tempfile.gettempdir(), f"training-notes-decoding-{slice_name}")
-    decoded = iter(decode_guarded([content for content in contents if content is not None], options, marker, decode))
-    return contents, ["unreadable" if content is None else next(decoded) for content in contents]
+    for_decoder, for_user = itertools.tee(read_blocks(source, listed, IMAGES_PER_CALL))
+    calls = ([content for content in block if content is not None] for block in for_decoder)
+    with contextlib.closing(decode_guarded(calls, options, marker, decode)) as decoded:
+        for outcomes, block in zip(decoded, for_user, strict=True):
+            in_turn = iter(outcomes)
+            for content in block:
+                yield content, "unreadable" if content is None else next(in_turn)
 
 
 def decode_file(location: str, options: ImageOptions) -> Pixels:
@@ -62,8 +69,8 @@ def decode_file(location: str, options: ImageOptions) -> Pixels:
 def read_images(found: Source, options: ImageOptions) -> tuple[Any, int]:
     """Return a lazy `ray.data.Dataset` that decodes the images of a source, with or without labels, and their number.
 
-    The columns are path (string), label (string, the class name, or empty if there is none), sha256 (string, hash of
-    the file's bytes, as in a dataset), image (uint8 ``[image_size, image_size, channels]``, zeros if it could not be
+    The columns are path (string), label (string, the class name, or empty if there is none), sha256 (bytes, hash of
+    the file, as in a dataset), image (uint8 ``[image_size, image_size, channels]``, zeros if it could not be
     decoded) and error (string, the reason, or empty).
 
     Args:
@@ -85,13 +92,13 @@ def _decode_slice(
     items: dict[str, Any], images: Any, source: str, class_names: list[str], options: ImageOptions
 ) -> dict[str, Any]:
     listed = ray.get(images).slice(items["start"][0], items["rows"][0])
-    contents, outcomes = decode_listed(source, listed, options)
+    contents, outcomes = zip(*decode_listed(source, listed, options), strict=True)
     nothing = np.zeros((options.image_size, options.image_size, options.channels), np.uint8)
     labels = listed["label"].to_pylist()
     return {
         "path": np.array(listed["path"].to_pylist(), np.object_),
         "label": np.array(["" if label is None else class_names[label] for label in labels], np.object_),
-        "sha256": np.array([hashlib.sha256(content or b"").hexdigest() for content in contents], np.object_),
+        "sha256": np.array([hashlib.sha256(content or b"").digest() for content in contents], np.object_),
         "image": np.stack([outcome if isinstance(outcome, np.ndarray) else nothing for outcome in outcomes]),
         "error": np.array([outcome if isinstance(outcome, str) else "" for outcome in outcomes], np.object_),
     }

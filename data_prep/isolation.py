@@ -7,7 +7,7 @@ file that the first attempt left behind tells the second attempt to decode in a 
 import faulthandler
 import functools
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from data_prep.formats import RejectedImageError, RejectReason
 from data_prep.values import ValueRange
 
 # Images decoded in one call, with one timeout; after a bad image, the others of its call are decoded again.
-_IMAGES_PER_CALL = 16
+IMAGES_PER_CALL = 16
 _CALL_TIMEOUT_SECONDS = 60
 
 Decode = Callable[[bytes, ImageOptions], Pixels | ValueRange]
@@ -27,55 +27,49 @@ Outcome = Pixels | ValueRange | RejectReason
 
 
 def decode_guarded(
-    contents: Sequence[bytes], options: ImageOptions, marker: Path, decode: Decode = decode_image
-) -> list[Outcome]:
-    """Return what each image decodes to, or the reason why it cannot be used.
+    calls: Iterable[Sequence[bytes]], options: ImageOptions, marker: Path, decode: Decode = decode_image
+) -> Generator[list[Outcome]]:
+    """Yield what the images of each call decode to, or the reasons why they cannot be used.
 
     Exit this process if a call takes longer than a minute.
 
     Args:
-        contents: the bytes of each file.
+        calls: the bytes of each file of each call, IMAGES_PER_CALL of them at most.
         options: how to decode.
-        marker: path of a file on this machine that exists while these contents are being decoded.
+        marker: path of a file on this machine that exists while these calls are being decoded.
         decode: function that decodes one image.
     """
-    if marker.exists():
-        outcomes = decode_isolated(contents, options, decode)
-    else:
-        marker.touch()
-        outcomes = []
-        try:
-            for call in _calls(contents):
-                faulthandler.dump_traceback_later(_CALL_TIMEOUT_SECONDS, exit=True)
-                outcomes += _decode_all(call, options, decode)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    # Another preparation of the same source on this machine may have deleted it.
-    marker.unlink(missing_ok=True)
-    return outcomes
+    decode_call = decode_isolated if marker.exists() else _decode_watched
+    marker.touch()
+    try:
+        for call in calls:
+            yield decode_call(call, options, decode)
+    finally:
+        # Only a process that died leaves it. Another preparation of the source on this machine may have deleted it.
+        marker.unlink(missing_ok=True)
+
+
+def _decode_watched(contents: Sequence[bytes], options: ImageOptions, decode: Decode) -> list[Outcome]:
+    faulthandler.dump_traceback_later(_CALL_TIMEOUT_SECONDS, exit=True)
+    try:
+        return _decode_all(contents, options, decode)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def decode_isolated(contents: Sequence[bytes], options: ImageOptions, decode: Decode = decode_image) -> list[Outcome]:
-    """Do the same in a separate process, which may crash or hang.
+    """Do the same for one call in a separate process, which may crash or hang.
 
     Args:
         contents: the bytes of each file.
         options: how to decode.
         decode: function that decodes one image; the other process must be able to import it.
     """
-    calls = _calls(contents)
-    futures = [_submit(call, options, decode) for call in calls]
-    outcomes: list[Outcome] = []
-    for call, future in zip(calls, futures, strict=True):
-        try:
-            outcomes += future.result()
-        except (FutureTimeoutError, ProcessExpired):
-            outcomes += [_decode_alone(content, options, decode) for content in call]
+    try:
+        outcomes: list[Outcome] = _submit(contents, options, decode).result()
+    except (FutureTimeoutError, ProcessExpired):
+        return [_decode_alone(content, options, decode) for content in contents]
     return outcomes
-
-
-def _calls(contents: Sequence[bytes]) -> list[Sequence[bytes]]:
-    return [contents[start : start + _IMAGES_PER_CALL] for start in range(0, len(contents), _IMAGES_PER_CALL)]
 
 
 def _decode_alone(content: bytes, options: ImageOptions, decode: Decode) -> Outcome:

@@ -1,77 +1,61 @@
-"""Prepare a dataset: list the images, decode them with Ray Data, draw the splits, write the files and the manifest.
+"""Prepare a dataset: list the images, decode them to shards, draw the splits, write the index and the manifest.
 
-    source --find_images--> slices --decode (Ray Data)--> staged chunks --assign_splits--> --write (Ray Data)--> dataset
+    source --find_images--> ranges --stage_images (Ray Data)--> shards --draw_splits--> index, tables, card, manifest
 
-Images with more than 8 bits per channel are measured first and decoded once the range of their values is known: see
-`data_prep.values`.
-
-The slices depend only on the source and the options. So the same source, options and seed give the same dataset on any
-number of nodes, and chunks that an interrupted attempt staged are used again.
+The shards depend only on the source and the options that decide pixels. So the same source, options and seed give the
+same dataset on any number of nodes, what an interrupted attempt decoded is used again, and other splits need no pixel.
 """
 
-import hashlib
-import json
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from pydantic import Field, ValidationError
 
-from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME, write_card
-from data_prep.decode import ImageOptions, Pixels, decode_or_measure
-from data_prep.duplicates import HASH_BYTES, group_duplicates, list_duplicates, perceptual_hash
+from data_prep.card import CARD_NAME, CONTACT_SHEET_NAME
+from data_prep.decode import ImageOptions
 from data_prep.formats import FORMATS
-from data_prep.images import decode_listed, slice_images
+from data_prep.index import draw_splits, write_index
 from data_prep.manifest import (
     DUPLICATES_NAME,
+    INDEX_NAME,
     MANIFEST_NAME,
     REJECTED_NAME,
     SPLITS,
-    DataFile,
+    DuplicateRule,
     Manifest,
-    Split,
-    SplitName,
+    read_index,
     read_manifest,
 )
 from data_prep.names import MOST_NAMED, count_suffixes
-from data_prep.shards import (
-    ROWS_SUFFIX,
-    STAGED_SCHEMA,
-    read_chunk_pixels,
-    read_chunk_rows,
-    write_chunk,
-    write_data_file,
-)
 from data_prep.sources import Source, SourceFormat, find_images
-from data_prep.splits import assign_splits, least_class_size
-from data_prep.values import ValueRange, find_value_range
+from data_prep.staging import (
+    SHARDS_FOLDER,
+    Staged,
+    delete_records,
+    delete_records_of,
+    delete_staging,
+    is_started,
+    mark_started,
+    open_staging,
+    stage_images,
+)
 from trainer.runtime import storage
-from trainer.runtime.errors import InputError, JobError
-from trainer.runtime.events import OnEvent, StageProgressed, ValueRangeFound, ignore_event
-from trainer.runtime.lease import hold_lease
+from trainer.runtime.errors import InputError
+from trainer.runtime.events import OnEvent, ignore_event
+from trainer.runtime.lease import Lease, hold_lease
 from trainer.runtime.markdown import format_count
 
-_DATA_FILE_BYTES = 128 * 2**20
-# Ray Data takes about 0.1 s to notice the end of a task and to start the next. So a task gets several slices if there
-# are enough of them to keep every core busy, but not so many that other cores wait long for the last task.
-_LEAST_TASKS_PER_CORE = 4
-_MAX_ITEMS_PER_TASK = 16
 # A class that loses more of its files than this is not usable, however many files the other classes have.
 _MOST_BAD_OF_CLASS = 0.5
-_STAGING = "_staging"
-# A file in the staging folder that says that a preparation was started here and has not been finished.
-_STARTED_NAME = "plan"
-_STAGING_NAME_LENGTH = 16
-_CHUNK_PREFIX = "chunk-"
-_DATA_FILE_NAME = re.compile(r"part-\d{5,}\.parquet")
+_SHARD_NAME = re.compile(r"\d{5,}-[0-9a-f]{8}\.arrow")
+# Format 1 had a folder of these for each split; a dataset that is replaced may be of it.
+_FORMER_FILE_NAME = re.compile(r"part-\d{5,}\.parquet")
+
+Work = Literal["nothing", "draw", "append", "decode"]
+"""What a preparation has to do: only the last two decode images, with Ray."""
 
 
 class PrepareConfig(ImageOptions):
@@ -83,8 +67,19 @@ class PrepareConfig(ImageOptions):
     """Fraction of each class for the test split, unless the source has splits of its own."""
     seed: int = 0
     """Random seed of the splits."""
+    duplicates: DuplicateRule = "near"
+    """Which images are kept in one split: those that are nearly identical, or identical ones only."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Largest fraction of rejected files with which the preparation succeeds."""
+
+
+# Another value of these draws the splits anew; another value of any other option changes pixels.
+_OF_SPLITS = ("val_fraction", "test_fraction", "seed", "duplicates")
+# Fields of the manifest that a preparation of the same images repeats.
+_OF_IMAGES = (
+    *("image_size", "channels", "resize", "background", "value_range", "value_range_given"),
+    *("class_names", "shards", "value_counts", "source"),
+)
 
 
 def parse_config(**values: Any) -> PrepareConfig:
@@ -114,9 +109,10 @@ def prepare(
     *,
     source_format: SourceFormat | None = None,
     overwrite: bool = False,
+    append: bool = False,
     on_event: OnEvent = ignore_event,
 ) -> Manifest:
-    """Prepare a dataset; Ray must be connected.
+    """Prepare a dataset; Ray must be connected if `check_places` says that images are to be decoded.
 
     Args:
         source: local folder or file, or s3:// prefix or object; see `data_prep.sources`.
@@ -124,6 +120,7 @@ def prepare(
         config: how to decode the images and draw the splits.
         source_format: format of the source; None detects it.
         overwrite: replace the dataset if there is one.
+        append: add the images of the source that the dataset does not have; those that it has keep their splits.
         on_event: called with what was found in the source, and with the progress.
 
     Returns:
@@ -133,49 +130,126 @@ def prepare(
         InputError: the source or the dataset cannot be used, or too many files were rejected.
         JobError: a task of Ray Data failed, or the disk is full.
     """
-    if existing := check_places(source, dataset, config, overwrite=overwrite):
-        return existing
+    work = check_places(source, dataset, config, overwrite=overwrite, append=append)
     source, dataset = storage.resolve_uri(source), storage.resolve_uri(dataset)
+    if work == "nothing" and (existing := read_manifest(dataset)):
+        return existing
     # Not in the staging folder, which is deleted while the lease is held.
     with hold_lease(storage.join(dataset, "_lease"), f"DATASET {dataset}") as lease:
         # Another job may have finished the dataset in the meantime.
-        if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
+        work = _find_work(source, dataset, config, overwrite=overwrite, append=append)
+        existing = read_manifest(dataset) if work != "decode" else None
+        if existing is not None and work == "nothing":
             return existing
-        found = find_images(source, source_format)
-        if found.listed.is_notable:
-            on_event(found.listed)
-        if overwrite:
-            _delete_dataset(dataset)
-        slices = slice_images(found, config)
-        staging = _open_staging(dataset, found, config)
-        staged = _stage_images(found, staging, slices, ImageOptions.of(config), on_event)
-        images, rejected = staged.rows.filter(_is_used()), staged.rows.filter(~_is_used())
-        _check_rejected(staging, images, rejected, found.class_names, config)
-        groups = group_duplicates(np.asarray(images["pixels_sha256"]), _stack_hashes(images["perceptual_hash"]))
-        splits = assign_splits(images, groups, config.val_fraction, config.test_fraction, config.seed)
-        _check_val(images, splits, config)
-        files, histogram = _write_data_files(dataset, staged.uris, images, splits, config, on_event)
-
-        duplicates = list_duplicates(images, groups, splits)
-        storage.write_bytes(storage.join(dataset, DUPLICATES_NAME), storage.parquet_bytes(duplicates))
-        rejected = rejected.select(["path", "reason"])
-        rejected = pa.concat_tables([rejected, found.ignored.cast(rejected.schema)]).sort_by("path")
-        storage.write_bytes(storage.join(dataset, REJECTED_NAME), storage.parquet_bytes(rejected))
-        manifest = _build_manifest(
-            source, found, config, staged.value_range, images, splits, files, histogram, rejected, duplicates
-        )
-        write_card(dataset, manifest)
-        lease.check()
-        storage.write_bytes(storage.join(dataset, MANIFEST_NAME), manifest.to_json())
-        storage.delete_folder(storage.join(dataset, _STAGING))
+        if existing is not None and work == "draw":
+            manifest = _draw_again(dataset, existing, config, lease)
+        else:
+            found = find_images(source, source_format)
+            if found.listed.is_notable:
+                on_event(found.listed)
+            if overwrite:
+                _delete_dataset(dataset)
+            if existing is not None:
+                manifest = _append(dataset, existing, found, config, lease, on_event)
+            else:
+                manifest = _prepare_all(source, dataset, found, config, lease, on_event)
+        _delete_shards(dataset, kept=manifest)
+        delete_staging(dataset)
     return manifest
 
 
-def check_places(source: str, dataset: str, config: PrepareConfig, *, overwrite: bool = False) -> Manifest | None:
+def _prepare_all(
+    source: str, dataset: str, found: Source, config: PrepareConfig, lease: Lease, on_event: OnEvent
+) -> Manifest:
+    staged, staging = _stage(dataset, None, found, found.images, ImageOptions.of(config), on_event)
+    _check_rejected(staging, staged.images, staged.rejected, found.class_names, config)
+    splits, groups = draw_splits(staged.images, **config.model_dump(include=set(_OF_SPLITS)))
+    described = {
+        **config.model_dump(exclude={"max_bad_fraction"}),
+        "value_range": staged.value_range,
+        "value_range_given": config.value_range is not None,
+        "class_names": found.class_names,
+        "shards": staged.shards,
+        "value_counts": staged.value_counts.tolist(),
+        "source": source,
+    }
+    rejected = _join_rejected(staged.rejected, found.ignored)
+    return write_index(dataset, staged.images, splits, groups, rejected, described, lease)
+
+
+def _draw_again(dataset: str, existing: Manifest, config: PrepareConfig, lease: Lease) -> Manifest:
+    """Draw the splits of a dataset anew, from its index alone."""
+    if is_started(dataset):
+        # The index may be of an attempt that was killed before the manifest: then only its splits differ.
+        index = storage.parquet_table(storage.read_bytes(storage.join(dataset, INDEX_NAME)))
+    else:
+        index = read_index(dataset, existing)
+    mark_started(dataset)
+    index = index.drop_columns(["split"])
+    splits, groups = draw_splits(index, **config.model_dump(include=set(_OF_SPLITS)))
+    described = {name: getattr(existing, name) for name in _OF_IMAGES} | config.model_dump(include=set(_OF_SPLITS))
+    rejected = storage.parquet_table(storage.read_bytes(storage.join(dataset, REJECTED_NAME)))
+    return write_index(dataset, index, splits, groups, rejected, described, lease)
+
+
+def _append(
+    dataset: str, existing: Manifest, found: Source, config: PrepareConfig, lease: Lease, on_event: OnEvent
+) -> Manifest:
+    """Decode the images of a source that a dataset does not have to shards after its own."""
+    index = read_index(dataset, existing)
+    class_names = [*existing.class_names, *(name for name in found.class_names if name not in existing.class_names)]
+    new = found.images.filter(pc.invert(pc.is_in(found.images["path"], index["path"].combine_chunks())))
+    if not len(new):
+        return existing
+    labels = pa.array([class_names.index(name) for name in found.class_names], pa.int32()).take(new["label"])
+    new = new.set_column(new.schema.get_field_index("label"), "label", labels)
+    # Images of one dataset have one range.
+    options = ImageOptions.of(config).model_copy(update={"value_range": existing.value_range})
+    staged, staging = _stage(dataset, existing, found, new, options, on_event)
+    images = pa.concat_tables([index, staged.images], promote_options="default")
+    _check_rejected(staging, images, staged.rejected, class_names, config)
+    splits, groups = draw_splits(images, **config.model_dump(include=set(_OF_SPLITS)))
+    described = {name: getattr(existing, name) for name in (*_OF_IMAGES, *_OF_SPLITS)} | {
+        "value_range": staged.value_range,
+        "class_names": class_names,
+        "shards": [*existing.shards, *staged.shards],
+        "value_counts": (np.asarray(existing.value_counts) + staged.value_counts).tolist(),
+    }
+    before = storage.parquet_table(storage.read_bytes(storage.join(dataset, REJECTED_NAME)))
+    listed = pa.concat_arrays([*found.images["path"].chunks, *found.ignored["path"].cast(pa.string()).chunks])
+    gone = before.filter(pc.invert(pc.is_in(before["path"], listed)))
+    rejected = pa.concat_tables([_join_rejected(staged.rejected, found.ignored), gone])
+    return write_index(dataset, images, splits, groups, rejected, described, lease)
+
+
+def _stage(
+    dataset: str,
+    existing: Manifest | None,
+    found: Source,
+    listed: pa.Table,
+    options: ImageOptions,
+    on_event: OnEvent,
+) -> tuple[Staged, str]:
+    staging = open_staging(dataset, listed, options)
+    if not storage.find_files(staging):
+        # There is nothing to continue.
+        _delete_shards(dataset, kept=existing)
+    before = existing.shards if existing else []
+    return stage_images(dataset, staging, found.uri, listed, options, before, on_event), staging
+
+
+def _join_rejected(rejected: pa.Table, ignored: pa.Table) -> pa.Table:
+    rejected = rejected.select(["path", "reason"])
+    return pa.concat_tables([rejected, ignored.cast(rejected.schema)])
+
+
+def check_places(
+    source: str, dataset: str, config: PrepareConfig, *, overwrite: bool = False, append: bool = False
+) -> Work:
     """Check that the source exists and that the dataset can be written, before connecting to a cluster.
 
     Returns:
-        The manifest of the existing dataset if the same preparation was done before and is not to be replaced, or None.
+        What is to be done.
 
     Raises:
         InputError: the source does not exist, or the dataset cannot be written or was prepared with other options.
@@ -185,15 +259,15 @@ def check_places(source: str, dataset: str, config: PrepareConfig, *, overwrite:
         raise InputError(f"DATASET {dataset} is inside SOURCE {source}; give a folder outside it")
     if storage.join(source, "").startswith(storage.join(dataset, "")):
         raise InputError(f"SOURCE {source} is inside DATASET {dataset}; give a folder outside it")
-    if not overwrite and (existing := _read_same_preparation(source, dataset, config)):
-        return existing
-    if not storage.exists(source):
+    work = _find_work(source, dataset, config, overwrite=overwrite, append=append)
+    if work in ("append", "decode") and not storage.exists(source):
         raise InputError(
             f"SOURCE {source} does not exist; give a folder or prefix of images, or a file that lists them"
         )
-    _check_names_are_free(dataset)
-    storage.check_access(dataset)
-    return None
+    if work != "nothing":
+        _check_names_are_free(dataset)
+        storage.check_access(dataset)
+    return work
 
 
 def _check_names_are_free(dataset: str) -> None:
@@ -202,13 +276,11 @@ def _check_names_are_free(dataset: str) -> None:
     Raises:
         InputError: a file with one of the names exists, and no preparation was started here; the message names it.
     """
-    if any(storage.exists(storage.join(dataset, *path)) for path in ((MANIFEST_NAME,), (_STAGING, _STARTED_NAME))):
+    if storage.exists(storage.join(dataset, MANIFEST_NAME)) or is_started(dataset):
         return
-    names = [REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME]
+    names = [INDEX_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME]
     taken = [name for name in names if storage.exists(storage.join(dataset, name))]
-    for split in SPLITS:
-        files = storage.find_files(storage.join(dataset, split))
-        taken += [f"{split}/{name}" for name in files if _DATA_FILE_NAME.fullmatch(name)]
+    taken += [f"{SHARDS_FOLDER}/{name}" for name in _find_named(dataset, SHARDS_FOLDER, _SHARD_NAME)]
     if taken:
         raise InputError(
             f"DATASET {dataset} contains {taken[0]}, which no preparation wrote and this one would replace; choose "
@@ -219,218 +291,69 @@ def _check_names_are_free(dataset: str) -> None:
 def _delete_dataset(dataset: str) -> None:
     """Delete the files that a preparation writes, the manifest first, and no other file in the folder."""
     # If this process is killed now, the folder is still known as that of a preparation.
-    storage.write_bytes(storage.join(dataset, _STAGING, _STARTED_NAME), b"")
-    for name in (MANIFEST_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
+    mark_started(dataset)
+    for name in (MANIFEST_NAME, INDEX_NAME, REJECTED_NAME, DUPLICATES_NAME, CARD_NAME, CONTACT_SHEET_NAME):
         storage.delete_file(storage.join(dataset, name))
-    _delete_data_files(dataset)
-    _delete_chunks(dataset)
-
-
-def _delete_data_files(dataset: str) -> None:
+    _delete_shards(dataset, kept=None)
     for split in SPLITS:
-        for name in storage.find_files(storage.join(dataset, split)):
-            if _DATA_FILE_NAME.fullmatch(name):
-                storage.delete_file(storage.join(dataset, split, name))
+        for name in _find_named(dataset, split, _FORMER_FILE_NAME):
+            storage.delete_file(storage.join(dataset, split, name))
+    delete_records(dataset)
 
 
-def _read_same_preparation(source: str, dataset: str, config: PrepareConfig) -> Manifest | None:
-    """Return the manifest of the existing dataset, or None if there is none.
+def _delete_shards(dataset: str, kept: Manifest | None) -> None:
+    """Delete all shards that a manifest does not name."""
+    named = {storage.basename(shard.path) for shard in kept.shards} if kept else set()
+    for name in _find_named(dataset, SHARDS_FOLDER, _SHARD_NAME):
+        if name not in named:
+            storage.delete_file(storage.join(dataset, SHARDS_FOLDER, name))
+
+
+def _find_named(dataset: str, folder: str, pattern: re.Pattern[str]) -> list[str]:
+    return [name for name in storage.find_files(storage.join(dataset, folder)) if pattern.fullmatch(name)]
+
+
+def _find_work(source: str, dataset: str, config: PrepareConfig, *, overwrite: bool, append: bool) -> Work:
+    """Return what is to be done.
 
     Raises:
-        InputError: the dataset was prepared from another source or with other options.
+        InputError: the dataset was prepared from another source or with options that give other pixels.
     """
-    existing = read_manifest(dataset)
+    existing = read_manifest(dataset) if not overwrite else None
     if existing is None:
-        return None
+        return "decode"
     wanted = {"source": source, **config.model_dump(exclude={"max_bad_fraction"})}
     there = {name: getattr(existing, name) for name in wanted}
     if not existing.value_range_given:
         # It was determined from the images, as it would be again.
         there["value_range"] = None
-    different = [f"{name} is {there[name]}, not {value}" for name, value in wanted.items() if there[name] != value]
-    if different:
+    different = {
+        name: f"{name} is {there[name]}, not {value}" for name, value in wanted.items() if there[name] != value
+    }
+    if append and different:
         raise InputError(
-            f"DATASET {dataset} already contains a dataset that was prepared differently ({'; '.join(different)}); "
-            "choose another DATASET, or replace it with --overwrite"
+            f"DATASET {dataset} was prepared differently ({'; '.join(different.values())}), and --append adds what "
+            "is new in the same SOURCE; give the same options"
         )
-    return existing
-
-
-def _open_staging(dataset: str, found: Source, config: PrepareConfig) -> str:
-    """Return the URI of the staging folder of this preparation; delete the chunks of any other preparation.
-
-    The folder is named after all that the chunks depend on. An interrupted attempt at the same preparation left its
-    chunks there. A task of another attempt that is still running writes to another folder.
-
-    Data files of an interrupted attempt are deleted in any case: it may have drawn other splits.
-    """
-    digest = hashlib.sha256(config.model_dump_json(include=set(ImageOptions.model_fields)).encode())
-    for batch in found.images.combine_chunks().to_batches():
-        digest.update(batch.serialize())
-    name = digest.hexdigest()[:_STAGING_NAME_LENGTH]
-    if storage.exists(storage.join(dataset, _STAGING, _STARTED_NAME)):
-        _delete_data_files(dataset)
-    _delete_chunks(dataset, kept=name)
-    storage.write_bytes(storage.join(dataset, _STAGING, _STARTED_NAME), b"")
-    return storage.join(dataset, _STAGING, name)
-
-
-def _delete_chunks(dataset: str, kept: str | None = None) -> None:
-    """Delete all staged chunks, except for those in the staging folder with the name `kept`."""
-    for path in storage.find_files(storage.join(dataset, _STAGING)):
-        *folders, name = path.split("/")
-        if name.startswith(_CHUNK_PREFIX) and folders != [kept]:
-            storage.delete_file(storage.join(dataset, _STAGING, path))
-
-
-def _chunk_uri(staging: str, index: int) -> str:
-    return storage.join(staging, f"{_CHUNK_PREFIX}{index:06d}")
-
-
-def _stage_images(
-    found: Source, staging: str, slices: list[range], options: ImageOptions, on_event: OnEvent
-) -> "_Staged":
-    """Decode all images; in a second pass, once the range of values is known, those that need it to be scaled."""
-    uris = [_chunk_uri(staging, index) for index in range(len(slices))]
-    _stage_chunks("decode", found, staging, slices, uris, options, on_event)
-    rows = _read_staged_rows(uris)
-    waiting = rows.filter(pc.field("low").is_valid())
-    if len(waiting):
-        ranges = [
-            ValueRange(*ends) for ends in zip(waiting["low"].to_pylist(), waiting["high"].to_pylist(), strict=True)
-        ]
-        value_range = find_value_range(ranges)
-        of_all = ValueRange(min(one.low for one in ranges), max(one.high for one in ranges))
-        dark = sum(one.high < value_range.low + (value_range.high - value_range.low) / 10 for one in ranges)
-        on_event(ValueRangeFound(len(waiting), str(of_all), str(value_range), dark))
-        options = options.model_copy(update={"value_range": value_range})
-        chunks = waiting["chunk"].unique().to_pylist()
-        for chunk in chunks:
-            # The range is part of the name: if another file changes the range, these images are decoded again.
-            uris[chunk] += f"-{value_range.low!r}_{value_range.high!r}"
-        of_chunks = [slices[chunk] for chunk in chunks], [uris[chunk] for chunk in chunks]
-        _stage_chunks("decode again", found, staging, *of_chunks, options, on_event)
-        rows = _read_staged_rows(uris)
-    return _Staged(uris, rows, options.value_range)
-
-
-class _Staged(NamedTuple):
-    """The staged chunks of a source."""
-
-    uris: list[str]
-    rows: pa.Table
-    """One row per file of the source: the columns of STAGED_SCHEMA, and chunk, the index into uris."""
-    value_range: ValueRange | None
-
-
-def _stage_chunks(
-    stage: str,
-    found: Source,
-    staging: str,
-    slices: list[range],
-    uris: list[str],
-    options: ImageOptions,
-    on_event: OnEvent,
-) -> None:
-    staged = storage.find_files(staging)
-    items: list[dict[str, Any]] = [
-        {"uri": uri, "start": rows.start, "rows": len(rows)}
-        for uri, rows in zip(uris, slices, strict=True)
-        if storage.basename(uri) + ROWS_SUFFIX not in staged
-    ]
-    total = sum(len(rows) for rows in slices)
-    done = total - sum(item["rows"] for item in items)
-    on_event(StageProgressed(stage, done, total))
-    # One copy of the list per node, in Ray's shared memory.
-    images = ray.put(found.images)
-    for result in _run_tasks(_decode_slice, items, images=images, source=found.uri, options=options):
-        done += result["images"]
-        on_event(StageProgressed(stage, done, total))
-
-
-def _run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any]], **arguments: Any) -> Any:
-    """Yield ``function(item, **arguments)`` for each item as the tasks of Ray Data that run it finish.
-
-    Raises:
-        InputError: a task raised it.
-        JobError: a task failed with another error.
-    """
-    if not items:
-        return
-    least_tasks = int(_LEAST_TASKS_PER_CORE * ray.cluster_resources().get("CPU", 1))
-    num_tasks = min(len(items), max(least_tasks, math.ceil(len(items) / _MAX_ITEMS_PER_TASK)))
-    dataset = ray.data.from_items(items, override_num_blocks=num_tasks)
-    try:
-        for result in dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments).iter_rows():
-            # If one row of a task has this column, Ray fills it with None in the others.
-            if result.get("error") is not None:
-                raise InputError(result["error"])
-            yield result
-    except ray.exceptions.RayError as error:
-        # Ray keeps the error of the task only as text, above its own error.
-        own = str(error).partition("\n\n")[0].splitlines()[-1]
-        raise JobError(f"a task of Ray Data failed: {own}") from error
-
-
-def _report_error(item: dict[str, Any], function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
-    """Return the result of the function, or an InputError as a row for `_run_tasks` to raise: Ray does not keep it."""
-    try:
-        return function(item, **arguments)
-    except InputError as error:
-        return {"error": str(error)}
-
-
-def _decode_slice(item: dict[str, Any], images: Any, source: str, options: ImageOptions) -> dict[str, Any]:
-    """Decode the images of one slice and stage them as one chunk."""
-    uri = item["uri"]
-    if storage.exists(uri + ROWS_SUFFIX):
-        # Ray restarts a task whose node or process died; the chunks that it had committed are kept.
-        return {"images": item["rows"]}
-    listed = ray.get(images).slice(item["start"], item["rows"])
-    pixels: list[Pixels] = []
-    rows: list[dict[str, Any]] = []
-    contents, outcomes = decode_listed(source, listed, options, decode_or_measure)
-    for row, content, outcome in zip(
-        listed.select(["path", "label", "split"]).to_pylist(), contents, outcomes, strict=True
-    ):
-        if isinstance(outcome, str):
-            rows.append({**row, "reason": outcome})
-            continue
-        if isinstance(outcome, ValueRange):
-            rows.append({**row, **outcome._asdict()})
-            continue
-        pixels.append(outcome)
-        rows.append(
-            {
-                **row,
-                "sha256": hashlib.sha256(content or b"").hexdigest(),
-                "pixels_sha256": hashlib.sha256(outcome.data).hexdigest(),
-                "perceptual_hash": perceptual_hash(outcome),
-            }
+    if different.keys() - set(_OF_SPLITS):
+        raise InputError(
+            f"DATASET {dataset} already contains a dataset that was prepared differently "
+            f"({'; '.join(different.values())}); choose another DATASET, or replace it with --overwrite"
         )
-    shape = (len(pixels), options.image_size, options.image_size, options.channels)
-    stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
-    write_chunk(uri, stacked, pa.Table.from_pylist(rows, schema=STAGED_SCHEMA))
-    return {"images": len(rows)}
+    if append:
+        return "append"
+    return "draw" if different or not _is_whole(dataset, existing) else "nothing"
 
 
-def _stack_hashes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    flat = np.frombuffer(b"".join(column.to_pylist()), np.uint8)
-    return flat.reshape(-1, HASH_BYTES)
-
-
-def _read_staged_rows(uris: list[str]) -> pa.Table:
-    """Return the rows of all staged chunks, each with the index of its chunk."""
-    tables = []
-    for chunk, uri in enumerate(uris):
-        rows = read_chunk_rows(uri)
-        tables.append(rows.append_column("chunk", pa.array([chunk] * len(rows), pa.int32())))
-    return pa.concat_tables(tables)
-
-
-def _is_used() -> pc.Expression:
-    """Return the expression that is true for rows of images and false for rows of rejected files."""
-    return pc.field("reason").is_null()
+def _is_whole(dataset: str, existing: Manifest) -> bool:
+    """Return whether no preparation was killed between the index and the manifest."""
+    if not is_started(dataset):
+        return True
+    try:
+        read_index(dataset, existing, columns=[])
+    except InputError:
+        return False
+    return True
 
 
 def _check_rejected(
@@ -440,15 +363,13 @@ def _check_rejected(
     num_images = len(images) + len(rejected)
     kept, lost = (np.bincount(table["label"].to_numpy(), minlength=len(class_names)) for table in (images, rejected))
     most_lost = np.maximum(config.max_bad_fraction, _MOST_BAD_OF_CLASS) * (kept + lost)
-    gone = np.flatnonzero((kept == 0) | (lost > most_lost))
+    is_gone = (kept == 0) & (lost > 0)
+    gone = np.flatnonzero(is_gone | (lost > most_lost))
     fraction = len(rejected) / num_images
     if fraction <= config.max_bad_fraction and not len(gone):
         return
     # Else files that the user fixes would stay rejected: the plan may not change with a table or a permission.
-    chunks = {storage.basename(_chunk_uri(staging, chunk)) for chunk in rejected["chunk"].unique().to_pylist()}
-    for name in storage.find_files(staging):
-        if name[: len(_CHUNK_PREFIX) + 6] in chunks and name.endswith(ROWS_SUFFIX):
-            storage.delete_file(storage.join(staging, name))
+    delete_records_of(staging, rejected)
     first = ", ".join(f"{row['path']} ({row['reason']})" for row in rejected.slice(0, 3).to_pylist())
     message = (
         f"{len(rejected)} of {format_count(num_images, 'image')} were rejected ({fraction:.1%}, allowed: "
@@ -464,148 +385,5 @@ def _check_rejected(
         message += f"; classes that lost most of their files: {', '.join(classes)}{more}"
     raise InputError(
         f"{message}; fix them, convert them to one of {', '.join(FORMATS)}, or "
-        + ("remove the classes that have no image left" if (kept == 0).any() else "raise --max-bad-fraction")
+        + ("remove the classes that have no image left" if is_gone.any() else "raise --max-bad-fraction")
     )
-
-
-def _check_val(images: pa.Table, splits: list[SplitName], config: PrepareConfig) -> None:
-    """Raise InputError if the val split is empty."""
-    if "val" in splits:
-        return
-    drawn_from = images.filter(pc.field("split").is_null() | (pc.field("split") == "train"))
-    sizes = drawn_from["label"].value_counts().field("counts").to_pylist()
-    test_fraction = 0.0 if images["split"].null_count < len(images) else config.test_fraction
-    needed = least_class_size(config.val_fraction, test_fraction)
-    smallest = format_count(min(sizes), "image")
-    raise InputError(
-        f"the val split is empty: the smallest class has {smallest}, the largest {max(sizes)}; "
-        f"with --val-fraction {config.val_fraction:g} and --test-fraction {test_fraction:g} a class needs {needed}, "
-        "not counting duplicates, to give one to val; add images"
-        + (" or give a larger --val-fraction" if max(sizes) > 1 else "")
-    )
-
-
-def _write_data_files(
-    dataset: str,
-    uris: list[str],
-    images: pa.Table,
-    splits: list[SplitName],
-    config: PrepareConfig,
-    on_event: OnEvent,
-) -> tuple[dict[SplitName, list[DataFile]], npt.NDArray[np.int64]]:
-    """Write the Parquet files; return them with the histogram ``[channels, 256]`` of the train split's pixels."""
-    chunks = np.asarray(images["chunk"])
-    split_of = np.asarray(splits)
-    rows_per_file = max(1, _DATA_FILE_BYTES // (config.image_size**2 * config.channels))
-    # Consecutive chunks are combined until their images, most of which are in train, would fill one file.
-    part_of_chunk = np.cumsum(np.bincount(chunks)) // rows_per_file
-    items = []
-    for part in np.unique(part_of_chunk):
-        members = np.flatnonzero(part_of_chunk == part)
-        items.append(
-            {
-                "part": int(part),
-                "uris": [uris[chunk] for chunk in members],
-                "splits": split_of[np.isin(chunks, members)].tolist(),
-            }
-        )
-    histogram = np.zeros((config.channels, 256), np.int64)
-    files: dict[SplitName, list[DataFile]] = {split: [] for split in SPLITS}
-    done = 0
-    on_event(StageProgressed("write", done, len(splits)))
-    for result in _run_tasks(_write_part, items, dataset=dataset):
-        for split, file in json.loads(result["files"]).items():
-            files[split].append(DataFile.model_validate(file))
-        histogram += np.asarray(result["histogram"])
-        done += result["images"]
-        on_event(StageProgressed("write", done, len(splits)))
-    return {split: sorted(of_split, key=lambda file: file.path) for split, of_split in files.items()}, histogram
-
-
-def _write_part(item: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """Write the images of consecutive chunks as one Parquet file per split."""
-    images = [image for uri in item["uris"] for image in read_chunk_pixels(uri)]
-    rows = pa.concat_tables([read_chunk_rows(uri) for uri in item["uris"]]).filter(_is_used())
-    if [hashlib.sha256(image.data).hexdigest() for image in images] != rows["pixels_sha256"].to_pylist():
-        raise InputError(
-            f"{storage.join(dataset, _STAGING)}: staged images are damaged; decode them again with --overwrite"
-        )
-    split_of = np.asarray(item["splits"])
-    files: dict[str, Any] = {}
-    for split in SPLITS:
-        members = np.flatnonzero(split_of == split)
-        if len(members):
-            path = f"{split}/part-{item['part']:05d}.parquet"
-            of_split = rows.take(members).select(["label", "path", "sha256"])
-            files[split] = write_data_file(dataset, path, [images[row] for row in members], of_split).model_dump()
-    histogram = _channel_histogram([images[row] for row in np.flatnonzero(split_of == "train")], images[0].shape[-1])
-    return {"files": json.dumps(files), "histogram": histogram, "images": len(images)}
-
-
-def _channel_histogram(images: Sequence[Pixels], channels: int) -> npt.NDArray[np.int64]:
-    """Return how often each value occurs in each channel; exact in any order, unlike a sum of floats."""
-    histogram = np.zeros((channels, 256), np.int64)
-    # One image at a time: OpenCV returns counts as float32, which is exact only up to 2**24.
-    for image in images:
-        for channel in range(channels):
-            histogram[channel] += cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-    return histogram
-
-
-def _build_manifest(
-    source: str,
-    found: Source,
-    config: PrepareConfig,
-    value_range: ValueRange | None,
-    images: pa.Table,
-    splits: list[SplitName],
-    files: dict[SplitName, list[DataFile]],
-    histogram: npt.NDArray[np.int64],
-    rejected: pa.Table,
-    duplicates: pa.Table,
-) -> Manifest:
-    labels, split_of = np.asarray(images["label"]), np.asarray(splits)
-    num_classes = len(found.class_names)
-    described = {
-        split: Split(
-            rows_per_class=np.bincount(labels[split_of == split], minlength=num_classes).tolist(), files=files[split]
-        )
-        for split in SPLITS
-    }
-    values = np.arange(256)
-    pixels = histogram.sum(axis=1)
-    mean = histogram @ values / pixels
-    std = np.sqrt(histogram @ values**2 / pixels - mean**2)
-    visible = {
-        "image_size": config.image_size,
-        "channels": config.channels,
-        "class_names": found.class_names,
-        "files": {split: [file.content_sha256 for file in files[split]] for split in SPLITS},
-    }
-    return Manifest(
-        image_size=config.image_size,
-        channels=config.channels,
-        resize=config.resize,
-        background=config.background,
-        value_range=value_range,
-        value_range_given=config.value_range is not None,
-        class_names=found.class_names,
-        splits=described,
-        rejected=dict(Counter(rejected["reason"].to_pylist()).most_common()),
-        duplicate_images=len(duplicates),
-        leaked_images=pc.sum(duplicates["leaks"]).as_py() or 0,
-        pixel_mean=mean.tolist(),
-        pixel_std=std.tolist(),
-        gray_levels=_gray_levels(histogram.sum(axis=0)),
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        source=source,
-        fingerprint=hashlib.sha256(json.dumps(visible).encode()).hexdigest(),
-    )
-
-
-def _gray_levels(histogram: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Return the gray levels between which 99% of the values lie, given how often each of the 256 levels occurs."""
-    below = np.cumsum(histogram) / histogram.sum()
-    return int(np.searchsorted(below, 0.005, side="right")), int(np.searchsorted(below, 0.995))

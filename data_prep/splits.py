@@ -23,20 +23,20 @@ def assign_splits(
     a test split is never taken from images that are meant for training.
 
     Args:
-        images: table with the columns label (int32), split (string or null) and pixels_sha256 (string).
+        images: table with the columns label (int32), given_split (string or null) and pixels_sha256 (binary).
         groups: int64 ``[rows]``, a group number for each row; rows of one group are duplicates.
         val_fraction: fraction of each class, rounded to whole images; at least one image of each class stays in train.
         test_fraction: likewise.
         seed: random seed; another seed gives other splits.
     """
-    given: list[SplitName | None] = images["split"].to_pylist()
+    given: list[SplitName | None] = images["given_split"].to_pylist()
     drawn_from: SplitName | None = None
     if any(given):
         given = [split or "train" for split in given]
         test_fraction = 0.0
         drawn_from = "train" if "val" not in given else None
     labels: list[int] = images["label"].to_pylist()
-    digests: list[str] = images["pixels_sha256"].to_pylist()
+    digests: list[bytes] = images["pixels_sha256"].to_pylist()
 
     members: dict[int, list[int]] = defaultdict(list)
     for row, group in enumerate(groups.tolist()):
@@ -75,6 +75,6 @@ def least_class_size(val_fraction: float, test_fraction: float) -> int:
     )
 
 
-def _draw(seed: int, digests: list[str]) -> bytes:
+def _draw(seed: int, digests: list[bytes]) -> bytes:
     """Return the sort key of a group; it does not depend on the order of the images in the source."""
-    return hashlib.sha256(f"{seed}:{min(digests)}".encode()).digest()
+    return hashlib.sha256(f"{seed}:{min(digests).hex()}".encode()).digest()

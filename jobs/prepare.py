@@ -1,5 +1,6 @@
 """Prepare a dataset for training from a folder or prefix of images."""
 
+import contextlib
 import shlex
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from trainer.architectures import ARCHITECTURES
 from trainer.config.options import Wait
 from trainer.runtime import console
 from trainer.runtime.commands import JobCommand
+from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import format_count
 
 # To train first: quick ones, the last of which takes images of any size.
@@ -58,6 +60,12 @@ def main(
         float, typer.Option(min=0, max=1, help="Fraction of each class for test, if SOURCE has no splits.")
     ] = 0.15,
     seed: Annotated[int, typer.Option(help="Random seed of the splits.")] = 0,
+    duplicates: Annotated[
+        Literal["near", "exact"],
+        typer.Option(
+            help="Images that are kept in one split: those that are nearly identical, or identical ones only."
+        ),
+    ] = "near",
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if a larger fraction of the files is rejected.")
     ] = 0.01,
@@ -65,9 +73,15 @@ def main(
         bool, typer.Option("--dry-run", help="Print what SOURCE holds and what would be left out, and exit.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset in DATASET.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add new images of SOURCE to DATASET; the others keep their splits.")
+    ] = False,
     wait: Wait = 0,
 ) -> None:
-    """Decode, resize and split the images of SOURCE, and write them to DATASET."""
+    """Decode, resize and split the images of SOURCE, and write them to DATASET.
+
+    With another --seed, fraction or --duplicates, the splits of DATASET are drawn anew and nothing is decoded.
+    """
     with console.exit_codes():
         from data_prep.prepare import check_places, parse_config, prepare
         from trainer.runtime.cluster import connect
@@ -81,8 +95,11 @@ def main(
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,
+            duplicates=duplicates,
             max_bad_fraction=max_bad_fraction,
         )
+        if overwrite and append:
+            raise InputError("--overwrite replaces the dataset and --append adds to it; give one of them")
         if dry_run:
             from data_prep.preview import preview_source
             from data_prep.sources import find_images
@@ -90,12 +107,19 @@ def main(
             for line in preview_source(find_images(source, source_format), config):
                 console.print_words(line)
             return
-        manifest = check_places(source, dataset, config, overwrite=overwrite)
-        if manifest is None:
-            with connect(wait_seconds=wait), console.show_events() as on_event:
-                manifest = prepare(
-                    source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=on_event
-                )
+        work = check_places(source, dataset, config, overwrite=overwrite, append=append)
+        with contextlib.ExitStack() as stack:
+            if work in ("append", "decode"):
+                stack.enter_context(connect(wait_seconds=wait))
+            manifest = prepare(
+                source,
+                dataset,
+                config,
+                source_format=source_format,
+                overwrite=overwrite,
+                append=append,
+                on_event=stack.enter_context(console.show_events()),
+            )
         print_manifest(dataset, manifest)
         print_next(dataset, manifest)
 

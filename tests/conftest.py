@@ -11,6 +11,9 @@ from pathlib import Path
 import fsspec
 import hypothesis
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -51,6 +54,20 @@ def own_cache(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
+
+
+def read_split(dataset: Path | str, split: str) -> pd.DataFrame:
+    """Returns the rows of a split of a prepared dataset, with their images, as plain pyarrow reads them."""
+    index = pq.read_table(Path(dataset, "index.parquet"))
+    shards = [pa.ipc.open_file(pa.memory_map(str(path))) for path in sorted(Path(dataset, "shards").glob("*.arrow"))]
+    images = [image for shard in shards for image in np.concatenate(_arrays_of(shard))]
+    assert len(images) == len(index)
+    rows = index.to_pandas().assign(image=images)
+    return rows[rows["split"] == split].reset_index(drop=True)
+
+
+def _arrays_of(shard: pa.ipc.RecordBatchFileReader) -> list[np.ndarray]:
+    return [shard.get_batch(one)["image"].to_numpy_ndarray() for one in range(shard.num_record_batches)]
 
 
 def write_stripes(folder: Path, images_per_class: int, size: int = 40, seed: int = 0) -> Path:

@@ -221,9 +221,10 @@ def _evaluate(request: EvaluationRequest) -> tuple[pa.Table, pa.Table]:
     content = checkpoints.read_file(request.run.checkpoints, request.checkpoint, checkpoints.MODEL_NAME)
     with network.strategy.scope():
         checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
-    rows = open_split(request.dataset, request.manifest, request.split)
+    rows = open_split(request.dataset, request.manifest, request.split, config.cache_gib)
     eval_step = compile_eval_step(network, trained_on, config)
     outcomes = Evaluator(rows, config.per_replica_batch_size, 0, 1, eval_step, lambda values: values).evaluate()
+    rows.pixels.finish_check()
     sources = read_sources(request.dataset, request.manifest, request.split)
     return predictions_table(outcomes, rows.labels), sources
 
@@ -332,7 +333,7 @@ def predict_images(
     return summary
 
 
-def _read_splits(config: TrainConfig) -> tuple[dict[str, SplitName], str]:
+def _read_splits(config: TrainConfig) -> tuple[dict[bytes, SplitName], str]:
     """Return the splits of the images of a run's dataset by their hashes, or why they are not known."""
     try:
         manifest = load_manifest(config.dataset)
@@ -343,7 +344,7 @@ def _read_splits(config: TrainConfig) -> tuple[dict[str, SplitName], str]:
         return {}, str(error)
 
 
-def _name_splits(table: pa.Table, splits: dict[str, SplitName]) -> pa.Table:
+def _name_splits(table: pa.Table, splits: dict[bytes, SplitName]) -> pa.Table:
     """Replace the column of hashes by one of the splits that have them, null for none."""
     place = table.schema.get_field_index("sha256")
     names = pa.array([splits.get(one) for one in table["sha256"].to_pylist()], pa.string())
@@ -398,7 +399,7 @@ class _Predictor:
             {
                 "path": pa.array(batch["path"], pa.string()),
                 "label": pa.array(batch["label"], pa.string(), mask=batch["label"] == ""),
-                "sha256": pa.array(batch["sha256"], pa.string()),
+                "sha256": pa.array(batch["sha256"], pa.binary()),
                 "predicted": pa.array(predicted, pa.string(), mask=is_missing),
                 "confidence": pa.array(scores.max(axis=1), pa.float32(), mask=is_missing),
                 "probabilities": probabilities,

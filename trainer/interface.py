@@ -300,6 +300,7 @@ def prepare(
     *,
     source_format: "SourceFormat | None" = None,
     overwrite: bool = False,
+    append: bool = False,
     wait: int = 0,
     on_event: OnEvent | None = None,
     **options: Any,
@@ -311,6 +312,7 @@ def prepare(
         dataset: folder or s3:// prefix to write the prepared dataset to.
         source_format: format of the source. Default: detected.
         overwrite: replace the dataset if there is one.
+        append: add the images of the source that the dataset does not have.
         wait: seconds to wait for a node if none has joined yet.
         on_event: told of the progress. Default: it is shown.
         options: the other options of ``python jobs/prepare.py --help`` by their names, such as ``image_size=96``.
@@ -323,11 +325,20 @@ def prepare(
     from trainer.runtime.cluster import connect
 
     config = preparation.parse_config(**options)
-    if existing := preparation.check_places(source, dataset, config, overwrite=overwrite):
-        return existing
-    with connect(wait_seconds=wait), _shown(on_event) as told:
+    if overwrite and append:
+        raise InputError("overwrite replaces the dataset and append adds to it; give one of them")
+    work = preparation.check_places(source, dataset, config, overwrite=overwrite, append=append)
+    with contextlib.ExitStack() as stack:
+        if work in ("append", "decode"):
+            stack.enter_context(connect(wait_seconds=wait))
         return preparation.prepare(
-            source, dataset, config, source_format=source_format, overwrite=overwrite, on_event=told
+            source,
+            dataset,
+            config,
+            source_format=source_format,
+            overwrite=overwrite,
+            append=append,
+            on_event=stack.enter_context(_shown(on_event)),
         )
 
 

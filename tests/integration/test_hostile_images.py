@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_prep.manifest import SPLITS
 from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import read_split
 
 SIZE = 32
 # Dark at the top left and bright at the bottom right, with a black square in the top left corner: what is turned,
@@ -198,10 +199,8 @@ def prepared(resources, tmp_path_factory) -> Path:
 def stored(prepared) -> dict[str, np.ndarray]:
     images = {}
     for split in SPLITS:
-        for path in (prepared / split).glob("*.parquet"):
-            table = pq.read_table(path)
-            pixels = table["image"].combine_chunks().to_numpy_ndarray()[..., 0]
-            images |= dict(zip(table["path"].to_pylist(), pixels, strict=True))
+        rows = read_split(prepared, split)
+        images |= {path: image[..., 0] for path, image in zip(rows["path"], rows["image"], strict=True)}
     return images
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import run_job, write_stripes
+from tests.conftest import read_split, run_job, write_stripes
 from trainer.inference import check_output, predict_images, request_evaluation
 from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder
@@ -130,8 +130,7 @@ numpy.savez(sys.argv[3], scores=answer["scores"], label=answer["label"].numpy().
 
 
 def test_plain_tensorflow_loads_the_saved_model(work, tmp_path):
-    val = pq.read_table(work / "dataset" / "val")
-    np.save(tmp_path / "images.npy", val["image"].combine_chunks().to_numpy_ndarray())
+    np.save(tmp_path / "images.npy", np.stack(read_split(work / "dataset", "val")["image"]))
     places = [str(work / "runs/first/saved_model"), str(tmp_path / "images.npy"), str(tmp_path / "answer.npz")]
     environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
     subprocess.run([sys.executable, "-c", _LOAD, *places], check=True, env=environment, capture_output=True)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import write_stripes
+from tests.conftest import read_split, write_stripes
 from trainer import launch
 from trainer.config.request import parse_request
 from trainer.record import checkpoint as checkpoints
@@ -209,10 +209,8 @@ def test_run_folder_is_complete(run_of_two):
 def test_export_gives_the_scores_of_the_best_checkpoint(run_of_one, dataset):
     import tf_keras
 
-    val = pq.read_table(next((dataset / "val").glob("*.parquet")))
-    scores = tf_keras.models.load_model(run_of_one.path("model.keras"), compile=False).predict(
-        val["image"].combine_chunks().to_numpy_ndarray(), verbose=0
-    )
+    images = np.stack(read_split(dataset, "val")["image"])
+    scores = tf_keras.models.load_model(run_of_one.path("model.keras"), compile=False).predict(images, verbose=0)
     best = checkpoints.find_best(run_of_one.checkpoints)
     predictions = pq.read_table(run_of_one.path("checkpoints", best.name, checkpoints.PREDICTIONS_NAME))
     np.testing.assert_allclose(scores.max(axis=1), predictions[COLUMNS[2]].to_numpy(), rtol=1e-4)

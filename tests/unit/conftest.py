@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.manifest import SPLITS, Manifest, Split
-from data_prep.shards import write_data_file
+from data_prep.manifest import INDEX_SCHEMA, SPLITS, Manifest, Split
+from data_prep.shards import write_shard
 from trainer.config.config import TrainConfig
 from trainer.record.evaluation_result import EvaluationResult, LateEpochs, summarise
 from trainer.record.predictions import PREDICTIONS_NAME
@@ -28,22 +28,41 @@ class WrittenDataset:
 def write_dataset(tmp_path):
     """Return a function that writes a prepared dataset of random images as `prepare` does, but without Ray."""
 
-    def write(rows=(7, 4, 3), image_size=5, channels=1, rows_per_file=3, seed=0) -> WrittenDataset:
+    def write(rows=(7, 4, 3), image_size=5, channels=1, rows_per_shard=3, seed=0) -> WrittenDataset:
         uri, random = str(tmp_path / "dataset"), np.random.default_rng(seed)
-        images, labels, splits = {}, {}, {}
+        images, labels = {}, {}
         for split, count in zip(SPLITS, rows, strict=True):
             images[split] = random.integers(0, 256, (count, image_size, image_size, channels), np.uint8)
             labels[split] = random.integers(0, len(CLASS_NAMES), count).astype(np.int32)
-            files = []
-            for start in range(0, count, rows_per_file):
-                part = slice(start, start + rows_per_file)
-                paths = [f"{split}/{row}.png" for row in range(start, min(start + rows_per_file, count))]
-                hashes = [hashlib.sha256(one.encode()).hexdigest() for one in paths]
-                table = pa.table({"label": pa.array(labels[split][part], pa.int32()), "path": paths, "sha256": hashes})
-                path = f"{split}/part-{len(files):05d}.parquet"
-                files.append(write_data_file(uri, path, images[split][part], table))
-            counts = np.bincount(labels[split], minlength=len(CLASS_NAMES)).tolist()
-            splits[split] = Split(rows_per_class=counts, files=files)
+        paths = [f"{split}/{row}.png" for split in SPLITS for row in range(len(labels[split]))]
+        pixels, shards = np.concatenate(list(images.values())), []
+        for start in range(0, len(pixels), rows_per_shard):
+            path = f"shards/{len(shards):05d}-{seed:08x}.arrow"
+            with write_shard(storage.join(uri, path), pixels.shape[1:]) as shard:
+                for image in pixels[start : start + rows_per_shard]:
+                    shard.add(image)
+            shards.append(shard.describe(path))
+        index = {
+            "shard": np.arange(len(pixels)) // rows_per_shard,
+            "row": np.arange(len(pixels)) % rows_per_shard,
+            "split": [path.split("/")[0] for path in paths],
+            "label": np.concatenate(list(labels.values())),
+            "path": paths,
+            "sha256": [hashlib.sha256(path.encode()).digest() for path in paths],
+            "pixels_sha256": [hashlib.sha256(image.tobytes()).digest() for image in pixels],
+            "perceptual_hash": [hashlib.sha256(image.tobytes()).digest() for image in pixels],
+            "given_split": [None] * len(pixels),
+            "pixel_sums": [[int(image.sum())] * channels for image in pixels],
+            "pixel_squares": [[int((image.astype(int) ** 2).sum())] * channels for image in pixels],
+        }
+        tables = {"index.parquet": pa.table(index, schema=INDEX_SCHEMA)}
+        tables["rejected.parquet"] = pa.table({"path": ["a"], "reason": ["damaged"]})
+        digests = {}
+        for name, table in tables.items():
+            content = storage.parquet_bytes(table)
+            storage.write_bytes(storage.join(uri, name), content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+        counts = {split: np.bincount(labels[split], minlength=len(CLASS_NAMES)).tolist() for split in SPLITS}
         manifest = Manifest(
             image_size=image_size,
             channels=channels,
@@ -52,13 +71,16 @@ def write_dataset(tmp_path):
             value_range=None,
             value_range_given=False,
             class_names=CLASS_NAMES,
-            splits=splits,
+            splits={split: Split(rows_per_class=count) for split, count in counts.items()},
+            shards=shards,
+            tables=digests,
             rejected={"empty": 2, "damaged": 1},
+            duplicates="near",
             duplicate_images=0,
             leaked_images=0,
             pixel_mean=[100.0] * channels,
             pixel_std=[50.0] * channels,
-            gray_levels=(0, 255),
+            value_counts=[1] * 256,
             seed=0,
             val_fraction=0.15,
             test_fraction=0.15,

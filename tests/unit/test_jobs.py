@@ -133,7 +133,7 @@ def test_the_options_of_train_are_those_of_a_run():
 
 def test_the_table_of_prepare_is_short_with_a_thousand_classes(write_dataset, capsys):
     manifest = write_dataset().manifest
-    splits = {name: Split(rows_per_class=[1] * 1000, files=[]) for name in manifest.splits}
+    splits = {name: Split(rows_per_class=[1] * 1000) for name in manifest.splits}
     names = [f"class {label}" for label in range(1000)]
     print_manifest("/prepared", manifest.model_copy(update={"class_names": names, "splits": splits}))
     printed = capsys.readouterr().out

@@ -54,6 +54,8 @@ _NOT_IN_STEP = {
     "init_from",
     "schedule",
     "seed",
+    "shuffle_window_gib",
+    "cache_gib",
     "checkpoint_every",
     "keep_best",
     "evaluate_test",

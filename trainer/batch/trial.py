@@ -63,7 +63,8 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> TrialResult:
     with contextlib.ExitStack() as stack:
         if not has_gpu():
             stack.enter_context(killed_beyond(limit))
-        split = open_split(job.config.dataset, job.manifest, "train")
+        config = job.config
+        split = open_split(config.dataset, job.manifest, "train", config.cache_gib, config.shuffle_window_gib)
         bench = stack.enter_context(contextlib.closing(_Bench(job, split, rank, num_workers)))
         search, known = job.search, job.known
         while True:
@@ -110,7 +111,7 @@ class _Bench:
 
     def __init__(self, job: TrialJob, split: ImageSplit, rank: int, num_workers: int) -> None:
         self._job, self._split, self._rank, self._num_workers = job, split, rank, num_workers
-        self._order = epoch_order(len(split), job.config.seed, 1)
+        self._order = epoch_order(split, job.config.seed, 1, job.config.shuffle_window_gib)
         self._networks: dict[str, _Workbench] = {}
         self._was_built: set[str] = set()
         self._largest = 0

@@ -118,6 +118,11 @@ class Settings(BaseModel):
     choose) or symmetric (-1 to 1, for keras:inception_v3 and keras:xception)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialization, dropout, augmentation and data order."""
+    shuffle_window_gib: float = Field(64.0, gt=0)
+    """Size of the dataset's files up to which an epoch is one permutation of all its images; of a larger dataset,
+    images are shuffled within parts of this size, which are drawn anew each epoch."""
+    cache_gib: float = Field(0.0, ge=0)
+    """Most disk space in GiB that a node's copies of datasets in buckets take. 0 takes half of the free space."""
     checkpoint_every: int = Field(0, ge=0)
     """Optimizer steps between checkpoints within an epoch. 0 saves one at the end of each epoch only."""
     keep_best: int = Field(1, ge=1)

@@ -109,8 +109,8 @@ def _describe_default(name: str) -> str:
 
 
 def _option_names(field: str) -> tuple[str, ...]:
-    """Return the option of a field if it differs from its name: the help says the unit."""
-    return (_flag(field.removesuffix("_gib")),) if field.endswith("_gib") else ()
+    """Return the command-line option of a field if it is not the field's name."""
+    return ("--memory-limit",) if field == "memory_limit_gib" else ()
 
 
 def _flag(name: str) -> str:

@@ -71,16 +71,16 @@ def choose_worst(uri: str, count: int) -> list[ExplainedImage]:
     predictions = run.read_predictions()
     if predictions is None:
         raise InputError(f"RUN {uri} has no predictions: its checkpoint is gone; choose images with --images")
-    split = open_split(config.dataset, manifest, "val")
+    split = open_split(config.dataset, manifest, "val", config.cache_gib)
     worst = np.argsort(-predictions["loss"].to_numpy(), kind="stable")[:count]
     known = "path" in predictions.column_names
     return [
         ExplainedImage(
             predictions["path"][row].as_py() if known else f"val row {row}",
-            np.asarray(split.images[row]),
+            pixels,
             manifest.class_names[split.labels[row]],
         )
-        for row in worst.tolist()
+        for row, pixels in zip(worst.tolist(), split.take(worst), strict=True)
     ]
 
 
@@ -154,9 +154,9 @@ def _explain(
     network = _Network(run)
     shown = network.scale(np.stack([one.pixels for one in images]))
     labels, confidence = network.predict(shown)
-    split = open_split(config.dataset, manifest, "val")
+    split = open_split(config.dataset, manifest, "val", config.cache_gib)
     rows = np.random.default_rng(0).permutation(len(split))[:tested_images]
-    sample = network.scale(np.asarray(split.images[np.sort(rows)]))
+    sample = network.scale(split.take(np.sort(rows)))
     sample_labels, _ = network.predict(sample)
     maps, tests = {}, []
     for number, name in enumerate(methods):

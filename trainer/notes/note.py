@@ -36,7 +36,7 @@ _CONTINUES = "the same command continues"
 _SAID_ELSEWHERE = {
     *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
     *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint"),
-    *("augment", "patience", "checkpoint_every", "keep_best", "evaluate_test", "export"),
+    *("augment", "patience", "checkpoint_every", "keep_best", "evaluate_test", "export", "cache_gib"),
     "save_probabilities",
 }
 

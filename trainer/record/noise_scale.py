@@ -19,7 +19,10 @@ from trainer.runtime.errors import RecordError
 from trainer.runtime.record_format import Record
 
 # Settings that do not change what a run learns.
-_NOT_IN_TRAINING = {"seed", "checkpoint_every", "keep_best", "evaluate_test", "save_probabilities", "export"}
+_NOT_IN_TRAINING = {
+    *("seed", "checkpoint_every", "keep_best", "evaluate_test", "save_probabilities", "export"),
+    *("shuffle_window_gib", "cache_gib"),
+}
 
 
 class NoiseRecord(Record):

@@ -67,13 +67,13 @@ def select_shown(predictions: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def make_thumbnails(images: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Return a small picture of some images of a split.
+    """Return small pictures of some images of a split.
 
     Args:
-        images: uint8 ``[rows, height, width, channels]``, all of the split.
-        rows: those to make a picture of.
+        images: uint8 ``[rows, height, width, channels]``, the images.
+        rows: their rows in the split.
     """
-    pictures = [_to_webp(np.asarray(images[row])) for row in rows]
+    pictures = [_to_webp(image) for image in images]
     return pa.table({"row": pa.array(rows, pa.int32()), "image": pa.array(pictures, pa.binary())})
 
 

@@ -112,6 +112,9 @@ class RunRecord(Record):
         "config.augment_translation": 0.0,
         "config.augment_zoom": 0.0,
         "config.augment_contrast": 0.0,
+        # No dataset was larger than this in practice; each epoch was one permutation of all its images.
+        "config.shuffle_window_gib": 64.0,
+        "config.cache_gib": 0.0,
         "config.checkpoint_every": 0,
         "config.save_probabilities": False,
         "config.export": "keras",

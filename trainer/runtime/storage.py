@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -141,11 +142,31 @@ def write_bytes(uri: str, content: bytes, *, sync: bool = True) -> None:
         InputError: the storage refused or could not be reached.
         JobError: a disk is full, or the storage answered before, but not for the last two minutes.
     """
+    if is_local(uri):
+        with create_whole(uri, sync=sync) as file:
+            file.write(content)
+        return
     with clear_errors(uri):
-        if is_local(uri):
-            _write_local(Path(uri), content, sync)
-        else:
-            _s3().write(_path(uri), content)
+        _s3().write(_path(uri), content)
+
+
+@contextlib.contextmanager
+def create_whole(uri: str, *, sync: bool = True) -> Iterator[Any]:
+    """Yield a file to write to, which appears whole at the end of the context, or not at all after an error.
+
+    A local file is written piece by piece; an object is collected in memory and sent at the end.
+
+    Raises:
+        InputError: the storage refused or could not be reached.
+        JobError: a disk is full, or the storage answered before, but not for the last two minutes.
+    """
+    if is_local(uri):
+        with clear_errors(uri), _whole_local(Path(uri), sync) as file:
+            yield file
+        return
+    sink = io.BytesIO()
+    yield sink
+    write_bytes(uri, sink.getvalue())
 
 
 def create_file(uri: str, content: bytes) -> bool:
@@ -160,7 +181,8 @@ def create_file(uri: str, content: bytes) -> bool:
         if not is_local(uri):
             return not _s3().has(_path(uri)) and _s3().write(_path(uri), content, create=True)
         # A link, not an exclusive open: a file that exists must be complete.
-        with _partial_file(Path(uri), content, sync=False) as whole:
+        with _partial_file(Path(uri)) as whole:
+            whole.write_bytes(content)
             try:
                 os.link(whole, uri)
             except FileExistsError:
@@ -401,24 +423,26 @@ def _object_sizes(uri: str) -> dict[str, int]:
     }
 
 
-def _write_local(path: Path, content: bytes, sync: bool) -> None:
-    with _partial_file(path, content, sync) as partial:
+@contextlib.contextmanager
+def _whole_local(path: Path, sync: bool) -> Iterator[Any]:
+    """Yield a temporary file next to ``path``, and rename it at the end."""
+    with _partial_file(path) as partial:
+        with partial.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     if sync:
         _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def _partial_file(path: Path, content: bytes, sync: bool) -> Iterator[Path]:
-    """Yield a temporary file with this content next to ``path``; it is deleted at the end unless it was renamed."""
+def _partial_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file next to ``path``; it is deleted at the end unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
         yield partial
     finally:
         partial.unlink(missing_ok=True)

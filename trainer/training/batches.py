@@ -19,9 +19,7 @@ def make_batch(split: ImageSplit, rows: npt.NDArray[np.int64]) -> tuple[Any, Any
     A constant that is made from an array is copied by Keras' rules and again for alignment, which took longer than
     gathering the rows.
     """
-    images = _aligned_empty((len(rows), *split.images.shape[1:]))
-    # All rows exist. To check that first, NumPy would gather into a temporary array.
-    np.take(split.images, rows, axis=0, out=images, mode="clip")
+    images = split.take(rows, _aligned_empty((len(rows), *split.pixels.image_shape)))
     tensor = tf.experimental.dlpack.from_dlpack(images.__dlpack__())
     if has_gpu():
         with tf.device("/GPU:0"):

@@ -1,33 +1,26 @@
-"""The input of a worker: a prepared dataset as a memory map on its node, with its rows in an order fixed by the seed.
+"""The input of a worker: the rows of a split of a prepared dataset, in an order fixed by the seed.
 
-Each node keeps one uncompressed copy of a split on local disk, which all workers on the node map: the page cache holds
-once, what fits in memory, and the disk holds the rest. Any row can be read at any time, so the order of an epoch is a
-function of seed and epoch alone, the same for any number of workers, and a run can resume at any step.
+Any image can be read at any time, so the order of an epoch is a function of the dataset, the seed and the epoch alone,
+the same for any number of workers, and a run can resume at any step.
 """
 
-import hashlib
-import io
 import os
 import shlex
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock
+import pyarrow.compute as pc
 
-from data_prep.manifest import MANIFEST_NAME, SPLITS, DataFile, Manifest, SplitName, read_manifest
+from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, read_index, read_manifest
 from trainer.runtime import storage
+from trainer.runtime.ahead import call_ahead
 from trainer.runtime.errors import InputError
-from trainer.runtime.folders import cache_folder
-from trainer.runtime.markdown import shorten_digest
+from trainer.training.shards import HeldImages, Pixels, open_pixels
 
 T = TypeVar("T")
 
@@ -38,15 +31,35 @@ _MOST_FOLDERS_LOOKED_INTO = 20
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """All rows of one split."""
+    """All rows of one split, in the order of the index."""
 
-    images: npt.NDArray[np.uint8]
-    """``[rows, image_size, image_size, channels]``, a read-only memory map."""
     labels: npt.NDArray[np.int32]
     """``[rows]``."""
+    shards: npt.NDArray[np.int32]
+    """``[rows]``, the shard of each image."""
+    rows: npt.NDArray[np.int32]
+    """``[rows]``, the row of each image in its shard."""
+    pixels: Pixels
+
+    @classmethod
+    def hold(cls, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> "ImageSplit":
+        """Return a split of images in memory."""
+        rows = np.arange(len(labels), dtype=np.int32)
+        return cls(labels, np.zeros_like(rows), rows, HeldImages(images))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def expect(self, rows: npt.NDArray[np.int64]) -> None:
+        """Say which rows will be taken next, in this order, so that they can be fetched ahead of their use."""
+        self.pixels.expect(self.shards[rows])
+
+    def take(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+        """Return the images of some rows, uint8 ``[rows, height, width, channels]``, in ``out`` if it is given."""
+        if out is None:
+            out = np.empty((len(rows), *self.pixels.image_shape), np.uint8)
+        self.pixels.take(self.shards[rows], self.rows[rows], out)
+        return out
 
 
 def load_manifest(dataset: str) -> Manifest:
@@ -84,99 +97,75 @@ def _prepare_command(source: str) -> str:
     return f"run: python jobs/prepare.py {shlex.join([source, target])} and give --dataset {shlex.quote(target)}"
 
 
-def open_split(dataset: str, manifest: Manifest, split: SplitName) -> ImageSplit:
-    """Return all rows of a split, its images as a memory map, filling this node's cache first if needed.
+def open_split(
+    dataset: str, manifest: Manifest, split: SplitName, cache_gib: float = 0.0, window_gib: float = 0.0
+) -> ImageSplit:
+    """Return the rows of a split, whose images are read where they lie.
+
+    Args:
+        dataset: URI of the dataset.
+        manifest: its manifest.
+        split: which split.
+        cache_gib: see `trainer.training.shards.open_pixels`.
+        window_gib: likewise.
 
     Raises:
         InputError: a file of the dataset is missing or differs from what the manifest says.
-        JobError: this machine's disk has no room for it.
     """
-    folder = cache_folder() / "splits" / manifest.fingerprint
-    images_path, labels_path = folder / f"{split}.images.npy", folder / f"{split}.labels.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{split}.lock"):
-        if not labels_path.exists():
-            _fill_cache(dataset, manifest, split, images_path, labels_path)
-    return ImageSplit(np.load(images_path, mmap_mode="r"), np.load(labels_path))
+    index = read_index(dataset, manifest, ["shard", "row", "split", "label"])
+    of_split = index.filter(pc.field("split") == split)
+    columns = {name: of_split[name].to_numpy() for name in ("shard", "row", "label")}
+    pixels = open_pixels(dataset, manifest, cache_gib, window_gib)
+    return ImageSplit(columns["label"], columns["shard"], columns["row"], pixels)
 
 
-def read_hashes(dataset: str, manifest: Manifest) -> dict[str, SplitName]:
+def read_hashes(dataset: str, manifest: Manifest) -> dict[bytes, SplitName]:
     """Return the split of each image of a dataset by the SHA-256 of its source file; train where it is in several.
 
     Raises:
-        InputError: a file of the dataset is missing or cannot be read.
+        InputError: the index is missing or differs from what the manifest says.
     """
-    splits: dict[str, SplitName] = {}
+    index = read_index(dataset, manifest, ["sha256", "split"])
+    splits: dict[bytes, SplitName] = {}
     for split in reversed(SPLITS):
-        hashes = read_sources(dataset, manifest, split)["sha256"].to_pylist()
-        splits.update((one, split) for one in hashes if one)
+        of_split = index.filter(pc.field("split") == split)
+        splits.update((one, split) for one in of_split["sha256"].to_pylist())
     return splits
 
 
 def read_sources(dataset: str, manifest: Manifest, split: SplitName) -> pa.Table:
-    """Return path and sha256 of the source file of each image of a split, in the order of `open_split`.
+    """Return path and sha256, in hexadecimal, of the file of each image of a split, in the order of `open_split`.
 
     Raises:
-        InputError: a file of the dataset is missing or cannot be read.
+        InputError: the index is missing or differs from what the manifest says.
     """
-    tables = [pa.table({name: pa.array([], pa.string()) for name in ("path", "sha256")})]
-    for data_file in manifest.splits[split].files:
-        uri = storage.join(dataset, data_file.path)
-        try:
-            with storage.open_file(uri) as file:
-                tables.append(pq.read_table(file, columns=["path", "sha256"]).replace_schema_metadata(None))
-        except (FileNotFoundError, pa.ArrowException) as error:
-            raise InputError(f"{uri} cannot be read: {error}") from error
-    return pa.concat_tables(tables)
+    index = read_index(dataset, manifest, ["path", "sha256", "split"])
+    of_split = index.filter(pc.field("split") == split)
+    digests = [digest.hex() for digest in of_split["sha256"].to_pylist()]
+    return pa.table({"path": of_split["path"], "sha256": pa.array(digests, pa.string())})
 
 
-def _fill_cache(dataset: str, manifest: Manifest, split: SplitName, images_path: Path, labels_path: Path) -> None:
-    rows = manifest.splits[split].rows
-    shape = (rows, manifest.image_size, manifest.image_size, manifest.channels)
-    partial = images_path.with_suffix(".partial")
-    labels = np.empty(rows, np.int32)
-    try:
-        with storage.clear_errors(str(partial)):
-            images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-            with partial.open("r+b") as file:
-                # Allocate all of it now: a process that writes to a map without room on the disk is killed (SIGBUS).
-                os.posix_fallocate(file.fileno(), 0, images.offset + images.nbytes)
-        start = 0
-        for data_file in manifest.splits[split].files:
-            content = io.BytesIO(_read_data_file(dataset, data_file))
-            table = pq.read_table(content, columns=["image", "label"])
-            end = start + data_file.rows
-            images[start:end] = table["image"].combine_chunks().to_numpy_ndarray()
-            labels[start:end] = table["label"].to_numpy()
-            start = end
-        images.flush()
-        partial.rename(images_path)
-    finally:
-        partial.unlink(missing_ok=True)
-    # Written last, atomically: its presence means that the cache is filled.
-    sink = io.BytesIO()
-    np.save(sink, labels)
-    storage.write_bytes(str(labels_path), sink.getvalue())
+def epoch_order(split: ImageSplit, seed: int, epoch: int, window_gib: float = 64.0) -> npt.NDArray[np.int64]:
+    """Return the row numbers of an epoch in training order: a different permutation for each seed and epoch.
 
+    If the dataset is larger than the window, shards are permuted, and rows within windows of shards: those of a window
+    come before those of the next.
 
-def _read_data_file(dataset: str, file: DataFile) -> bytes:
-    uri = storage.join(dataset, file.path)
-    try:
-        content = storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise InputError(f"{error}, though the manifest names it; prepare {dataset} again with --overwrite") from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != file.sha256:
-        raise InputError(
-            f"{uri} has sha256 {shorten_digest(digest)}, the manifest says {shorten_digest(file.sha256)}; the dataset "
-            "is damaged or was changed: prepare it again with --overwrite"
-        )
-    return content
-
-
-def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the row numbers of an epoch in training order: a different permutation for each seed and epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+    Args:
+        split: the split to order.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        window_gib: size of the files that rows are permuted within.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(split))
+    sizes, window = split.pixels.shard_bytes, window_gib * 2**30
+    if sizes.sum() <= window:
+        return order
+    shards = random.permutation(len(sizes))
+    window_of = np.empty(len(sizes), np.int64)
+    window_of[shards] = (np.cumsum(sizes[shards]) - 1) // window
+    return order[np.argsort(window_of[split.shards[order]], kind="stable")]
 
 
 def worker_rows(
@@ -188,6 +177,14 @@ def worker_rows(
     return order[start : start + share]
 
 
+def all_worker_rows(
+    order: npt.NDArray[np.int64], num_steps: int, global_batch_size: int, rank: int, num_workers: int
+) -> npt.NDArray[np.int64]:
+    """Return the rows of one worker's shares of the first steps, in the order in which it takes them."""
+    of_steps = order[: num_steps * global_batch_size].reshape(num_steps, num_workers, -1)
+    return of_steps[:, rank].reshape(-1)
+
+
 class BatchFeed:
     """Make batches ahead of time in a thread, and count the seconds that their consumer waited."""
 
@@ -196,12 +193,8 @@ class BatchFeed:
 
     def batches(self, make_batch: Callable[[int], T], steps: range) -> Iterator[T]:
         """Yield ``make_batch(step)`` for each step in turn."""
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
-            pending = deque(maker.submit(make_batch, step) for step in steps[:_BATCHES_IN_FLIGHT])
-            for upcoming in range(len(steps)):
-                started = time.perf_counter()
-                batch = pending.popleft().result()
-                self.wait_seconds += time.perf_counter() - started
-                if upcoming + _BATCHES_IN_FLIGHT < len(steps):
-                    pending.append(maker.submit(make_batch, steps[upcoming + _BATCHES_IN_FLIGHT]))
-                yield batch
+        for batch in call_ahead(make_batch, steps, ahead=_BATCHES_IN_FLIGHT + 1, name="batches"):
+            started = time.perf_counter()
+            made = batch.result()
+            self.wait_seconds += time.perf_counter() - started
+            yield made

@@ -34,6 +34,8 @@ class Evaluator:
         num_batches = -(-len(self.split) // self.batch_size)
         batches_per_worker = -(-num_batches // self.num_workers)
         own = range(self.rank, batches_per_worker * self.num_workers, self.num_workers)
+        if len(own):
+            self.split.expect(np.concatenate([self._rows(index) for index in own]))
         # Read at the end, so that the device does not wait between batches.
         results = [self.eval_step(*batch) for batch in BatchFeed().batches(self._batch, own)]
         gathered = self.gather(np.concatenate(results))
@@ -45,8 +47,11 @@ class Evaluator:
         # Imported here, since reading a table of predictions needs no TensorFlow.
         from trainer.training.batches import make_batch
 
+        return make_batch(self.split, self._rows(index))
+
+    def _rows(self, index: int) -> npt.NDArray[np.int64]:
         rows = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        return make_batch(self.split, np.minimum(rows, len(self.split) - 1))
+        return np.minimum(rows, len(self.split) - 1)
 
 
 def mean_loss_and_accuracy(outcomes: npt.NDArray[np.float32], labels: npt.NDArray[np.int32]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from trainer.config.config import TrainConfig
 from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder
 from trainer.runtime.errors import InputError
+from trainer.training.dataset import ImageSplit
 from trainer.training.scaling import build_scaling
 
 
@@ -67,12 +68,12 @@ def load_export(run: RunFolder) -> Any:
 
 
 def score_images(
-    arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig, images: npt.NDArray[np.uint8], batch_size: int
+    arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig, split: ImageSplit, batch_size: int
 ) -> npt.NDArray[np.float32]:
-    """Return the scores of images, float32 ``[rows, num_classes]``, by a network with these weights."""
+    """Return the scores of the images of a split, float32 ``[rows, num_classes]``, by a network with these weights."""
     model = build_export(arrays, manifest, config)
-    batches = [model.predict_on_batch(images[row : row + batch_size]) for row in range(0, len(images), batch_size)]
-    return np.concatenate(batches)
+    batches = np.array_split(np.arange(len(split)), range(batch_size, len(split), batch_size))
+    return np.concatenate([model.predict_on_batch(split.take(rows)) for rows in batches])
 
 
 def write_exports(run: RunFolder, arrays: checkpoints.Arrays, manifest: Manifest, config: TrainConfig) -> None:

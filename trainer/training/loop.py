@@ -52,7 +52,15 @@ from trainer.runtime.events import (
 )
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
 from trainer.training.batches import make_batch
-from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, read_sources, worker_rows
+from trainer.training.dataset import (
+    BatchFeed,
+    ImageSplit,
+    all_worker_rows,
+    epoch_order,
+    open_split,
+    read_sources,
+    worker_rows,
+)
 from trainer.training.devices import peak_memory_gib, share_devices, uses_tf32
 from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy, predictions_table
 from trainer.training.export import score_images, write_exports
@@ -110,24 +118,24 @@ def train_worker(job: WorkerJob) -> WorkerResult:
     best = broadcast_from_rank_zero(_find_best(job, run) if rank == 0 else None)
     if best is not None and config.evaluate_test and not reason:
         _restore(network, run, best)
-        test = open_split(config.dataset, job.manifest, "test")
+        test = open_split(config.dataset, job.manifest, "test", config.cache_gib)
         if rank == 0:
             run.record_test_read("train.py")
         table = predictions_table(training.evaluate(test), test.labels)
         if rank == 0:
             run.write(storage.parquet_bytes(table), "test_predictions.parquet")
-    mistakes = training.val.images[:0]
+    mistakes = training.val.take(np.arange(0))
     if best is not None and rank == 0:
         content = checkpoints.read_file(run.checkpoints, best, checkpoints.MODEL_NAME)
         weights = checkpoints.from_safetensors(content)
         write_exports(run, weights, job.manifest, config)
         predictions = _describe_predictions(job, run, best, weights, training.val, training.mean_losses)
         run.write(storage.parquet_bytes(predictions), PREDICTIONS_NAME)
-        thumbnails = make_thumbnails(training.val.images, select_shown(predictions))
-        run.write(storage.parquet_bytes(thumbnails), THUMBNAILS_NAME)
-        mistakes = training.val.images[find_mistakes(predictions)]
+        shown = select_shown(predictions)
+        run.write(storage.parquet_bytes(make_thumbnails(training.val.take(shown), shown)), THUMBNAILS_NAME)
+        mistakes = training.val.take(find_mistakes(predictions))
     layers = format_layers(network.model)
-    return WorkerResult(reason, attempt, network.model.count_params(), layers, weights_crc32, np.array(mistakes))
+    return WorkerResult(reason, attempt, network.model.count_params(), layers, weights_crc32, mistakes)
 
 
 def _describe_predictions(
@@ -144,7 +152,7 @@ def _describe_predictions(
     table = name_predictions(storage.parquet_table(content), sources, job.manifest.class_names)
     table = table.append_column("mean_loss", pa.array(mean_losses, pa.float32()))
     if job.config.save_probabilities:
-        scores = score_images(weights, job.manifest, job.config, val.images, job.config.per_replica_batch_size)
+        scores = score_images(weights, job.manifest, job.config, val, job.config.per_replica_batch_size)
         listed = pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel()), scores.shape[1])
         table = table.append_column("probabilities", listed)
     return table
@@ -189,7 +197,10 @@ class _Training:
     ) -> None:
         self._job, self._run, self._config, self._rank, self._attempt = job, run, config, rank, attempt
         self._lineage = (*last.lineage, (last.attempt, last.step)) if last else ()
-        self._train, self.val = (open_split(config.dataset, job.manifest, name) for name in ("train", "val"))
+        self._train, self.val = (
+            open_split(config.dataset, job.manifest, name, config.cache_gib, config.shuffle_window_gib)
+            for name in ("train", "val")
+        )
         read_weights = partial(read_initial_weights, config.init_from, storage.parent(run.uri))
         starts_elsewhere = bool(config.init_from) and last is None
         self._steps_per_epoch = len(self._train) // config.global_batch_size
@@ -293,6 +304,8 @@ class _Training:
             if plan.stage != "trial":
                 raise
             has_lost = True
+        # No epoch counts that was trained on damaged images.
+        self._train.pixels.finish_check()
         with averaged_weights(self.network):
             self._estimate_batch_norm()
             outcomes = self.evaluate(self.val)
@@ -360,11 +373,14 @@ class _Training:
         """Estimate the averages of BatchNorm on the first images of this epoch's order."""
         if self._estimate is None:
             return
-        order = epoch_order(len(self._train), self._config.seed, len(self._history) + 1)
+        order = self._order(len(self._history) + 1)
         num_batches = count_estimate_steps(len(order), self._config.global_batch_size)
         batches = BatchFeed().batches(lambda step: self._make_batch(order, step), range(num_batches))
         for number, (images, _) in enumerate(batches):
             self._estimate(images, number)
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_order(self._train, self._config.seed, epoch, self._config.shuffle_window_gib)
 
     def _make_batch(self, order: npt.NDArray[np.int64], step: int) -> tuple[Any, Any]:
         """Return this worker's share of a global batch of rows in an order."""
@@ -390,9 +406,10 @@ class _Training:
             DivergedError: the loss became NaN or infinite; the steps so far are kept.
         """
         config, epoch = self._config, len(self._history) + 1
-        order = epoch_order(len(self._train), config.seed, epoch)[self._epoch_rows :]
+        order = self._order(epoch)[self._epoch_rows :]
         first_step = self._steps.num_rows
         num_steps = len(order) // config.global_batch_size
+        self._train.expect(all_worker_rows(order, num_steps, config.global_batch_size, self._rank, config.num_workers))
 
         feed = BatchFeed()
         started = last_event = time.perf_counter()

@@ -1,3 +1,4 @@
+import hashlib
 import io
 
 import numpy as np
@@ -5,10 +6,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep.card import describe_few_levels, list_classes, write_card
-from data_prep.manifest import Split
-from data_prep.shards import write_data_file
+from data_prep.card import describe_few_levels, list_classes
+from data_prep.card import write_card as write_card_of
+from data_prep.manifest import Manifest, Split, read_index
+from data_prep.shards import write_shard
 from trainer.runtime import storage
+
+
+def write_card(uri: str, manifest: Manifest) -> None:
+    write_card_of(uri, manifest, read_index(uri, manifest))
 
 
 def read_sheet(uri: str) -> Image.Image:
@@ -64,22 +70,29 @@ def write_classes(write_dataset):
     """Return a function that writes a dataset of many classes: two train images each, with a gray of their own."""
 
     def write(num_classes: int):
-        written = write_dataset(rows=(1, 1, 1))
         labels = np.arange(num_classes).repeat(2)
+        written = write_dataset(rows=(len(labels), 0, 0), rows_per_shard=700)
         images = np.full((len(labels), 5, 5, 1), (labels % 250)[:, None, None, None], np.uint8)
-        paths = pa.table(
-            {"label": pa.array(labels, pa.int32()), "path": labels.astype(str), "sha256": [""] * len(labels)}
-        )
-        file = write_data_file(written.uri, "train/part-00000.parquet", images, paths)
+        for number, shard in enumerate(written.manifest.shards):
+            with write_shard(storage.join(written.uri, shard.path), (5, 5, 1)) as writer:
+                for image in images[number * 700 : (number + 1) * 700]:
+                    writer.add(image)
+        index = read_index(written.uri, written.manifest)
+        index = index.set_column(index.column_names.index("label"), "label", pa.array(labels, pa.int32()))
+        content = storage.parquet_bytes(index)
+        storage.write_bytes(storage.join(written.uri, "index.parquet"), content)
+        tables = {"index.parquet": hashlib.sha256(content).hexdigest()}
         # The last three classes have the fewest and the most images in val.
         counts = [2] * num_classes
         splits = {
-            "train": Split(rows_per_class=counts, files=[file]),
-            "val": Split(rows_per_class=[*counts[3:], 1, 0, 9], files=[]),
-            "test": Split(rows_per_class=[0] * num_classes, files=[]),
+            "train": Split(rows_per_class=counts),
+            "val": Split(rows_per_class=[*counts[3:], 1, 0, 9]),
+            "test": Split(rows_per_class=[0] * num_classes),
         }
         names = [f"kind {label:05d}" for label in range(num_classes)]
-        return written.uri, written.manifest.model_copy(update={"class_names": names, "splits": splits})
+        return written.uri, written.manifest.model_copy(
+            update={"class_names": names, "splits": splits, "tables": tables}
+        )
 
     return write
 
@@ -121,7 +134,7 @@ def test_the_card_of_many_classes_has_those_with_the_fewest_and_the_most_images(
     assert card.startswith("# 4004 images of 1000 classes\n")
     assert "![the first images of 400 classes](contact_sheet.png)" in card
     assert f"fingerprint {manifest.fingerprint[:12]}\n" in card
-    assert len(card) < 3000
+    assert len(card) < 4000
 
 
 def test_fifty_classes_are_all_in_the_card_in_their_order(write_classes):
@@ -134,19 +147,20 @@ def test_fifty_classes_are_all_in_the_card_in_their_order(write_classes):
     [
         (None, None, ""),
         ((100, 163), None, ""),
-        ((100, 162), None, "warning: 99% of training pixels lie in 63 of 256 gray levels, 100-162 (contact_sheet.png)"),
+        ((100, 162), None, "warning: 99% of pixels lie in 63 of 256 gray levels, 100-162 (contact_sheet.png)"),
         ((64, 127), (0, 4096), ""),
         (
             (64, 126),
             (0, 4096),
-            "warning: 99% of training pixels lie in 63 of 256 gray levels, 64-126 (contact_sheet.png); to spread them "
+            "warning: 99% of pixels lie in 63 of 256 gray levels, 64-126 (contact_sheet.png); to spread them "
             "over all gray levels, use --value-range 1024:2032 (darker values become black, brighter ones white)",
         ),
     ],
 )
 def test_fewer_than_64_gray_levels_are_warned_about(write_dataset, gray_levels, value_range, warning):
     written = write_dataset()
-    manifest = written.manifest.model_copy(update={"gray_levels": gray_levels, "value_range": value_range})
+    counts = [int(gray_levels[0] <= level <= gray_levels[1]) for level in range(256)] if gray_levels else None
+    manifest = written.manifest.model_copy(update={"value_counts": counts, "value_range": value_range})
     assert describe_few_levels(manifest) == warning
     write_card(written.uri, manifest)
     card = storage.read_bytes(storage.join(written.uri, "README.md")).decode()

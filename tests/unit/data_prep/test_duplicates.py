@@ -26,10 +26,11 @@ def enlarged(pixels: np.ndarray) -> np.ndarray:
     return cv2.resize(pixels, (300, 300), interpolation=cv2.INTER_CUBIC)
 
 
-def groups_of(images: list[np.ndarray]) -> list[int]:
-    digests = np.array([hashlib.sha256(np.ascontiguousarray(image).data).hexdigest() for image in images])
-    hashes = np.frombuffer(b"".join(map(perceptual_hash, images)), np.uint8).reshape(-1, HASH_BYTES)
-    return group_duplicates(digests, hashes).tolist()
+def groups_of(images: list[np.ndarray], rule: str = "near") -> list[int]:
+    digests = [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
+    columns = {"pixels_sha256": digests, "perceptual_hash": list(map(perceptual_hash, images))}
+    table = pa.table({name: pa.array(column, pa.binary(HASH_BYTES)) for name, column in columns.items()})
+    return group_duplicates(table, rule).tolist()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,13 @@ def test_copies_of_copies_are_one_group():
     groups = groups_of([*photos, as_jpeg(photos[0], 70), enlarged(photos[0]), photos[0].copy()])
     assert groups[0] == groups[10] == groups[11] == groups[12]
     assert len(set(groups)) == 10
+
+
+def test_by_the_rule_exact_only_equal_pixels_are_duplicates():
+    photos = [photo(seed) for seed in range(10)]
+    groups = groups_of([*photos, as_jpeg(photos[0], 90), photos[3].copy()], "exact")
+    assert groups[11] == groups[3]
+    assert len(set(groups)) == 11
 
 
 def test_many_copies_of_one_photo_do_not_hide_another_pair():

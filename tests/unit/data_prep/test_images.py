@@ -25,7 +25,7 @@ def source(tmp_path) -> Source:
 
 def test_images_are_decoded_in_order_and_others_have_their_reason(source):
     Path(source.uri, "a", "2.png").unlink()
-    contents, outcomes = decode_listed(source.uri, source.images, OPTIONS)
+    contents, outcomes = zip(*decode_listed(source.uri, source.images, OPTIONS), strict=True)
     assert [content is None for content in contents] == [False, True, False, False]
     assert outcomes[1] == "unreadable"
     assert outcomes[3] == "not_an_image"

@@ -1,6 +1,8 @@
 import io
 import os
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from data_prep import isolation
 from data_prep.decode import ImageOptions
 from data_prep.formats import RejectedImageError
+from trainer.runtime.errors import InputError
 
 OPTIONS = ImageOptions(image_size=4)
 
@@ -32,6 +35,11 @@ def decode_or_misbehave(content: bytes, options: ImageOptions) -> np.ndarray:
         case b"reject":
             raise RejectedImageError("unsupported")
     return np.full((4, 4, 1), content[0], np.uint8)
+
+
+def decode_as_guarded(contents: list[bytes], marker: Path, decode: isolation.Decode) -> list:
+    calls = [contents[:2], contents[2:]]
+    return [outcome for of_call in isolation.decode_guarded(calls, OPTIONS, marker, decode) for outcome in of_call]
 
 
 def as_text(outcomes: list) -> list[str]:
@@ -68,10 +76,31 @@ def test_another_preparation_of_the_same_images_may_end_first(tmp_path):
     marker = tmp_path / "marker"
 
     def decode_while_another_ends(content: bytes, options: ImageOptions) -> np.ndarray:
-        marker.unlink()
+        marker.unlink(missing_ok=True)
         return np.full((4, 4, 1), content[0], np.uint8)
 
-    assert as_text(isolation.decode_guarded([b"a"], OPTIONS, marker, decode_while_another_ends)) == ["a"]
+    assert as_text(decode_as_guarded([b"a", b"b", b"c"], marker, decode_while_another_ends)) == ["a", "b", "c"]
+
+
+def test_after_a_death_all_is_decoded_in_another_process(tmp_path):
+    marker = tmp_path / "marker"
+    marker.touch()
+    outcomes = decode_as_guarded([b"a", b"crash", b"b"], marker, decode_or_misbehave)
+    assert as_text(outcomes) == ["a", "decoder_crashed", "b"]
+    assert not marker.exists()
+
+
+def test_an_error_in_reading_is_no_death(tmp_path):
+    def read() -> Iterator[list[bytes]]:
+        yield [b"a"]
+        raise InputError("away")
+
+    guarded = isolation.decode_guarded(read(), OPTIONS, tmp_path / "marker", decode_or_misbehave)
+    next(guarded)
+    assert (tmp_path / "marker").exists()
+    with pytest.raises(InputError, match="away"):
+        next(guarded)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_no_images_give_no_outcomes():

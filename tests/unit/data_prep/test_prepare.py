@@ -5,20 +5,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from data_prep.manifest import SPLITS, read_manifest
 from data_prep.prepare import (
     PrepareConfig,
     _check_rejected,
-    _check_val,
-    _open_staging,
-    _write_part,
     check_places,
     parse_config,
     prepare,
 )
-from data_prep.shards import STAGED_SCHEMA, write_chunk
-from data_prep.sources import find_images
-from tests.conftest import write_stripes
-from trainer.runtime import storage
+from tests.conftest import read_split, write_stripes
 from trainer.runtime.errors import InputError
 
 
@@ -81,43 +76,6 @@ def test_a_source_that_is_not_there_is_refused(tmp_path):
     assert not (tmp_path / "prepared").exists()
 
 
-def test_staged_images_that_were_damaged_are_not_written(tmp_path):
-    row = {"path": "a.png", "label": 0, "pixels_sha256": "of other pixels"}
-    uri = str(tmp_path / "chunk-000000")
-    write_chunk(uri, np.zeros((1, 4, 4, 1), np.uint8), pa.Table.from_pylist([row], schema=STAGED_SCHEMA))
-    with pytest.raises(InputError, match="staged images are damaged; decode them again with --overwrite"):
-        _write_part({"part": 0, "uris": [uri], "splits": ["train"]}, str(tmp_path))
-    assert not (tmp_path / "train").exists()
-
-
-def test_a_task_of_a_killed_preparation_cannot_write_into_the_next_one(write_files, tmp_path):
-    found = find_images(write_files("cat/a.png", "dog/b.png"))
-    dataset = str(tmp_path / "prepared")
-    killed = _open_staging(dataset, found, PrepareConfig(image_size=5))
-    storage.write_bytes(storage.join(killed, "chunk-000000.rows.parquet"), b"of 5 pixels")
-    other = _open_staging(dataset, found, PrepareConfig(image_size=7))
-    assert not storage.find_files(killed)
-    # The task goes on.
-    storage.write_bytes(storage.join(killed, "chunk-000000.rows.parquet"), b"of 5 pixels")
-    assert not storage.find_files(other)
-
-
-def test_an_interrupted_preparation_keeps_its_chunks_but_not_its_data_files(write_files, tmp_path):
-    found = find_images(write_files("cat/a.png", "dog/b.png"))
-    dataset = str(tmp_path / "prepared")
-    chunk = storage.join(_open_staging(dataset, found, PrepareConfig(seed=0)), "chunk-000000.rows.parquet")
-    storage.write_bytes(chunk, b"rows")
-    for name in ("part-00000.parquet", "own.txt"):
-        storage.write_bytes(storage.join(dataset, "train", name), b"rows")
-    # Another seed draws other splits from the same chunks.
-    assert chunk.startswith(_open_staging(dataset, found, PrepareConfig(seed=1)))
-    assert storage.exists(chunk)
-    assert set(storage.find_files(storage.join(dataset, "train"))) == {"own.txt"}
-    more = find_images(write_files("cat/a.png", "dog/b.png", "dog/c.png"))
-    assert not chunk.startswith(_open_staging(dataset, more, PrepareConfig(seed=1)))
-    assert not storage.exists(chunk)
-
-
 def test_a_dataset_prepared_otherwise_is_kept(write_dataset):
     written = write_dataset()
     with pytest.raises(InputError, match=r"image_size is 5, not 7; channels is 1, not 3\).*--overwrite"):
@@ -127,7 +85,45 @@ def test_a_dataset_prepared_otherwise_is_kept(write_dataset):
 def test_the_same_preparation_is_not_done_again(write_dataset):
     written = write_dataset()
     config = PrepareConfig(image_size=5, max_bad_fraction=0.5)
+    assert check_places("/photos", written.uri, config) == "nothing"
     assert prepare("/photos", written.uri, config) == written.manifest
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"val_fraction": 0.2}, {"test_fraction": 0.0}, {"duplicates": "exact"}]
+)
+def test_other_splits_need_neither_the_source_nor_pixels(write_dataset, change):
+    written, config = write_dataset(rows=(70, 10, 10)), PrepareConfig(image_size=5, **change)
+    assert check_places("/photos", written.uri, config) == "draw"
+    manifest = prepare("/photos", written.uri, config)
+    assert {name: getattr(manifest, name) for name in change} == change
+    assert (manifest.shards, manifest.class_names) == (written.manifest.shards, written.manifest.class_names)
+    assert read_manifest(written.uri) == manifest
+    rows = {split: read_split(written.uri, split) for split in SPLITS}
+    assert {split: len(of_split) for split, of_split in rows.items()} == {
+        split: described.rows for split, described in manifest.splits.items()
+    }
+    train = np.stack(rows["train"]["image"]).astype(np.float64)
+    np.testing.assert_allclose([manifest.pixel_mean, manifest.pixel_std], [[train.mean()], [train.std()]])
+    former = prepare("/photos", written.uri, PrepareConfig(image_size=5))
+    prepare("/photos", written.uri, config)
+    assert prepare("/photos", written.uri, PrepareConfig(image_size=5)) == former
+    assert former.fingerprint != manifest.fingerprint or change == {"duplicates": "exact"}
+
+
+def test_what_changes_pixels_or_was_prepared_elsewhere_does_not_draw(write_dataset):
+    written = write_dataset()
+    for source, config in (("/others", {"image_size": 5}), ("/photos", {"image_size": 5, "resize": "pad"})):
+        with pytest.raises(InputError, match=r"prepared differently .*--overwrite"):
+            check_places(source, written.uri, PrepareConfig(seed=1, **config))
+
+
+def test_new_images_are_appended_with_the_same_options_only(write_dataset, tmp_path):
+    written = write_dataset()
+    with pytest.raises(InputError, match=r"seed is 0, not 1.*--append adds what is new in the same SOURCE"):
+        check_places("/photos", written.uri, PrepareConfig(image_size=5, seed=1), append=True)
+    with pytest.raises(InputError, match="SOURCE /photos does not exist"):
+        check_places("/photos", written.uri, PrepareConfig(image_size=5), append=True)
 
 
 def check_rejected(of_class: list[tuple[int, int]], max_bad_fraction: float, names: str = "{}.heic") -> None:
@@ -139,7 +135,7 @@ def check_rejected(of_class: list[tuple[int, int]], max_bad_fraction: float, nam
             "path": [names.format(row) for row in range(len(lost))],
             "label": pa.array(lost, pa.int32()),
             "reason": ["not_an_image"] * len(lost),
-            "chunk": pa.array([0] * len(lost), pa.int32()),
+            "number": pa.array([0] * len(lost), pa.int32()),
         }
     )
     config = PrepareConfig(max_bad_fraction=max_bad_fraction)
@@ -171,32 +167,8 @@ def test_a_class_that_lost_all_its_files_is_an_error_in_any_case():
         check_rejected([(1, 1), (0, 8), (0, 2)], max_bad_fraction=1, names="{}")
 
 
-@pytest.mark.parametrize(
-    ("counts", "splits", "message"),
-    [
-        ([1, 1], [None, None], "the smallest class has 1 image, the largest 1; .* a class needs 4, .*; add images$"),
-        (
-            [1, 3],
-            [None] * 4,
-            "smallest class has 1 image, the largest 3; .* needs 4, .*or give a larger --val-fraction$",
-        ),
-        ([2, 2], ["train", "test"] * 2, r"class has 1 image, the largest 1; .*--test-fraction 0 a class needs 4,"),
-    ],
-)
-def test_where_no_image_is_left_for_val_is_said_how_many_are_needed(counts, splits, message):
-    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    images = pa.table({"label": labels, "split": pa.array(splits, pa.string())})
-    with pytest.raises(InputError, match=message):
-        _check_val(images, [split or "train" for split in splits], PrepareConfig())
-
-
-def test_one_image_for_val_is_enough():
-    images = pa.table({"label": pa.array([0, 1], pa.int32()), "split": pa.array([None, None], pa.string())})
-    _check_val(images, ["train", "val"], PrepareConfig())
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["README.md", "rejected.parquet", "contact_sheet.png", "train/part-00000.parquet"])
+@pytest.mark.parametrize("name", ["README.md", "rejected.parquet", "index.parquet", "shards/00000-0a1b2c3d.arrow"])
 def test_what_no_preparation_wrote_is_not_replaced(tmp_path, name, overwrite):
     own = tmp_path / "photos" / name
     own.parent.mkdir(parents=True)

@@ -13,8 +13,8 @@ def table(labels, digests=None, splits=None) -> pa.Table:
     return pa.table(
         {
             "label": pa.array(labels, pa.int32()),
-            "split": pa.array(splits or [None] * len(labels), pa.string()),
-            "pixels_sha256": [hashlib.sha256(str(digest).encode()).hexdigest() for digest in digests],
+            "given_split": pa.array(splits or [None] * len(labels), pa.string()),
+            "pixels_sha256": [hashlib.sha256(str(digest).encode()).digest() for digest in digests],
         }
     )
 

@@ -11,7 +11,7 @@ ONE_MACHINE = Resources(num_nodes=1, num_cpus=4, num_gpus=0, free_gpus=0, device
 
 @pytest.fixture
 def dataset(write_dataset):
-    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_file=100)
+    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_shard=100)
 
 
 def test_a_run_with_nothing_to_measure_is_described_as_its_config_and_arithmetic(dataset, tmp_path):

@@ -167,7 +167,7 @@ def test_an_evaluation_has_a_row_for_each_image_as_the_export_predicts_it(traine
     request = request_evaluation(trained_run.uri, "val")
     rows = open_split(request.dataset, request.manifest, "val")
     predictions, sources = _evaluate(request)
-    scores = load_export(trained_run).predict_on_batch(np.asarray(rows.images))
+    scores = load_export(trained_run).predict_on_batch(rows.take(np.arange(len(rows))))
     assert predictions["label"].to_pylist() == list(rows.labels)
     assert predictions["predicted"].to_pylist() == list(scores.argmax(axis=1))
     np.testing.assert_allclose(predictions["confidence"], scores.max(axis=1), atol=1e-5)
@@ -177,17 +177,17 @@ def test_an_evaluation_has_a_row_for_each_image_as_the_export_predicts_it(traine
 def test_an_image_that_cannot_be_decoded_has_no_prediction(trained_run):
     images = np.random.default_rng(0).integers(0, 256, (2, 22, 22, 1), np.uint8)
     batch = {"image": images, "path": np.array(["a.png", "b.png"]), "label": np.array(["cat", ""])}
-    batch["sha256"] = np.array(["aa", "bb"], np.object_)
+    batch["sha256"] = np.array([b"aa", b"bb"], np.object_)
     table = _Predictor(trained_run.uri, ["cat", "dog", "eel"])({**batch, "error": np.array(["", "damaged"])})
     scores = load_export(trained_run).predict_on_batch(images)[0]
     first, second = table.to_pylist()
     assert first["predicted"] == ["cat", "dog", "eel"][scores.argmax()]
     np.testing.assert_allclose(first.pop("probabilities"), scores, atol=1e-6)
-    assert (first["path"], first["label"], first["sha256"], first["error"]) == ("a.png", "cat", "aa", None)
+    assert (first["path"], first["label"], first["sha256"], first["error"]) == ("a.png", "cat", b"aa", None)
     assert second == {
         "path": "b.png",
         "label": None,
-        "sha256": "bb",
+        "sha256": b"bb",
         "predicted": None,
         "confidence": None,
         "probabilities": None,
@@ -196,9 +196,9 @@ def test_an_image_that_cannot_be_decoded_has_no_prediction(trained_run):
 
 
 def test_images_are_known_by_the_hash_of_their_file_and_counted_by_split():
-    columns = {"label": ["cat", "dog", "cat", None, "owl", "dog"], "sha256": ["a", "a", "b", "c", "d", "e"]}
+    columns = {"label": ["cat", "dog", "cat", None, "owl", "dog"], "sha256": [b"a", b"a", b"b", b"c", b"d", b"e"]}
     table = pa.table({**columns, "predicted": ["cat", "cat", "cat", "cat", "cat", None]})
-    named = _name_splits(table, {"a": "train", "b": "test", "c": "val"})
+    named = _name_splits(table, {b"a": "train", b"b": "test", b"c": "val"})
     assert named["split"].to_pylist() == ["train", "train", "test", "val", None, None]
     assert "sha256" not in named.column_names
     whole, parts = PartCount(), {name: PartCount() for name in ("new", "test", "val", "train")}

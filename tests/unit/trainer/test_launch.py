@@ -37,7 +37,7 @@ SETTLED = {"global_batch_size": "4", "precision": "float32"}
 
 @pytest.fixture
 def dataset(write_dataset) -> str:
-    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_file=100).uri
+    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_shard=100).uri
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def ask(**options) -> RunRequest:
 @pytest.fixture
 def manifest(write_dataset):
     """Manifest of a dataset with 100 images to train on."""
-    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_file=100).manifest
+    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_shard=100).manifest
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from trainer.runtime.errors import InputError
 @pytest.fixture
 def manifest(write_dataset) -> Manifest:
     """Of 100 images to train on."""
-    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_file=100).manifest
+    return write_dataset(rows=(100, 10, 0), image_size=24, rows_per_shard=100).manifest
 
 
 def settle(manifest: Manifest, batch: int = 50, num_workers: int = 1, **options: Any) -> TrainConfig:

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -8,14 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from data_prep.manifest import read_index
+from data_prep.shards import write_shard
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 from trainer.training import dataset
 from trainer.training.dataset import (
     BatchFeed,
-    cache_folder,
+    ImageSplit,
+    all_worker_rows,
     epoch_order,
     load_manifest,
     open_split,
@@ -30,27 +33,62 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def held(rows: int, rows_per_shard: int = 10) -> ImageSplit:
+    """Returns a split without pixels, whose shards are of 1 KiB."""
+    numbers = np.arange(rows, dtype=np.int32)
+    sizes = np.full(-(-rows // rows_per_shard), 1024)
+    pixels = SimpleNamespace(shard_bytes=sizes)
+    return ImageSplit(numbers, numbers // rows_per_shard, numbers % rows_per_shard, pixels)
+
+
 def test_an_epoch_visits_every_row_once():
-    assert sorted(epoch_order(97, seed=0, epoch=1)) == list(range(97))
+    assert sorted(epoch_order(held(97), seed=0, epoch=1)) == list(range(97))
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own():
-    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(1, 5)}
+    orders = {tuple(epoch_order(held(50), seed, epoch)) for seed in range(4) for epoch in range(1, 5)}
     assert len(orders) == 16
     assert tuple(range(50)) not in orders
 
 
-def test_an_order_is_the_same_each_time():
-    np.testing.assert_array_equal(epoch_order(50, 1, 2), epoch_order(50, 1, 2))
+def test_an_order_is_the_same_each_time_and_that_of_earlier_versions():
+    np.testing.assert_array_equal(epoch_order(held(50), 1, 2), epoch_order(held(50), 1, 2))
+    np.testing.assert_array_equal(epoch_order(held(50), 1, 2), np.random.default_rng([1, 2]).permutation(50))
+
+
+def test_a_dataset_larger_than_the_window_is_shuffled_in_parts():
+    split, gib = held(97), 2**30
+    np.testing.assert_array_equal(epoch_order(split, 0, 1, 10 * 1024 / gib), epoch_order(split, 0, 1))
+    windows = []
+    for epoch in (1, 2, 3):
+        order = epoch_order(split, 0, epoch, 3 * 1024 / gib)
+        assert sorted(order) == list(range(97))
+        np.testing.assert_array_equal(order, epoch_order(split, 0, epoch, 3 * 1024 / gib))
+        shards = split.shards[order].tolist()
+        first = {shard: shards.index(shard) for shard in set(shards)}
+        in_turn = sorted(first, key=first.__getitem__)
+        windows.append([sorted(in_turn[start : start + 3]) for start in range(0, 10, 3)])
+        # Rows of the three shards are mixed, and all of them come before those of the next three.
+        start = 0
+        for window in windows[-1]:
+            rows = sum(int((split.shards == shard).sum()) for shard in window)
+            of_window = shards[start : start + rows]
+            assert sorted(set(of_window)) == window
+            assert len(window) == 1 or of_window != sorted(of_window, key=of_window.index)
+            start += rows
+    assert windows[0] != windows[1] != windows[2]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 6, 12])
 def test_the_shares_of_all_workers_together_are_the_batch_of_one(num_workers):
-    order = epoch_order(41, seed=0, epoch=1)
+    order = epoch_order(held(41), seed=0, epoch=1)
     for step in range(3):
         shares = [worker_rows(order, step, 12, rank, num_workers) for rank in range(num_workers)]
         assert {len(share) for share in shares} == {12 // num_workers}
         np.testing.assert_array_equal(np.concatenate(shares), order[step * 12 : (step + 1) * 12])
+    for rank in range(num_workers):
+        shares = [worker_rows(order, step, 12, rank, num_workers) for step in range(3)]
+        np.testing.assert_array_equal(all_worker_rows(order, 3, 12, rank, num_workers), np.concatenate(shares))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
@@ -150,135 +188,68 @@ def test_every_row_of_a_split_is_there_in_order(write_dataset, channels):
     for name, count in (("train", 7), ("val", 4), ("test", 3)):
         split = open_split(written.uri, written.manifest, name)
         assert len(split) == count
-        np.testing.assert_array_equal(split.images, written.images[name])
+        np.testing.assert_array_equal(split.take(np.arange(count)), written.images[name])
         np.testing.assert_array_equal(split.labels, written.labels[name])
-        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
-
-
-def test_the_images_are_a_map_that_cannot_be_written(write_dataset):
-    written = write_dataset()
-    images = open_split(written.uri, written.manifest, "train").images
-    assert isinstance(images, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        images[0] = 0
-
-
-def test_a_split_that_is_in_the_cache_is_not_read_again(write_dataset):
-    written = write_dataset()
-    open_split(written.uri, written.manifest, "train")
-    shutil.rmtree(written.uri)
-    np.testing.assert_array_equal(open_split(written.uri, written.manifest, "train").images, written.images["train"])
-    with pytest.raises(InputError, match=r"part-00000.parquet: not found, though the manifest names it; prepare"):
-        open_split(written.uri, written.manifest, "val")
-
-
-def test_another_dataset_at_the_same_place_is_read_again(write_dataset):
-    first = write_dataset(seed=0)
-    open_split(first.uri, first.manifest, "train")
-    second = write_dataset(seed=1)
-    assert second.uri == first.uri
-    np.testing.assert_array_equal(open_split(second.uri, second.manifest, "train").images, second.images["train"])
+        assert split.labels.dtype == np.int32
+        some = np.array([count - 1, 0, 1, 0])
+        np.testing.assert_array_equal(split.take(some), written.images[name][some])
 
 
 def test_a_split_without_rows_is_empty(write_dataset):
     written = write_dataset(rows=(7, 4, 0))
-    assert len(open_split(written.uri, written.manifest, "test")) == 0
-
-
-def test_a_damaged_file_is_refused_with_what_to_do_and_its_repair_is_seen(write_dataset):
-    written = write_dataset()
-    uri = storage.join(written.uri, written.manifest.splits["train"].files[1].path)
-    content = storage.read_bytes(uri)
-    storage.write_bytes(uri, content[:200] + bytes([content[200] ^ 1]) + content[201:])
-    with pytest.raises(InputError, match=r"train/part-00001.parquet has sha256 .*, the manifest says .*--overwrite"):
-        open_split(written.uri, written.manifest, "train")
-    storage.write_bytes(uri, content)
-    np.testing.assert_array_equal(open_split(written.uri, written.manifest, "train").images, written.images["train"])
-
-
-def test_workers_of_one_node_fill_the_cache_once_together(write_dataset):
-    written, start, opened = write_dataset(rows=(60, 1, 1)), threading.Barrier(4), []
-
-    def open_together() -> None:
-        start.wait()
-        opened.append(open_split(written.uri, written.manifest, "train"))
-
-    threads = [threading.Thread(target=open_together) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(opened) == 4
-    for split in opened:
-        np.testing.assert_array_equal(split.images, written.images["train"])
-
-
-def test_the_cache_holds_nothing_unfinished(write_dataset, tmp_path):
-    written = write_dataset()
-    open_split(written.uri, written.manifest, "train")
-    assert str(cache_folder()).startswith(str(tmp_path / "cache"))
-    names = {path.name for path in (cache_folder() / "splits" / written.manifest.fingerprint).iterdir()}
-    assert names <= {"train.images.npy", "train.labels.npy", "train.lock"}
-
-
-def test_a_cache_that_could_not_be_finished_is_filled_again(write_dataset, monkeypatch):
-    written = write_dataset()
-
-    def fill_the_disk(path: Path, target: Path) -> None:
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as full_disk:
-        full_disk.setattr(Path, "replace", fill_the_disk)
-        with pytest.raises(InputError, match="No space left"):
-            open_split(written.uri, written.manifest, "train")
-    np.testing.assert_array_equal(open_split(written.uri, written.manifest, "train").labels, written.labels["train"])
+    split = open_split(written.uri, written.manifest, "test")
+    assert (len(split), split.take(np.arange(0)).shape) == (0, (0, 5, 5, 1))
 
 
 def test_a_manifest_of_a_newer_format_is_refused(write_dataset):
     written = write_dataset()
-    newer = {**json.loads(written.manifest.model_dump_json()), "format": 2}
+    newer = {**json.loads(written.manifest.model_dump_json()), "format": 3}
     storage.write_bytes(storage.join(written.uri, "manifest.json"), json.dumps(newer).encode())
-    with pytest.raises(InputError, match="it is of format 2"):
+    with pytest.raises(InputError, match="it is of format 3"):
         load_manifest(written.uri)
 
 
 def test_a_split_larger_than_memory_is_fed_whole(tmp_path):
     """Half a gigabyte of images in a process that may hold 100 MB more than its modules do."""
-    folder = cache_folder() / "splits" / "large"
-    folder.mkdir(parents=True)
-    images = np.lib.format.open_memmap(
-        folder / "train.images.npy", mode="w+", dtype=np.uint8, shape=(8192, 256, 256, 1)
-    )
-    images[:, 0, 0, 0] = np.arange(8192) % 251
-    images.flush()
-    np.save(folder / "train.labels.npy", np.arange(8192, dtype=np.int32) % 251)
-    finished = subprocess.run([sys.executable, "-c", FEED_AN_EPOCH], capture_output=True, text=True)
+    image = np.zeros((256, 256, 1), np.uint8)
+    with write_shard(str(tmp_path / "shards" / "00000-00000000.arrow"), image.shape) as shard:
+        for row in range(8192):
+            image[0] = row % 251
+            shard.add(image)
+    finished = subprocess.run([sys.executable, "-c", FEED_AN_EPOCH, tmp_path], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == ["8192", "refused"]
 
 
 FEED_AN_EPOCH = """
-import re, resource
+import os, re, resource, sys
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np
-from trainer.training.dataset import BatchFeed, cache_folder, epoch_order, open_split, worker_rows
+from data_prep.manifest import Shard
+from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
+from trainer.training.shards import MappedShards
 
 held = int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + 100 * 2**20, held + 100 * 2**20))
-split = open_split("", SimpleNamespace(fingerprint="large"), "train")
-order = epoch_order(len(split), 0, 1)
+path = "shards/00000-00000000.arrow"
+shard = Shard(path=path, rows=8192, bytes=os.path.getsize(Path(sys.argv[1], path)), sha256="")
+pixels = MappedShards(sys.argv[1], [shard], (256, 256, 1))
+pixels._checker.join()
+pixels._damage = None
+rows = np.arange(8192, dtype=np.int32)
+split = ImageSplit(rows % 251, np.zeros_like(rows), rows, pixels)
+order = epoch_order(split, 0, 1)
 
 def make_batch(step):
     rows = worker_rows(order, step, 64, 0, 1)
-    return split.images[rows], split.labels[rows]
+    return split.take(rows), split.labels[rows]
 
 right = 0
 for images, labels in BatchFeed().batches(make_batch, range(len(split) // 64)):
     right += int((images[:, 0, 0, 0] == labels).sum())
 print(right)
 try:
-    np.load(cache_folder() / "splits" / "large" / "train.images.npy")
+    np.fromfile(Path(sys.argv[1], path), np.uint8)
 except MemoryError:
     print("refused")
 """
@@ -297,17 +268,14 @@ def test_the_split_of_each_image_is_found_by_the_hash_of_its_file(write_dataset)
     paths = {
         f"{split}/{row}.png": split for split, rows in (("train", 7), ("val", 4), ("test", 3)) for row in range(rows)
     }
-    expected = {hashlib.sha256(path.encode()).hexdigest(): split for path, split in paths.items()}
+    expected = {hashlib.sha256(path.encode()).digest(): split for path, split in paths.items()}
     assert read_hashes(written.uri, written.manifest) == expected
-    shared = {
-        split: described.model_copy(update={"files": written.manifest.splits["val"].files})
-        for split, described in written.manifest.splits.items()
-    }
-    everywhere = written.manifest.model_copy(update={"splits": shared})
-    assert set(read_hashes(written.uri, everywhere).values()) == {"train"}
-    storage.write_bytes(storage.join(written.uri, "val/part-00000.parquet"), b"PAR1 no more")
-    with pytest.raises(InputError, match=r"val/part-00000\.parquet cannot be read"):
+    index = read_index(written.uri, written.manifest)
+    same = pa.array([b"0" * 32] * len(index), pa.binary(32))
+    content = storage.parquet_bytes(index.set_column(index.column_names.index("sha256"), "sha256", same))
+    storage.write_bytes(storage.join(written.uri, "index.parquet"), content)
+    with pytest.raises(InputError, match=r"index\.parquet has sha256"):
         read_hashes(written.uri, written.manifest)
-    storage.delete_file(storage.join(written.uri, "test/part-00000.parquet"))
-    with pytest.raises(InputError, match=r"test/part-00000\.parquet cannot be read"):
-        read_hashes(written.uri, written.manifest)
+    tables = {"index.parquet": hashlib.sha256(content).hexdigest()}
+    everywhere = written.manifest.model_copy(update={"tables": tables})
+    assert read_hashes(written.uri, everywhere) == {b"0" * 32: "train"}
