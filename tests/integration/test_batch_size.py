@@ -113,7 +113,7 @@ def test_the_noise_that_two_workers_measure_is_that_of_two_halves_of_the_batch(t
     run, manifest = RunFolder(str(work / "runs" / "first")), load_manifest(str(work / "dataset"))
     config = run.read_record().config.model_copy(update={"num_workers": 1})
     train = open_split(str(work / "dataset"), manifest, "train")
-    first_rows = epoch_order(len(train), config.seed, 1)[: config.global_batch_size]
+    first_rows = epoch_order(train, config.seed, 1)[: config.global_batch_size]
     steps = len(train) // config.global_batch_size
     network = build_network(manifest, config, steps)
     network.start_epoch(plan_epoch([], config, steps), config, 0, steps)
