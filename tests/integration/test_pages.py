@@ -69,7 +69,8 @@ def predict(run: RunFolder, wrong: int) -> pa.Table:
     table = pa.table(columns)
     storage.write_bytes(run.path(PREDICTIONS_NAME), storage.parquet_bytes(table))
     images = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None] * 6, (40, 16, 16, 1))
-    storage.write_bytes(run.path(THUMBNAILS_NAME), storage.parquet_bytes(make_thumbnails(images, select_shown(table))))
+    shown = select_shown(table)
+    storage.write_bytes(run.path(THUMBNAILS_NAME), storage.parquet_bytes(make_thumbnails(images[shown], shown)))
     return table
 
 

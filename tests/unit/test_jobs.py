@@ -143,8 +143,8 @@ def test_the_table_of_prepare_is_short_with_a_thousand_classes(write_dataset, ca
 
 
 def test_the_options_of_prepare_are_the_fields_of_its_config():
-    options = set(parameters_of("prepare.py")) - {"source", "dataset", "source_format", "dry_run", "overwrite", "wait"}
-    assert options == set(PrepareConfig.model_fields)
+    others = {"source", "dataset", "source_format", "dry_run", "overwrite", "append", "wait"}
+    assert set(parameters_of("prepare.py")) - others == set(PrepareConfig.model_fields)
 
 
 @pytest.mark.parametrize(("job", "fields"), [("train.py", OPTIONS), ("prepare.py", PrepareConfig.model_fields)])

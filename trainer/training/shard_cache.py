@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from trainer.runtime.folders import cache_folder
 _PART_BYTES = 16 * 2**20
 # A download is done by one process of a node.
 _LOCKS = 64
+# A download that has written nothing for this long is of a killed process.
+_ABANDONED_SECONDS = 3600
 
 
 class ShardCache:
@@ -68,15 +71,15 @@ class ShardCache:
 
     def _make_room(self, needed: int) -> None:
         """Delete the files that were used longest ago, unfinished ones of killed processes too."""
-        found = []
+        found, abandoned = [], time.time_ns() - _ABANDONED_SECONDS * 10**9
         for entry in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):
                 found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry))
         total = sum(size for _, size, _ in found) + needed
-        for _, size, entry in sorted(found, key=lambda one: one[0]):
+        for used, size, entry in sorted(found, key=lambda one: one[0]):
             if total <= self.limit:
                 return
-            if not entry.name.endswith(".lock"):
+            if entry.name.endswith(".arrow") or (entry.name.endswith(".partial") and used < abandoned):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(entry.path)
                 total -= size

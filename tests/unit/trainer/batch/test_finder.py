@@ -157,7 +157,7 @@ def test_a_table_is_used_again_where_a_step_takes_as_long(manifest, options):
         {"weight_decay": 0.0},
         {"augment_rotation": 0.0},
         {"augment_flip": True},
-        {"ema_momentum": 0.9},
+        {"ema_momentum": 0.0},
         {"freeze_trunk": True},
         {"precision": "float32"},
         {"memory_limit_gib": 2.0},

@@ -52,7 +52,8 @@ def test_each_mistake_has_its_file_its_classes_and_its_picture(write_run):
     )
     storage.write_bytes(run.path(PREDICTIONS_NAME), storage.parquet_bytes(table))
     images = np.zeros((3, 8, 8, 1), np.uint8)
-    thumbnails = make_thumbnails(images, select_shown(table))
+    shown = select_shown(table)
+    thumbnails = make_thumbnails(images[shown], shown)
     storage.write_bytes(run.path(THUMBNAILS_NAME), storage.parquet_bytes(thumbnails))
     data = data_of(page_of(run))
     assert data["mistakes"] == [[2, "c.png", 2, 1, 0.7, 2.0], [1, "b.png", 1, 0, 0.8, 1.0]]

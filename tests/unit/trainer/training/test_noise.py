@@ -36,7 +36,7 @@ def test_the_noise_is_that_of_the_gradients_of_single_images(build, dataset):
     gradients_of = tf.function(build_gradients(network, dataset.manifest, alone))
     of_image = []
     for image, label in zip(images, labels, strict=True):
-        gradients, _ = gradients_of(image[None].astype(np.float32), label[None])
+        gradients, _ = gradients_of(image[None].astype(np.float32), label[None], [])
         of_image.append(np.concatenate([one.numpy().ravel() for one in gradients]))
     first, second = np.float64(of_image[: BATCH // 2]), np.float64(of_image[BATCH // 2 : BATCH])
     # The difference of two means of BATCH / 2 images has twice the variance of one, which is S / (BATCH / 2).

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from trainer.training.augment import augment
-from trainer.training.dropout import fix_dropout
+from trainer.training.dropout import draw_masks, use_masks
 from trainer.training.random_rows import draw_rows
 
 SEED = tf.constant([11, 7], tf.int64)
@@ -42,11 +42,11 @@ def test_a_step_makes_nothing_as_large_as_the_global_batch(make_config):
     images = keras.Input((width,))
     model = keras.Model(images, keras.layers.Dropout(0.5)(images))
     optimizer = keras.optimizers.SGD()
-    fix_dropout(model, optimizer, config)
 
     @tf.function
     def step(inputs, pictures):
         augmented = augment(pictures, optimizer.iterations, tf.ones([5]), config)
+        use_masks(model, draw_masks(model, config, optimizer.iterations))
         return model(inputs, training=True), augmented
 
     graph = step.get_concrete_function(tf.ones([share, width]), tf.ones([share, 8, 8, 1])).graph

@@ -78,6 +78,16 @@ def test_a_limit_below_one_shard_holds_that_shard(written, folder):
     assert names(folder) == digests(written, 3)
 
 
+def test_a_download_makes_room_of_those_that_were_given_up_and_leaves_those_that_go_on(written, folder):
+    cache = ShardCache(limit_of(written, 1.5))
+    going, given_up = (folder / f".{name}.arrow.{'0' * 32}.partial" for name in ("going", "given_up"))
+    for path in (going, given_up):
+        path.write_bytes(bytes(written.manifest.shards[0].bytes))
+    os.utime(given_up, (1000, 1000))
+    open_shard(cache, written, 0)
+    assert (going.exists(), given_up.exists()) == (True, False)
+
+
 def test_without_a_limit_it_is_half_of_the_free_space(written, monkeypatch):
     monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     assert ShardCache().limit == 500
