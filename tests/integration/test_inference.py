@@ -50,7 +50,7 @@ def test_evaluation_repeats_the_runs_own_numbers_exactly(run_on_cluster, work):
 def test_each_prediction_is_traced_to_its_file(work):
     folder = work / "runs/first"
     predictions = pq.read_table(folder / "predictions.parquet").to_pylist()
-    val = pq.read_table(work / "dataset" / "val").to_pylist()
+    val = read_split(work / "dataset", "val").to_dict("records")
     names, result = ["across", "down", "slanted"], json.loads((folder / "result.json").read_text())
     assert len(predictions) == len(val)
     for row, image in zip(predictions, val, strict=True):

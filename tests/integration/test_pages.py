@@ -134,6 +134,7 @@ def test_chosen_runs_share_a_chart_and_are_compared_exactly(visit, runs, tmp_pat
     labels = [float(label) for label in page.evaluate("charts[0].axes[1]._values.filter(Boolean)")]
     assert labels == sorted(labels)
     assert labels[0] <= 2 < 5 <= labels[-1] + 1
+    assert page.evaluate("charts[0].valToPos(5, 'y') < charts[0].valToPos(2, 'y')"), "from the top: 5 is above 2"
     verdicts = page.locator("#verdicts p").all_text_contents()
     for verdict, other in zip(verdicts, ("second", "third"), strict=True):
         expected = compare_predictions(runs["first"], runs[other])
