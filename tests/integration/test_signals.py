@@ -52,6 +52,12 @@ def start(stripes, folders, tmp_path):
     return start
 
 
+def wait_for_checkpoint(run: Path) -> None:
+    """It is written while the next epoch is trained."""
+    while not list((run / "checkpoints").glob("*/checkpoint.json")):
+        time.sleep(0.05)
+
+
 def assert_ends(job: subprocess.Popen[str], signal_name: str, code: int, folders: list[Path]) -> None:
     """Everything that the job started ends with it, and it has said why."""
     lines = job.stderr.readlines()
@@ -76,6 +82,7 @@ def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, f
     run = tmp_path / "one"
     for attempt, (send, number, code) in enumerate(STOPS):
         job = start(num_workers)
+        wait_for_checkpoint(run)
         assert not (run / "result.json").exists()
         assert len(list((run / "attempts").iterdir())) == attempt + 1
         if attempt == 0:

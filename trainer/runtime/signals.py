@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ENDING_SECONDS = 20.0
+# Ray takes up to 25 s to start where two cores are busy, and leaves processes behind if it is ended before.
+_ENDING_SECONDS = 30.0
 _SETTING_SECONDS = 0.0002
 
 _received = signal.SIGINT
@@ -93,7 +94,7 @@ def defer_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _end_at_last() -> Iterator[None]:
-    """End this process 20 s after a signal that arrives in this context, unless the context has ended by then.
+    """End this process 30 s after a signal that arrives in this context, unless the context has ended by then.
 
     Python runs a handler only when C++ code returns, and Ray's code may wait for something that never answers. What Ray
     had started ends with this process. Only for the main thread.
