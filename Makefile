@@ -16,7 +16,8 @@ unit: install
 	$(BIN)/pytest -n 2 tests/unit
 
 test: check unit
-	$(BIN)/pytest -n 2 --dist loadfile tests/integration
+	$(BIN)/pytest -n 2 --dist loadfile tests/integration --ignore tests/integration/test_signals.py
+	$(BIN)/pytest tests/integration/test_signals.py
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
