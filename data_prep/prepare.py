@@ -243,6 +243,12 @@ def _join_rejected(rejected: pa.Table, ignored: pa.Table) -> pa.Table:
     return pa.concat_tables([rejected, ignored.cast(rejected.schema)])
 
 
+def check_modes(*, overwrite: bool, append: bool) -> None:
+    """Raise InputError if a dataset would be both replaced and added to."""
+    if overwrite and append:
+        raise InputError("--overwrite replaces the dataset and --append adds to it; give one of them")
+
+
 def check_places(
     source: str, dataset: str, config: PrepareConfig, *, overwrite: bool = False, append: bool = False
 ) -> Work:

@@ -1,8 +1,7 @@
 """Prepare a dataset for training from a folder or prefix of images."""
 
-import contextlib
 import shlex
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -14,7 +13,6 @@ from trainer.architectures import ARCHITECTURES
 from trainer.config.options import Wait
 from trainer.runtime import console
 from trainer.runtime.commands import JobCommand
-from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import format_count
 
 # To train first: quick ones, the last of which takes images of any size.
@@ -83,43 +81,39 @@ def main(
     With another --seed, fraction or --duplicates, the splits of DATASET are drawn anew and nothing is decoded.
     """
     with console.exit_codes():
-        from data_prep.prepare import check_places, parse_config, prepare
-        from trainer.runtime.cluster import connect
-
-        config = parse_config(
-            image_size=image_size,
-            channels=channels,
-            resize=resize,
-            background=background,
-            value_range=value_range,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            seed=seed,
-            duplicates=duplicates,
-            max_bad_fraction=max_bad_fraction,
-        )
-        if overwrite and append:
-            raise InputError("--overwrite replaces the dataset and --append adds to it; give one of them")
+        options: dict[str, Any] = {
+            "image_size": image_size,
+            "channels": channels,
+            "resize": resize,
+            "background": background,
+            "value_range": value_range,
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "seed": seed,
+            "duplicates": duplicates,
+            "max_bad_fraction": max_bad_fraction,
+        }
         if dry_run:
+            from data_prep.prepare import check_modes, parse_config
             from data_prep.preview import preview_source
             from data_prep.sources import find_images
 
+            config = parse_config(**options)
+            check_modes(overwrite=overwrite, append=append)
             for line in preview_source(find_images(source, source_format), config):
                 console.print_words(line)
             return
-        work = check_places(source, dataset, config, overwrite=overwrite, append=append)
-        with contextlib.ExitStack() as stack:
-            if work in ("append", "decode"):
-                stack.enter_context(connect(wait_seconds=wait))
-            manifest = prepare(
-                source,
-                dataset,
-                config,
-                source_format=source_format,
-                overwrite=overwrite,
-                append=append,
-                on_event=stack.enter_context(console.show_events()),
-            )
+        from trainer.interface import prepare
+
+        manifest = prepare(
+            source,
+            dataset,
+            source_format=source_format,
+            overwrite=overwrite,
+            append=append,
+            wait=wait,
+            **options,
+        )
         print_manifest(dataset, manifest)
         print_next(dataset, manifest)
 

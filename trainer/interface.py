@@ -325,8 +325,7 @@ def prepare(
     from trainer.runtime.cluster import connect
 
     config = preparation.parse_config(**options)
-    if overwrite and append:
-        raise InputError("overwrite replaces the dataset and append adds to it; give one of them")
+    preparation.check_modes(overwrite=overwrite, append=append)
     work = preparation.check_places(source, dataset, config, overwrite=overwrite, append=append)
     with contextlib.ExitStack() as stack:
         if work in ("append", "decode"):
