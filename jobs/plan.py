@@ -32,6 +32,7 @@ def main(
 ) -> None:
     """Print time, throughput, efficiency, traffic and cost for 1, 2, 4, ... workers, up to --workers."""
     with console.exit_codes():
+        from trainer.config.batch_table import format_noise_scale
         from trainer.plan import Machines, find_advice, predict_up_to, read_workload
 
         given = {"rows": images, "epochs": epochs, "per_replica_batch_size": batch}
@@ -48,7 +49,9 @@ def main(
         print_predictions(predictions)
         until = "for the same epochs"
         if workload.noise_scale is not None:
-            until = f"to the result of the run, by its gradient noise scale of {workload.noise_scale:.0f} images"
+            until = (
+                f"to the result of the run, by its gradient noise scale of {format_noise_scale(workload.noise_scale)}"
+            )
         console.stdout.print(f"hours   {until}", markup=False)
         console.stdout.print(f"memory  {workload.worker_gib:.2f} GiB per worker, as measured", markup=False)
         for line in find_advice(workload, machines, predictions):

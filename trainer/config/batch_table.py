@@ -388,6 +388,11 @@ def find_contradiction(choice: BatchChoice, history: Sequence[Mapping[str, Any]]
     )
 
 
+def format_noise_scale(noise_scale: float) -> str:
+    """Return a gradient noise scale in words; infinite is one whose gradients are no longer than their noise."""
+    return "more images than can be measured" if math.isinf(noise_scale) else f"{noise_scale:.0f} images"
+
+
 def find_noise_surprise(choice: BatchChoice, noise_scale: float | None, rows: int) -> str:
     """Return a finding if the noise scale is far from what the choice of ``auto`` assumed; empty if not.
 
@@ -403,7 +408,8 @@ def find_noise_surprise(choice: BatchChoice, noise_scale: float | None, rows: in
         return ""
     better = decide(choice.request, table, rows, noise_scale).global_batch_size
     return (
-        f"noise scale: {noise_scale:.0f} images, {assumed:.0f} were assumed; with it the batch of the next run is "
+        f"noise scale: {format_noise_scale(noise_scale)}, {assumed:.0f} were assumed; with it the batch of the next "
+        "run is "
         + (f"{better} instead of {choice.global_batch_size}" if better != choice.global_batch_size else f"{better} too")
         + ", as far as sizes were measured"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from trainer.architectures import ARCHITECTURES
+from trainer.config.batch_table import format_noise_scale
 from trainer.config.config import TrainConfig, find_differences
 from trainer.config.optimizers import complete_arguments
 from trainer.config.recipes import describe_rescaling
@@ -240,7 +241,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
         *([f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []),
-        *([] if result.noise_scale is None else [f"\ngradient noise scale: {result.noise_scale:.0f} images"]),
+        *([] if result.noise_scale is None else [f"\ngradient noise scale: {format_noise_scale(result.noise_scale)}"]),
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]

@@ -227,7 +227,11 @@ def test_training_that_is_far_faster_or_slower_than_its_size_was_measured_contra
         (None, ""),
         (2000.0, "noise scale: 2000 images, 100 were assumed; with it the batch of the next run is 128 instead of 32"),
         (9.0, "noise scale: 9 images, 100 were assumed; with it the batch of the next run is 8 instead of 32"),
-        (math.inf, "noise scale: inf images, 100 were assumed; with it the batch of the next run is 128 instead of 32"),
+        (
+            math.inf,
+            "noise scale: more images than can be measured, 100 were assumed; with it the batch of the next run is 128 "
+            "instead of 32",
+        ),
     ],
 )
 def test_a_noise_scale_far_from_the_assumed_one_says_what_the_next_batch_is(noise_scale, line):
