@@ -5,7 +5,7 @@ CPUs that takes as long as half of a batch where a network has many (docs/perfor
 that do all of it at once, by the same formula.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,14 +14,43 @@ import tf_keras as keras
 from trainer.config.config import TrainConfig
 from trainer.runtime import compat
 
+# So small that a weight less this share of its gradient is the weight, and that its inverse is finite in float32.
+_NOTHING = 1e-30
 
-class _Averaging:
-    """An optimizer of Keras that keeps a moving average of each weight (`trainer.training.network.averaged_weights`).
+
+def _decay(variable: Any, share: Any, gradient: Any) -> None:
+    """Multiply a variable by ``1 - share``; the gradient is any tensor of its shape."""
+    ratio = share / (1 - share)
+    _update(variable, share, variable.read_value, tf.cast(_NOTHING, variable.dtype), ratio / _NOTHING, gradient)
+
+
+def _approach(variable: Any, share: Any, target: Any) -> None:
+    """Add ``share * (target - variable)`` to a variable."""
+    _update(variable, share, lambda: variable - target, -share / (1 - share), -tf.ones((), variable.dtype), target)
+
+
+def _update(variable: Any, share: Any, distance: Callable[[], Any], alpha: Any, l2: Any, delta: Any) -> None:
+    """Set a variable to ``(variable - alpha * delta) / (1 + alpha * l2)``, which is ``variable - share * distance()``.
+
+    The first formula is that of one operation, which has no kernel for GPUs; there XLA makes one pass of the second.
+    """
+    if tf.config.list_logical_devices("GPU"):
+        tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=share, delta=distance())
+        return
+    tf.raw_ops.ResourceApplyProximalGradientDescent(
+        var=variable.handle, alpha=alpha, l1=tf.zeros((), variable.dtype), l2=l2, delta=delta
+    )
+
+
+class _Optimizer:
+    """An optimizer of Keras with weight decay, and with a moving average of each weight.
 
     Keras has such averages too. They start as the initial weights, of which much is left after an epoch of few steps;
-    here an average is of few steps as long as there were only few.
+    here an average is of few steps as long as there were only few (`trainer.training.network.averaged_weights`).
     """
 
+    decay = 0.0
+    """Decoupled weight decay of the kernels: all variables but those of one dimension, biases and BatchNorm's."""
     average_momentum = 0.0
     """Share of the average that a step keeps; 0 for no averages."""
     averages: Sequence[Any] = ()
@@ -38,21 +67,22 @@ class _Averaging:
 
     def update_step(self, gradient: Any, variable: Any) -> None:
         """Update a weight and what is kept of it."""
+        if self.decay and len(variable.shape) > 1:
+            rate = tf.cast(self.learning_rate, variable.dtype)  # type: ignore[attr-defined]
+            _decay(variable, rate * self.decay, gradient)
         self.update_weight(gradient, variable)
         if self.averages:
             average = self.averages[compat.index_of(self, variable)]
             steps = tf.cast(self.iterations, variable.dtype)  # type: ignore[attr-defined]
             momentum = tf.minimum(tf.cast(self.average_momentum, variable.dtype), (1 + steps) / (10 + steps))
-            tf.raw_ops.ResourceApplyGradientDescent(
-                var=average.handle, alpha=1 - momentum, delta=average - variable.read_value()
-            )
+            _approach(average, 1 - momentum, variable.read_value())
 
     def update_weight(self, gradient: Any, variable: Any) -> None:
         """Update a weight."""
         super().update_step(gradient, variable)  # type: ignore[misc]
 
 
-class Adam(_Averaging, keras.optimizers.Adam):
+class Adam(_Optimizer, keras.optimizers.Adam):
     """Adam for dense gradients, without amsgrad."""
 
     def update_weight(self, gradient: Any, variable: Any) -> None:
@@ -76,7 +106,7 @@ class Adam(_Averaging, keras.optimizers.Adam):
         )
 
 
-class SGD(_Averaging, keras.optimizers.SGD):
+class SGD(_Optimizer, keras.optimizers.SGD):
     """SGD for dense gradients."""
 
     def update_weight(self, gradient: Any, variable: Any) -> None:
@@ -92,7 +122,7 @@ class SGD(_Averaging, keras.optimizers.SGD):
         )
 
 
-class Nadam(_Averaging, keras.optimizers.Nadam):
+class Nadam(_Optimizer, keras.optimizers.Nadam):
     """Nadam, by the update of Keras."""
 
 
@@ -109,10 +139,8 @@ def build_optimizer(config: TrainConfig, schedule: Any) -> Any:
     options: dict[str, Any] = {**config.optimizer_arguments, "jit_compile": False}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
-    optimizer: Any = optimizer_class(schedule, weight_decay=config.weight_decay or None, **options)
-    optimizer.average_momentum = config.ema_momentum
-    if config.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    optimizer: Any = optimizer_class(schedule, **options)
+    optimizer.decay, optimizer.average_momentum = config.weight_decay, config.ema_momentum
     if config.precision == "mixed_float16":
         # Small gradients vanish in float16; a step whose scaled gradients overflow is skipped.
         return keras.mixed_precision.LossScaleOptimizer(optimizer)
