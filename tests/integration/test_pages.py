@@ -119,10 +119,15 @@ def test_the_table_of_runs_is_sorted_filtered_and_leads_to_each_run(visit, runs,
     assert page.locator("h1").text_content() == "Training notes"
 
 
-def test_the_head_of_a_long_table_stays_in_sight(visit, runs, tmp_path):
+def test_a_long_table_scrolls_under_its_head_above_the_charts(visit, runs, tmp_path):
     page = visit(tmp_path / "runs" / "report.html", {"width": 1280, "height": 200})
-    page.evaluate("scrollTo(0, document.querySelector('#runs tbody').getBoundingClientRect().top + scrollY)")
-    assert page.locator("#runs thead th").first.bounding_box()["y"] == pytest.approx(0, abs=1)
+    page.locator(".list").evaluate("list => list.scrollTo(0, list.scrollHeight)")
+    parts = (".list", "#runs thead th:first-child", "#runs tbody tr:last-child")
+    rows, head, last = (page.locator(one).bounding_box() for one in parts)
+    assert head["y"] == pytest.approx(rows["y"], abs=1)
+    # The last row is in sight, too, so the list ends on the screen, with the charts below it.
+    assert last["y"] + last["height"] == pytest.approx(rows["y"] + rows["height"], abs=1)
+    assert rows["height"] <= 200
 
 
 def test_chosen_runs_share_a_chart_and_are_compared_exactly(visit, runs, tmp_path):
