@@ -14,6 +14,8 @@ from trainer.runtime.markdown import shorten_digest
 Model = TypeVar("Model", bound=BaseModel)
 # As many images as the statistics of BatchNorm are over in Goyal et al. 2017, section 2.3, on up to 256 GPUs.
 ENOUGH_FOR_BATCH_NORM = 32
+FORMER_WORDS: Mapping[str, Mapping[str, str]] = {"input_scaling": {"standardise": "standardize"}}
+"""Values of options by their former words, which records, config files and command lines may still have."""
 
 
 class BatchRequest(BaseModel):
@@ -111,9 +113,9 @@ class Settings(BaseModel):
     """Maximum zoom of training images as a fraction of their size, in or out."""
     augment_contrast: float = Field(0.0, ge=0, lt=1)
     """Maximum change of the contrast of training images, as a fraction, up or down."""
-    input_scaling: Literal["image", "standardise", "unit", "imagenet", "symmetric"] = "standardise"
+    input_scaling: Literal["image", "standardize", "unit", "imagenet", "symmetric"] = "standardize"
     """Scaling of the pixels: image (zero mean and unit standard deviation within each image, so that its brightness and
-    contrast do not matter), standardise (zero mean and unit standard deviation over the train split), unit (0 to 1),
+    contrast do not matter), standardize (zero mean and unit standard deviation over the train split), unit (0 to 1),
     imagenet (0 to 255 minus the mean color of ImageNet, which keras:vgg16, keras:vgg19 and keras:resnet50 expect and
     choose) or symmetric (-1 to 1, for keras:inception_v3 and keras:xception)."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -141,6 +143,12 @@ class Settings(BaseModel):
         # An optimizer that is not allowed is refused by its own field.
         optimizer = info.data.get("optimizer")
         return complete_arguments(optimizer, value) if optimizer and isinstance(value, Mapping) else value
+
+    @field_validator(*FORMER_WORDS, mode="before")
+    @classmethod
+    def _replace_former_word(cls, value: Any, info: ValidationInfo) -> Any:
+        words = FORMER_WORDS[info.field_name or ""]
+        return words.get(value, value) if isinstance(value, str) else value
 
 
 class TrainConfig(Settings):

@@ -4,10 +4,11 @@ import inspect
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from trainer.config.config import FORMER_WORDS
 from trainer.config.recipes import RECIPES
 from trainer.config.request import ARGUMENTS, OPTIONS, RunRequest, merge_file, parse_request
 from trainer.runtime.commands import JobCommand
@@ -72,6 +73,7 @@ def add_run_options(command: Callable[..., None]) -> Callable[..., None]:
                 *_option_names(name),
                 help=f"{field.description}{_describe_default(name)}",
                 rich_help_panel=next((group for group, names in _GROUPS.items() if name in names), _OTHERS),
+                **_take_former_words(name),
             ),
         )
         for name, field in OPTIONS.items()
@@ -106,6 +108,13 @@ def _describe_default(name: str) -> str:
         return " [default: from the recipe]"
     field = OPTIONS[name]
     return "" if field.is_required() or field.default in (None, "") else f" [default: {field.default}]"
+
+
+def _take_former_words(name: str) -> dict[str, Any]:
+    """Return how typer leaves the check of a word to the field, which also takes former ones."""
+    if name not in FORMER_WORDS:
+        return {}
+    return {"parser": str, "metavar": f"<{'|'.join(get_args(OPTIONS[name].annotation))}>"}
 
 
 def _option_names(field: str) -> tuple[str, ...]:

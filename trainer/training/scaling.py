@@ -23,7 +23,7 @@ def build_scaling(manifest: Manifest, config: TrainConfig) -> Any:
         )
     scale, offset = [1 / 255] * manifest.channels, [0.0] * manifest.channels
     match config.input_scaling:
-        case "standardise":
+        case "standardize":
             scale = [1 / max(std, 1.0) for std in manifest.pixel_std]
             offset = [-mean * factor for mean, factor in zip(manifest.pixel_mean, scale, strict=True)]
         case "imagenet":

@@ -61,6 +61,17 @@ def test_a_value_that_is_not_one_of_a_few_is_refused_with_all_of_them(invoke):
     assert "adamw" in result.output
 
 
+def test_a_former_word_of_a_value_is_taken_and_not_shown(invoke, received):
+    shown = " ".join(invoke("--help").output.split())
+    assert "--input-scaling <image|standardize|unit|imagenet|symmetric>" in shown
+    assert "standardise" not in shown
+    assert invoke("--input-scaling", "standardise").exit_code == 0
+    assert parse_command({**received, "arch": "alexnet"}).settings.input_scaling == "standardize"
+    assert invoke("--input-scaling", "whiten").exit_code == 0
+    with pytest.raises(InputError, match=r"^--input-scaling whiten: Input should be 'image', 'standardize', "):
+        parse_command({**received, "arch": "alexnet"})
+
+
 def test_the_text_under_a_field_is_its_help(invoke):
     output = " ".join(invoke("--help").output.replace("│", " ").split())
     assert "Maximum rotation of training images in degrees, in either direction. [default: from the recipe]" in output

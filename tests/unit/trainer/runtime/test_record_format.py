@@ -110,6 +110,12 @@ def test_the_arguments_of_the_optimizer_were_options_of_their_own():
     assert adam == {"beta_1": 0.5, "beta_2": 0.999, "epsilon": 1e-7}
 
 
+def test_a_word_that_was_spelled_otherwise_is_read_as_the_one_of_now():
+    for form in ("a9db2b2", "e7b8c87", "fa806e9"):
+        assert b'"standardise"' in (PAST / form / "config.json").read_bytes()
+        assert parse_past(f"{form}/config.json").config.input_scaling == "standardize"
+
+
 def test_recoveries_and_lost_attempts_became_incidents():
     damage, lost = parse_past("09e67bc/result.json").incidents
     assert damage.kind == "files damaged"

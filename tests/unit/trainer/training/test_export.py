@@ -102,7 +102,7 @@ def test_keras_3_opens_every_architecture_and_gives_equal_scores(make_config, wr
     expected = {}
     for arch in archs:
         size = max(8, ARCHITECTURES[arch].min_image_size)
-        channels, scaling = (3, "image") if arch == "resnet50" else (1, "standardise")
+        channels, scaling = (3, "image") if arch == "resnet50" else (1, "standardize")
         manifest = write_dataset(rows=(1, 1, 1), image_size=size, channels=channels).manifest
         config = make_config(arch=arch, arch_arguments=SHORT[arch], input_scaling=scaling)
         run = RunFolder(str(tmp_path / arch))

@@ -11,7 +11,7 @@ def manifest(write_dataset):
     return write_dataset(rows=(6, 1, 1)).manifest
 
 
-def test_pixels_are_standardised_by_the_train_split(manifest, make_config):
+def test_pixels_are_standardized_by_the_train_split(manifest, make_config):
     pixels = np.float32([50, 100, 200]).reshape(1, 3, 1, 1)
     scaled = build_scaling(manifest, make_config())(pixels)
     assert np.ravel(scaled) == pytest.approx([-1, 0, 2])
@@ -49,7 +49,7 @@ def test_brightness_and_contrast_of_an_image_do_not_matter_and_a_plain_one_is_no
     assert not of_plain.any()
 
 
-@pytest.mark.parametrize("input_scaling", ["image", "standardise", "unit", "imagenet", "symmetric"])
+@pytest.mark.parametrize("input_scaling", ["image", "standardize", "unit", "imagenet", "symmetric"])
 def test_scaling_has_no_weights_and_is_exact_in_mixed_precision(manifest, make_config, input_scaling):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
