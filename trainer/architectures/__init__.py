@@ -143,13 +143,3 @@ def family_arguments(arch: str) -> dict[str, Any]:
     """Return the types of the arguments of an architecture's family, such as ``width`` or ``dropout``, by name."""
     parameters = inspect.signature(ARCHITECTURES[arch].build).parameters.values()
     return {one.name: one.annotation for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def count_parameters(arch: str, image_size: int, channels: int, num_classes: int) -> int:
-    """Return the number of weights, trainable or not, without allocating any."""
-    import tensorflow as tf
-
-    # In a graph of its own a variable is only a symbol: VGG19 is counted without its 558 MB.
-    with tf.Graph().as_default():
-        count: int = build_model(arch, image_size, channels, num_classes).count_params()
-    return count

@@ -1,6 +1,6 @@
 import tensorflow as tf
 
-from trainer.architectures import build_model, count_parameters
+from trainer.architectures import build_model
 
 
 def test_the_notes_first_layer_is_as_wide_as_the_image():
@@ -12,7 +12,7 @@ def test_the_notes_first_layer_is_as_wide_as_the_image():
 def test_given_arguments_take_the_place_of_the_architectures_own():
     with tf.Graph().as_default():
         deep = build_model("cnn_softmax", 60, 1, 3, {"later_filters": (64, 32, 32)})
-        assert deep.count_params() == count_parameters("cnn_deep", 60, 1, 3)
+        assert deep.count_params() == build_model("cnn_deep", 60, 1, 3).count_params()
 
 
 def test_each_later_convolution_has_its_filters_and_a_pooling():
