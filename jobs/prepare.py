@@ -27,7 +27,8 @@ def main(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or s3:// prefix with a folder of images per class, a table, Parquet files or tars."
+            help="Folder or s3:// prefix with a folder of images per class, a table (CSV, JSON lines or Parquet), "
+            "Parquet, Arrow or TFRecord files with images, or tars (WebDataset)."
         ),
     ],
     dataset: Annotated[str, typer.Argument(help="Folder or s3:// prefix to write the prepared dataset to.")],

@@ -29,7 +29,11 @@ def main(
     wait: Annotated[int, Option(min=0, help="Seconds to wait for free workers or starting nodes.")] = 0,
     max_failures: Annotated[int, Option(min=0, help="How often the workers are restarted after they were lost.")] = 3,
     probe_again: Annotated[
-        bool, Option("--probe-again", help="Measure batch sizes again, also those measured before.")
+        bool,
+        Option(
+            "--probe-again",
+            help="Measure batch sizes again and try the augmentation again, also where earlier runs did.",
+        ),
     ] = False,
     profile: Annotated[
         bool, Option("--profile", help="Profile some steps of the first worker; written to RUN/profile.")

@@ -167,7 +167,7 @@ def train(
         wait: seconds to wait for free workers or starting nodes.
         max_failures: how often the workers are restarted after they were lost.
         track: names of trackers that metrics are sent to, too: see ``--track``.
-        probe_again: measure batch sizes again, also those measured before.
+        probe_again: measure batch sizes and try the augmentation again, also where earlier runs did.
         profile_steps: number of steps to profile; 0 for none.
         on_event: told of the progress, `trainer.runtime.events`. Default: it is shown.
         options: every option of ``python jobs/train.py --help`` by its name, such as ``arch="alexnet"``, ``epochs=3``
@@ -249,7 +249,7 @@ def train_request(
         wait: seconds to wait for free workers or starting nodes.
         max_failures: how often lost workers are started again.
         trackers: where metrics go besides the run folder.
-        probe_again: measure even where the storage has a table of batch sizes.
+        probe_again: measure batch sizes and try the augmentation even where the storage has what earlier runs found.
         profile_steps: number of steps to profile; 0 for none.
         given: options of a request that does not come from the command line of this process, for the note.
         on_event: told of the progress.

@@ -290,7 +290,7 @@ def plan_run(
         run: folder of the run, from `open_run`.
         resources: resources of the connected cluster.
         memory_uri: storage with the noise scales and augmentations of earlier runs; empty for that of the run.
-        probe_again: measure even if the storage has a table of batch sizes.
+        probe_again: measure batch sizes and try the augmentation even if the storage has what earlier runs found.
         on_event: called with the events of the trials.
 
     Raises:

@@ -44,6 +44,12 @@ def test_help_answers_without_loading_what_only_work_needs(job):
     assert not imported & {"tensorflow", "tf_keras", "keras", "ray"}
 
 
+def test_the_help_of_prepare_names_every_format_of_a_source():
+    source = parameters_of("prepare.py")["source"].annotation.__metadata__[0].help
+    missing = [name for name in get_args(SourceFormat) if name not in source.lower()]
+    assert missing == []
+
+
 @pytest.mark.parametrize(
     ("job", "options", "message"),
     [
