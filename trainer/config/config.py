@@ -259,6 +259,8 @@ def find_differences(old: Model, new: Model) -> list[str]:
 
 def describe_value(name: str, value: Any) -> str:
     """Return the value of a field as notes and messages show it: checksums are shortened, in paths, too."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if name == "dataset_fingerprint":
         return shorten_digest(value)
     return re.sub(r"\b[0-9a-f]{64}\b", lambda digest: shorten_digest(digest[0]), str(value))

@@ -165,9 +165,12 @@ def test_equal_configs_have_no_differences():
 
 def test_each_difference_is_named_with_both_values():
     config = validate(TrainConfig, REQUIRED)
-    other = validate(TrainConfig, {**REQUIRED, "seed": 3, "arch_arguments": {"width": 0.5}})
+    other = validate(
+        TrainConfig, {**REQUIRED, "seed": 3, "base_learning_rate": 0.008**0.5, "arch_arguments": {"width": 0.5}}
+    )
     assert find_differences(config, other) == [
         "arch_arguments: {} -> {'width': 0.5}",
+        f"base_learning_rate: {config.base_learning_rate:g} -> 0.0894427",
         "seed: 0 -> 3",
     ]
 
