@@ -27,7 +27,7 @@ from data_prep.values import ValueRange, find_value_range
 from trainer.runtime import storage
 from trainer.runtime.ahead import call_ahead
 from trainer.runtime.errors import InputError, JobError
-from trainer.runtime.events import OnEvent, StageProgressed, ValueRangeFound
+from trainer.runtime.events import OnEvent, StageProgressed, TasksFinished, ValueRangeFound
 
 SHARDS_FOLDER = "shards"
 _STAGING = "_staging"
@@ -241,13 +241,28 @@ class _Decode(NamedTuple):
         # One copy of the list per node, in Ray's shared memory.
         listed = ray.put(self.listed)
         common = {"listed": listed, "dataset": self.dataset, "source": self.source, "options": options}
-        for result in run_tasks(_decode_range, missing, **common):
+
+        def report(statistics: str) -> None:
+            on_event(TasksFinished(stage, statistics))
+
+        for result in run_tasks(_decode_range, missing, report, **common):
             done += result["images"]
             on_event(StageProgressed(stage, done, total))
 
 
-def run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any]], **arguments: Any) -> Iterator[Any]:
+def run_tasks(
+    function: Callable[..., dict[str, Any]],
+    items: list[dict[str, Any]],
+    on_end: Callable[[str], None] = lambda statistics: None,
+    **arguments: Any,
+) -> Iterator[Any]:
     """Yield ``function(item, **arguments)`` for each item as the tasks of Ray Data that run it finish.
+
+    Args:
+        function: what a task calls for each of its items.
+        items: arguments of the calls.
+        on_end: called with Ray Data's statistics after the last result.
+        **arguments: further arguments of each call.
 
     Raises:
         InputError: a task raised it.
@@ -258,12 +273,14 @@ def run_tasks(function: Callable[..., dict[str, Any]], items: list[dict[str, Any
     least_tasks = int(_LEAST_TASKS_PER_CORE * ray.cluster_resources().get("CPU", 1))
     num_tasks = min(len(items), max(least_tasks, math.ceil(len(items) / _MAX_ITEMS_PER_TASK)))
     dataset = ray.data.from_items(items, override_num_blocks=num_tasks)
+    results = dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments)
     try:
-        for result in dataset.map(_report_error, fn_args=(function,), fn_kwargs=arguments).iter_rows():
+        for result in results.iter_rows():
             # If one row of a task has this column, Ray fills it with None in the others.
             if result.get("error") is not None:
                 raise InputError(result["error"])
             yield result
+        on_end(results.stats())
     except ray.exceptions.RayError as error:
         # Ray keeps the error of the task only as text, above its own error.
         own = str(error).partition("\n\n")[0].splitlines()[-1]

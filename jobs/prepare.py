@@ -75,6 +75,9 @@ def main(
     append: Annotated[
         bool, typer.Option("--append", help="Add new images of SOURCE to DATASET; the others keep their splits.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log Ray Data's statistics: times, memory and rows of the tasks.")
+    ] = False,
     wait: Wait = 0,
 ) -> None:
     """Decode, resize and split the images of SOURCE, and write them to DATASET.
@@ -113,6 +116,7 @@ def main(
             overwrite=overwrite,
             append=append,
             wait=wait,
+            verbose=verbose,
             **options,
         )
         print_manifest(dataset, manifest)

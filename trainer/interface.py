@@ -302,6 +302,7 @@ def prepare(
     overwrite: bool = False,
     append: bool = False,
     wait: int = 0,
+    verbose: bool = False,
     on_event: OnEvent | None = None,
     **options: Any,
 ) -> Manifest:
@@ -314,7 +315,8 @@ def prepare(
         overwrite: replace the dataset if there is one.
         append: add the images of the source that the dataset does not have.
         wait: seconds to wait for a node if none has joined yet.
-        on_event: told of the progress. Default: it is shown.
+        verbose: show the statistics of Ray Data, too.
+        on_event: told of the progress and of the statistics. Default: it is shown.
         options: the other options of ``python jobs/prepare.py --help`` by their names, such as ``image_size=96``.
 
     Raises:
@@ -337,14 +339,14 @@ def prepare(
             source_format=source_format,
             overwrite=overwrite,
             append=append,
-            on_event=stack.enter_context(_shown(on_event)),
+            on_event=stack.enter_context(_shown(on_event, verbose=verbose)),
         )
 
 
 @contextlib.contextmanager
-def _shown(on_event: OnEvent | None) -> Iterator[OnEvent]:
+def _shown(on_event: OnEvent | None, *, verbose: bool = False) -> Iterator[OnEvent]:
     if on_event is not None:
         yield on_event
         return
-    with console.show_events() as show:
+    with console.show_events(verbose=verbose) as show:
         yield show

@@ -25,8 +25,10 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(run_on_cluster, bucket, source) -> str:
-    prepared = run_on_cluster("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32")
+    prepared = run_on_cluster("prepare.py", str(source), f"{bucket}/stripes", "--image-size", "32", "--verbose")
     assert prepared.returncode == 0, prepared.stderr
+    assert "decode: statistics of Ray Data\n" in prepared.stderr
+    assert "Remote cpu time" in prepared.stderr
     assert "90 images 32x32x1, 0 files not used" in prepared.stdout
     return f"{bucket}/stripes"
 
@@ -136,7 +138,7 @@ def read_fingerprint(dataset: str) -> str:
 def test_a_source_in_the_bucket_gives_the_same_dataset(run_on_cluster, bucket, source, dataset):
     fsspec.filesystem("s3", skip_instance_cache=True).put(f"{source}/", f"{bucket}/images/", recursive=True)
     remote = run_on_cluster("prepare.py", f"{bucket}/images", f"{bucket}/again", "--image-size", "32")
-    assert remote.returncode == 0, remote.stderr
+    assert (remote.returncode, remote.stderr) == (0, "")
     assert read_fingerprint(f"{bucket}/again") == read_fingerprint(dataset)
 
 

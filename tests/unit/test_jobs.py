@@ -149,7 +149,7 @@ def test_the_table_of_prepare_is_short_with_a_thousand_classes(write_dataset, ca
 
 
 def test_the_options_of_prepare_are_the_fields_of_its_config():
-    others = {"source", "dataset", "source_format", "dry_run", "overwrite", "append", "wait"}
+    others = {"source", "dataset", "source_format", "dry_run", "overwrite", "append", "verbose", "wait"}
     assert set(parameters_of("prepare.py")) - others == set(PrepareConfig.model_fields)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.runtime.errors import InputError, JobError
-from trainer.runtime.events import EpochFinished, Event, OnEvent, StageProgressed
+from trainer.runtime.events import EpochFinished, Event, OnEvent, StageProgressed, TasksFinished
 from trainer.runtime.signals import defer_signals, failure_reason, raise_on_signals, received_signal
 
 # If the encoding of output is ASCII or Latin-1, as under cron, characters outside of it are escaped so that they do not
@@ -70,13 +70,17 @@ def exit_codes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def show_events() -> Iterator[OnEvent]:
-    """Yield a function that shows events: the current stage as a progress bar, all others as lines."""
+def show_events(*, verbose: bool = False) -> Iterator[OnEvent]:
+    """Yield a function that shows events: the current stage as a progress bar, all others as lines.
+
+    Args:
+        verbose: show Ray Data's statistics, too.
+    """
     if stderr.is_jupyter:
-        yield _uninterrupted(_notebook_lines())
+        yield _uninterrupted(_notebook_lines(), verbose)
         return
     if not stderr.is_terminal:
-        yield _uninterrupted(_plain_lines())
+        yield _uninterrupted(_plain_lines(), verbose)
         return
     columns = (
         *(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()),
@@ -100,13 +104,15 @@ def show_events() -> Iterator[OnEvent]:
                 text = event.short if isinstance(event, EpochFinished) else str(event)
                 bars.print(text, markup=False, soft_wrap=False)
 
-        yield _uninterrupted(show)
+        yield _uninterrupted(show, verbose)
 
 
-def _uninterrupted(show: OnEvent) -> OnEvent:
+def _uninterrupted(show: OnEvent, verbose: bool) -> OnEvent:
     """Defer signals while an event is shown: rich prints nothing more after an exception in the middle of a line."""
 
     def show_whole(event: Event) -> None:
+        if isinstance(event, TasksFinished) and not verbose:
+            return
         with defer_signals():
             show(event)
 

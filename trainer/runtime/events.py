@@ -1,5 +1,6 @@
 """Events: what a job reports while it runs, each with its line for the log."""
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,18 @@ class StageProgressed:
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.done} of {self.total}" + (f", {self.detail}" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class TasksFinished:
+    """Ray Data has finished the tasks of a stage."""
+
+    stage: str
+    statistics: str
+    """What Ray Data says about their times, memory and rows, in lines."""
+
+    def __str__(self) -> str:
+        return f"{self.stage}: statistics of Ray Data\n{textwrap.indent(self.statistics.strip(), '  ')}"
 
 
 @dataclass(frozen=True)
@@ -482,6 +495,7 @@ class StudyTrialEnded:
 TrialEvent = TrialStarted | LossesMeasured | SizeStarted | SizeMeasured
 Event = (
     StageProgressed
+    | TasksFinished
     | EmbeddedDatasetChosen
     | SourceListed
     | ValueRangeFound

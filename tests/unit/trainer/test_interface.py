@@ -14,6 +14,7 @@ from tests.conftest import REPOSITORY
 from trainer.record.run_folder import RunFolder, describe_run
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, JobError
+from trainer.runtime.events import EmbeddedDatasetChosen, TasksFinished
 
 
 @pytest.fixture
@@ -109,6 +110,20 @@ def test_preparing_returns_the_manifest_of_what_is_there(write_dataset):
         trainer.prepare("images", "prepared", image_size=0)
     written = write_dataset(image_size=5)
     assert trainer.prepare("/photos", written.uri, image_size=5) == written.manifest
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_statistics_of_ray_data_are_shown_on_request(monkeypatch, capsys, tmp_path, verbose):
+    def prepare(*arguments, on_event, **options):
+        on_event(TasksFinished("decode", "Operator 1 Map: 2 tasks\n* Remote wall time: 1s\n"))
+        on_event(EmbeddedDatasetChosen("mnist"))
+
+    monkeypatch.setattr("data_prep.prepare.check_places", lambda *arguments, **options: "nothing")
+    monkeypatch.setattr("data_prep.prepare.prepare", prepare)
+    trainer.prepare("images", str(tmp_path), verbose=verbose)
+    logged = capsys.readouterr().err
+    assert ("decode: statistics of Ray Data\n  Operator 1 Map: 2 tasks\n  * Remote wall time" in logged) == verbose
+    assert "training on the embedded 5,000 MNIST digits" in logged
 
 
 def run_notebook(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
