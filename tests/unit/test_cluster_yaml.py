@@ -138,7 +138,8 @@ def test_ray_accepts_the_variant_for_machines_that_are_there(written):
 
 def test_the_image_is_built_from_that_of_the_nodes(written):
     text = (REPOSITORY / "docs" / "cluster" / "Dockerfile").read_text()
-    assert f"\nFROM {written['docker']['image']}\n" in text
+    assert "\nARG DEVICE=gpu\n" in text
+    assert f"\nFROM {written['docker']['image'].removesuffix('gpu')}${{DEVICE}}\n" in text
     for name in re.search(r"^COPY --chown=ray (.*) \./$", text, re.MULTILINE)[1].split():
         assert (REPOSITORY / name).is_file()
     packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tests"}
