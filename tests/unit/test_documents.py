@@ -13,7 +13,8 @@ from tests.conftest import REPOSITORY
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # Those that say where to look in the code of now.
 MAPS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
-EXAMPLES = [*DOCUMENTS, REPOSITORY / "cluster.yaml", *sorted((REPOSITORY / "jobs" / "schedule").iterdir())]
+EXAMPLES = [*DOCUMENTS, REPOSITORY / "cluster.yaml", *sorted((REPOSITORY / "docs" / "cluster").iterdir())]
+EXAMPLES += sorted((REPOSITORY / "jobs" / "schedule").iterdir())
 
 
 def job_commands() -> list[tuple[str, str]]:

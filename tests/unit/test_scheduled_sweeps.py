@@ -73,12 +73,17 @@ def test_kubernetes_accepts_the_cron_job():
     kubernetes_validate.validate(load("cronjob.yaml"), KUBERNETES, strict=True)
 
 
+def ray_jobs() -> dict[str, dict]:
+    training = yaml.safe_load((REPOSITORY / "docs" / "cluster" / "rayjob.yaml").read_text())["spec"]
+    return {"sweep": load("rayjob.yaml")["spec"], "training": training}
+
+
 def ray_clusters() -> dict[str, dict]:
     alone = yaml.safe_load((REPOSITORY / "docs" / "cluster" / "raycluster.yaml").read_text())["spec"]
-    return {"rayjob": load("rayjob.yaml")["spec"]["rayClusterSpec"], "raycluster": alone}
+    return {"alone": alone, **{name: job["rayClusterSpec"] for name, job in ray_jobs().items()}}
 
 
-@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
+@pytest.mark.parametrize("name", ["alone", "sweep", "training"])
 def test_kubernetes_accepts_the_pods_of_a_ray_cluster(name):
     cluster = ray_clusters()[name]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -86,8 +91,9 @@ def test_kubernetes_accepts_the_pods_of_a_ray_cluster(name):
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-# What these manifests may say by the API reference of KubeRay 1.4: the API server drops what it does not know.
-RAY_CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}
+# What these manifests may say by the definitions of KubeRay 1.7: the API server drops what it does not know.
+RAY_CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "headGroupSpec"}
+RAY_CLUSTER |= {"workerGroupSpecs"}
 AUTOSCALER = {"idleTimeoutSeconds", "env", "envFrom", "resources", "upscalingMode", "version", "image"}
 HEAD_GROUP = {"rayStartParams", "template", "serviceType"}
 WORKER_GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template"}
@@ -97,7 +103,7 @@ RAY_JOB = {
 }
 
 
-@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
+@pytest.mark.parametrize("name", ["alone", "sweep", "training"])
 def test_kuberay_knows_every_field_of_a_ray_cluster(name):
     cluster = ray_clusters()[name]
     assert cluster.keys() <= RAY_CLUSTER
@@ -107,16 +113,17 @@ def test_kuberay_knows_every_field_of_a_ray_cluster(name):
         assert group.keys() <= WORKER_GROUP
 
 
-def test_kuberay_knows_every_field_of_the_job():
-    assert load("rayjob.yaml")["spec"].keys() <= RAY_JOB
+@pytest.mark.parametrize("name", ["sweep", "training"])
+def test_kuberay_knows_every_field_of_the_job(name):
+    assert ray_jobs()[name].keys() <= RAY_JOB
 
 
 def test_the_autoscaler_has_the_token_of_the_cluster():
-    cluster = ray_clusters()["raycluster"]
+    cluster = ray_clusters()["alone"]
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     assert cluster["autoscalerOptions"]["env"] == head["env"]
 
 
-@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
+@pytest.mark.parametrize("name", ["alone", "sweep", "training"])
 def test_a_ray_cluster_runs_the_version_that_is_installed(name):
     assert ray_clusters()[name]["rayVersion"] == version("ray")
