@@ -135,7 +135,7 @@ def load_step(step: Step, folder: Path) -> Callable[[], Any]:
         "source": str(folder / "source"),
     }
     with np.load(folder / _DRAWN_NAME) as drawn:
-        splits, groups = drawn["splits"].tolist(), drawn["groups"]
+        splits, groups = drawn["splits"], drawn["groups"]
     rejected = pa.table({"path": pa.array([], pa.string()), "reason": pa.array([], pa.string())})
 
     def write() -> None:

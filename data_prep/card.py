@@ -165,7 +165,7 @@ def _first_images(
     dataset: str, manifest: Manifest, index: pa.Table, num_classes: int, per_class: int
 ) -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
     """Yield label, number within the class and pixels of the first training images of each class."""
-    train = index.filter(pc.field("split") == "train").select(["shard", "row", "label"])
+    train = index.select(["shard", "row", "label", "split"]).filter(pc.field("split") == "train")
     labels = train["label"].to_numpy()
     by_label = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[by_label], np.arange(num_classes + 1))

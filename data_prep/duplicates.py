@@ -8,7 +8,8 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data_prep.manifest import SPLITS, DuplicateRule, SplitName
+from data_prep.columns import Splits, as_words, binary_array, name_splits
+from data_prep.manifest import SPLITS, DuplicateRule
 
 _HASH_SIDE = 16
 HASH_BYTES = _HASH_SIDE * _HASH_SIDE // 8
@@ -79,8 +80,8 @@ def group_duplicates(images: pa.Table, rule: DuplicateRule) -> npt.NDArray[np.in
     pairs = [(np.arange(count), first_of_same[same])]
     hashes = binary_array(images["perceptual_hash"])
     for order in range(_ORDERS):
-        by_hash = np.lexsort(_as_words(_permute_bits(hashes, order)).T[::-1])
-        words = _as_words(hashes[by_hash])
+        by_hash = np.lexsort(as_words(_permute_bits(hashes, order)).T[::-1])
+        words = as_words(hashes[by_hash])
         set_bits = np.bitwise_count(words).sum(axis=1, dtype=np.int16)
         for distance in range(1, min(_NEIGHBORS, count - 1) + 1):
             different = np.bitwise_count(words[:-distance] ^ words[distance:]).sum(axis=1, dtype=np.int16)
@@ -101,35 +102,21 @@ def _permute_bits(hashes: npt.NDArray[np.uint8], order: int) -> npt.NDArray[np.u
     )
 
 
-def _as_words(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """Return hashes as numbers that sort as their bytes do, uint64 ``[images, HASH_BYTES // 8]``."""
-    return hashes.view(">u8").astype(np.uint64)
-
-
-def binary_array(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """Return a column of binary values of one length as uint8 ``[rows, length]``."""
-    array = column.combine_chunks()
-    length = array.type.byte_width
-    content = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * length : (array.offset + len(array)) * length]
-    return content.reshape(-1, length)
-
-
-def list_duplicates(images: pa.Table, groups: npt.NDArray[np.int64], splits: list[SplitName]) -> pa.Table:
+def list_duplicates(images: pa.Table, groups: npt.NDArray[np.int64], splits: Splits) -> pa.Table:
     """Return a table of the images that have a duplicate, sorted by group: group, path, split and leaks.
 
     ``leaks`` is true if the group is in more than one split, which happens only if the source gives the splits.
     """
     _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(sizes[group_of] > 1)
-    _, split_of = np.unique(np.asarray(splits), return_inverse=True)
-    lowest, highest = np.full(len(sizes), len(SPLITS)), np.full(len(sizes), -1)
-    np.minimum.at(lowest, group_of, split_of)
-    np.maximum.at(highest, group_of, split_of)
+    lowest, highest = np.full(len(sizes), len(SPLITS), np.int8), np.full(len(sizes), -1, np.int8)
+    np.minimum.at(lowest, group_of, splits)
+    np.maximum.at(highest, group_of, splits)
     table = pa.table(
         {
             "group": pa.array(group_of[rows], pa.int64()),
             "path": images["path"].take(rows),
-            "split": pa.array([splits[row] for row in rows], pa.string()),
+            "split": name_splits(splits[rows]),
             "leaks": pa.array(lowest[group_of[rows]] != highest[group_of[rows]], pa.bool_()),
         }
     )

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.card import write_card
-from data_prep.duplicates import binary_array, group_duplicates, list_duplicates
+from data_prep.columns import NO_SPLIT, TRAIN, VAL, Splits, binary_array, name_splits, parse_splits
+from data_prep.duplicates import group_duplicates, list_duplicates
 from data_prep.manifest import (
     DUPLICATES_NAME,
     INDEX_NAME,
@@ -22,7 +23,6 @@ from data_prep.manifest import (
     DuplicateRule,
     Manifest,
     Split,
-    SplitName,
 )
 from data_prep.splits import assign_splits, least_class_size
 from trainer.runtime import storage
@@ -30,10 +30,12 @@ from trainer.runtime.errors import InputError
 from trainer.runtime.lease import Lease
 from trainer.runtime.markdown import format_count
 
+_PIXEL_COLUMNS = ["pixel_sums", "pixel_squares"]
+
 
 def draw_splits(
     images: pa.Table, duplicates: DuplicateRule, val_fraction: float, test_fraction: float, seed: int
-) -> tuple[list[SplitName], npt.NDArray[np.int64]]:
+) -> tuple[Splits, npt.NDArray[np.int64]]:
     """Return the split and the group of duplicates of each image.
 
     Args:
@@ -47,18 +49,18 @@ def draw_splits(
         InputError: the val split is empty.
     """
     groups = group_duplicates(images, duplicates)
-    kept: list[SplitName | None] = [None] * len(images)
+    splits = np.full(len(images), NO_SPLIT, np.int8)
     if "split" in images.column_names:
-        kept = images["split"].to_pylist()
-    split_of_group: dict[int, SplitName] = {}
-    for group, split in zip(groups.tolist(), kept, strict=True):
-        if split is not None:
-            split_of_group.setdefault(group, split)
-    known = [split or split_of_group.get(group) for group, split in zip(groups.tolist(), kept, strict=True)]
-    new = np.flatnonzero([split is None for split in known])
-    drawn = iter(assign_splits(images.take(new), groups[new], val_fraction, test_fraction, seed) if len(new) else [])
-    splits: list[SplitName] = [next(drawn) if split is None else split for split in known]
-    if "val" not in splits:
+        splits = parse_splits(images["split"])
+        # Of duplicates in several splits, the first one counts: it is written last.
+        kept = np.flatnonzero(splits != NO_SPLIT)[::-1]
+        split_of_group = np.full(groups.max() + 1, NO_SPLIT, np.int8)
+        split_of_group[groups[kept]] = splits[kept]
+        splits = np.where(splits == NO_SPLIT, split_of_group[groups], splits)
+    new = np.flatnonzero(splits == NO_SPLIT)
+    drawn_from = images.select(["label", "given_split", "pixels_sha256"]).take(new)
+    splits[new] = assign_splits(drawn_from, groups[new], val_fraction, test_fraction, seed)
+    if VAL not in splits:
         raise InputError(_describe_empty_val(images, val_fraction, test_fraction))
     return splits, groups
 
@@ -80,7 +82,7 @@ def _describe_empty_val(images: pa.Table, val_fraction: float, test_fraction: fl
 def write_index(
     dataset: str,
     images: pa.Table,
-    splits: list[SplitName],
+    splits: Splits,
     groups: npt.NDArray[np.int64],
     rejected: pa.Table,
     described: dict[str, Any],
@@ -98,7 +100,7 @@ def write_index(
         lease: that of the dataset; the manifest is not written without it.
     """
     columns = {name: images[name] for name in INDEX_SCHEMA.names if name != "split"}
-    index = pa.table({**columns, "split": pa.array(splits, pa.string())}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+    index = pa.table({**columns, "split": name_splits(splits)}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
     duplicates = list_duplicates(index, groups, splits)
     rejected = rejected.sort_by("path")
     tables = {INDEX_NAME: index, DUPLICATES_NAME: duplicates, REJECTED_NAME: rejected}
@@ -107,14 +109,14 @@ def write_index(
         content = storage.parquet_bytes(table)
         storage.write_bytes(storage.join(dataset, name), content)
         digests[name] = hashlib.sha256(content).hexdigest()
-    split_of, labels = np.asarray(splits), index["label"].to_numpy()
+    labels = index["label"].to_numpy()
     num_classes = len(described["class_names"])
-    mean, std = _mean_and_std(index.filter(pa.array(split_of == "train")), described)
+    mean, std = _mean_and_std(index.select(_PIXEL_COLUMNS).filter(pa.array(splits == TRAIN)), described)
     manifest = Manifest(
         **described,
         splits={
-            split: Split(rows_per_class=np.bincount(labels[split_of == split], minlength=num_classes).tolist())
-            for split in SPLITS
+            split: Split(rows_per_class=np.bincount(labels[splits == number], minlength=num_classes).tolist())
+            for number, split in enumerate(SPLITS)
         },
         tables=digests,
         rejected=dict(Counter(rejected["reason"].to_pylist()).most_common()),
@@ -122,7 +124,7 @@ def write_index(
         leaked_images=pc.sum(duplicates["leaks"]).as_py() or 0,
         pixel_mean=mean,
         pixel_std=std,
-        fingerprint=_fingerprint(index, split_of, described),
+        fingerprint=_fingerprint(index, splits, described),
     )
     write_card(dataset, manifest, index)
     lease.check()
@@ -135,16 +137,16 @@ def _mean_and_std(train: pa.Table, described: dict[str, Any]) -> tuple[list[floa
     size = len(train) * described["image_size"] ** 2
     sums, squares = (
         train[name].combine_chunks().flatten().to_numpy().reshape(-1, described["channels"]).sum(axis=0) / size
-        for name in ("pixel_sums", "pixel_squares")
+        for name in _PIXEL_COLUMNS
     )
     return sums.tolist(), np.sqrt(squares - sums**2).tolist()
 
 
-def _fingerprint(index: pa.Table, split_of: npt.NDArray[np.str_], described: dict[str, Any]) -> str:
+def _fingerprint(index: pa.Table, splits: Splits, described: dict[str, Any]) -> str:
     visible = {name: described[name] for name in ("image_size", "channels", "class_names")}
     digest = hashlib.sha256(json.dumps(visible).encode())
     for name in ("shard", "row", "label"):
         digest.update(index[name].to_numpy().tobytes())
-    digest.update(np.select([split_of == split for split in SPLITS], range(len(SPLITS))).astype(np.int8).tobytes())
+    digest.update(splits.tobytes())
     digest.update(binary_array(index["pixels_sha256"]).tobytes())
     return digest.hexdigest()

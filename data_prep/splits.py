@@ -2,18 +2,19 @@
 
 import hashlib
 import itertools
-from collections import defaultdict
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.manifest import SplitName
+from data_prep.columns import NO_SPLIT, TEST, TRAIN, VAL, Splits, as_words, binary_array, parse_splits
+
+_DIGEST_BYTES = 32
 
 
 def assign_splits(
     images: pa.Table, groups: npt.NDArray[np.int64], val_fraction: float, test_fraction: float, seed: int
-) -> list[SplitName]:
+) -> Splits:
     """Return the split of each row: the given one, or a stratified random one for rows that have none.
 
     A group of duplicates is never divided, even across classes. Within each class the groups are ordered by a hash of
@@ -23,46 +24,23 @@ def assign_splits(
     a test split is never taken from images that are meant for training.
 
     Args:
-        images: table with the columns label (int32), given_split (string or null) and pixels_sha256 (binary).
+        images: table with the columns label (int32), given_split (string or null) and pixels_sha256 (binary(32)).
         groups: int64 ``[rows]``, a group number for each row; rows of one group are duplicates.
         val_fraction: fraction of each class, rounded to whole images; at least one image of each class stays in train.
         test_fraction: likewise.
         seed: random seed; another seed gives other splits.
     """
-    given: list[SplitName | None] = images["given_split"].to_pylist()
-    drawn_from: SplitName | None = None
-    if any(given):
-        given = [split or "train" for split in given]
+    given = parse_splits(images["given_split"])
+    splits = np.where(given == NO_SPLIT, np.int8(TRAIN), given)
+    drawn_from = np.arange(len(splits))
+    if (given != NO_SPLIT).any():
         test_fraction = 0.0
-        drawn_from = "train" if "val" not in given else None
-    labels: list[int] = images["label"].to_pylist()
-    digests: list[bytes] = images["pixels_sha256"].to_pylist()
-
-    members: dict[int, list[int]] = defaultdict(list)
-    for row, group in enumerate(groups.tolist()):
-        if given[row] == drawn_from:
-            members[group].append(row)
-    order = {group: _draw(seed, [digests[row] for row in rows]) for group, rows in members.items()}
-    groups_of_class: dict[int, set[int]] = defaultdict(set)
-    for group, rows in members.items():
-        for row in rows:
-            groups_of_class[labels[row]].add(group)
-    always_train = {max(of_class, key=order.__getitem__) for of_class in groups_of_class.values()}
-
-    splits: list[SplitName] = [split or "train" for split in given]
-    assigned = set(always_train)
-    for label in sorted(groups_of_class):
-        of_class = groups_of_class[label]
-        total = sum(labels[row] == label for group in of_class for row in members[group])
-        remaining: dict[SplitName, int] = {"test": round(total * test_fraction), "val": round(total * val_fraction)}
-        for group in sorted(of_class - assigned, key=order.__getitem__):
-            for split, wanted in remaining.items():
-                if wanted >= len(members[group]):
-                    remaining[split] -= len(members[group])
-                    assigned.add(group)
-                    for row in members[group]:
-                        splits[row] = split
-                    break
+        drawn_from = np.flatnonzero(splits == TRAIN) if VAL not in splits else drawn_from[:0]
+    if len(drawn_from):
+        rows = images.select(["label", "pixels_sha256"]).take(drawn_from)
+        group_of = _number_groups(binary_array(rows["pixels_sha256"]), groups[drawn_from], seed)
+        split_of = _draw_groups(rows["label"].to_numpy(), group_of, val_fraction, test_fraction)
+        splits[drawn_from] = split_of[group_of]
     return splits
 
 
@@ -75,6 +53,60 @@ def least_class_size(val_fraction: float, test_fraction: float) -> int:
     )
 
 
-def _draw(seed: int, digests: list[bytes]) -> bytes:
-    """Return the sort key of a group; it does not depend on the order of the images in the source."""
-    return hashlib.sha256(f"{seed}:{min(digests).hex()}".encode()).digest()
+def _number_groups(digests: npt.NDArray[np.uint8], groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    """Return the group of each row, numbered in the order in which they are drawn.
+
+    The order is that of a hash, and does not depend on the order of the images in the source.
+
+    Args:
+        digests: uint8 ``[rows, 32]``.
+        groups: ``[rows]``.
+        seed: random seed.
+    """
+    by_group = np.lexsort((*as_words(digests).T[::-1], groups))
+    is_first = np.diff(groups[by_group], prepend=groups[by_group[0]] - 1) > 0
+    least = digests[by_group[is_first]].tobytes()
+    keys = (
+        hashlib.sha256(f"{seed}:{least[start : start + _DIGEST_BYTES].hex()}".encode()).digest()
+        for start in range(0, len(least), _DIGEST_BYTES)
+    )
+    hashes = np.fromiter(keys, f"V{_DIGEST_BYTES}", len(least) // _DIGEST_BYTES)
+    number = np.empty(len(hashes), np.int64)
+    number[np.lexsort(as_words(hashes.view(np.uint8).reshape(-1, _DIGEST_BYTES)).T[::-1])] = np.arange(len(hashes))
+    numbers = np.empty(len(groups), np.int64)
+    numbers[by_group] = number[np.cumsum(is_first) - 1]
+    return numbers
+
+
+def _draw_groups(
+    labels: npt.NDArray[np.int32], group_of: npt.NDArray[np.int64], val_fraction: float, test_fraction: float
+) -> Splits:
+    """Return the split of each group.
+
+    Args:
+        labels: ``[rows]``.
+        group_of: ``[rows]``, the group of each row, as `_number_groups` numbers them.
+        val_fraction: see `assign_splits`.
+        test_fraction: likewise.
+    """
+    sizes, totals = np.bincount(group_of), np.bincount(labels)
+    # The groups of each class, one class after another.
+    of_label, in_class = np.divmod(np.unique(labels * np.int64(len(sizes)) + group_of), len(sizes))
+    ends = np.flatnonzero(np.diff(of_label, append=-1)) + 1
+    split_of = np.full(len(sizes), NO_SPLIT, np.int8)
+    # Of all classes before any group is drawn, since a group can be of several classes.
+    split_of[in_class[ends - 1]] = TRAIN
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
+        total = int(totals[of_label[start]])
+        remaining = {TEST: round(total * test_fraction), VAL: round(total * val_fraction)}
+        free = in_class[start:end]
+        free = free[split_of[free] == NO_SPLIT]
+        for group, size in zip(free.tolist(), sizes[free].tolist(), strict=True):
+            split = next((split for split, wanted in remaining.items() if wanted >= size), None)
+            if split is not None:
+                remaining[split] -= size
+                split_of[group] = split
+            elif not any(remaining.values()):
+                break
+    split_of[split_of == NO_SPLIT] = TRAIN
+    return split_of

@@ -96,7 +96,7 @@ def test_an_image_of_any_size_has_a_hash_of_the_same_length(shape):
 
 def test_images_with_a_duplicate_are_listed_by_group():
     images = pa.table({"path": ["e", "d", "c", "b", "a"]})
-    listed = list_duplicates(images, np.array([5, 2, 5, 3, 2]), ["train", "train", "val", "test", "train"])
+    listed = list_duplicates(images, np.array([5, 2, 5, 3, 2]), np.array([0, 0, 1, 2, 0], np.int8))
     assert listed.to_pylist() == [
         {"group": 0, "path": "a", "split": "train", "leaks": False},
         {"group": 0, "path": "d", "split": "train", "leaks": False},
@@ -106,6 +106,6 @@ def test_images_with_a_duplicate_are_listed_by_group():
 
 
 def test_without_duplicates_the_list_is_empty():
-    listed = list_duplicates(pa.table({"path": ["a", "b"]}), np.array([0, 1]), ["train", "val"])
+    listed = list_duplicates(pa.table({"path": ["a", "b"]}), np.array([0, 1]), np.array([0, 1], np.int8))
     assert listed.num_rows == 0
     assert listed.column_names == ["group", "path", "split", "leaks"]

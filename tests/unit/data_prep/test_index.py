@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_prep.columns import name_splits
 from data_prep.index import draw_splits
 from data_prep.manifest import INDEX_SCHEMA
 from trainer.runtime.errors import InputError
@@ -22,6 +23,10 @@ def make_images(labels: list[int], given=None, pixels=None, splits=None) -> pa.T
         "split": splits or [None] * count,
     }
     return pa.table({name: pa.array(column, INDEX_SCHEMA.field(name).type) for name, column in columns.items()})
+
+
+def draw(images: pa.Table, *args, **kwargs) -> list[str]:
+    return name_splits(draw_splits(images, *args, **kwargs)[0]).to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -44,13 +49,13 @@ def test_where_no_image_is_left_for_val_is_said_how_many_are_needed(counts, spli
 
 
 def test_one_image_for_val_is_enough():
-    splits, _ = draw_splits(make_images([0] * 4 + [1]), "near", 0.25, 0.25, seed=0)
+    splits = draw(make_images([0] * 4 + [1]), "near", 0.25, 0.25, seed=0)
     assert sorted(splits) == ["test", "train", "train", "train", "val"]
 
 
 def test_images_that_have_a_split_keep_it_and_the_others_are_drawn_by_themselves():
     old = ["val"] * 8 + ["train"] * 2
-    splits, _ = draw_splits(make_images([0] * 30, splits=old + [None] * 20), "near", 0.2, 0.1, seed=0)
+    splits = draw(make_images([0] * 30, splits=old + [None] * 20), "near", 0.2, 0.1, seed=0)
     assert splits[:10] == old
     assert sorted(splits[10:]) == ["test"] * 2 + ["train"] * 14 + ["val"] * 4
 
@@ -59,10 +64,16 @@ def test_images_that_have_a_split_keep_it_and_the_others_are_drawn_by_themselves
 def test_a_new_duplicate_of_an_old_image_takes_its_split(rule):
     pixels = [*range(10), 3, 9, 3, *range(10, 20)]
     old = ["train"] * 3 + ["test"] + ["train"] * 5 + ["val"]
-    splits, groups = draw_splits(make_images([0] * 23, pixels=pixels, splits=old + [None] * 13), rule, 0.2, 0.0, seed=0)
+    images = make_images([0] * 23, pixels=pixels, splits=old + [None] * 13)
+    splits = draw(images, rule, 0.2, 0.0, seed=0)
     assert splits[10:13] == ["test", "val", "test"]
-    assert groups[3] == groups[10] == groups[12]
     assert splits[13:].count("val") == 2
+
+
+@pytest.mark.parametrize("old", [["val", "train"], ["train", "val"], ["test", "val", "train"]])
+def test_a_new_duplicate_of_old_images_in_several_splits_takes_that_of_the_first(old):
+    images = make_images([0] * (len(old) + 2), pixels=[0] * (len(old) + 2), splits=[None, *old, None])
+    assert draw(images, "exact", 0.2, 0.2, seed=0) == [old[0], *old, old[0]]
 
 
 def test_the_rule_decides_what_stays_together():

@@ -5,7 +5,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_prep.columns import name_splits
 from data_prep.splits import assign_splits, least_class_size
+
+
+def digest_of(pixels) -> bytes:
+    return hashlib.sha256(str(pixels).encode()).digest()
 
 
 def table(labels, digests=None, splits=None) -> pa.Table:
@@ -14,14 +19,14 @@ def table(labels, digests=None, splits=None) -> pa.Table:
         {
             "label": pa.array(labels, pa.int32()),
             "given_split": pa.array(splits or [None] * len(labels), pa.string()),
-            "pixels_sha256": [hashlib.sha256(str(digest).encode()).digest() for digest in digests],
+            "pixels_sha256": pa.array(map(digest_of, digests), pa.binary(32)),
         }
     )
 
 
 def assign(images: pa.Table, groups=None, val=0.15, test=0.15, seed=0) -> list[str]:
     groups = np.arange(len(images)) if groups is None else np.asarray(groups)
-    return assign_splits(images, groups, val, test, seed)
+    return name_splits(assign_splits(images, groups, val, test, seed)).to_pylist()
 
 
 def counts_of(splits: list[str], labels) -> dict[int, dict[str, int]]:
@@ -77,6 +82,47 @@ def test_the_draw_is_the_one_that_datasets_were_prepared_with():
         "val": (12, "8b2b214066b0cac3"),
         "test": (16, "5c53984dacc722e1"),
     }
+
+
+def draw_one_by_one(labels, groups, given, val, test, seed) -> list[str]:
+    """Draws as the docstring says, image by image; the pixels of an image are the number of its row."""
+    if any(given):
+        given, test = [split or "train" for split in given], 0.0
+    drawn_from = [row for row, split in enumerate(given) if split is None or (split == "train" and "val" not in given)]
+    keys = {}
+    for group in {groups[row] for row in drawn_from}:
+        least = min(digest_of(row) for row in drawn_from if groups[row] == group)
+        keys[group] = hashlib.sha256(f"{seed}:{least.hex()}".encode()).digest()
+    classes = {
+        label: sorted({groups[row] for row in drawn_from if labels[row] == label}, key=keys.__getitem__)
+        for label in sorted({labels[row] for row in drawn_from})
+    }
+    drawn = {in_order[-1]: "train" for in_order in classes.values()}
+    for label, in_order in classes.items():
+        total = sum(labels[row] == label for row in drawn_from)
+        left = {"test": round(total * test), "val": round(total * val)}
+        for group in in_order:
+            size = sum(groups[row] == group for row in drawn_from)
+            fits = [split for split in left if left[split] >= size]
+            if group not in drawn and fits:
+                drawn[group] = fits[0]
+                left[fits[0]] -= size
+    return [drawn.get(groups[row], "train") if row in drawn_from else given[row] for row in range(len(labels))]
+
+
+@pytest.mark.parametrize("given", [[None], [None, "test"], ["train", "test"], ["train", "val", None]])
+@pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.25, 0.5), (0.5, 0.0), (0.01, 0.9), (0.125, 0.375)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_draw_is_that_of_a_walk_over_the_images(given, val, test, seed):
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 200))
+    labels = random.integers(0, 1 + seed * 3, count).tolist()
+    # Groups of several classes and of all sizes, whose numbers say nothing and need not be dense.
+    groups = (1000 - 7 * random.integers(0, 1 + count // (1 + seed), count)).tolist()
+    splits = random.choice(np.array(given, object), count).tolist()
+    assert assign(table(labels, splits=splits), groups, val, test, seed) == draw_one_by_one(
+        labels, groups, splits, val, test, seed
+    )
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.15, 0.0), (0.3, 0.0), (0.6, 0.0), (0.49, 0.5), (0.1, 0.8)])
