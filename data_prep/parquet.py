@@ -97,7 +97,7 @@ def add_rows(
         elif labelled and class_name is None:
             raise InputError(f"{path}, row {row} has no label; add it")
         else:
-            listing.found.append(FoundImage(name, class_name, parse_split(path, row, split), path, *place))
+            listing.add(FoundImage(name, class_name, parse_split(path, row, split), path, *place))
 
 
 def image_column(schema: pa.Schema) -> str | None:

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 from data_prep.arrow import find_in_arrow
 from data_prep.folders import find_in_folders
-from data_prep.listing import FoundImage, Listing
+from data_prep.listing import FoundImage, Listing, in_text
 from data_prep.names import (
     count_suffixes,
     image_suffixes,
@@ -99,10 +99,11 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         InputError: the source is empty or of an unsupported format; it has fewer than two classes, or a class without
             images; or a split has a class that train does not have.
     """
-    root, sizes = _list_files(storage.resolve_uri(source))
-    kinds = {path: kind for path in sizes if (kind := left_behind_as(path))}
+    root, visible = _list_files(storage.resolve_uri(source))
+    kinds = {path: kind for path in visible if (kind := left_behind_as(path))}
     listing = Listing(left_behind=Counter(kinds.values()))
-    visible = {path: size for path, size in sizes.items() if path not in kinds}
+    for path in kinds:
+        del visible[path]
     if not visible:
         passed_over = f" but {_count_names(listing.left_behind)}" if listing.left_behind else ""
         wanted = (
@@ -113,8 +114,10 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         source_format = source_format or _detect_format(root, visible)
         match source_format:
             case "folder":
-                files = [FoundImage(path, None, bytes=size) for path, size in visible.items()]
-                find_in_folders(source, files, listing, labelled)
+                items = visible.items()
+                find_in_folders(
+                    source, lambda: (FoundImage(path, None, bytes=size) for path, size in items), listing, labelled
+                )
             case "table":
                 find_in_table(root, _find_table(source, visible), listing, labelled)
             case "parquet":
@@ -133,13 +136,13 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         raise InputError(
             f"{source} is damaged, or not of the format that its name says: {str(error).splitlines()[0]}"
         ) from error
-    _drop_unnamable(listing)
     tables = [path for path in visible if suffix_of(path) in TEXT_SUFFIXES] if source_format == "folder" else []
+    found = listing.found.to_table()
     if labelled:
-        _check_classes(source, listing, tables)
-    elif not listing.found:
+        _check_classes(source, listing, found, tables)
+    elif not len(found):
         raise InputError(f"{source}: no images found{_describe_ignored(listing)}; give images or a folder of them")
-    return _to_source(source, root, source_format, listing, tables if labelled else [])
+    return _to_source(source, root, source_format, listing, found, tables if labelled else [])
 
 
 def _list_files(uri: str) -> tuple[str, dict[str, int]]:
@@ -182,46 +185,28 @@ def _find_table(source: str, paths: Iterable[str]) -> str:
     return tables[0]
 
 
-def _drop_unnamable(listing: Listing) -> None:
-    """Drop images whose path is not UTF-8, such as some from old zip files: Parquet cannot store such a path."""
-    listing.ignored = {_in_text(name): reason for name, reason in listing.ignored.items()}
-    named = []
-    for image in listing.found:
-        text = _in_text(image.path)
-        if text == image.path:
-            named.append(image)
-        else:
-            listing.ignore(text, "name_is_not_utf8", image.class_name)
-    listing.found = named
-
-
-def _in_text(name: str) -> str:
-    """Return a name in which each byte that is not UTF-8 is written as a backslash, udc and two hex digits."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _check_classes(source: str, listing: Listing, tables: list[str]) -> None:
-    class_names = sort_class_names(image.class_name for image in listing.found if image.class_name is not None)
+def _check_classes(source: str, listing: Listing, found: pa.Table, tables: list[str]) -> None:
+    class_names = sort_class_names(listing.found.class_names)
     if len(class_names) < 2:
         raise InputError(
             f"{source}: images of {format_count(len(class_names), 'class')} "
             f"({', '.join(class_names) or 'none'}){_describe_ignored(listing)}; at least two are required, as "
-            f"SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg{_describe_chances(source, listing, tables)}"
+            f"SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg{_describe_chances(source, listing, found, tables)}"
         )
     empty = {name: paths for name, paths in listing.ignored_of_class.items() if name not in class_names}
     if empty:
-        described = [f"{_in_text(name)} ({count_suffixes(paths)})" for name, paths in sorted(empty.items())]
+        described = [f"{in_text(name)} ({count_suffixes(paths)})" for name, paths in sorted(empty.items())]
         raise InputError(
             f"{source}: no image in {len(empty)} of {len(empty) + len(class_names)} classes: {name_some(described)}; "
             "add images, or move what is not a class out of SOURCE"
         )
+    trained = found.filter(pc.field("split").is_null() | (pc.field("split") == "train"))["class"].unique()
     for split in ("val", "test"):
-        unknown = {image.class_name for image in listing.found if image.split == split} - {
-            image.class_name for image in listing.found if image.split in ("train", None)
-        }
+        used = found.filter(pc.field("split") == split)["class"].unique()
+        unknown = [listing.found.class_names[number] for number in set(used.to_pylist()) - set(trained.to_pylist())]
         if unknown:
             raise InputError(
-                f"{source}: {split} has classes that train does not have: {name_some(sorted(map(str, unknown)))}; "
+                f"{source}: {split} has classes that train does not have: {name_some(sorted(unknown))}; "
                 "add training images of these classes or remove them"
             )
 
@@ -231,37 +216,39 @@ def _describe_ignored(listing: Listing) -> str:
     return f", not used {', '.join(f'{reason}: {count}' for reason, count in counts.most_common())}" if counts else ""
 
 
-def _describe_chances(source: str, listing: Listing, tables: list[str]) -> str:
+def _describe_chances(source: str, listing: Listing, found: pa.Table, tables: list[str]) -> str:
     """Return advice on what the user may have meant with a source that has fewer than two classes."""
     chances = f"; if {name_some(tables)} is a table of paths and labels, give it as SOURCE" if tables else ""
-    if not tables and not listing.found and "not_in_a_class_folder" in listing.ignored.values():
+    if not tables and not len(found) and "not_in_a_class_folder" in listing.ignored.values():
         chances += "; if the names of the files say the class, give a table with the columns path and label as SOURCE"
-    images = [image for image in listing.found if image.container is None]
-    folders = {tuple(parts_of(image.path)[1 if image.split else 0 : -1]) for image in images}
+    images = found.filter(pc.field("container").is_null())
+    named = zip(images["path"].to_pylist(), images["split"].to_pylist(), strict=True)
+    folders = {tuple(parts_of(path)[1 if split else 0 : -1]) for path, split in named}
     above = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
     below = sorted({parts[len(above)] for parts in folders if len(parts) > len(above)})
     if above and len(below) > 1:
         place = "/".join(above)
-        advice = "move them up" if images[0].split else f"give {storage.join(source, place)}"
+        advice = "move them up" if images["split"][0].is_valid else f"give {storage.join(source, place)}"
         chances += f"; if the classes are {name_some(below)}, below {place}, {advice}"
     return chances
 
 
 def _to_source(
-    source: str, root: str, source_format: SourceFormat, listing: Listing, unused_tables: list[str]
+    source: str,
+    root: str,
+    source_format: SourceFormat,
+    listing: Listing,
+    found: pa.Table,
+    unused_tables: list[str],
 ) -> Source:
-    found = listing.found
-    used = {image.class_name for image in found if image.class_name is not None}
+    used = set(listing.found.class_names)
     declared = [name for name in listing.declared_classes if name in used]
     class_names = [*declared, *sort_class_names(used.difference(declared))]
     label_of = {name: label for label, name in enumerate(class_names)}
-    columns = {
-        "path": [image.path for image in found],
-        "label": [None if image.class_name is None else label_of[image.class_name] for image in found],
-        **{name: [getattr(image, name) for image in found] for name in ("split", "container", "offset", "bytes")},
-    }
-    images = pa.table(columns, schema=IMAGES_SCHEMA).sort_by("path")
-    repeated = pc.filter(images["path"].value_counts().field("values"), _more_than_once(images))
+    labels = pa.array([label_of[name] for name in listing.found.class_names], pa.int32()).take(found["class"])
+    images = found.append_column("label", labels).select(IMAGES_SCHEMA.names).sort_by("path")
+    paths = images["path"].combine_chunks()
+    repeated = paths[1:].filter(pc.equal(paths[1:], paths[:-1]))
     if len(repeated):
         raise InputError(f"{source} lists {repeated[0].as_py()!r} more than once; list each image once")
     not_tried = [path for path, reason in listing.ignored.items() if reason == "not_an_image_name"]
@@ -279,7 +266,3 @@ def _to_source(
 
 def _count_names(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _more_than_once(images: pa.Table) -> pa.Array:
-    return pc.greater(images["path"].value_counts().field("counts"), 1)

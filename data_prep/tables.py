@@ -45,7 +45,7 @@ def find_in_table(root: str, name: str, listing: Listing, labelled: bool) -> Non
     for number, (row, path, class_name) in enumerate(zip(rows, paths, class_names, strict=True), start=1):
         if labelled and class_name is None:
             raise InputError(f"{name}, row {number} has no label; add it")
-        listing.found.append(FoundImage(path, class_name, parse_split(name, number, row.get("split"))))
+        listing.add(FoundImage(path, class_name, parse_split(name, number, row.get("split"))))
 
 
 def _read_table(uri: str) -> list[dict[str, Any]]:

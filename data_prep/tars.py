@@ -54,7 +54,8 @@ def find_in_tars(source: str, root: str, paths: Iterable[str], listing: Listing,
             for sample in _group_by_key(tar.members):
                 _find_in_sample(tar, sample, listing, labelled)
     else:
-        find_in_folders(source, [member for tar in tars for member in tar.members.values()], listing, labelled)
+        members = [member for tar in tars for member in tar.members.values()]
+        find_in_folders(source, lambda: members, listing, labelled, in_archives=True)
 
 
 def _read_members(root: str, path: str, listing: Listing) -> _Tar:
@@ -113,7 +114,7 @@ def _find_in_sample(tar: _Tar, extensions: dict[str, str], listing: Listing, lab
         member = tar.members[name]
         if name == image and not (labelled and class_name is None):
             member.class_name = class_name
-            listing.found.append(member)
+            listing.add(member)
         elif name == image:
             listing.ignore(member.path, "no_label")
         elif name in named:

@@ -104,7 +104,7 @@ def _find_in_one(root: str, path: str, declared: list[str], listing: Listing, la
         if labelled and class_name is None:
             listing.ignore(name, "no_label")
         else:
-            listing.found.append(FoundImage(name, class_name, split, path, offset + record.index(image), len(image)))
+            listing.add(FoundImage(name, class_name, split, path, offset + record.index(image), len(image)))
 
 
 def _read_records(uri: str) -> Iterator[tuple[int, bytes]]:
