@@ -263,6 +263,12 @@ def test_a_symlink_to_a_file_is_a_file_and_a_broken_one_is_listed_as_empty(root,
     assert storage.find_files(root) == {"broken": 0, "file": 4, "link": 4}
 
 
+def test_a_pipe_is_no_file(root, tmp_path):
+    write_all(root, "file")
+    os.mkfifo(tmp_path / "pipe")
+    assert list(storage.find_files(root)) == ["file"]
+
+
 def test_a_folder_that_may_not_be_read_is_refused_and_named():
     # Not in tmp_path, which is closed to all but its owner, and nothing is closed to root.
     with tempfile.TemporaryDirectory() as root:
