@@ -146,7 +146,7 @@ def _fingerprint(index: pa.Table, splits: Splits, described: dict[str, Any]) -> 
     visible = {name: described[name] for name in ("image_size", "channels", "class_names")}
     digest = hashlib.sha256(json.dumps(visible).encode())
     for name in ("shard", "row", "label"):
-        digest.update(index[name].to_numpy().tobytes())
-    digest.update(splits.tobytes())
-    digest.update(binary_array(index["pixels_sha256"]).tobytes())
+        digest.update(index[name].to_numpy())
+    digest.update(splits.data)
+    digest.update(binary_array(index["pixels_sha256"]).ravel().data)
     return digest.hexdigest()

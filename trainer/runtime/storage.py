@@ -209,10 +209,9 @@ def refuses_to_create(uri: str, content: bytes) -> bool:
 
 def parquet_bytes(table: pa.Table) -> bytes:
     """Return a table as the content of a Parquet file."""
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     pq.write_table(table, sink, compression="lz4")
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return sink.getvalue()
 
 
 def parquet_table(content: bytes) -> pa.Table:
