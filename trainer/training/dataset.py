@@ -50,9 +50,14 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def expect(self, rows: npt.NDArray[np.int64]) -> None:
-        """Say which rows will be taken next, in this order, so that they can be fetched ahead of their use."""
-        self.pixels.expect(self.shards[rows])
+    def expect(self, rows: npt.NDArray[np.int64], following: npt.NDArray[np.int64] | None = None) -> None:
+        """Say which rows will be taken next, in this order, so that they can be fetched ahead of their use.
+
+        Args:
+            rows: row numbers.
+            following: those after them, which another call will name: to be fetched when there is room.
+        """
+        self.pixels.expect(self.shards[rows], self.shards[rows[:0] if following is None else following])
 
     def take(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
         """Return the images of some rows, uint8 ``[rows, height, width, channels]``, in ``out`` if it is given."""

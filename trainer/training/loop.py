@@ -382,6 +382,12 @@ class _Training:
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         return epoch_order(self._train, self._config.seed, epoch, self._config.shuffle_window_gib)
 
+    def _own_rows(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the rows of this worker in an order, as it takes them."""
+        config = self._config
+        num_steps = len(order) // config.global_batch_size
+        return all_worker_rows(order, num_steps, config.global_batch_size, self._rank, config.num_workers)
+
     def _make_batch(self, order: npt.NDArray[np.int64], step: int) -> tuple[Any, Any]:
         """Return this worker's share of a global batch of rows in an order."""
         config = self._config
@@ -409,7 +415,7 @@ class _Training:
         order = self._order(epoch)[self._epoch_rows :]
         first_step = self._steps.num_rows
         num_steps = len(order) // config.global_batch_size
-        self._train.expect(all_worker_rows(order, num_steps, config.global_batch_size, self._rank, config.num_workers))
+        self._train.expect(self._own_rows(order), self._own_rows(self._order(epoch + 1)))
 
         feed = BatchFeed()
         started = last_event = time.perf_counter()

@@ -57,10 +57,13 @@ class ShardCache:
                     self._download(uri, shard)
 
     def _download(self, uri: str, shard: Shard) -> None:
-        self._make_room(shard.bytes)
         digest = hashlib.sha256()
         try:
             with storage.create_whole(str(self._folder / f"{shard.sha256}.arrow"), sync=False) as file:
+                # One at a time, and of its full size at once: the other downloads must see the room that it takes.
+                with FileLock(self._folder / "room.lock"):
+                    self._make_room(shard.bytes)
+                    file.truncate(shard.bytes)
                 for start in range(0, shard.bytes, _PART_BYTES):
                     part = storage.read_bytes(uri, start, _PART_BYTES)
                     digest.update(part)

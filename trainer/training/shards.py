@@ -37,8 +37,8 @@ class Pixels(Protocol):
     shard_bytes: npt.NDArray[np.int64]
     """``[shards]``, the size of each file."""
 
-    def expect(self, shards: Numbers) -> None:
-        """Say from which shards the next images will be taken, in this order."""
+    def expect(self, shards: Numbers, following: Numbers) -> None:
+        """Say from which shards the next images will be taken, in this order, and from which those after them."""
 
     def take(self, shards: Numbers, rows: Numbers, out: Images) -> None:
         """Copy images, given by their shard and their row in it, to ``out``."""
@@ -78,7 +78,7 @@ class HeldImages:
         self.image_shape = images.shape[1:]
         self.shard_bytes = np.array([images.nbytes])
 
-    def expect(self, shards: Numbers) -> None:
+    def expect(self, shards: Numbers, following: Numbers) -> None:
         """Do nothing."""
 
     def take(self, shards: Numbers, rows: Numbers, out: Images) -> None:
@@ -108,7 +108,7 @@ class MappedShards:
         self._checker = threading.Thread(target=self._check, args=(shards,), daemon=True)
         self._checker.start()
 
-    def expect(self, shards: Numbers) -> None:
+    def expect(self, shards: Numbers, following: Numbers) -> None:
         """Do nothing: the system reads ahead, and keeps what fits into memory."""
 
     def take(self, shards: Numbers, rows: Numbers, out: Images) -> None:
@@ -161,14 +161,13 @@ class CachedShards:
         self._batch = rows_per_batch(math.prod(image_shape))
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="shards")
         self._opened: dict[int, Future[list[Images]]] = {}
-        self._upcoming: deque[int] = deque()
+        self._upcoming, self._following = deque[int](), deque[int]()
         self._left = np.zeros(len(shards), np.int64)
 
-    def expect(self, shards: Numbers) -> None:
-        """Begin to download the shards in the order in which they are needed."""
+    def expect(self, shards: Numbers, following: Numbers) -> None:
+        """Begin to download the shards in the order in which they are needed, and then those that follow."""
         self._left = np.bincount(shards, minlength=len(self._shards))
-        needed, first = np.unique(shards, return_index=True)
-        self._upcoming = deque(needed[np.argsort(first)].tolist())
+        self._upcoming, self._following = _in_order_of_use(shards), _in_order_of_use(following)
         for shard in [one for one in self._opened if not self._left[one]]:
             self._close(shard)
         self._fill()
@@ -202,12 +201,16 @@ class CachedShards:
 
     def _fill(self) -> None:
         in_use = sum(self._shards[one].bytes for one in self._opened)
-        while self._upcoming:
-            upcoming = self._shards[self._upcoming[0]].bytes
-            if in_use + upcoming > self._cache.limit:
+        while queue := self._upcoming or self._following:
+            shard, is_open = queue[0], queue[0] in self._opened
+            if self._upcoming and (is_open or not self._left[shard]):
+                queue.popleft()
+                continue
+            # One of the following that is still in use is closed after that, and would then not be there.
+            if is_open or in_use + self._shards[shard].bytes > self._cache.limit:
                 return
-            in_use += upcoming
-            self._open(self._upcoming.popleft())
+            in_use += self._shards[shard].bytes
+            self._open(queue.popleft())
 
     def _open(self, shard: int) -> None:
         if shard not in self._opened:
@@ -216,6 +219,11 @@ class CachedShards:
 
     def _close(self, shard: int) -> None:
         self._opened.pop(shard, None)
+
+
+def _in_order_of_use(shards: Numbers) -> deque[int]:
+    needed, first = np.unique(shards, return_index=True)
+    return deque(needed[np.argsort(first)].tolist())
 
 
 def _find_state(path: Path, shard: Shard) -> tuple[str, int, int]:

@@ -1,5 +1,6 @@
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,23 @@ def test_the_shards_that_were_used_longest_ago_make_room(written, folder):
         path.unlink()
     np.testing.assert_array_equal(held, written.images["train"][3:6])
     np.testing.assert_array_equal(open_shard(cache, written, 1), held)
+
+
+def test_downloads_at_the_same_time_make_room_for_each_other(written, folder, monkeypatch):
+    cache, both_have_room = ShardCache(limit_of(written, 2.5)), threading.Barrier(2)
+    for number in (0, 1):
+        open_shard(cache, written, number)
+    read_bytes = storage.read_bytes
+
+    def read(uri: str, start: int, length: int) -> bytes:
+        both_have_room.wait(10)
+        return read_bytes(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda number: open_shard(cache, written, number), (2, 3)))
+    np.testing.assert_array_equal(np.concatenate(found), written.images["train"][6:])
+    assert names(folder) == digests(written, 2, 3)
 
 
 def test_a_limit_below_one_shard_holds_that_shard(written, folder):

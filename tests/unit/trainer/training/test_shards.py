@@ -24,6 +24,9 @@ def written(write_dataset):
     return write_dataset(rows=(24, 0, 0))
 
 
+NONE = np.array([], np.int32)
+
+
 def map_shards(written) -> MappedShards:
     return MappedShards(written.uri, written.manifest.shards, written.manifest.image_shape)
 
@@ -123,7 +126,7 @@ def test_shards_of_a_bucket_are_fetched_ahead_in_the_order_of_their_use_as_far_a
     cache = CountingCache(written, 3.5)
     pixels = cache_shards(written, cache)
     order = [row for shard in (4, 1, 6, 0, 2) for row in (3 * shard, 3 * shard + 2)]
-    pixels.expect(np.array(order, np.int32) // 3)
+    pixels.expect(np.array(order, np.int32) // 3, NONE)
     finish(pixels)
     assert sorted(cache.opened) == [1, 4, 6]
     for start, fetched in ((0, [1, 4, 6]), (1, [0, 1, 4, 6]), (2, [0, 1, 4, 6]), (3, [0, 1, 2, 4, 6])):
@@ -141,15 +144,32 @@ def test_a_batch_that_needs_more_than_the_cache_is_taken_all_the_same(written):
     pixels = cache_shards(written, CountingCache(written, 2))
     rows = list(range(0, 24, 3))
     np.testing.assert_array_equal(take(pixels, rows), written.images["train"][rows])
-    pixels.expect(np.array(rows, np.int32) // 3)
+    pixels.expect(np.array(rows, np.int32) // 3, NONE)
     np.testing.assert_array_equal(take(pixels, rows), written.images["train"][rows])
+
+
+def test_what_follows_is_fetched_when_the_last_of_the_order_is_in_use(written):
+    """The first images of an epoch are there when it begins."""
+    cache = CountingCache(written, 2.5)
+    pixels = cache_shards(written, cache)
+    first, second = np.array([0, 1, 2], np.int32), np.array([2, 3, 4], np.int32)
+    pixels.expect(first, second)
+    for shard, opened in ((0, [0, 1, 2]), (1, [0, 1, 2]), (2, [0, 1, 2, 2, 3])):
+        take(pixels, [3 * shard])
+        finish(pixels)
+        # The shard 2 is in use, so it is opened again for the next order, and 4 has no room beside 2 and 3.
+        assert cache.opened == opened
+    pixels.expect(second, NONE)
+    np.testing.assert_array_equal(take(pixels, [6, 9]), written.images["train"][[6, 9]])
+    finish(pixels)
+    assert cache.opened == [0, 1, 2, 2, 3, 4]
 
 
 def test_an_order_that_is_given_up_leaves_nothing_open(written):
     pixels = cache_shards(written, CountingCache(written, 3.5))
-    pixels.expect(np.array([0, 1, 2, 3], np.int32))
+    pixels.expect(np.array([0, 1, 2, 3], np.int32), NONE)
     finish(pixels)
-    pixels.expect(np.array([2, 5], np.int32))
+    pixels.expect(np.array([2, 5], np.int32), NONE)
     assert sorted(pixels._opened) == [2, 5]
 
 
@@ -169,7 +189,7 @@ def test_a_cache_that_holds_neither_the_dataset_nor_two_windows_is_refused(writt
 def test_a_damaged_shard_of_a_bucket_is_refused_when_it_is_fetched(written):
     damage(written, 1)
     pixels = cache_shards(written, CountingCache(written, 8))
-    pixels.expect(np.array([0, 1], np.int32))
+    pixels.expect(np.array([0, 1], np.int32), NONE)
     np.testing.assert_array_equal(take(pixels, [0]), written.images["train"][:1])
     with pytest.raises(InputError, match=r"shards/00001.*has sha256"):
         take(pixels, [3])
