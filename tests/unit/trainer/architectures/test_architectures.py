@@ -13,26 +13,16 @@ from trainer.architectures import ARCHITECTURES, build_model, family_arguments
 FAMILIES = ["cnn_tapered", "alexnet", "vgg19", "inception_notes", "googlenet", "resnet18", "inception_v3", "xception"]
 
 
-@pytest.fixture(params=["float32", "mixed_bfloat16"])
-def precision(request):
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(request.param)
-    yield request.param
-    keras.mixed_precision.set_global_policy(before)
-
-
-def image_size_of(arch: str) -> int:
-    return max(8, ARCHITECTURES[arch].min_image_size)
-
-
-def build_tiny(arch: str, num_classes: int = 3, channels: int = 1, **arguments):
+def build_tiny(arch: str, **arguments) -> keras.Model:
+    """Build a network of five classes for colour images of the smallest size."""
     keras.utils.set_random_seed(0)
-    return build_model(arch, image_size_of(arch), channels, num_classes, {**TINY_NETWORKS[arch], **arguments})
+    return build_model(arch, ARCHITECTURES[arch].min_image_size, 3, 5, {**TINY_NETWORKS[arch], **arguments})
 
 
-def images_for(arch: str, count: int, channels: int = 1) -> np.ndarray:
-    shape = (count, image_size_of(arch), image_size_of(arch), channels)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+@pytest.fixture(scope="module", params=FAMILIES)
+def tiny(request) -> tuple[str, keras.Model]:
+    """An architecture and its network, which takes seconds to build; no test changes it."""
+    return request.param, build_tiny(request.param, kernel_initializer="he_normal")
 
 
 def count_parameters(arch: str, image_size: int, channels: int, num_classes: int) -> int:
@@ -64,9 +54,13 @@ PUBLISHED = [
     ("inception_v3", 299, 3, 1000, 23_851_784),
     ("xception", 299, 3, 1000, 22_910_480),
 ]
+# Counted where they are built anyway: test_inception_v3.py, test_xception.py, tests/integration/test_architectures.py.
+DEEP = ("resnet50", "inception_v3", "xception")
 
 
-@pytest.mark.parametrize(("arch", "image_size", "channels", "num_classes", "parameters"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("arch", "image_size", "channels", "num_classes", "parameters"), [one for one in PUBLISHED if one[0] not in DEEP]
+)
 def test_the_number_of_parameters_is_that_of_the_source(arch, image_size, channels, num_classes, parameters):
     assert count_parameters(arch, image_size, channels, num_classes) == parameters
 
@@ -88,10 +82,8 @@ def test_batch_norm_follows_every_convolution_where_it_is_asked_for(arch):
         assert model.get_layer(f"{name}_relu").activation is keras.activations.relu
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_the_initializer_is_that_of_every_kernel_but_the_last(arch):
-    layers = [layer for layer in build_tiny(arch, kernel_initializer="he_normal").layers if hasattr(layer, "kernel")]
-    *others, logits = layers
+def test_the_initializer_is_that_of_every_kernel_but_the_last(tiny):
+    *others, logits = [layer for layer in tiny[1].layers if hasattr(layer, "kernel")]
     assert all(isinstance(layer.kernel_initializer, keras.initializers.HeNormal) for layer in others)
     assert isinstance(logits.kernel_initializer, keras.initializers.GlorotUniform)
 
@@ -105,49 +97,51 @@ def test_dropout_is_a_layer_only_where_it_is_asked_for(arch):
     assert rates(build_tiny(arch, dropout=0.3)) == [0.3]
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_the_smallest_image_leaves_every_layer_a_pixel(arch):
-    with tf.Graph().as_default():
-        model = build_model(arch, ARCHITECTURES[arch].min_image_size, 1, 3)
-        assert all(size >= 1 for layer in model.layers for size in layer.output_shape[1:])
+def test_the_smallest_image_leaves_every_layer_a_pixel(tiny):
+    assert all(size >= 1 for layer in tiny[1].layers for size in layer.output_shape[1:])
 
 
 @pytest.mark.parametrize("arch", ["cnn_softmax", "cnn_deep", "cnn_tapered", "alexnet", "vgg16", "inception_v3"])
 def test_one_pixel_less_than_the_smallest_image_is_too_few(arch):
     with pytest.raises(ValueError):  # noqa: PT011 - Keras words it otherwise in each layer
-        count_parameters(arch, ARCHITECTURES[arch].min_image_size - 1, 1, 3)
+        build_model(arch, ARCHITECTURES[arch].min_image_size - 1, 1, 3, TINY_NETWORKS[arch])
 
 
 def test_every_architecture_has_a_tiny_form_here():
     assert TINY_NETWORKS.keys() == ARCHITECTURES.keys()
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_logits_are_float32_whatever_the_precision(arch, precision):
-    model = build_tiny(arch, num_classes=5, channels=3)
-    logits = model(images_for(arch, 2, channels=3))
+def test_the_last_layer_gives_logits_and_not_scores(tiny):
+    _, model = tiny
+    assert model.layers[-1].name == "logits"
+    assert model.layers[-1].activation is keras.activations.linear
+
+
+def assert_logits(model: keras.Model, compute_dtype: str) -> None:
+    """Logits are float32, whatever the other layers compute in."""
+    shape = (2, *model.input_shape[1:])
+    logits = model(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     assert logits.shape == (2, 5)
     assert logits.dtype == tf.float32
     assert np.isfinite(logits).all()
     assert {variable.dtype for variable in model.variables} == {tf.float32}
     *inner_layers, _ = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
-    inner = {layer.compute_dtype for layer in inner_layers}
-    assert inner == {"bfloat16" if precision == "mixed_bfloat16" else "float32"}
+    assert {layer.compute_dtype for layer in inner_layers} == {compute_dtype}
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_the_last_layer_gives_logits_and_not_scores(arch):
-    model = build_tiny(arch)
-    assert model.layers[-1].name == "logits"
-    assert model.layers[-1].activation is keras.activations.linear
-
-
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_every_variable_has_a_name_of_its_own_and_the_same_each_time(arch):
+def test_each_precision_has_logits_of_float32_and_variables_of_the_same_names(tiny):
+    arch, model = tiny
+    assert_logits(model, "float32")
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        mixed = build_tiny(arch)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert_logits(mixed, "bfloat16")
     # A checkpoint keeps variables by name.
-    names, again = ([variable.name for variable in build_tiny(arch).variables] for _ in range(2))
+    names = [variable.name for variable in model.variables]
     assert len(set(names)) == len(names)
-    assert again == names
+    assert [variable.name for variable in mixed.variables] == names
 
 
 def test_only_the_first_of_the_notes_scores_by_sigmoid():

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import tensorflow as tf
 import tf_keras as keras
 
 from trainer.architectures import build_model
@@ -20,7 +19,7 @@ def test_residual_blocks_may_begin_as_the_identity(arch):
     np.testing.assert_allclose(block(before), before)
 
 
-# The number of parameters of the deeper ones is in tests/integration/test_architectures.py.
+# The numbers of parameters are in test_architectures.py, here and in tests/integration.
 @pytest.mark.parametrize(
     ("arch", "convolutions"),
     [
@@ -30,8 +29,7 @@ def test_residual_blocks_may_begin_as_the_identity(arch):
     ],
 )
 def test_the_depth_is_that_of_the_name(arch, convolutions):
-    with tf.Graph().as_default():
-        layers = build_tiny(arch).layers
+    layers = build_tiny(arch).layers
     names = [layer.name for layer in layers if isinstance(layer, keras.layers.Conv2D)]
     # The projections of shortcuts do not count, the last dense layer does.
     assert sum("_0_conv" not in name for name in names) == convolutions
