@@ -33,7 +33,7 @@ def find_in_arrow(root: str, path: str, listing: Listing, labelled: bool) -> Non
         listing.ignore(path, "not_an_arrow_file")
         return
     uri = storage.join(root, path)
-    content = _map(uri)
+    content = storage.map_file(uri)
     schema, batches = _open(content)
     check_columns(uri, schema, labelled)
     images_in, labels_in = image_column(schema), label_column(schema)
@@ -46,11 +46,6 @@ def find_in_arrow(root: str, path: str, listing: Listing, labelled: bool) -> Non
         labels += batch.column(labels_in).to_pylist() if labels_in else [None] * len(batch)
         splits += batch.column("split").to_pylist() if "split" in schema.names else [of_file] * len(batch)
     add_rows(uri, path, schema, labels, splits, places, listing, labelled)
-
-
-def _map(uri: str) -> pa.Buffer:
-    """Return the content of a file; that of a local one is read only where it is looked at."""
-    return pa.memory_map(uri).read_buffer() if storage.is_local(uri) else pa.py_buffer(storage.read_bytes(uri))
 
 
 def _open(content: pa.Buffer) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:

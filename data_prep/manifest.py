@@ -200,7 +200,7 @@ def read_index(dataset: str, manifest: Manifest, columns: list[str] | None = Non
     """
     uri = storage.join(dataset, INDEX_NAME)
     try:
-        content = storage.read_bytes(uri)
+        content = storage.map_file(uri)
     except FileNotFoundError as error:
         raise InputError(f"{error}, though the manifest names it; prepare {dataset} again with --overwrite") from error
     check_digest(uri, hashlib.sha256(content).hexdigest(), manifest.tables[INDEX_NAME])

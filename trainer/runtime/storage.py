@@ -119,6 +119,19 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
         return _s3().read(_path(uri), start, None if length is None else start + length)
 
 
+def map_file(uri: str) -> pa.Buffer:
+    """Return the content of one file; a local one is mapped, so that it is read only where it is looked at.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the storage refused or could not be reached.
+    """
+    if not is_local(uri):
+        return pa.py_buffer(read_bytes(uri))
+    with clear_errors(uri):
+        return pa.memory_map(uri).read_buffer()
+
+
 @contextlib.contextmanager
 def open_file(uri: str) -> Iterator[Any]:
     """Open one file to read parts of it."""

@@ -320,6 +320,18 @@ def test_beyond_the_end_of_a_file_there_is_nothing(place):
     assert storage.read_bytes(storage.join(place, "short"), 3) == b""
 
 
+def test_a_mapped_file_is_the_one_that_was_opened(place):
+    uri = storage.join(place, "file")
+    with pytest.raises(FileNotFoundError, match=f"{uri}: not found"):
+        storage.map_file(uri)
+    storage.write_bytes(uri, b"")
+    assert storage.map_file(uri).to_pybytes() == b""
+    storage.write_bytes(uri, b"abc")
+    mapped = storage.map_file(uri)
+    storage.write_bytes(uri, b"another")
+    assert mapped.to_pybytes() == b"abc"
+
+
 @pytest.mark.parametrize(
     ("name", "neighbor"),
     [
