@@ -1,12 +1,15 @@
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import hypothesis
@@ -155,6 +158,8 @@ def ray_nodes(
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Start a head in the checkout, and nodes, with token authentication; yield what runs ``ray job`` elsewhere.
 
+    Its attribute ``read`` is a function that returns what the dashboard answers, as JSON.
+
     Args:
         home: a folder for the token, where ``ray job`` is run too.
         session: a folder for what Ray writes; a short name, since Ray makes sockets there.
@@ -183,6 +188,15 @@ def ray_nodes(
             timeout=300,
         )
 
+    def read(path: str) -> Any:
+        token = (home / ".ray" / "auth_token").read_text().strip()
+        url = f"http://127.0.0.1:{dashboard_port}{path}"
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+        ) as answer:
+            return json.load(answer)
+
+    run.read = read
     try:
         for command in commands:
             log_path = home / f"ray-start-{len(started)}.log"

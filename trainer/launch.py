@@ -44,6 +44,7 @@ from trainer.runtime.events import (
     AugmentationChosen,
     BatchChosen,
     EmbeddedDatasetChosen,
+    EpochFinished,
     Event,
     GlyphsMissing,
     OnEvent,
@@ -53,6 +54,7 @@ from trainer.runtime.events import (
     ignore_event,
 )
 from trainer.runtime.folders import cache_folder
+from trainer.runtime.gauges import serve_metrics
 from trainer.runtime.lease import hold_lease
 from trainer.runtime.markdown import format_count
 from trainer.runtime.signals import failure_reason, received_signal
@@ -509,13 +511,22 @@ def _run_workers(
         elif isinstance(event, AttemptStarted):
             run.record_next_step(event.step)
             event, num_workers = replace(event, previous_num_workers=num_workers), event.num_workers
+        elif isinstance(event, EpochFinished):
+            serve(event.row)
         on_event(event)
 
     run = RunFolder(job.run, job.lease)
     try:
-        result: WorkerResult = run_workers(
-            train, run.name, workers, resources, max_failures=max_failures, on_event=record
-        )
+        with serve_metrics(run.name) as serve:
+            result: WorkerResult = run_workers(
+                train,
+                run.name,
+                workers,
+                resources,
+                max_failures=max_failures,
+                shown={"run": job.run, **job.config.model_dump()},
+                on_event=record,
+            )
     except WorkersFailedError as error:
         for cause in error.causes:
             if isinstance(cause, WorkerDiedError):

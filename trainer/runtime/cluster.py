@@ -45,6 +45,9 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+# An actor on the head, which outlives the job, then lists its runs in the Train tab of the dashboard.
+_STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+
 _POLL_SECONDS = 0.5
 # Maximum length of the name of a socket, and the longest part of it that Ray adds.
 _SOCKET_CHARACTERS = 107
@@ -102,7 +105,10 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
     # Before Ray logs anything: the job itself reports what matters.
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address := find_cluster():
-        with _connected_ray(WORKER_ENVIRONMENT, wait_seconds, address=address):
+        with (
+            _tracked_state() as tracking,
+            _connected_ray({**WORKER_ENVIRONMENT, **tracking}, wait_seconds, address=address),
+        ):
             yield read_resources()
         return
     with _job_folder() as folder:
@@ -119,6 +125,23 @@ def connect(*, wait_seconds: float | None = 0, one_process: bool = False) -> Ite
         options |= {"include_dashboard": False}
         with _own_token(folder), _connected_ray(environment, wait_seconds, _temp_dir=folder, **options):
             yield read_resources(folder)
+
+
+@contextlib.contextmanager
+def _tracked_state() -> Iterator[dict[str, str]]:
+    """Turn on the tracking of Ray Train's state, unless the user has decided, and yield what other processes need.
+
+    The trials of a study start their workers from other processes. Ray refuses a variable that the runtime environment
+    of the job has already.
+    """
+    if _STATE_TRACKING in os.environ:
+        yield {}
+        return
+    os.environ[_STATE_TRACKING] = "1"
+    try:
+        yield {_STATE_TRACKING: "1"}
+    finally:
+        del os.environ[_STATE_TRACKING]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,6 +167,7 @@ def run_workers(
     *,
     max_failures: int = 0,
     keep: bool = False,
+    shown: Mapping[str, Any] | None = None,
     on_event: OnEvent,
 ) -> Any:
     """Call a function on all workers at once and return what the first one returns.
@@ -176,11 +177,12 @@ def run_workers(
     Args:
         function: takes a function that sends an event to the driver without waiting. It must import TensorFlow itself,
             because the driver must not (3 s of one core).
-        name: name of the group in Ray's logs.
+        name: name of the group in Ray's logs and in the Train tab of the cluster's dashboard.
         workers: number of workers; each gets a GPU if the cluster has GPUs.
         resources: resources of the connected cluster.
         max_failures: how often the workers are restarted, all together, after a failure.
         keep: leave the process of a single worker on this machine to the next call.
+        shown: options of the function that the Train tab shows beside the name.
         on_event: called with the events of the workers until they have ended.
 
     Raises:
@@ -199,7 +201,7 @@ def run_workers(
     watch = Watch(on_event)
     failures = Failures(watch, max_failures)
     try:
-        with _start_group(function, name, workers, resources, max_failures) as group:
+        with _start_group(function, name, workers, resources, max_failures, shown or {}) as group:
             return _follow_group(group, watch, failures, _Silence(workers, resources, on_event), on_event)
     except TrainingFailedError as error:
         raise _explain_failure(error, workers, failures.death) from error
@@ -217,7 +219,12 @@ class _Group:
 
 @contextlib.contextmanager
 def _start_group(
-    function: Callable[[OnEvent], Any], name: str, workers: WorkerCount, resources: Resources, max_failures: int
+    function: Callable[[OnEvent], Any],
+    name: str,
+    workers: WorkerCount,
+    resources: Resources,
+    max_failures: int,
+    shown: Mapping[str, Any],
 ) -> Iterator[_Group]:
     """Start the workers, and remove the queue and the folders of the group at the end of the context."""
     from ray.train import FailureConfig, RunConfig
@@ -260,7 +267,11 @@ def _start_group(
             ],
         )
         trainer = DataParallelTrainer(
-            work, backend_config=TensorFlowConfig(), scaling_config=_scaling(workers, resources), run_config=run_config
+            work,
+            train_loop_config=dict(shown),
+            backend_config=TensorFlowConfig(),
+            scaling_config=_scaling(workers, resources),
+            run_config=run_config,
         )
         try:
             yield _Group(queue, _call_in_thread(lambda: trainer.fit().return_value))

@@ -1,5 +1,6 @@
 """What stands in the way of a cluster on this machine before one is started; started ones are in tests/integration."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -51,3 +52,21 @@ def test_a_container_with_half_a_core_has_one(monkeypatch):
     # What Ray makes of a limit of 0.5 cores.
     monkeypatch.setattr(cluster.compat, "count_cores", lambda: 0)
     assert read_machine().num_cpus == 1
+
+
+@pytest.mark.parametrize(("decided", "sent"), [(None, "1"), ("0", None)])
+def test_ray_train_lists_runs_of_a_cluster_unless_the_user_has_decided(monkeypatch, decided, sent):
+    tracking = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+    if decided is None:
+        monkeypatch.delenv(tracking, raising=False)
+    else:
+        monkeypatch.setenv(tracking, decided)
+    started = []
+    monkeypatch.setattr("trainer.runtime.cluster.find_cluster", lambda: "head:6379")
+    monkeypatch.setattr("trainer.runtime.cluster.read_resources", lambda: os.environ[tracking])
+    monkeypatch.setattr("ray.init", lambda **options: started.append(options["runtime_env"]["env_vars"]))
+    with connect(wait_seconds=None) as seen:
+        assert seen == (decided or "1")
+    # Ray would refuse what the runtime environment of the job may have already.
+    assert started[0].get(tracking) == sent
+    assert os.environ.get(tracking) == decided
