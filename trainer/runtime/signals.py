@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Ray takes up to 25 s to start where two cores are busy, and leaves processes behind if it is ended before.
+# A process that is ended while Ray starts leaves Ray's processes behind, so Ray is given time on a busy machine.
 _ENDING_SECONDS = 30.0
 _SETTING_SECONDS = 0.0002
 
@@ -93,19 +93,37 @@ def defer_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _end_at_last() -> Iterator[None]:
-    """End this process 30 s after a signal that arrives in this context, unless the context has ended by then.
+def _end_at_last() -> Iterator[Callable[[], None]]:
+    """End this process when a signal has arrived in this context and Ray then does nothing for 30 s.
 
     Python runs a handler only when C++ code returns, and Ray's code may wait for something that never answers. What Ray
     had started ends with this process. Only for the main thread.
+
+    Yields:
+        A function to call at each sign that Ray's code is at work, such as a call of a Python function.
     """
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     ended = threading.Event()
+    heard = time.monotonic()
+
+    def hear() -> None:
+        nonlocal heard
+        heard = time.monotonic()
+
+    def is_silent() -> bool:
+        """Wait until the context has ended, or Ray has done nothing for too long."""
+        while (left := heard + _ENDING_SECONDS - time.monotonic()) > 0:
+            if ended.wait(left):
+                break
+        return not ended.is_set()
 
     def watch() -> None:
         while number := os.read(receiver, 1):
-            if number[0] in _STOP_SIGNALS and not ended.wait(_ENDING_SECONDS):
+            if number[0] not in _STOP_SIGNALS:
+                continue
+            hear()
+            if is_silent():
                 name = signal.Signals(number[0]).name
                 with contextlib.suppress(OSError):
                     os.write(2, f"stopped by {name} while Ray did not answer; the same command continues\n".encode())
@@ -116,7 +134,7 @@ def _end_at_last() -> Iterator[None]:
     watcher.start()
     before = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
     try:
-        yield
+        yield hear
     finally:
         signal.set_wakeup_fd(before)
         ended.set()
@@ -132,11 +150,12 @@ def defer_signals_of_start() -> Iterator[None]:
     """
 
     def set_again(frame: FrameType, event: str, argument: Any) -> None:
+        hear()
         if event == "call":
             for one, handler in handlers.items():
                 signal.signal(one, handler)
 
-    with defer_signals(), _end_at_last():
+    with defer_signals(), _end_at_last() as hear:
         handlers = {one: signal.getsignal(one) for one in _STOP_SIGNALS}
         before = sys.getprofile()
         sys.setprofile(set_again)
@@ -152,8 +171,13 @@ def call_deferring_signals(function: Callable[[], None]) -> None:
     It does so a tenth of a second or more before it returns. The function is therefore called in another thread, while
     this one keeps setting the handlers again. Signals are deferred until it returns. Only for the main thread.
     """
-    with defer_signals(), _end_at_last(), ThreadPoolExecutor(1) as pool:
-        future = pool.submit(function)
+
+    def call() -> None:
+        sys.setprofile(lambda frame, event, argument: hear())
+        function()
+
+    with defer_signals(), _end_at_last() as hear, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
         while not future.done():
             for one in _STOP_SIGNALS:
                 signal.signal(one, signal.getsignal(one))

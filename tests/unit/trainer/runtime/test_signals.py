@@ -2,6 +2,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 # The C code of a digest does not look at signals for minutes, as Ray's where nothing answers.
 STUCK = """
 import hashlib
@@ -20,3 +22,31 @@ def test_a_signal_ends_what_hangs_in_ray_s_own_code():
     job.send_signal(signal.SIGINT)
     _, said = job.communicate(timeout=30)
     assert (job.returncode, said) == (130, "stopped by SIGINT while Ray did not answer; the same command continues\n")
+
+
+# As Ray's start and end do on a busy machine: they take long, and go on.
+BUSY = """
+import time
+from trainer.runtime import console, signals
+
+signals._ENDING_SECONDS = 2.0
+
+def work():
+    print("started", flush=True)
+    for _ in range(30):
+        time.sleep(0.1)
+
+with console.exit_codes():
+"""
+
+
+@pytest.mark.parametrize(
+    "context", ["with signals.defer_signals_of_start(): work()", "signals.call_deferring_signals(work)"]
+)
+def test_ray_is_not_ended_while_it_is_at_work(context):
+    script = f"{BUSY}    {context}"
+    job = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "started\n"
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert (job.returncode, said) == (130, "stopped by SIGINT; the same command continues\n")
