@@ -7,17 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from tests.conftest import REPOSITORY, run_job, write_stripes
-from trainer.runtime.signals import raise_on_signals, received_signal
+from tests.unit.conftest import write_dataset  # noqa: F401
 
 # Many epochs: a signal finds it at work. The batch keeps an epoch short.
 TRAINING = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument dense_units=32 --epochs 400"
@@ -34,11 +32,17 @@ def folders(monkeypatch) -> Iterator[list[Path]]:
 
 
 @pytest.fixture
-def start(stripes, folders, tmp_path):
+def dataset(write_dataset) -> str:  # noqa: F811
+    """A prepared dataset; no cluster has prepared it, which takes longer to start than what is tested."""
+    return write_dataset(rows=(84, 18, 0), image_size=32, rows_per_shard=102).uri
+
+
+@pytest.fixture
+def start(dataset, folders, tmp_path):
     """Start the run in a process group of its own; return when it has trained an epoch."""
 
     def start(num_workers: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", str(stripes), "--storage", str(tmp_path)]
+        command = [sys.executable, "jobs/train.py", *OPTIONS, "--dataset", dataset, "--storage", str(tmp_path)]
         command += ["--num-workers", num_workers]
         job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
         lines = []
@@ -65,9 +69,9 @@ def assert_ends(job: subprocess.Popen[str], signal_name: str, code: int, folders
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
-def assert_refused_beside(job: subprocess.Popen[str], dataset: Path, storage: Path) -> None:
+def assert_refused_beside(job: subprocess.Popen[str], dataset: str, storage: Path) -> None:
     """Two runs of one name are not mixed."""
-    other = run_job("train.py", *OPTIONS, "--dataset", str(dataset), "--storage", str(storage))
+    other = run_job("train.py", *OPTIONS, "--dataset", dataset, "--storage", str(storage))
     assert other.returncode == 2, other.stderr
     assert f"run one is in use by process {job.pid}" in other.stderr
 
@@ -78,7 +82,7 @@ STOPS = [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
 
 # One worker is a process of the job, two are a cluster's; that a cluster ends with its job is below.
 @pytest.mark.parametrize("num_workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, folders, tmp_path, num_workers):
+def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, dataset, folders, tmp_path, num_workers):
     run = tmp_path / "one"
     for attempt, (send, number, code) in enumerate(STOPS):
         job = start(num_workers)
@@ -86,7 +90,7 @@ def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, f
         assert not (run / "result.json").exists()
         assert len(list((run / "attempts").iterdir())) == attempt + 1
         if attempt == 0:
-            assert_refused_beside(job, stripes, tmp_path)
+            assert_refused_beside(job, dataset, tmp_path)
         started = psutil.Process(job.pid).children(recursive=True)
         assert len(started) > int(num_workers)
         for _ in range(2):
@@ -98,20 +102,6 @@ def test_a_stopped_run_says_so_leaves_nothing_and_is_continued(start, stripes, f
         assert (result["status"], result["reason"]) == ("interrupted", number.name)
         assert not (run / "lease.json").exists()
         assert list((run / "checkpoints").glob("*/checkpoint.json"))
-
-
-def test_a_signal_is_not_lost_in_ray(resources, handlers):
-    @raise_on_signals()
-    def wait_for_ray() -> None:
-        threading.Timer(2, signal.raise_signal, [signal.SIGTERM]).start()
-        ray.get(waiting)
-
-    waiting = ray.remote(lambda: time.sleep(60)).remote()
-
-    with pytest.raises(KeyboardInterrupt):
-        wait_for_ray()
-    ray.cancel(waiting, force=True)
-    assert received_signal() == signal.SIGTERM
 
 
 # Ray takes SIGTERM for itself while it starts and while it ends: a signal would end the process there.

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from ray.train.backend import Backend, BackendConfig
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import StartFailed, WorkersAwaited
 from trainer.runtime.processes import is_worker
+from trainer.runtime.signals import raise_on_signals, received_signal
 from trainer.workers import backend, groups
 from trainer.workers.groups import WorkerCount, run_workers
 
@@ -33,6 +35,20 @@ def test_workers_without_room_are_waited_for_and_not_for_ever(resources, monkeyp
         run_workers(lambda _: None, "no-room", WorkerCount(2, 2, 2), resources, on_event=events.append)
     ray.kill(holder)
     assert {(type(event), event.least) for event in events} == {(WorkersAwaited, 2)}
+
+
+def test_a_signal_is_not_lost_in_ray(resources, handlers):
+    @raise_on_signals()
+    def wait_for_ray() -> None:
+        threading.Timer(2, signal.raise_signal, [signal.SIGTERM]).start()
+        ray.get(waiting)
+
+    waiting = ray.remote(lambda: time.sleep(60)).remote()
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_for_ray()
+    ray.cancel(waiting, force=True)
+    assert received_signal() == signal.SIGTERM
 
 
 def test_ray_s_processes_are_workers(resources):
