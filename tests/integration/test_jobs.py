@@ -100,22 +100,10 @@ def test_a_used_name_with_another_config_is_refused(train, finished):
     assert "seed: 0 -> 1; evaluate_test: True -> False" in other.stderr
 
 
-def test_a_batch_that_cannot_be_divided_is_refused(train):
-    odd = train("--num-workers", "2", "--global-batch-size", "21")
-    assert odd.returncode == 2
-    assert "21 cannot be divided over 2 workers; give a multiple of 2, such as 20 or 22" in odd.stderr
-
-
 def test_a_dataset_that_is_not_committed_is_refused(bucket):
     missing = run_job("train.py", "--arch", "alexnet", "--dataset", f"{bucket}/nothing")
     assert missing.returncode == 2
     assert "holds no prepared dataset" in missing.stderr
-
-
-def test_images_too_small_for_the_architecture_are_refused(dataset):
-    small = run_job("train.py", "--arch", "alexnet", "--dataset", dataset)
-    assert small.returncode == 2
-    assert "needs images of 67x67 pixels or more" in small.stderr
 
 
 def test_a_missing_bucket_is_refused_before_anything_starts(dataset):

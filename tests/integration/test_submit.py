@@ -14,9 +14,9 @@ import pytest
 
 from tests.conftest import REPOSITORY, ray_nodes, write_stripes
 
-NETWORK = ["--arch", "cnn_softmax", "--arch-argument", "first_filters=8", "--arch-argument", "dense_units=32"]
+NETWORK = "--arch cnn_softmax --arch-argument first_filters=8 --arch-argument later_filters=[8]"
 # Many epochs: it is at work when it is stopped.
-TRAINING = [*NETWORK, "--epochs", "400", "--global-batch-size", "500", "--precision", "float32"]
+TRAINING = f"{NETWORK} --arch-argument dense_units=32 --epochs 400 --global-batch-size 500 --precision float32".split()
 SECRET = "a-secret-that-no-file-may-hold"
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import read_split, write_stripes
+from tests.conftest import read_split
 from trainer import launch
 from trainer.config.request import parse_request
 from trainer.record import checkpoint as checkpoints
@@ -29,15 +28,21 @@ from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accura
 from trainer.training.network import build_network
 from trainer.training.step import compile_eval_step, compile_gather
 
-# 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
+# The stripes are 84 train, 18 val and 18 test images: no batch size used here divides 84 or 18.
 GLOBAL_BATCH_SIZE = 8
 STEPS_PER_EPOCH = 10
 # Everything that has a state of its own: averages of images and of the weights, and random numbers by step.
 WITH_BATCH_NORM = {
-    "arch": "alexnet",
-    "arch_arguments": {"width": 0.08, "dense_units": 32, "dropout": 0.3},
+    "arch": "cnn_softmax",
+    "arch_arguments": {
+        "first_filters": 8,
+        "later_filters": [8],
+        "dense_units": 32,
+        "batch_norm": True,
+        "dropout": 0.3,
+    },
     "optimizer": "sgd",
-    "base_learning_rate": 0.08,
+    "base_learning_rate": 0.02,
     "weight_decay": 5e-4,
     "ema_momentum": 0.5,
     "augment_rotation": 10.0,
@@ -59,15 +64,7 @@ DIVERGING = {
 
 
 @pytest.fixture(scope="module")
-def dataset(resources, tmp_path_factory) -> Path:
-    source = write_stripes(tmp_path_factory.mktemp("source"), images_per_class=40)
-    folder = tmp_path_factory.mktemp("prepared") / "dataset"
-    prepare(str(source), str(folder), PrepareConfig(image_size=67))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def train(resources, dataset, tmp_path_factory):
+def train(resources, stripes, tmp_path_factory):
     storage = tmp_path_factory.mktemp("runs")
 
     def run(
@@ -81,7 +78,7 @@ def train(resources, dataset, tmp_path_factory):
         options = {
             **WITH_BATCH_NORM,
             "recipe": "modern",
-            "dataset": str(dataset),
+            "dataset": str(stripes),
             "num_workers": str(num_workers),
             "global_batch_size": str(GLOBAL_BATCH_SIZE),
             "precision": "float32",
@@ -157,15 +154,15 @@ def test_every_validation_row_counts_once(run_of_one, run_of_two):
         assert predictions["label"].to_pylist() == [0] * 6 + [1] * 6 + [2] * 6
 
 
-def test_validation_over_two_workers_is_exactly_that_of_one_process(run_of_two, dataset):
-    config, manifest = run_of_two.read_record().config, load_manifest(str(dataset))
+def test_validation_over_two_workers_is_exactly_that_of_one_process(run_of_two, stripes):
+    config, manifest = run_of_two.read_record().config, load_manifest(str(stripes))
     network = build_network(manifest, config.model_copy(update={"num_workers": 1}), steps_per_epoch=STEPS_PER_EPOCH)
     # As the training step of two workers has left it: the fused kernel rounds otherwise.
     synchronize_batch_norm(network.model, True)
     best = checkpoints.find_best(run_of_two.checkpoints)
     content = checkpoints.read_file(run_of_two.checkpoints, best, checkpoints.MODEL_NAME)
     checkpoints.assign_variables(network.model.variables, checkpoints.from_safetensors(content))
-    val = open_split(str(dataset), manifest, "val")
+    val = open_split(str(stripes), manifest, "val")
     eval_step, gather = compile_eval_step(network, manifest, config), compile_gather(network)
     outcomes = Evaluator(val, config.per_replica_batch_size, 0, 1, eval_step, gather).evaluate()
     row = best.history[-1]
@@ -206,10 +203,10 @@ def test_run_folder_is_complete(run_of_two):
     assert record["config"]["dataset_fingerprint"]
 
 
-def test_export_gives_the_scores_of_the_best_checkpoint(run_of_one, dataset):
+def test_export_gives_the_scores_of_the_best_checkpoint(run_of_one, stripes):
     import tf_keras
 
-    images = np.stack(read_split(dataset, "val")["image"])
+    images = np.stack(read_split(stripes, "val")["image"])
     scores = tf_keras.models.load_model(run_of_one.path("model.keras"), compile=False).predict(images, verbose=0)
     best = checkpoints.find_best(run_of_one.checkpoints)
     predictions = pq.read_table(run_of_one.path("checkpoints", best.name, checkpoints.PREDICTIONS_NAME))
@@ -306,15 +303,16 @@ def test_the_dead_worker_is_reported_and_is_in_the_result_and_the_note(killed):
 def test_batch_norm_averages_are_in_the_checkpoint(run_of_one, run_of_two):
     of_one, of_two = map(last_weights, (run_of_one, run_of_two))
     averages = [name for name in of_one if "moving_" in name]
-    assert len(averages) == 10
+    assert len(averages) == 4
     for name in averages:
         np.testing.assert_allclose(of_two[name], of_one[name], rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_frozen_trunk_keeps_its_weights_and_averages_on_all_workers(train, run_of_one, num_workers):
+# One worker: test_local_worker.py.
+@pytest.mark.slow
+def test_a_frozen_trunk_keeps_its_weights_and_averages_on_all_workers(train, run_of_one):
     options = {"init_from": run_of_one.uri, "freeze_trunk": True, "ema_momentum": 0.0, "epochs": 1}
-    frozen = train(f"frozen-{num_workers}", num_workers, **options)
+    frozen = train("frozen", 2, **options)
     best = checkpoints.find_best(run_of_one.checkpoints)
     before = checkpoints.from_safetensors(checkpoints.read_file(run_of_one.checkpoints, best, checkpoints.MODEL_NAME))
     after = last_weights(frozen)
@@ -367,12 +365,6 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train):
     for array in last_weights(run).values():
         assert np.isfinite(array).all()
     assert result.epochs == checkpoints.find_last(run.checkpoints).epoch < 20
-
-
-def test_a_run_that_diverges_in_its_first_epoch_says_so(train, run_of_one):
-    with pytest.raises(JobError, match=r"diverged in its first epoch: the loss or its gradient .* steps \[1, 10\]"):
-        train("diverges-at-once", 1, **DIVERGING)
-    assert beside(run_of_one, "diverges-at-once").read_ending().status == "diverged"
 
 
 def assert_identical(run: RunFolder, other: RunFolder) -> None:

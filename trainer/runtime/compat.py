@@ -113,7 +113,7 @@ def open_head(address: str) -> Iterator[Head]:
 def count_cores() -> int:
     """Return the number of cores of this machine or container, rounded down: 0 for a container with half a core."""
     # _private/utils.py, line 432: get_num_cpus.
-    # test_local_worker.py: test_a_killed_worker_is_started_again_and_ends_with_the_same_weights
+    # test_local_worker.py: test_a_killed_worker_is_started_again_and_after_its_driver_the_same_command_goes_on
     from ray._private.utils import get_num_cpus
 
     return int(get_num_cpus(override_docker_cpu_warning=True))

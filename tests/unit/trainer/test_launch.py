@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trainer.config.batch_table import BatchChoice
@@ -26,6 +27,7 @@ from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.events import ignore_event
+from trainer.training.job import WorkerResult
 from trainer.workers.groups import WorkerCount, parse_num_workers
 
 PAST = Path(__file__).parents[1] / "past_records"
@@ -353,6 +355,17 @@ def test_a_run_whose_workers_end_early_says_why(plan, tmp_path, monkeypatch, err
         launch(plan(run), run, ONE_MACHINE)
     ending = run.read_ending()
     assert (ending.status, ending.reason) == (status, str(error))
+
+
+def test_a_run_that_diverges_in_its_first_epoch_says_so(plan, tmp_path, monkeypatch):
+    reason = "the loss or its gradient became nan or inf somewhere within steps [1, 10]"
+    diverged = WorkerResult(reason, 1, 9, "", (0,), np.zeros((0, 22, 22, 1), np.uint8))
+    monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: diverged)
+    run = RunFolder(str(tmp_path / "runs" / "first"))
+    with pytest.raises(JobError, match=r"run first diverged in its first epoch: the loss .* steps \[1, 10\]; lower "):
+        launch(plan(run), run, ONE_MACHINE)
+    ending = run.read_ending()
+    assert (ending.status, ending.reason) == ("diverged", reason)
 
 
 def test_a_refused_run_begins_again_with_another_option(plan, tmp_path, monkeypatch):

@@ -62,3 +62,23 @@ def test_a_settled_trial_is_settled_everywhere_at_once(tmp_path):
     with pytest.raises(KeyError):
         sweep._search.end(0, 0.75)
     assert [trial.index for trial in sweep.search_trials()] == [1]
+
+
+def test_the_best_trial_and_the_incumbent_are_repeated_with_seeds_that_have_not_ended(tmp_path):
+    folder = StudyFolder(str(tmp_path / "round"))
+    found = {"status": "completed", "objective": 0.75, "correct": 15, "total": 20, "best_step": 40, "steps": 80}
+    trials = [
+        Trial(run_name="trial-0000", kind="search", index=0, values={"optimizer": "sgd"}, status="infeasible"),
+        Trial(run_name="trial-0001", kind="search", index=1, values={"optimizer": "adamw"}, **found),
+        Trial(run_name="incumbent-seed-1", kind="incumbent", index=0, values={"seed": 1}, **found),
+    ]
+    for trial in trials:
+        folder.write_trial(trial)
+    with hold_lease(folder.path("lease.json"), "study") as lease:
+        sweep = _Sweep(STUDY, folder, lease, ONE_MACHINE, retry_failed=False, max_failures=0, on_event=ignore_event)
+        left = {one.run_name: (one.kind, one.index, one.values) for one in sweep.repetitions(2)}
+    assert left == {
+        "best-0001-seed-1": ("best", 1, {"optimizer": "adamw", "seed": 1}),
+        "best-0001-seed-2": ("best", 1, {"optimizer": "adamw", "seed": 2}),
+        "incumbent-seed-2": ("incumbent", 0, {"seed": 2}),
+    }
