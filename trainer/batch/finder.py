@@ -61,8 +61,9 @@ _NOT_IN_STEP = {
     "evaluate_test",
     "save_probabilities",
     "export",
-    # No size is compiled by XLA before it is chosen.
+    # No size is compiled by XLA before it is chosen, and each step is measured by itself.
     "xla",
+    "steps_per_execution",
 }
 _KEY_PACKAGES = ("ray", "tensorflow", "tf_keras")
 

@@ -24,7 +24,7 @@ _GROUPS = {
         *("schedule", "warmup_epochs", "clip_norm", "label_smoothing", "class_weights", "ema_momentum"),
     },
     "Augmentation": {name for name in OPTIONS if name.startswith("augment")} | {"input_scaling"},
-    "Cluster": {"num_workers", "batch_norm", "all_reduce", "gradient_exchange", "xla"},
+    "Cluster": {"num_workers", "batch_norm", "all_reduce", "gradient_exchange", "xla", "steps_per_execution"},
 }
 _OTHERS = "Run"
 _OWN = {

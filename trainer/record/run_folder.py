@@ -104,6 +104,7 @@ class RunRecord(Record):
         "config.all_reduce": "auto",
         "config.gradient_exchange": "float32",
         "config.xla": "auto",
+        "config.steps_per_execution": 0,
         "config.augment": "all",
         "config.known_augmentation": "",
         "config.patience": 0,

@@ -274,6 +274,18 @@ class XlaWeighed:
 
 
 @dataclass(frozen=True)
+class StepsPerExecutionChosen:
+    """How many training steps a call takes was decided, from the first steps."""
+
+    steps: int
+    seconds_per_step: float
+    """While a call took one."""
+
+    def __str__(self) -> str:
+        return f"a training step takes {self.seconds_per_step * 1000:.1f} ms: {self.steps} in each call from here on"
+
+
+@dataclass(frozen=True)
 class StepCompiling:
     """XLA starts to compile the training step, which can take a minute."""
 
@@ -510,6 +522,7 @@ Event = (
     | WeightsTransferred
     | Tf32Used
     | XlaWeighed
+    | StepsPerExecutionChosen
     | StepCompiling
     | StepCompiled
     | EpochFinished

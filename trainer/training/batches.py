@@ -14,12 +14,15 @@ _ALIGNMENT = 64
 
 
 def make_batch(split: ImageSplit, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-    """Return images, uint8 ``[rows, height, width, channels]``, and labels, int32 ``[rows]``, on the worker's device.
+    """Return images, uint8 ``[..., height, width, channels]``, and labels, int32, on the worker's device.
+
+    Their first dimensions are those of the rows.
 
     A constant that is made from an array is copied by Keras' rules and again for alignment, which took longer than
     gathering the rows.
     """
-    images = split.take(rows, _aligned_empty((len(rows), *split.pixels.image_shape)))
+    images = split.take(rows.ravel(), _aligned_empty((rows.size, *split.pixels.image_shape)))
+    images = images.reshape(*rows.shape, *split.pixels.image_shape)
     tensor = tf.experimental.dlpack.from_dlpack(images.__dlpack__())
     if has_gpu():
         with tf.device("/GPU:0"):

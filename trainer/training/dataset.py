@@ -7,7 +7,7 @@ the same for any number of workers, and a run can resume at any step.
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from trainer.runtime.ahead import call_ahead
 from trainer.runtime.errors import InputError
 from trainer.training.shards import HeldImages, Pixels, open_pixels
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _BATCHES_IN_FLIGHT = 2
@@ -196,8 +197,8 @@ class BatchFeed:
     def __init__(self) -> None:
         self.wait_seconds = 0.0
 
-    def batches(self, make_batch: Callable[[int], T], steps: range) -> Iterator[T]:
-        """Yield ``make_batch(step)`` for each step in turn."""
+    def batches(self, make_batch: Callable[[S], T], steps: Iterable[S]) -> Iterator[T]:
+        """Yield ``make_batch(step)`` for each step, or group of steps, in turn."""
         for batch in call_ahead(make_batch, steps, ahead=_BATCHES_IN_FLIGHT + 1, name="batches"):
             started = time.perf_counter()
             made = batch.result()

@@ -63,16 +63,16 @@ from trainer.training.dataset import (
 )
 from trainer.training.devices import peak_memory_gib, share_devices, uses_tf32
 from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy, predictions_table
+from trainer.training.execution import Execution, choose_execution, next_number
 from trainer.training.export import score_images, write_exports
 from trainer.training.job import WorkerJob, WorkerResult
 from trainer.training.network import Network, averaged_weights, build_network
-from trainer.training.noise import add_noise
+from trainer.training.noise import FIRST_STEP, STEPS_BETWEEN, add_noise
 from trainer.training.profile import StepProfiler
 from trainer.training.stages import EpochPlan, needed_epochs, plan_epoch
-from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_eval_step, compile_gather, compile_train_step
+from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_eval_step, compile_execution, compile_gather
 from trainer.training.tracking import write_tensorboard_epoch
 from trainer.training.transfer import read_initial_weights
-from trainer.training.xla import choose_step
 
 _PROGRESS_INTERVAL_SECONDS = 0.5
 # The loss that is shown while an epoch runs is the mean of so many steps.
@@ -223,19 +223,19 @@ class _Training:
         self._profiler = StepProfiler(self._run, rank, job.profile_steps)
         if last is not None:
             self._continue(last)
-        self._train_step = self._build_train_step()
+        self._execution = self._choose_execution()
+        self._take = add_noise(self._execution, self.network, job.manifest, config)
 
-    def _build_train_step(self) -> Callable[[Any, Any, int], Any]:
+    def _choose_execution(self) -> Execution:
         job, config = self._job, self._config
-        train_step = choose_step(
-            functools.partial(compile_train_step, self.network, job.manifest, config),
+        return choose_execution(
+            functools.partial(compile_execution, self.network, job.manifest, config),
             self.network,
             config,
             steps_left=config.epochs * self._steps_per_epoch - self._steps.num_rows,
             agree=lambda value: float(self.gather([[value]]).max()),
             on_event=job.send_event if self._rank == 0 else ignore_event,
         )
-        return add_noise(train_step, self.network, job.manifest, config)
 
     def _continue(self, last: Checkpoint) -> None:
         self._restore(last)
@@ -388,6 +388,12 @@ class _Training:
         num_steps = len(order) // config.global_batch_size
         return all_worker_rows(order, num_steps, config.global_batch_size, self._rank, config.num_workers)
 
+    def _make_batches(self, order: npt.NDArray[np.int64], steps: range) -> tuple[Any, Any]:
+        """Return this worker's shares of the global batches of some steps, ``[steps, ...]``."""
+        size, rank, num_workers = self._config.global_batch_size, self._rank, self._config.num_workers
+        rows = all_worker_rows(order[steps.start * size :], len(steps), size, rank, num_workers)
+        return make_batch(self._train, rows.reshape(len(steps), -1))
+
     def _make_batch(self, order: npt.NDArray[np.int64], step: int) -> tuple[Any, Any]:
         """Return this worker's share of a global batch of rows in an order."""
         config = self._config
@@ -417,58 +423,76 @@ class _Training:
         num_steps = len(order) // config.global_batch_size
         self._train.expect(self._own_rows(order), self._own_rows(self._order(epoch + 1)))
 
-        feed = BatchFeed()
+        feed, taken = BatchFeed(), 0
         started = last_event = time.perf_counter()
+        # Of the steps that are not in the table yet, a row for each.
         stats: list[Any] = []
-        for images, labels in feed.batches(lambda step: self._make_batch(order, step), range(num_steps)):
-            stats.append(self._train_step(images, labels, first_step + len(stats)))
-            taken = len(stats)
+        for images, labels in feed.batches(partial(self._make_batches, order), self._plan_calls(first_step, num_steps)):
+            stats.append(self._take(images, labels, first_step + taken))
+            taken += len(images)
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
-            self._epoch_rows += config.global_batch_size
+            self._epoch_rows += len(images) * config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-                self._check_finite(stats, first_step)
+                self._check_finite(stats, taken)
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
                 self._job.send_event(self._describe_progress(epoch, stats))
             is_due = config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0
             if (is_due and taken < num_steps) or is_traced:
-                self._check_finite(stats, first_step)
-                self._keep_steps(stats, first_step)
+                self._check_finite(stats, taken)
+                self._keep_steps(stats)
                 with averaged_weights(self.network):
                     self._save(write, {})
             if is_traced:
                 # Wait, so that no step is lost if TensorFlow crashes while it collects the trace.
                 write(_wait_for_checkpoint)
                 self._report(self._profiler.close())
-        self._check_finite(stats, first_step)
-        self._keep_steps(stats, first_step)
+        self._check_finite(stats, taken)
+        self._keep_steps(stats)
         seconds = time.perf_counter() - started
         return num_steps * config.global_batch_size / seconds, feed.wait_seconds
 
+    def _plan_calls(self, first_step: int, num_steps: int) -> Iterator[range]:
+        """Yield the steps of an epoch that each call takes.
+
+        It is the last of them after which something is done: the loss is checked, or a checkpoint saved. It is the
+        first before which the noise is measured. A profile is of single steps.
+        """
+        start, saves_every = 0, self._config.checkpoint_every
+        while start < num_steps:
+            most, step = 1 if self._job.profile_steps else self._execution.steps, first_step + start
+            ends = [num_steps, start + most, next_number(start, _STEPS_BETWEEN_FINITE_CHECKS)]
+            ends += [next_number(step, STEPS_BETWEEN, FIRST_STEP) - first_step]
+            ends += [next_number(step, saves_every) - first_step] if saves_every else []
+            yield range(start, min(ends))
+            start = min(ends)
+
     def _describe_progress(self, epoch: int, stats: list[Any]) -> StageProgressed:
-        """Return how far the whole run is, with the mean loss of the last steps but one, which are done by now."""
+        """Return how far the whole run is, with the mean loss of the last steps but one call, which are done by now."""
         config = self._config
         taken = (epoch - 1) * self._steps_per_epoch + self._epoch_rows // config.global_batch_size
-        loss = np.mean([np.asarray(one)[STEP_LOSS] for one in stats[-_SHOWN_STEPS - 1 : -1] or stats])
+        rows = np.concatenate([np.asarray(one) for one in stats[-_SHOWN_STEPS - 1 : -1] or stats])
+        loss = rows[-_SHOWN_STEPS:, STEP_LOSS].mean()
         at_most = "at most " if config.patience else ""
         detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {loss:.4f}"
         return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
 
-    def _check_finite(self, stats: list[Any], first_step: int) -> None:
+    def _check_finite(self, stats: list[Any], taken: int) -> None:
+        """Raise DivergedError if the last step is not finite; so many of the epoch were taken in this attempt."""
         try:
-            _check_finite(stats, first_step, self._config.precision)
+            _check_finite(stats, self._steps.num_rows, taken, self._config.precision)
         except DivergedError:
-            self._keep_steps(stats, first_step)
+            self._keep_steps(stats)
             raise
 
     def _report(self, profiled: StepProfiled | None) -> None:
         if profiled is not None and self._rank == 0:
             self._job.send_event(profiled)
 
-    def _keep_steps(self, stats: list[Any], first_step: int) -> None:
-        """Add the results of the steps that are not in the table yet."""
-        known = self._steps.num_rows
-        self._steps = pa.concat_tables([self._steps, _steps_table(stats[known - first_step :], known)])
+    def _keep_steps(self, stats: list[Any]) -> None:
+        """Move the results of steps to the table."""
+        self._steps = pa.concat_tables([self._steps, _steps_table(stats, self._steps.num_rows)])
+        stats.clear()
 
     def _save(self, write: Writer, tables: dict[str, pa.Table]) -> None:
         """Start to write a checkpoint of the current state, and return before it is written.
@@ -524,11 +548,12 @@ def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
 
 
 def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
-    """Return one row per step."""
+    """Return one row per step, from the results of each call, which can be of several."""
     if not stats:
         return STEPS_SCHEMA.empty_table()
-    numbers = pa.array(range(taken_before + 1, taken_before + len(stats) + 1), pa.int64())
-    return pa.table([numbers, *tf.stack(stats).numpy().T], schema=STEPS_SCHEMA)
+    rows = tf.concat(stats, axis=0).numpy()
+    numbers = pa.array(range(taken_before + 1, taken_before + len(rows) + 1), pa.int64())
+    return pa.table([numbers, *rows.T], schema=STEPS_SCHEMA)
 
 
 def _upgrade_steps(steps: pa.Table) -> pa.Table:
@@ -545,16 +570,18 @@ def _finite_mean(column: pa.ChunkedArray) -> float:
     return float(values.mean(dtype=np.float64, where=np.isfinite(values)))
 
 
-def _check_finite(stats: list[Any], first_step: int, precision: str) -> None:
+def _check_finite(stats: list[Any], taken_before: int, taken_of_epoch: int, precision: str) -> None:
     if not stats:
         return  # fewer rows are left of a resumed epoch than the batch of now has
-    last = np.asarray(stats[-1])
+    last = np.asarray(stats[-1])[-1]
     # Loss scaling handles a float16 gradient that overflows: it skips the step and halves the scale.
     watched = [STEP_LOSS] if precision == "mixed_float16" else [STEP_LOSS, STEP_GRAD_NORM]
     if not np.isfinite(last[watched]).all():
-        unchecked = (len(stats) - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
-        steps = f"[{first_step + len(stats) - unchecked + 1}, {first_step + len(stats)}]"
-        raise DivergedError(f"the loss or its gradient became nan or inf somewhere within steps {steps}")
+        unchecked = (taken_of_epoch - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
+        step = taken_before + sum(len(one) for one in stats)
+        raise DivergedError(
+            f"the loss or its gradient became nan or inf somewhere within steps [{step - unchecked + 1}, {step}]"
+        )
 
 
 @contextlib.contextmanager

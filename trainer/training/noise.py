@@ -24,28 +24,30 @@ FIRST_STEP = 32
 
 
 def add_noise(
-    train_step: Callable[[Any, Any], Any], network: Network, manifest: Manifest, config: TrainConfig
+    take_steps: Callable[[Any, Any], Any], network: Network, manifest: Manifest, config: TrainConfig
 ) -> Callable[[Any, Any, int], Any]:
-    """Return ``train_step(images, labels, number)``, which also measures the noise of the gradient at some steps.
+    """Return ``take_steps(images, labels, number)``, which also measures the noise of the gradient at some steps.
+
+    It takes the number of the first step. If that is one of them, it is measured; no other may be.
 
     Args:
-        train_step: from `trainer.training.step.compile_train_step`.
+        take_steps: from `trainer.training.step.compile_execution`.
         network: what it trains.
         manifest: the manifest of the dataset.
         config: the config of the run.
     """
     if config.num_workers > 1:
-        return lambda images, labels, number: train_step(images, labels)
+        return lambda images, labels, number: take_steps(images, labels)
     measure = compile_noise(network, manifest, config) if config.global_batch_size > 1 else None
 
-    def measured_step(images: Any, labels: Any, number: int) -> Any:
+    def measured_steps(images: Any, labels: Any, number: int) -> Any:
         if measure is None or number % STEPS_BETWEEN != FIRST_STEP:
-            return train_step(images, labels)
+            return take_steps(images, labels)
         # Before the update, for the weights that the step's own gradient is of.
-        noise = measure(images, labels)
-        return tf.tensor_scatter_nd_update(train_step(images, labels), [[STEP_GRAD_NOISE]], [noise])
+        noise = measure(images[0], labels[0])
+        return tf.tensor_scatter_nd_update(take_steps(images, labels), [[0, STEP_GRAD_NOISE]], [noise])
 
-    return measured_step
+    return measured_steps
 
 
 def compile_noise(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any], Any]:

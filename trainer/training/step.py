@@ -23,7 +23,8 @@ from trainer.training.scaling import build_scaling
 # the last layers are exchanged while those of the first are computed (docs/performance.md).
 _PACKS = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=32 * 2**20)
 # The columns that a training step returns, over the global batch.
-STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED, STEP_GRAD_NOISE = range(5)
+STEP_COLUMNS = 5
+STEP_LOSS, STEP_ACCURACY, STEP_GRAD_NORM, STEP_CLIPPED, STEP_GRAD_NOISE = range(STEP_COLUMNS)
 
 
 def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
@@ -102,6 +103,53 @@ def compile_train_step(
         config: the config of the run.
         use_xla: compile the step by XLA: one program for one worker, else one before and one after the exchange.
     """
+    step = _build_step(network, manifest, config, use_xla)
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def train_step(images: Any, labels: Any) -> Any:
+        return step(images, labels)
+
+    compiled: Callable[[Any, Any], Any] = train_step
+    return compiled
+
+
+def compile_execution(
+    network: Network, manifest: Manifest, config: TrainConfig, *, use_xla: bool = False, repeats: bool = False
+) -> Callable[[Any, Any], Any]:
+    """Return ``execute(images, labels)``, a `tf.function` that takes several steps of `compile_train_step`.
+
+    It takes the batches of some steps, uint8 ``[steps, per_replica_batch_size, height, width, channels]`` and int32
+    ``[steps, per_replica_batch_size]``, and returns float32 ``[steps, 5]``.
+
+    Args:
+        network: the network.
+        manifest: the manifest of the dataset.
+        config: the config of the run.
+        use_xla: compile the step by XLA.
+        repeats: take any number of steps; else there must be one.
+    """
+    step = _build_step(network, manifest, config, use_xla)
+    images_shape = [None, config.per_replica_batch_size, manifest.image_size, manifest.image_size, manifest.channels]
+    signature = [tf.TensorSpec(images_shape, tf.uint8), tf.TensorSpec(images_shape[:2], tf.int32)]
+
+    @tf.function(input_signature=signature)  # type: ignore[untyped-decorator]
+    def execute(images: Any, labels: Any) -> Any:
+        if not repeats:
+            return step(tf.squeeze(images, 0), tf.squeeze(labels, 0))[None]
+        # Over the numbers: a GPU has no kernels for lists of uint8, and the images would go through the host.
+        return tf.map_fn(
+            lambda number: step(images[number], labels[number]),
+            tf.range(tf.shape(images)[0]),
+            parallel_iterations=1,
+            fn_output_signature=tf.TensorSpec([STEP_COLUMNS], tf.float32),
+        )
+
+    compiled: Callable[[Any, Any], Any] = execute
+    return compiled
+
+
+def _build_step(network: Network, manifest: Manifest, config: TrainConfig, use_xla: bool) -> Callable[[Any, Any], Any]:
+    """Return the step of `compile_train_step` as a function to trace."""
 
     def run(*parts: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that calls parts on this replica, each with what the one before returned."""
@@ -119,13 +167,7 @@ def compile_train_step(
     else:
         # XLA has no collectives for CPUs.
         stages = [run(parts.prepare), compiled(run(parts.compute)), run(parts.exchange), compiled(run(parts.update))]
-
-    @tf.function  # type: ignore[untyped-decorator]
-    def train_step(images: Any, labels: Any) -> Any:
-        return _call_in_turn(stages, images, labels)
-
-    whole: Callable[[Any, Any], Any] = train_step
-    return whole
+    return functools.partial(_call_in_turn, stages)
 
 
 def _call_in_turn(functions: Sequence[Callable[..., Any]], *values: Any) -> Any:

@@ -19,6 +19,12 @@ def test_a_batch_has_the_pixels_and_labels_of_its_rows(split, rows):
     assert labels.numpy().tolist() == rows
 
 
+def test_batches_of_several_steps_are_made_at_once(split):
+    images, labels = make_batch(split, np.array([[3, 41], [0, 7], [3, 9]]))
+    np.testing.assert_array_equal(images.numpy().reshape(6, 7, 5, 3), split.take(np.array([3, 41, 0, 7, 3, 9])))
+    assert labels.numpy().tolist() == [[3, 41], [0, 7], [3, 9]]
+
+
 def test_a_batch_keeps_its_pixels_when_others_are_made(split):
     batches = [make_batch(split, np.arange(start, start + 8)) for start in range(40)]
     for start, (images, _) in enumerate(batches):

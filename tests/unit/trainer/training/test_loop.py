@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -32,25 +33,30 @@ from trainer.training.loop import (
 
 def test_an_epoch_of_which_less_than_a_batch_is_left_has_no_steps_to_check():
     # Continued by fewer workers, whose batch is larger than the rows that are left.
-    _check_finite([], first_step=4, precision="float32")
+    _check_finite([], 4, 0, precision="float32")
 
 
 def test_a_step_without_a_finite_loss_stops_training_and_the_message_says_between_which_steps():
-    stats = [np.float32([1.0, 0.5, 2.0, 0.0, 0.1])] * 51 + [np.float32([np.nan, 0.5, 2.0, 0.0, 0.1])]
+    stats = [np.float32([[1.0, 0.5, 2.0, 0.0, 0.1]] * 51), np.float32([[np.nan, 0.5, 2.0, 0.0, 0.1]])]
     # Step 50 of these was checked: the two after it were not.
     with pytest.raises(DivergedError, match=r"within steps \[55, 56\]"):
-        _check_finite(stats, first_step=4, precision="float32")
+        _check_finite(stats, 4, 52, precision="float32")
+    # A checkpoint has taken all but the last to the table.
+    with pytest.raises(DivergedError, match=r"within steps \[55, 56\]"):
+        _check_finite(stats[1:], 55, 52, precision="float32")
 
 
 def test_an_overflow_of_the_gradient_is_an_error_unless_loss_scaling_takes_care_of_it():
-    stats = [np.float32([1.0, 0.5, np.inf, 0.0, 0.1])]
-    _check_finite(stats, first_step=0, precision="mixed_float16")
+    stats = [np.float32([[1.0, 0.5, np.inf, 0.0, 0.1]])]
+    _check_finite(stats, 0, 1, precision="mixed_float16")
     with pytest.raises(DivergedError, match=r"\[1, 1\]"):
-        _check_finite(stats, first_step=0, precision="float32")
+        _check_finite(stats, 0, 1, precision="float32")
 
 
 def test_steps_are_numbered_from_those_before_and_the_mean_leaves_out_overflows():
-    table = _steps_table([np.float32([1.0, 0.5, norm, 0.0, np.nan]) for norm in (2.0, np.inf, 4.0)], taken_before=7)
+    of_calls = [[2.0], [np.inf, 4.0]]
+    stats = [np.float32([[1.0, 0.5, norm, 0.0, np.nan] for norm in norms]) for norms in of_calls]
+    table = _steps_table(stats, taken_before=7)
     assert table.schema == STEPS_SCHEMA
     assert table["step"].to_pylist() == [8, 9, 10]
     assert _finite_mean(table["grad_norm"]) == 3.0
@@ -58,7 +64,7 @@ def test_steps_are_numbered_from_those_before_and_the_mean_leaves_out_overflows(
 
 
 def test_steps_of_an_earlier_version_have_nan_where_nothing_was_measured():
-    earlier = _steps_table([np.float32([1.0, 0.5, 2.0, 0.0, 0.1])], taken_before=0)
+    earlier = _steps_table([np.float32([[1.0, 0.5, 2.0, 0.0, 0.1]])], taken_before=0)
     upgraded = _upgrade_steps(earlier.drop_columns(["grad_noise"]))
     assert upgraded.schema == STEPS_SCHEMA
     assert np.isnan(upgraded["grad_noise"].to_numpy()).all()
@@ -135,18 +141,17 @@ STAGED = {
 DONE = ("epoch", "step", "stage", "augmentation", "started_from", "loss", "val_loss", "val_accuracy", "learning_rate")
 
 
-def train_in_attempts(start, name: str, stops: list[int]) -> tuple[list, dict, np.ndarray]:
+def train_in_attempts(start, name: str, stops: list[int], **values) -> tuple[list, dict, np.ndarray]:
     """Train a run whose attempts end before the given numbers of steps; return its history, last weights and losses."""
-    for stop in [*stops, None]:
-        run, training, _ = start(name, **STAGED)
-        steps, take = itertools.count(training._steps.num_rows + 1), training._train_step
+    for stop in [*stops, math.inf]:
+        run, training, _ = start(name, **{**STAGED, **values})
 
-        def step(*batch, stop=stop, steps=steps, take=take):
-            if next(steps) == stop:
+        def take(images, labels, number, stop=stop, take=training._take):
+            if number < stop <= number + len(images):
                 raise StoppedError
-            return take(*batch)
+            return take(images, labels, number)
 
-        training._train_step = step
+        training._take = take
         with contextlib.suppress(StoppedError):
             training.run()
     # An epoch takes three steps. The optimizer's state is that of the epochs that led to its weights.
@@ -174,6 +179,33 @@ def test_a_run_goes_through_its_stages_alike_wherever_it_was_interrupted(start, 
     np.testing.assert_array_equal(of_resumed, mean_losses)
     for name, array in weights.items():
         np.testing.assert_array_equal(array, resumed[name], err_msg=name)
+
+
+def test_a_run_with_several_steps_in_a_call_is_one_with_single_steps_and_so_is_its_resumption(
+    start, monkeypatch, tmp_path
+):
+    # In the middle of an epoch, and of what a call would take.
+    for module in ("noise", "loop"):
+        monkeypatch.setattr(f"trainer.training.{module}.FIRST_STEP", 7)
+    values = {"schedule": "constant", "augment": "all", "epochs": 3, "patience": 0, "checkpoint_every": 5}
+    single, weights, _ = train_in_attempts(start, "single", [], **values)
+    several, of_several, _ = train_in_attempts(start, "several", [6], **values, steps_per_execution=3)
+    assert several == single
+    for name, array in weights.items():
+        np.testing.assert_array_equal(of_several[name], array, err_msg=name)
+    steps, others = (RunFolder(str(tmp_path / name)).read_steps() for name in ("single", "several"))
+    for column in STEPS_SCHEMA.names:
+        np.testing.assert_array_equal(others[column].to_numpy(), steps[column].to_numpy(), err_msg=column)
+    assert np.flatnonzero(np.isfinite(steps["grad_noise"].to_numpy())).tolist() == [7]
+
+
+def test_a_call_ends_where_something_is_done_after_a_step_or_before_the_next(start):
+    _, training, _ = start(checkpoint_every=40, steps_per_execution=30)
+    calls = [(one.start, one.stop) for one in training._plan_calls(first_step=100, num_steps=75)]
+    # Checkpoints after 120 and 160 steps, the loss after 50 of an epoch; the noise is of step number 160, from 0.
+    assert calls == [(0, 20), (20, 50), (50, 60), (60, 75)]
+    training._job = dataclasses.replace(training._job, profile_steps=10)
+    assert [len(one) for one in training._plan_calls(first_step=100, num_steps=5)] == [1] * 5
 
 
 # The first epoch is the best.
@@ -344,7 +376,7 @@ def test_a_candidate_that_diverges_has_lost_and_the_run_goes_on(start, monkeypat
     monkeypatch.setattr("trainer.training.stages._LEAST_STEPS", 3)
     monkeypatch.setattr("trainer.training.loop.broadcast_from_rank_zero", lambda value: value)
     run, training, _ = start(**STAGED)
-    take = training._train_step
+    take = training._take
 
     def step(*batch):
         if training.network.strengths.numpy()[PARTS.index("translation")]:
@@ -352,7 +384,7 @@ def test_a_candidate_that_diverges_has_lost_and_the_run_goes_on(start, monkeypat
             kernel.assign(kernel * np.nan)
         return take(*batch)
 
-    training._train_step = step
+    training._take = step
     assert training.run() == ""
     history = run.read_metrics()
     lost = [row for row in history if "translation" in row["augmentation"]]

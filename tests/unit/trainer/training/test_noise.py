@@ -6,7 +6,7 @@ import tf_keras as keras
 from trainer.record.checkpoint import read_variables
 from trainer.training.network import build_network
 from trainer.training.noise import FIRST_STEP, STEPS_BETWEEN, add_noise, compile_noise
-from trainer.training.step import STEP_GRAD_NOISE, build_gradients, compile_train_step
+from trainer.training.step import STEP_GRAD_NOISE, build_gradients, compile_execution
 
 SIZE, ROWS, BATCH = 22, 20, 8
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
@@ -61,10 +61,10 @@ def test_measuring_changes_nothing(build, dataset):
     runs = []
     for number in (FIRST_STEP, 0):
         config, network = build(dataset.manifest, **values)
-        train_step = compile_train_step(network, dataset.manifest, config)
-        step = add_noise(train_step, network, dataset.manifest, config)
-        stats = [step(*map(tf.constant, batch), number + more).numpy() for more in range(2)]
-        runs.append((np.stack(stats), read_variables(network.model.variables)))
+        execute = compile_execution(network, dataset.manifest, config, repeats=True)
+        take = add_noise(execute, network, dataset.manifest, config)
+        stats = take(*(tf.constant(np.stack([one] * 2)) for one in batch), number).numpy()
+        runs.append((stats, read_variables(network.model.variables)))
     (measured, weights), (plain, plain_weights) = runs
     assert np.isfinite(measured[0, STEP_GRAD_NOISE])
     assert np.isnan([measured[1, STEP_GRAD_NOISE], *plain[:, STEP_GRAD_NOISE]]).all()
@@ -76,8 +76,8 @@ def test_measuring_changes_nothing(build, dataset):
 def test_less_than_one_in_a_hundred_steps_is_measured_and_a_batch_of_one_never(build, dataset):
     assert STEPS_BETWEEN > 100
     config, network = build(global_batch_size=1)
-    step = add_noise(lambda *_: tf.zeros(5), network, dataset.manifest, config)
-    assert step(dataset.images["train"][:1], dataset.labels["train"][:1], FIRST_STEP)[STEP_GRAD_NOISE] == 0
+    take = add_noise(lambda *_: tf.zeros([1, 5]), network, dataset.manifest, config)
+    assert take(dataset.images["train"][None, :1], dataset.labels["train"][None, :1], FIRST_STEP)[0, -1] == 0
 
 
 def test_another_precision_measures_about_the_same(build, dataset):

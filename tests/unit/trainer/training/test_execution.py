@@ -1,4 +1,4 @@
-"""XLA on CPUs: it computes the same there, and more slowly."""
+"""XLA and several steps in a call, on CPUs: both compute the same there, and XLA more slowly."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from tests.conftest import TINY_NETWORKS, free_port
 from trainer.architectures import ARCHITECTURES
 from trainer.record.checkpoint import assign_variables, read_variables
 from trainer.runtime.errors import InputError
-from trainer.runtime.events import StepCompiled, StepCompiling, XlaWeighed
-from trainer.training import xla
+from trainer.runtime.events import StepCompiled, StepCompiling, StepsPerExecutionChosen, XlaWeighed
+from trainer.training import execution as execution_module
+from trainer.training.execution import choose_execution, count_steps, find_obstacle, weigh_xla
 from trainer.training.network import Network, build_network
-from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_train_step
-from trainer.training.xla import StepInTrial, choose_step, find_obstacle, weigh
+from trainer.training.step import STEP_GRAD_NORM, STEP_LOSS, compile_execution, compile_train_step
 
 ROWS = 6
 SMALL = {"first_filters": 3, "later_filters": [4], "dense_units": 8, "batch_norm": True, "dropout": 0.3}
@@ -90,7 +90,7 @@ def test_a_compiled_step_computes_the_same(build):
     assert_same(build, "cnn_softmax", "float32", arch_arguments=SMALL)
 
 
-# What one of two workers computes with and without XLA, as JSON.
+# What one of two workers computes without XLA, with it, and with all steps in one call, as JSON.
 WORKER = """
 import json, sys
 import numpy as np, tensorflow as tf
@@ -98,21 +98,21 @@ from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
 from trainer.training.batch_norm import compile_estimate
 from trainer.training.network import build_network
-from trainer.training.step import compile_eval_step, compile_train_step
+from trainer.training.step import compile_eval_step, compile_execution
 
 rank, manifest = int(sys.argv[1]), Manifest.model_validate_json(sys.argv[2])
 config = TrainConfig.model_validate_json(sys.argv[3])
 rows = slice(rank * config.per_replica_batch_size, (rank + 1) * config.per_replica_batch_size)
 size = manifest.image_size
 answers = []
-for use_xla in (False, True):
+batches = np.random.default_rng(0).integers(0, 256, (3, config.global_batch_size, size, size, 1), np.uint8)
+images, labels = batches[-1], np.arange(config.global_batch_size, dtype=np.int32) % 3
+for use_xla, in_call in ((False, 1), (True, 1), (False, 3)):
     network = build_network(manifest, config, steps_per_epoch=10)
-    step = compile_train_step(network, manifest, config, use_xla=use_xla)
-    stats = []
-    for seed in range(3):
-        images = np.random.default_rng(seed).integers(0, 256, (config.global_batch_size, size, size, 1), np.uint8)
-        labels = np.arange(config.global_batch_size, dtype=np.int32) % 3
-        stats.append(step(tf.constant(images[rows]), tf.constant(labels[rows])).numpy().tolist())
+    execute = compile_execution(network, manifest, config, use_xla=use_xla, repeats=in_call > 1)
+    of_steps = [tf.constant(batches[:, rows]), tf.constant(np.tile(labels[rows], (3, 1)))]
+    stats = [row for start in range(0, 3, in_call)
+             for row in execute(*(one[start : start + in_call] for one in of_steps)).numpy().tolist()]
     if estimate := compile_estimate(network, manifest, config):
         estimate(tf.constant(images[rows]), 0)
     outcomes = compile_eval_step(network, manifest, config)(tf.constant(images), tf.constant(labels)).numpy()
@@ -123,7 +123,7 @@ print(json.dumps(answers))
 
 
 def train_two_workers(config, manifest) -> list[list[dict[str, np.ndarray]]]:
-    """Return what `WORKER` prints, by rank: without XLA and with it."""
+    """Return what `WORKER` prints, by rank."""
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     processes = []
     for rank in range(2):
@@ -147,11 +147,12 @@ def assert_same_with_two_workers(configure, arch: str, **values) -> None:
     manifest, config = configure(arch, num_workers=2, batch_norm="replica", **EVERYTHING, **values)
     first, second = train_two_workers(config, manifest)
     tolerance = 2e-3 if config.precision == "float32" else 0.1
-    for use_xla in range(2):
+    plain, compiled, in_one_call = first
+    for name in ("stats", "outcomes", "weights"):
         # Both validate alike, though each has normalised its own images.
-        for name in ("stats", "outcomes", "weights"):
-            np.testing.assert_array_equal(first[use_xla][name], second[use_xla][name], err_msg=name)
-    plain, compiled = first
+        for one, other in zip(first, second, strict=True):
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+        np.testing.assert_array_equal(in_one_call[name], plain[name], err_msg=name)
     np.testing.assert_allclose(compiled["stats"], plain["stats"], rtol=tolerance)
     assert np.median(np.abs(compiled["weights"] - plain["weights"])) <= tolerance * 0.01
 
@@ -189,33 +190,83 @@ def test_training_continues_from_a_state_as_if_it_had_not_stopped(build):
             np.testing.assert_array_equal(after[name], array, err_msg=name)
 
 
-def build_sum(use_xla: bool):
-    """A step that is compiled in no time."""
-    return tf.function(lambda images, labels: tf.cast(images, tf.float32) * 2, jit_compile=use_xla)
+@pytest.mark.parametrize(
+    ("precision", "use_xla"),
+    [
+        ("float32", False),
+        pytest.param("mixed_bfloat16", False, marks=pytest.mark.slow),
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_several_steps_in_a_call_compute_what_single_ones_do(configure, precision, use_xla):
+    values = {"arch_arguments": SMALL, "precision": precision, **EVERYTHING}
+    manifest, config = configure("cnn_softmax", **values)
+    images, labels = (
+        tf.stack(one) for one in zip(*(draw_batch("cnn_softmax", seed) for seed in range(5)), strict=True)
+    )
+    trained = []
+    for calls in ([1, 1, 1, 1, 1], [1, 3, 1]):
+        network = build_network(manifest, config, steps_per_epoch=10)
+        execute = compile_execution(network, manifest, config, use_xla=use_xla, repeats=max(calls) > 1)
+        ends = np.cumsum(calls)
+        stats = [
+            execute(images[end - steps : end], labels[end - steps : end])
+            for end, steps in zip(ends, calls, strict=True)
+        ]
+        states = [read_variables(one) for one in (network.model.variables, network.optimizer_variables)]
+        trained.append((np.concatenate(stats), states))
+    (single, of_single), (several, of_several) = trained
+    np.testing.assert_array_equal(several, single)
+    for before, after in zip(of_single, of_several, strict=True):
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
 
 
-BATCH = tf.zeros([1]), tf.zeros([1])
+def test_no_image_goes_through_the_host_between_the_steps_of_a_call(configure):
+    manifest, config = configure("cnn_softmax")
+    network = build_network(manifest, config, steps_per_epoch=10)
+    graph = compile_execution(network, manifest, config, repeats=True).get_concrete_function().graph.as_graph_def()
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    # A GPU has these for float32 and int32, and not for uint8.
+    lists = [node for node in nodes if "element_dtype" in node.attr]
+    assert lists
+    assert {tf.as_dtype(node.attr["element_dtype"].type) for node in lists} <= {tf.float32, tf.int32}
+
+
+def build_sum(use_xla: bool, repeats: bool):
+    """A step that is compiled in no time; of a batch of one it returns its double."""
+    signature = [tf.TensorSpec([None, 1])] * 2
+    return tf.function(lambda images, labels: images * 2, input_signature=signature, jit_compile=use_xla)
+
+
+BATCH = tf.zeros([1, 1]), tf.zeros([1, 1])
 
 
 def choose(build, events: list, **values):
     config, network, _ = build("cnn_softmax", **values)
-    return choose_step(build_sum, network, config, 1000, lambda value: value, events.append)
+    return choose_execution(build_sum, network, config, 1000, lambda value: value, events.append)
 
 
 def test_a_line_says_when_the_step_is_compiled_and_how_long_it_took(build):
     events: list = []
-    step = choose(build, events, xla="on")
+    execution = choose(build, events, xla="on")
     for _ in range(2):
-        step(*BATCH)
+        execution(*BATCH)
     assert events == [StepCompiling(), StepCompiled(events[1].seconds)]
     assert events[1].seconds > 0
 
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
-def test_nothing_is_compiled_on_cpus_that_is_not_asked_for(build, choice):
+def test_nothing_is_compiled_or_repeated_on_cpus_that_is_not_asked_for(build, choice):
     events: list = []
-    choose(build, events, xla=choice)(*BATCH)
-    assert events == []
+    execution = choose(build, events, xla=choice)
+    execution(*BATCH)
+    assert (events, execution.steps) == ([], 1)
+
+
+def test_a_call_takes_the_steps_that_are_asked_for(build):
+    assert choose(build, [], steps_per_execution=7).steps == 7
 
 
 @pytest.mark.parametrize(
@@ -232,35 +283,81 @@ def test_it_is_compiled_where_that_saves_more_than_it_takes(saved, compile_secon
 
 
 def test_what_is_saved_grows_with_the_steps_left_and_what_it_takes_with_the_step():
-    short, long, large = weigh(100, 0.1, 3000), weigh(1000, 0.1, 3000), weigh(100, 0.1, 6000)
+    short, long, large = weigh_xla(100, 0.1, 3000), weigh_xla(1000, 0.1, 3000), weigh_xla(100, 0.1, 6000)
     assert (long.saved_seconds, long.compile_seconds) == (10 * short.saved_seconds, short.compile_seconds)
     assert (large.saved_seconds, large.compile_seconds) == (short.saved_seconds, 2 * short.compile_seconds)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 60.0])
-def test_the_first_steps_are_timed_and_decide(seconds):
+@pytest.mark.parametrize(
+    ("seconds", "image_bytes", "steps"),
+    [
+        # A tenth of a second, and 32 MiB.
+        (0.001, 1000, 100),
+        (0.004, 1000, 25),
+        (0.001, 2**20, 32),
+        (0.001, 2**26, 1),
+        (0.011, 1000, 1),
+        (1.0, 1000, 1),
+    ],
+)
+def test_a_call_takes_so_many_steps_that_signals_and_memory_do_not_suffer(seconds, image_bytes, steps):
+    assert count_steps(seconds, image_bytes) == steps
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds", "steps_left", "compiles", "steps"),
+    [
+        # The slowest worker's time counts.
+        ({}, 60.0, 1000, True, 1),
+        ({}, 0.004, 100_000, True, 25),
+        # Nothing is left that would repay building the step again.
+        ({}, 0.004, 21, False, 1),
+        ({"xla": "off"}, 0.004, 100_000, False, 25),
+        ({"xla": "on"}, 0.004, 100_000, True, 25),
+        ({"steps_per_execution": 3}, 0.0, 1000, False, 3),
+        ({"steps_per_execution": 3}, 60.0, 1000, True, 3),
+        ({"steps_per_execution": 1}, 0.004, 100_000, True, 1),
+    ],
+)
+def test_the_first_steps_on_a_gpu_are_timed_and_decide(
+    build, monkeypatch, values, seconds, steps_left, compiles, steps
+):
+    monkeypatch.setattr(execution_module, "has_gpu", lambda: True)
+    monkeypatch.setattr(execution_module.gpu, "find_missing_tools", list)
+    config, network, _ = build("cnn_softmax", **values)
     events: list = []
     timed: list[float] = []
 
     def agree(own: float) -> float:
         timed.append(own)
-        return seconds  # of the slowest worker
+        return seconds
 
-    step = StepInTrial(build_sum(False), lambda: build_sum(True), 1000, agree, events.append)
-    for _ in range(xla._UNTIMED_STEPS + xla._TIMED_STEPS + 2):
-        step(*BATCH)
+    execution = choose_execution(build_sum, network, config, steps_left, agree, events.append)
+    for _ in range(execution_module._UNTIMED_STEPS + execution_module._TIMED_STEPS):
+        assert execution.steps == 1
+        execution(*BATCH)
+    for _ in range(2):
+        assert execution.steps == steps
+        stats = execution(tf.ones([steps, 1]), tf.zeros([steps, 1]))
+        np.testing.assert_array_equal(stats, 2 * np.ones([steps, 1]))
     assert len(timed) == 1
     assert timed[0] > 0
-    weighed, *others = events
-    assert (weighed.steps, weighed.is_worthwhile) == (1000 - xla._UNTIMED_STEPS - xla._TIMED_STEPS, seconds > 0)
-    assert [type(one) for one in others] == ([StepCompiling, StepCompiled] if seconds else [])
+    kinds = [type(one) for one in events]
+    assert kinds.count(XlaWeighed) == ("xla" not in values)
+    assert (StepCompiled in kinds) is compiles
+    assert kinds.count(StepsPerExecutionChosen) == (steps > 1 and "steps_per_execution" not in values)
+
+
+def test_the_log_says_how_many_steps_a_call_takes():
+    text = str(StepsPerExecutionChosen(25, 0.0039))
+    assert text == "a training step takes 3.9 ms: 25 in each call from here on"
 
 
 def test_batch_norm_over_several_workers_is_no_part_of_a_program(build):
     config, network, _ = build("cnn_softmax", arch_arguments=SMALL)
     two = config.model_copy(update={"num_workers": 2, "batch_norm": "global", "xla": "on"})
     with pytest.raises(InputError, match=r"--xla on: BatchNorm .* 2 workers.* --batch-norm replica, or --xla off"):
-        choose_step(lambda use_xla: None, network, two, 1000, float, lambda event: None)
+        choose_execution(build_sum, network, two, 1000, float, lambda event: None)
     assert find_obstacle(network, two.model_copy(update={"batch_norm": "replica"})) == ""
     _, plain, _ = build("cnn_softmax")
     assert find_obstacle(plain, two) == ""
@@ -268,9 +365,9 @@ def test_batch_norm_over_several_workers_is_no_part_of_a_program(build):
 
 def test_what_xla_does_not_find_is_named(build, monkeypatch):
     config, network, _ = build("cnn_softmax")
-    monkeypatch.setattr(xla, "has_gpu", lambda: True)
-    monkeypatch.setattr(xla.gpu, "find_missing_tools", lambda: ["ptxas"])
+    monkeypatch.setattr(execution_module, "has_gpu", lambda: True)
+    monkeypatch.setattr(execution_module.gpu, "find_missing_tools", lambda: ["ptxas"])
     events: list = []
-    choose_step(build_sum, network, config, 1000, float, events.append)(*BATCH)
+    choose_execution(build_sum, network, config, 1000, float, events.append)(*BATCH)
     (weighed,) = events
     assert str(weighed).startswith("the training step is not compiled by XLA: XLA does not find ptxas; install")
