@@ -9,6 +9,8 @@ recipe says, and model.fit and PyTorch do not.
 PyTorch with channels_last and bfloat16 autocast takes part where the Python of --torch-python has it; it need not be
 this one.
 
+Small networks are also measured with 20 steps in a call (xla-20, plain-20). --tiny shows on CPUs that all of it runs.
+
 Marks: at least PyTorch's images/s by torch.compile, and 1.5 times those of model.fit.
 
 Run: python -m benchmarks gpu [--total 300] [--only resnet50,alexnet] [--torch-python PYTHON] [--tiny]
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,9 +62,10 @@ CASES = {
     "small_cnn": Case("cnn_softmax", 28, 1, 10, 64, {"first_filters": 4, "dense_units": 8}),
     "small_alexnet": Case("alexnet", 67, 1, 10, 344, {"width": 0.05, "dense_units": 16}),
 }
-WAYS = ("xla", "plain", "fit", "torch.compile", "torch")
-# Of one process.
-LIMIT_SECONDS = 150.0
+# Enough for --tiny: they have every kind of layer.
+TINY_CASES = ("resnet50", "alexnet", "small_cnn")
+TINY_SIZE, TINY_BATCH = 67, 4
+WAYS = ("xla", "xla-20", "plain", "plain-20", "fit", "torch.compile", "torch")
 
 
 @dataclass
@@ -82,8 +85,14 @@ class Measured:
 
 def main(
     total: Annotated[float, typer.Option(help="Seconds for everything; what has not begun by then is left out.")] = 300,
-    only: Annotated[str, typer.Option(help=f"Cases, separated by commas. Default: {','.join(CASES)}.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            help=f"Cases, separated by commas. Default: {','.join(CASES)}; with --tiny {','.join(TINY_CASES)}."
+        ),
+    ] = "",
     ways: Annotated[str, typer.Option(help="Ways, separated by commas.")] = ",".join(WAYS),
+    limit: Annotated[float, typer.Option(help="Seconds for one process.")] = 150,
     jobs: Annotated[int, typer.Option(help="Processes that start and compile at once.")] = 4,
     precision: Annotated[str, typer.Option(help="Of everything but PyTorch's.")] = "mixed_bfloat16",
     torch_python: Annotated[str, typer.Option(help="A Python that has PyTorch.")] = sys.executable,
@@ -93,24 +102,60 @@ def main(
     print(", ".join(describe_machine().values()), flush=True)
     print(_LINE.format("case", "way", "images/s", "ms", "host ms", "kernels", "GiB", "first s"), flush=True)
     rates: dict[tuple[str, str], float] = {}
+    chosen = only.split(",") if only else TINY_CASES if tiny else CASES
+    items = [(name, way) for way in ways.split(",") for name in chosen if _is_asked(name, way)]
+    if any(_is_torch(way) for _, way in items) and not _has_torch(torch_python):
+        print(f"PyTorch is left out: {torch_python} has none; give --torch-python", flush=True)
+        items = [(name, way) for name, way in items if not _is_torch(way)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
 
         def measure(name: str, way: str) -> None:
+            if _is_torch(way) and not _wait_for_layers(Path(folder, f"{name}.json"), ours[name]):
+                print(
+                    f"{name:<14} {way:<14} left out: its layers are written by one of {', '.join(WAYS[:5])}", flush=True
+                )
+                return
             left = total - (time.monotonic() - started)
-            outcome = _run_item(name, way, precision, torch_python, tiny, folder, min(left, LIMIT_SECONDS))
+            outcome = _run_item(name, way, precision, torch_python, tiny, folder, min(left, limit))
             if isinstance(outcome, str):
                 print(f"{name:<14} {way:<14} {outcome}", flush=True)
                 return
-            batch = 4 if tiny else CASES[name].batch
+            batch = TINY_BATCH if tiny else CASES[name].batch
             rates[name, way] = batch / statistics.median(outcome.step_seconds)
             print(_format_line(name, way, rates[name, way], outcome), flush=True)
 
-        # The layers for PyTorch are written by the first way of a case.
-        for way in ways.split(","):
-            for name in only.split(",") if only else CASES:
-                pool.submit(measure, name, way)
+        ours: dict[str, list[Future[None]]] = {name: [] for name in chosen}
+        for name, way in sorted(items, key=lambda item: _is_torch(item[1])):
+            future = pool.submit(measure, name, way)
+            if not _is_torch(way):
+                ours[name].append(future)
     for mark in _marks(rates):
         print(mark, flush=True)
+
+
+def _is_torch(way: str) -> bool:
+    return way.startswith("torch")
+
+
+def _is_asked(name: str, way: str) -> bool:
+    """Return whether a way is of use for a case: only a small network waits for the host."""
+    return "-" not in way or name.startswith("small")
+
+
+def _has_torch(python: str) -> bool:
+    """Return whether a Python has PyTorch."""
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    try:
+        return subprocess.run([python, "-c", find], stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
+
+
+def _wait_for_layers(path: Path, writers: list[Future[None]]) -> bool:
+    """Wait for a file that the first process of a case writes, and return whether it is there."""
+    while not path.exists() and not all(one.done() for one in writers):
+        time.sleep(0.2)
+    return path.exists()
 
 
 _LINE = "{:<14} {:<14} {:>9} {:>8} {:>8} {:>8} {:>6} {:>8}"
@@ -127,8 +172,8 @@ def _format_line(name: str, way: str, rate: float, measured: Measured) -> str:
 def _marks(rates: dict[tuple[str, str], float]) -> Iterator[Mark]:
     for (name, way), rate in rates.items():
         for other, limit in (("torch.compile", 1.0), ("fit", 1.5)):
-            if way == "xla" and (name, other) in rates:
-                yield Mark(f"{name}, images/s against {other}", rate / rates[name, other], limit)
+            if way.startswith("xla") and (name, other) in rates:
+                yield Mark(f"{name}, {way}, images/s against {other}", rate / rates[name, other], limit)
 
 
 def _run_item(
@@ -139,9 +184,8 @@ def _run_item(
         return "left out: no time left"
     words = [name, way, precision, str(int(tiny)), folder]
     environment = dict(os.environ)
-    if way.startswith("torch"):
-        case = CASES[name]
-        command = [torch_python, str(TORCH), way, folder, name, str(4 if tiny else case.batch)]
+    if _is_torch(way):
+        command = [torch_python, str(TORCH), way, folder, name, str(TINY_BATCH if tiny else CASES[name].batch)]
         if torch_python != sys.executable:
             # Its packages are its own.
             environment = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
@@ -165,20 +209,22 @@ def _own_device(folder: str) -> Iterator[None]:
         yield
 
 
-def _time_steps(step: Callable[[], Any], wait: Callable[[Any], object], folder: str) -> tuple[list[float], float]:
-    """Return the seconds of a step by rounds, and the least that handing one over took."""
+def _time_calls(call: Callable[[], Any], folder: str) -> tuple[list[float], float]:
+    """Return the seconds of a call by rounds, and the least that handing one over took."""
+    import numpy as np
+
     rounds, host = [], []
     for _ in range(ROUNDS):
         with _own_device(folder):
-            wait(step())
+            np.asarray(call())
             began = time.perf_counter()
-            wait(step())
+            np.asarray(call())
             count = max(2, round(ROUND_SECONDS / (time.perf_counter() - began)))
             began = time.perf_counter()
             for _ in range(count):
-                answer = step()
+                answer = call()
             host.append((time.perf_counter() - began) / count)
-            wait(answer)
+            np.asarray(answer)
             rounds.append((time.perf_counter() - began) / count)
     return rounds, min(host)
 
@@ -194,31 +240,36 @@ def measure_ours(name: str, way: str, precision: str, tiny: bool, folder: str) -
 
     from trainer.training.devices import peak_memory_gib, share_devices
     from trainer.training.network import build_network
-    from trainer.training.step import compile_train_step
+    from trainer.training.step import compile_execution
 
     share_devices(1)
     case = CASES[name]
     manifest, config = _configure(case, precision, tiny)
     network = build_network(manifest, config, steps_per_epoch=1000)
-    write_layers(network.model, Path(folder, f"{name}.json"), case)
+    write_layers(network.model, Path(folder, f"{name}.json"), manifest)
     random = np.random.default_rng(0)
-    shape = (config.global_batch_size, case.size, case.size, case.channels)
-    images = tf.constant(random.integers(0, 256, shape, np.uint8))
-    labels = tf.constant(random.integers(0, case.classes, config.global_batch_size, np.int32))
-    if way == "fit":
-        step = _fit_step(manifest, config, images, labels)
+    kind, _, number = way.partition("-")
+    steps = int(number or 1)
+    size = manifest.image_size
+    images = tf.constant(
+        random.integers(0, 256, (steps, config.global_batch_size, size, size, case.channels), np.uint8)
+    )
+    labels = tf.constant(random.integers(0, case.classes, images.shape[:2], np.int32))
+    if kind == "fit":
+        call = _fit_step(manifest, config, images[0], labels[0])
     else:
-        train_step = compile_train_step(network, manifest, config, use_xla=way == "xla")
+        execute = compile_execution(network, manifest, config, use_xla=kind == "xla", repeats=steps > 1)
 
-        def step() -> Any:
-            return train_step(images, labels)
+        def call() -> Any:
+            return execute(images, labels)
 
-    np.asarray(step())
+    np.asarray(call())
     first = time.time() - began
     for _ in range(WARM_STEPS):
-        np.asarray(step())
-    rounds, host = _time_steps(step, np.asarray, folder)
-    return Measured(first, rounds, host, _count_kernels(step, folder), peak_memory_gib())
+        np.asarray(call())
+    rounds, host = _time_calls(call, folder)
+    kernels = _count_kernels(call, folder)
+    return Measured(first, [one / steps for one in rounds], host / steps, kernels / steps, peak_memory_gib())
 
 
 def _configure(case: Case, precision: str, tiny: bool) -> tuple[Any, Any]:
@@ -228,7 +279,7 @@ def _configure(case: Case, precision: str, tiny: bool) -> tuple[Any, Any]:
 
     split = Split(rows_per_class=[100] * case.classes, files=[])
     manifest = Manifest.model_construct(
-        image_size=case.size,
+        image_size=min(case.size, TINY_SIZE) if tiny else case.size,
         channels=case.channels,
         class_names=[f"class {number}" for number in range(case.classes)],
         splits={"train": split, "val": split, "test": split},
@@ -243,7 +294,9 @@ def _configure(case: Case, precision: str, tiny: bool) -> tuple[Any, Any]:
         "arch_arguments": case.tiny if tiny else {},
     }
     request = parse_request(options)
-    return manifest, resolve(request, manifest, 1, given_batch(request.batch, 4 if tiny else case.batch, precision))
+    return manifest, resolve(
+        request, manifest, 1, given_batch(request.batch, TINY_BATCH if tiny else case.batch, precision)
+    )
 
 
 def _fit_step(manifest: Any, config: Any, images: Any, labels: Any) -> Callable[[], Any]:
@@ -270,8 +323,8 @@ def _fit_step(manifest: Any, config: Any, images: Any, labels: Any) -> Callable[
     return lambda: train(batches)["loss"]
 
 
-def _count_kernels(step: Callable[[], Any], folder: str, steps: int = 3) -> float:
-    """Return how many kernels the device ran for a step; NaN where there is no GPU."""
+def _count_kernels(call: Callable[[], Any], folder: str, calls: int = 3) -> float:
+    """Return how many kernels the device ran for a call; NaN where there is no GPU."""
     import numpy as np
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
@@ -280,8 +333,8 @@ def _count_kernels(step: Callable[[], Any], folder: str, steps: int = 3) -> floa
         return float("nan")
     with _own_device(folder), tempfile.TemporaryDirectory() as traces:
         tf.profiler.experimental.start(traces)
-        for _ in range(steps):
-            answer = step()
+        for _ in range(calls):
+            answer = call()
         np.asarray(answer)
         tf.profiler.experimental.stop()
         (trace,) = Path(traces).rglob("*.xplane.pb")
@@ -293,10 +346,10 @@ def _count_kernels(step: Callable[[], Any], folder: str, steps: int = 3) -> floa
         for line in plane.lines
         if line.name.startswith("Stream")
     ]
-    return sum(len(line.events) for line in streams) / steps
+    return sum(len(line.events) for line in streams) / calls
 
 
-def write_layers(model: Any, path: Path, case: Case) -> None:
+def write_layers(model: Any, path: Path, manifest: Any) -> None:
     """Write the layers of a network, each with the layers that it takes, for `benchmarks.gpu_torch`."""
     layers = []
     for layer in model.layers:
@@ -309,9 +362,8 @@ def write_layers(model: Any, path: Path, case: Case) -> None:
         }
         layers.append([layer.name, type(layer).__name__, values, [one.name for one in before]])
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(
-        json.dumps({"layers": layers, "size": case.size, "channels": case.channels, "classes": case.classes})
-    )
+    images = {"size": manifest.image_size, "channels": manifest.channels, "classes": manifest.num_classes}
+    part.write_text(json.dumps({"layers": layers, **images}))
     part.replace(path)
 
 
