@@ -186,9 +186,9 @@ def worker_rows(
 def all_worker_rows(
     order: npt.NDArray[np.int64], num_steps: int, global_batch_size: int, rank: int, num_workers: int
 ) -> npt.NDArray[np.int64]:
-    """Return the rows of one worker's shares of the first steps, in the order in which it takes them."""
-    of_steps = order[: num_steps * global_batch_size].reshape(num_steps, num_workers, -1)
-    return of_steps[:, rank].reshape(-1)
+    """Return the rows of one worker's shares of the first steps, ``[steps, rows]``; there may be no steps."""
+    share = global_batch_size // num_workers
+    return order[: num_steps * global_batch_size].reshape(num_steps, num_workers, share)[:, rank]
 
 
 class BatchFeed:

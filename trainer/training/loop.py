@@ -383,16 +383,10 @@ class _Training:
         return epoch_order(self._train, self._config.seed, epoch, self._config.shuffle_window_gib)
 
     def _own_rows(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the rows of this worker in an order, as it takes them."""
+        """Return the rows of this worker in an order, as it takes them, ``[steps, rows]``."""
         config = self._config
         num_steps = len(order) // config.global_batch_size
         return all_worker_rows(order, num_steps, config.global_batch_size, self._rank, config.num_workers)
-
-    def _make_batches(self, order: npt.NDArray[np.int64], steps: range) -> tuple[Any, Any]:
-        """Return this worker's shares of the global batches of some steps, ``[steps, ...]``."""
-        size, rank, num_workers = self._config.global_batch_size, self._rank, self._config.num_workers
-        rows = all_worker_rows(order[steps.start * size :], len(steps), size, rank, num_workers)
-        return make_batch(self._train, rows.reshape(len(steps), -1))
 
     def _make_batch(self, order: npt.NDArray[np.int64], step: int) -> tuple[Any, Any]:
         """Return this worker's share of a global batch of rows in an order."""
@@ -420,14 +414,18 @@ class _Training:
         config, epoch = self._config, len(self._history) + 1
         order = self._order(epoch)[self._epoch_rows :]
         first_step = self._steps.num_rows
-        num_steps = len(order) // config.global_batch_size
-        self._train.expect(self._own_rows(order), self._own_rows(self._order(epoch + 1)))
+        rows = self._own_rows(order)
+        num_steps = len(rows)
+        self._train.expect(rows.ravel(), self._own_rows(self._order(epoch + 1)).ravel())
+
+        def make_batches(steps: range) -> tuple[Any, Any]:
+            return make_batch(self._train, rows[steps.start : steps.stop])
 
         feed, taken = BatchFeed(), 0
         started = last_event = time.perf_counter()
         # Of the steps that are not in the table yet, a row for each.
         stats: list[Any] = []
-        for images, labels in feed.batches(partial(self._make_batches, order), self._plan_calls(first_step, num_steps)):
+        for images, labels in feed.batches(make_batches, self._plan_calls(first_step, num_steps)):
             stats.append(self._take(images, labels, first_step + taken))
             taken += len(images)
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
