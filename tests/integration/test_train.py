@@ -50,12 +50,13 @@ WITH_BATCH_NORM = {
     "augment_zoom": 0.0,
     "augment_flip": True,
 }
-# So that the first step, at the beginning of the warmup, changes nothing and the second one everything.
+# So that the weights are still finite after the first step, and no longer after the second one.
 DIVERGING = {
     "arch": "cnn_softmax",
     "arch_arguments": {"first_filters": 8, "later_filters": [8], "dense_units": 32},
     "optimizer": "sgd",
     "base_learning_rate": 1e30,
+    "weight_decay": 0.0,
     "clip_norm": 0.0,
     "augment_rotation": 0.0,
     "augment_translation": 0.0,
