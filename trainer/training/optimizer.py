@@ -19,7 +19,10 @@ _NOTHING = 1e-30
 
 
 def _decay(variable: Any, share: Any, gradient: Any) -> None:
-    """Multiply a variable by ``1 - share``, rounded to a multiple of 1.2e-7; the gradient is any tensor of its shape."""
+    """Multiply a variable by ``1 - share``, which is rounded to a multiple of 1.2e-7.
+
+    The gradient is any tensor of its shape.
+    """
     ratio = share / (1 - share)
     _update(variable, share, variable.read_value, tf.cast(_NOTHING, variable.dtype), ratio / _NOTHING, gradient)
 
