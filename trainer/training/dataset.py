@@ -169,8 +169,12 @@ def epoch_order(split: ImageSplit, seed: int, epoch: int, window_gib: float = 64
     if sizes.sum() <= window:
         return order
     shards = random.permutation(len(sizes))
-    window_of = np.empty(len(sizes), np.int64)
-    window_of[shards] = (np.cumsum(sizes[shards]) - 1) // window
+    window_of, number, held = np.empty(len(sizes), np.int64), 0, 0
+    for shard, size in zip(shards.tolist(), sizes[shards].tolist(), strict=True):
+        # Never more than the window: a cache of two has room for one that is in use and for the next one.
+        if held and held + size > window:
+            number, held = number + 1, 0
+        window_of[shard], held = number, held + size
     return order[np.argsort(window_of[split.shards[order]], kind="stable")]
 
 

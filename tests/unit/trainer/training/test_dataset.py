@@ -79,6 +79,21 @@ def test_a_dataset_larger_than_the_window_is_shuffled_in_parts():
     assert windows[0] != windows[1] != windows[2]
 
 
+def test_a_part_is_no_larger_than_the_window():
+    """Two of them fit into a cache of two windows: the one in use and the next one."""
+    split, gib = held(97), 2**30
+    shards = split.shards[epoch_order(split, 0, 1, 2.5 * 1024 / gib)].tolist()
+    first, last = (
+        {shard: find(shard) for shard in set(shards)} for find in (shards.index, lambda one: _last(shards, one))
+    )
+    for place in range(97):
+        assert sum(first[shard] <= place <= last[shard] for shard in first) <= 2
+
+
+def _last(values: list[int], value: int) -> int:
+    return len(values) - 1 - values[::-1].index(value)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 6, 12])
 def test_the_shares_of_all_workers_together_are_the_batch_of_one(num_workers):
     order = epoch_order(held(41), seed=0, epoch=1)
