@@ -13,6 +13,7 @@ import tf_keras as keras
 
 from trainer.config.config import TrainConfig
 from trainer.runtime import compat
+from trainer.training.devices import has_gpu
 
 # So small that a weight less this share of its gradient is the weight, and that its inverse is finite in float32.
 _NOTHING = 1e-30
@@ -37,7 +38,7 @@ def _update(variable: Any, share: Any, distance: Callable[[], Any], alpha: Any, 
 
     The first formula is that of one operation, which has no kernel for GPUs; there XLA makes one pass of the second.
     """
-    if tf.config.list_logical_devices("GPU"):
+    if has_gpu():
         tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=share, delta=distance())
         return
     tf.raw_ops.ResourceApplyProximalGradientDescent(

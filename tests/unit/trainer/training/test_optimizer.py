@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
+from trainer.training import optimizer as optimizers
 from trainer.training.optimizer import build_optimizer
 
 RATE, DECAY = 0.01, 0.1
@@ -64,9 +65,9 @@ def test_an_update_is_that_of_keras(make_config, values, reference, is_distribut
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [["CPU"], ["CPU", "GPU"]], ids=["in one pass", "as XLA takes it"])
-def test_decay_and_averages_are_those_of_their_formulas(make_config, monkeypatch, devices):
-    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [one for one in devices if one == kind])
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["in one pass", "as XLA takes it"])
+def test_decay_and_averages_are_those_of_their_formulas(make_config, monkeypatch, has_gpu):
+    monkeypatch.setattr(optimizers, "has_gpu", lambda: has_gpu)
     kernel, gradient = tf.Variable([[2.0, -4.0, 0.0]]), tf.constant([[1.0, 0.5, 0.25]])
     config = make_config(optimizer="sgd", momentum=0.0, weight_decay=DECAY, ema_momentum=0.9)
     optimizer = build_optimizer(config, RATE)
