@@ -20,6 +20,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.table import Mark, format_ratio, format_spread, ratio_of, report
+from data_prep.manifest import Shard
 from data_prep.shards import write_shard
 
 EPOCHS = 3
@@ -27,16 +28,13 @@ EPOCHS = 3
 
 def project(folder: str, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:
     """As `trainer.training.loop` does: rows of mapped shards, gathered in a thread ahead of their use."""
-    from data_prep.manifest import Shard
     from trainer.training.batches import make_batch
     from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
     from trainer.training.shards import MappedShards
 
     written = json.loads(Path(folder, "shards.json").read_text())
     shards = [Shard.model_validate(one) for one in written["shards"]]
-    of_rows = [np.repeat(np.arange(len(shards), dtype=np.int32), [one.rows for one in shards])]
-    of_rows += [np.concatenate([np.arange(one.rows, dtype=np.int32) for one in shards])]
-    split = ImageSplit(labels, *of_rows, MappedShards(folder, shards, tuple(written["shape"])))
+    split = ImageSplit(labels, *number_rows(shards), MappedShards(folder, shards, tuple(written["shape"])))
 
     def begin(epoch: int) -> Iterator[Any]:
         order, steps = epoch_order(split, 0, epoch), range(len(labels) // batch)
@@ -45,17 +43,28 @@ def project(folder: str, labels: np.ndarray, batch: int) -> Callable[[int], Iter
     return begin
 
 
+def number_rows(shards: list[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shard of each row of all of them, and its number there, both int32."""
+    of_shard = np.repeat(np.arange(len(shards), dtype=np.int32), [one.rows for one in shards])
+    return of_shard, np.concatenate([np.arange(one.rows, dtype=np.int32) for one in shards])
+
+
+def write_one_shard(folder: str, number: int, images: np.ndarray) -> Shard:
+    """Write images as a shard of a dataset."""
+    path = f"shards/{number:05d}-00000000.arrow"
+    with write_shard(f"{folder}/{path}", images.shape[1:]) as shard:
+        for image in images:
+            shard.add(image)
+    return shard.describe(path)
+
+
 def write_shards(folder: str, images: np.ndarray) -> None:
     """Write the same images as the shards of a dataset, of 128 MiB or a 64th."""
     rows = max(256, min(len(images) // 64, 128 * 2**20 // images[0].nbytes))
-    shards = []
-    for start in range(0, len(images), rows):
-        path = f"shards/{start // rows:05d}-00000000.arrow"
-        with write_shard(f"{folder}/{path}", images.shape[1:]) as shard:
-            for image in images[start : start + rows]:
-                shard.add(image)
-        shards.append(shard.describe(path).model_dump())
-    Path(folder, "shards.json").write_text(json.dumps({"shape": images.shape[1:], "shards": shards}))
+    starts = range(0, len(images), rows)
+    shards = [write_one_shard(folder, start // rows, images[start : start + rows]) for start in starts]
+    described = [shard.model_dump() for shard in shards]
+    Path(folder, "shards.json").write_text(json.dumps({"shape": images.shape[1:], "shards": described}))
 
 
 def tf_data_cache(images: np.ndarray, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:
