@@ -201,6 +201,10 @@ class _Training:
             open_split(config.dataset, job.manifest, name, config.cache_gib, config.shuffle_window_gib)
             for name in ("train", "val")
         )
+        # Of this epoch and of the next one, whose images are fetched ahead.
+        self._order = functools.lru_cache(maxsize=2)(
+            partial(epoch_order, self._train, config.seed, window_gib=config.shuffle_window_gib)
+        )
         read_weights = partial(read_initial_weights, config.init_from, storage.parent(run.uri))
         starts_elsewhere = bool(config.init_from) and last is None
         self._steps_per_epoch = len(self._train) // config.global_batch_size
@@ -272,6 +276,8 @@ class _Training:
             except DivergedError as error:
                 return str(error)
             finally:
+                # Patience ends a run before the epoch whose images are being fetched.
+                self._train.expect(np.arange(0))
                 self._report(self._profiler.close())
         return ""
 
@@ -379,9 +385,6 @@ class _Training:
         for number, (images, _) in enumerate(batches):
             self._estimate(images, number)
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        return epoch_order(self._train, self._config.seed, epoch, self._config.shuffle_window_gib)
-
     def _own_rows(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the rows of this worker in an order, as it takes them, ``[steps, rows]``."""
         config = self._config
@@ -416,7 +419,8 @@ class _Training:
         first_step = self._steps.num_rows
         rows = self._own_rows(order)
         num_steps = len(rows)
-        self._train.expect(rows.ravel(), self._own_rows(self._order(epoch + 1)).ravel())
+        following = self._own_rows(self._order(epoch + 1)) if epoch < config.epochs else rows[:0]
+        self._train.expect(rows.ravel(), following.ravel())
 
         def make_batches(steps: range) -> tuple[Any, Any]:
             return make_batch(self._train, rows[steps.start : steps.stop])

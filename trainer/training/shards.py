@@ -218,7 +218,9 @@ class CachedShards:
             self._opened[shard] = self._downloads.submit(self._cache.open, uri, self._shards[shard])
 
     def _close(self, shard: int) -> None:
-        self._opened.pop(shard, None)
+        if opened := self._opened.pop(shard, None):
+            # If its download has not begun, nobody needs it now.
+            opened.cancel()
 
 
 def _in_order_of_use(shards: Numbers) -> deque[int]:

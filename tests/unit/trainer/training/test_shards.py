@@ -171,6 +171,8 @@ def test_an_order_that_is_given_up_leaves_nothing_open(written):
     finish(pixels)
     pixels.expect(np.array([2, 5], np.int32), NONE)
     assert sorted(pixels._opened) == [2, 5]
+    pixels.expect(NONE, NONE)
+    assert not pixels._opened
 
 
 @pytest.mark.parametrize(
