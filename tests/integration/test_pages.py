@@ -17,6 +17,7 @@ from tests.unit.conftest import evaluation, make_config, make_result, write_data
 from trainer.notes.comparison import compare_predictions
 from trainer.notes.plots import to_svg
 from trainer.notes.report import write_notes_and_report
+from trainer.record.evaluation_result import summarise
 from trainer.record.predictions import PREDICTIONS_NAME, THUMBNAILS_NAME, make_thumbnails, select_shown
 from trainer.record.run_folder import RunFolder
 from trainer.runtime import storage
@@ -27,6 +28,8 @@ from trainer.study.plots import draw_importance
 PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 # Of the light page: the lines of train and of val.
 BLUE, ORANGE = (0, 114, 178), (194, 77, 0)
+# Of the third of the chosen runs.
+GREEN = (0, 122, 90)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,8 @@ def runs(tmp_path, write_run, make_result, evaluation) -> dict[str, pa.Table]:  
     tables = {}
     for number, name in enumerate(("first", "second", "third")):
         run = write_run(name, seed=number, arch=("cnn_softmax", "alexnet", "vgg16")[number])
-        accuracy = {"accuracy": 0.9 - number / 10, "loss": 0.5 + number / 10}
+        # The third one diverged.
+        accuracy = {"accuracy": 0.9 - number / 10, "loss": (0.5, 0.6, 5.4e27)[number]}
         run.write_ending(make_result(val=evaluation.model_copy(update=accuracy), best_epoch=3))
         tables[name] = predict(run, wrong=(2, 12, 4)[number])
     write_notes_and_report(str(tmp_path / "runs"))
@@ -105,6 +109,10 @@ def test_the_table_of_runs_is_sorted_filtered_and_leads_to_each_run(visit, runs,
     page = visit(tmp_path / "runs" / "report.html")
     assert_fits(page)
     assert names_of(page) == ["first", "second", "third"]
+    # No heading is broken, however long the values of others are.
+    heights = page.locator("#runs thead th").evaluate_all("all => all.map(one => one.clientHeight)")
+    assert max(heights) < 40
+    assert page.locator('#runs td[data-name="loss"]').last.text_content() == "5.4e+27"
     loss = page.get_by_role("button", name="loss", exact=True)
     loss.click()
     loss.click()
@@ -152,6 +160,7 @@ def test_chosen_runs_share_a_chart_and_are_compared_exactly(visit, runs, tmp_pat
     assert "seed" in page.locator(".compared tbody").text_content()
     page.get_by_label("show third below").uncheck()
     assert page.evaluate("charts[0].series.slice(1).map(line => line.label)") == ["first", "second"]
+    assert page.evaluate("charts[0].scales.y.distr") == 1, "linear"
 
 
 def test_a_curve_tells_its_values_under_the_mouse(visit, runs, tmp_path):
@@ -187,8 +196,43 @@ def test_a_click_on_the_confusion_matrix_shows_its_images(visit, runs, tmp_path)
     picture = figures.first.locator("img")
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 16
     assert "cat/38.png" in page.locator("#suspects figure").nth(1).text_content()
+    page.get_by_label("true class").select_option("cat")
+    assert figures.count() == 0
+    page.locator("#classes").get_by_role("button", name="dog", exact=True).click()
+    assert page.get_by_label("true class").input_value() == "1"
+    assert page.get_by_label("predicted class").input_value() == ""
+    assert figures.count() == 6
     page.get_by_role("button", name="F1").click()
     assert page.locator("#classes tbody th").all_text_contents() == ["eel", "dog", "cat"]
+
+
+@pytest.fixture
+def many_classes(tmp_path, write_run, make_result) -> Path:  # noqa: F811
+    """The page of a run of 48 classes with long names that differ at their ends, two of which are confused."""
+    names = [f"great white shark, man-eater, Carcharodon carcharias {label}" for label in range(48)]
+    labels = np.arange(48).repeat(2)
+    predicted = np.where(labels == 47, 0, labels)
+    columns = {"label": labels, "predicted": predicted, "likelier": np.int32(labels != predicted)}
+    columns |= {"loss": np.ones(96), "confidence": np.ones(96)}
+    write_run("many").write_ending(make_result(val=summarise("val", pa.table(columns), names)))
+    write_notes_and_report(str(tmp_path / "runs"))
+    return tmp_path / "runs" / "_pages" / "many.html"
+
+
+@pytest.mark.parametrize("size", [LAPTOP, PHONE])
+def test_the_names_of_many_classes_stay_beside_their_counts(visit, many_classes, size):
+    page = visit(many_classes, size)
+    assert_fits(page)
+    matrix, row, column = (page.locator(one) for one in (".matrix", "#confusion tbody th", "#confusion thead th"))
+    matrix.evaluate("matrix => matrix.scrollTo(matrix.scrollWidth, matrix.scrollHeight)")
+    box, last = matrix.bounding_box(), row.last.bounding_box()
+    assert last["x"] == pytest.approx(box["x"], abs=1)
+    assert last["width"] < 200
+    assert column.last.bounding_box()["y"] == pytest.approx(box["y"], abs=1)
+    # Long names are without their middles, the whole ones under the mouse.
+    assert row.last.text_content() == "great white …rcharias 47"
+    assert row.last.get_attribute("title") == "great white shark, man-eater, Carcharodon carcharias 47"
+    assert page.locator('#confusion button[data-label="47"]').text_content() == "2"
 
 
 def write_sections(folder: Path) -> Path:
@@ -234,3 +278,8 @@ def test_a_page_is_printed_in_light_colors_without_its_controls(visit, runs, tmp
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert count_pixels(page, "#charts .u-wrap", BLUE) > 100
     assert page.pdf().startswith(b"%PDF")
+    page = visit(tmp_path / "runs" / "report.html", scheme="dark")
+    page.emulate_media(media="print")
+    # The chosen runs are printed, too.
+    assert count_pixels(page, "#chosen .u-wrap", GREEN) > 100
+    assert page.locator("#chosen .u-marker").nth(3).evaluate("marker => marker.style.borderColor") == "rgb(0, 122, 90)"

@@ -179,7 +179,7 @@ def _explain(
     sections = [Section(_FIRST_TITLE, lines)]
     for index, one in enumerate(images):
         predicted = manifest.class_names[labels[index]]
-        title = f"{one.name}: {predicted} (confidence {confidence[index]:.2f})"
+        title = f"{one.name}: predicted {predicted} (confidence {confidence[index]:.2f})"
         title += f", true class {one.label}" if one.label else ""
         name = f"image-{index:03d}"
         of_image = {test.method: maps[test.method][index] for test in tests}

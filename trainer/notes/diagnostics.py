@@ -16,7 +16,7 @@ from trainer.config.config import TrainConfig
 from trainer.config.recipes import recipe_epochs
 from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import ClassResult, EvaluationResult
-from trainer.runtime.markdown import format_count
+from trainer.runtime.markdown import format_count, format_loss
 
 History = Sequence[Metrics]
 
@@ -110,9 +110,9 @@ def _training_loss_rose(run: _Run) -> str:
     if rise <= max(_TRAINING_RISE * first["loss"], _NEGLIGIBLE_CHANGE) or last["val_loss"] < first["val_loss"]:
         return ""
     return (
-        f"training loss rose from {first['loss']:.3f} (epoch {first['epoch']:.0f}) to {last['loss']:.3f} (epoch "
-        f"{last['epoch']:.0f}), and val_loss did not fall: the learning rate is too high; try "
-        f"--base-learning-rate {run.config.base_learning_rate / 10:.3g}"
+        f"training loss rose from {format_loss(first['loss'], 3)} (epoch {first['epoch']:.0f}) to "
+        f"{format_loss(last['loss'], 3)} (epoch {last['epoch']:.0f}), and val_loss did not fall: the learning rate is "
+        f"too high; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
     )
 
 
@@ -131,13 +131,13 @@ def _did_not_train(run: _Run) -> str:
         return ""
     line = (
         f"did not train: {val.correct} of {val.total} correct ({low:.2f}-{high:.2f}) is no better than always "
-        f"predicting the most frequent class ({chance:.2f}), and the loss {val.loss:.3f} is no better than that of "
-        f"guessing by class frequency ({prior_loss:.3f})"
+        f"predicting the most frequent class ({chance:.2f}), and the loss {format_loss(val.loss, 3)} is no better than "
+        f"that of guessing by class frequency ({prior_loss:.3f})"
     )
     if loss < prior_loss / 2:
         return (
-            f"{line}, though the training loss fell to {loss:.3f}: the validation images or their labels are not like "
-            "those of training; look at README.md and contact_sheet.png of the dataset"
+            f"{line}, though the training loss fell to {format_loss(loss, 3)}: the validation images or their labels "
+            "are not like those of training; look at README.md and contact_sheet.png of the dataset"
         )
     if advice := _advise_steps(run):
         return f"{line}; {advice}"
@@ -163,9 +163,9 @@ def _overfitted(run: _Run) -> str:
     else:
         remedy = f"--weight-decay {10 * config.weight_decay or 0.01:.3g}"
     return (
-        f"overfitting: val_loss rose from {lowest['val_loss']:.3f} (epoch {lowest['epoch']:.0f}) to "
-        f"{last['val_loss']:.3f} (epoch {last['epoch']:.0f}) while loss fell from {lowest['loss']:.3f} to "
-        f"{last['loss']:.3f}; the best weights are kept; try {remedy}"
+        f"overfitting: val_loss rose from {format_loss(lowest['val_loss'], 3)} (epoch {lowest['epoch']:.0f}) to "
+        f"{format_loss(last['val_loss'], 3)} (epoch {last['epoch']:.0f}) while loss fell from "
+        f"{format_loss(lowest['loss'], 3)} to {format_loss(last['loss'], 3)}; the best weights are kept; try {remedy}"
     )
 
 

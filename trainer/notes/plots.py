@@ -1,32 +1,36 @@
 """Plots of a run: curves, confusion matrix, gradient norms, and the worst mistakes."""
 
 import io
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.batch_table import BatchTable
-from trainer.record.epoch_row import Metrics
+from trainer.record.epoch_row import Metrics, has_spike
 from trainer.record.evaluation_result import EvaluationResult, find_mistakes
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime.fonts import fonts_for
-from trainer.runtime.markdown import MOST_CLASSES, format_count
+from trainer.runtime.markdown import MOST_CLASSES, format_count, shorten_name
 
 # Okabe-Ito: distinguishable with any color vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _TRAIN_COLOUR, _VAL_COLOUR, _ = COLOURS
+# Lines that only guide the eye; a page shows them in a color of its own.
+GUIDE_COLOUR = "#cccccc"
 _MISTAKES_IN_A_ROW = 4
 _DPI = 110
 # Inches; 2,000 pixels at _DPI.
 _LARGEST_SIDE = 18.0
 # Blocks on each side of the overview of a large matrix.
 _MOST_BLOCKS = 400
-_LONGEST_NAME = 24
 
 
 def write_plots(run: RunFolder, history: list[Metrics], steps: pa.Table, result: RunResult, clip_norm: float) -> str:
@@ -119,12 +123,19 @@ def draw_curves(history: list[Metrics], best_epoch: int) -> Figure:
         axes.axvline(best_epoch, color="0.7", linestyle=":", label="best epoch")
         axes.legend()
         axes.set(ylabel=name)
+    set_loss_scale(of_both[0], history)
     of_rate.plot(epochs, [row["learning_rate"] for row in history], color=_TRAIN_COLOUR, marker=".")
     of_rate.set(ylabel="learning rate at the end of the epoch")
     for axes in (*of_both, of_rate):
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def set_loss_scale(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Make an axis of losses logarithmic if one of some epochs would flatten all others on it."""
+    if has_spike([row[name] for row in rows for name in ("loss", "val_loss") if name in row]):
+        axes.set_yscale("log")
 
 
 def draw_gradients(steps: pa.Table, clip_norm: float) -> Figure:
@@ -206,15 +217,6 @@ def _title(evaluation: EvaluationResult) -> str:
     return str(evaluation).partition(" - ")[2]
 
 
-def shorten_name(name: str) -> str:
-    """Return a name without line breaks and, if it is long, without its middle: names often differ at their ends."""
-    name = " ".join(name.split())
-    if len(name) <= _LONGEST_NAME:
-        return name
-    half = _LONGEST_NAME // 2
-    return f"{name[:half]}…{name[1 - half :]}"
-
-
 def to_svg(figure: Figure) -> str:
     """Return a figure as an SVG element that takes the colors of the page around it, light or dark."""
     for axes in figure.axes:
@@ -229,9 +231,7 @@ def to_svg(figure: Figure) -> str:
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
     for number, color in enumerate(COLOURS):
         text = text.replace(color.lower(), f"var(--c{number})")
-    for gray in ("#cccccc", "#e5e5e5"):
-        text = text.replace(gray, "var(--line)")
-    return text
+    return text.replace(GUIDE_COLOUR, "var(--line)")
 
 
 def to_png(figure: Figure) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from trainer.config.config import describe_value
 from trainer.notes.note import NOTEBOOK_NAME, format_notebook
 from trainer.notes.run_page import PAGES_FOLDER, RunView, thin_out, view_run, write_run_page
+from trainer.record.epoch_row import has_spike
 from trainer.record.run_folder import RunFolder, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
@@ -200,7 +201,12 @@ def _describe_curves(view: RunView) -> Mapping[str, Any]:
     }
     epochs = thin_out([row["epoch"] for row in history], _MOST_POINTS)
     best = view.result.best_epoch if view.result and view.result.best_epoch in epochs else None
-    return {"epochs": epochs, "best": best, **curves}
+    return {
+        "epochs": epochs,
+        "best": best,
+        "spike": has_spike(row.get("val_loss", np.nan) for row in history),
+        **curves,
+    }
 
 
 def _pack_correct(run: RunFolder) -> tuple[int, str] | None:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from trainer.notes.note import describe_change, describe_training, describe_unfinished
-from trainer.record.epoch_row import Metrics
-from trainer.record.evaluation_result import EvaluationResult, find_mistakes
+from trainer.record.epoch_row import Metrics, has_spike
+from trainer.record.evaluation_result import ClassResult, EvaluationResult, find_mistakes
 from trainer.record.predictions import find_suspects
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun
 from trainer.runtime import storage
@@ -27,6 +27,8 @@ from trainer.runtime.markdown import MOST_CLASSES, shorten_digest
 PAGES_FOLDER = "_pages"
 
 _MOST_POINTS = 400
+# Without their thumbnails, which only the worst have, they take about two megabytes.
+_MOST_MISTAKES = 20_000
 _DIGITS = 4
 # The state is near the start of a page.
 _STATE_BYTES = 400
@@ -162,6 +164,7 @@ def format_run_page(view: RunView, folder: str, overview: str, state: str = "") 
         confusion=_fill_matrix(result.val) if result and few else [],
         labels={one.name: label for label, one in enumerate(result.val.per_class)} if result else {},
         scores=result.val.scores if result else {},
+        classes=_order_classes(result.val) if result else [],
         data=to_script_json(data | (_describe_mistakes(view.folder, result.val) if result else {"mistakes": []})),
     )
 
@@ -217,6 +220,8 @@ def _draw_curves(history: Sequence[Metrics], best_epoch: int | None) -> list[dic
             "title": name,
             "unit": "epoch",
             "lines": [line("train", name, "--train"), line("val", f"val_{name}", "--val", best)],
+            "logarithmic": name == "loss"
+            and has_spike(row.get(one, 0.0) for row in history for one in ("loss", "val_loss")),
         }
         for name in ("loss", "accuracy")
     ]
@@ -244,6 +249,13 @@ def _fill_matrix(evaluation: EvaluationResult) -> list[list[int]]:
     return rows
 
 
+def _order_classes(evaluation: EvaluationResult) -> list[ClassResult]:
+    """Return the classes in their order; if there are many, those with the lowest accuracy first."""
+    if len(evaluation.per_class) <= MOST_CLASSES:
+        return evaluation.per_class
+    return sorted(evaluation.per_class, key=lambda one: one.correct / one.total if one.total else 1.0)
+
+
 def _describe_mistakes(run: RunFolder, val: EvaluationResult) -> dict[str, Any]:
     """Return the mistakes and the labels that may be wrong, with their thumbnails."""
     names = [one.name for one in val.per_class]
@@ -254,14 +266,12 @@ def _describe_mistakes(run: RunFolder, val: EvaluationResult) -> dict[str, Any]:
     if predictions is None or not {"confidence", "loss"} <= set(predictions.column_names):
         return {"mistakes": []}
     wrong = find_mistakes(predictions, most=None)
-    # Of very many only those with a thumbnail; runs of earlier versions have none.
-    mistakes = wrong[np.isin(wrong, list(thumbnails))] if thumbnails else wrong
     labels = {name: label for label, name in enumerate(names)}
     suspects = find_suspects(predictions)
     return {
         "classes": names,
         "wrong": len(wrong),
-        "mistakes": _list_rows(predictions, mistakes, labels, "loss"),
+        "mistakes": _list_rows(predictions, wrong[:_MOST_MISTAKES], labels, "loss"),
         "suspects": _list_rows(predictions, suspects, labels, "mean_loss"),
         "images": {str(row): base64.b64encode(content).decode() for row, content in thumbnails.items()},
     }

@@ -7,7 +7,7 @@ from trainer.config.config import TrainConfig
 from trainer.record.epoch_row import Metrics
 from trainer.runtime import storage
 from trainer.runtime.errors import RecordError
-from trainer.runtime.markdown import format_count
+from trainer.runtime.markdown import format_count, format_loss
 from trainer.runtime.record_format import Record
 
 # The options that determine the candidates.
@@ -52,5 +52,6 @@ def describe_trials(history: Sequence[Metrics]) -> str:
             losses.setdefault(row["augmentation"], []).append(row["val_loss"])
     best_first = sorted(losses, key=lambda name: (-len(losses[name]), losses[name][-1]))
     return ", ".join(
-        f"{name} {losses[name][-1]:.3f} after {format_count(len(losses[name]), 'epoch')}" for name in best_first
+        f"{name} {format_loss(losses[name][-1], 3)} after {format_count(len(losses[name]), 'epoch')}"
+        for name in best_first
     )

@@ -1,11 +1,15 @@
 """The metrics of an epoch, a row of ``metrics.parquet`` and of a checkpoint's history, and the order of these rows."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 Metrics = dict[str, Any]
 """The metrics of one epoch by name: numbers, and the names of what was done."""
+
+# In nats. That of guessing among 1,000 classes is 6.9; only a network that diverges for a while exceeds this.
+_LARGEST_LOSS = 50.0
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,8 @@ def main_path(history: Sequence[Metrics]) -> list[Metrics]:
 def complete_row(metrics: Metrics) -> Metrics:
     """Return a row of metrics of an earlier version with NaN for the noise scale, which it did not measure."""
     return {"noise_scale": float("nan"), **metrics}
+
+
+def has_spike(losses: Iterable[float]) -> bool:
+    """Return whether one of some losses is so high that the others would look alike beside it."""
+    return any(_LARGEST_LOSS < loss < math.inf for loss in losses)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from trainer.record.epoch_row import Metrics
-from trainer.runtime.markdown import MOST_CLASSES, format_count
+from trainer.runtime.markdown import MOST_CLASSES, format_count, format_loss
 from trainer.runtime.record_format import Record
 
 _CALIBRATION_BINS = 15
@@ -70,7 +70,7 @@ class LateEpochs(BaseModel):
     def __str__(self) -> str:
         low, high = self.accuracy_interval
         return (
-            f"mean of the last {format_count(self.epochs, 'epoch')}: loss: {self.loss:.4f} - accuracy: "
+            f"mean of the last {format_count(self.epochs, 'epoch')}: loss: {format_loss(self.loss)} - accuracy: "
             f"{self.accuracy:.4f} (95% interval {low:.3f}-{high:.3f})"
         )
 
@@ -158,7 +158,7 @@ class EvaluationResult(Record):
         return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_LISTED]
 
     def __str__(self) -> str:
-        return f"loss: {self.loss:.4f} - {describe_accuracy(self.correct, self.total)}"
+        return f"loss: {format_loss(self.loss)} - {describe_accuracy(self.correct, self.total)}"
 
 
 def _divide(count: int, total: int) -> float:

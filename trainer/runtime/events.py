@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.runtime.markdown import format_count
+from trainer.runtime.markdown import format_count, format_loss
 
 _MOST_CHARACTERS = 8
 
@@ -315,8 +315,9 @@ class EpochFinished:
     def __str__(self) -> str:
         row = self.row
         return (
-            f"epoch {row['epoch']:.0f}/{self.epochs} - loss: {row['loss']:.4f} - accuracy: {row['accuracy']:.4f} - "
-            f"val_loss: {row['val_loss']:.4f} - val_accuracy: {row['val_accuracy']:.4f} - "
+            f"epoch {row['epoch']:.0f}/{self.epochs} - "
+            f"loss: {format_loss(row['loss'])} - accuracy: {row['accuracy']:.4f} - "
+            f"val_loss: {format_loss(row['val_loss'])} - val_accuracy: {row['val_accuracy']:.4f} - "
             f"learning_rate: {row['learning_rate']:.2e} - {row['images_per_second']:.0f} images/s - "
             f"{row['epoch_seconds']:.1f} s - {row['stage']}, augmentation: {row['augmentation']}"
         )
@@ -327,9 +328,9 @@ class EpochFinished:
         row = self.row
         seconds = row["epoch_seconds"]
         return (
-            f"epoch {row['epoch']:.0f}/{self.epochs}  loss {row['loss']:.4f}  acc {row['accuracy']:.4f}  "
-            f"val {row['val_loss']:.4f} / {row['val_accuracy']:.4f}  {seconds:.{0 if seconds >= 100 else 1}f} s  "
-            f"{row['stage']}"
+            f"epoch {row['epoch']:.0f}/{self.epochs}  loss {format_loss(row['loss'])}  acc {row['accuracy']:.4f}  "
+            f"val {format_loss(row['val_loss'])} / {row['val_accuracy']:.4f}  "
+            f"{seconds:.{0 if seconds >= 100 else 1}f} s  {row['stage']}"
         )
 
 

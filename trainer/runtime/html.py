@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from trainer.runtime import storage
+from trainer.runtime.markdown import format_loss, shorten_name
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -69,6 +70,7 @@ def _load_environment() -> "Environment":
         lstrip_blocks=True,
     )
     environment.globals["asset"] = _read_asset
+    environment.filters |= {"loss": format_loss, "short": shorten_name}
     return environment
 
 

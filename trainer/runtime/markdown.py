@@ -1,4 +1,4 @@
-"""Pieces of the text of notes, cards and messages: Markdown tables, counts and fingerprints."""
+"""Pieces of the text of notes, cards and messages: Markdown tables, counts, losses and fingerprints."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 MOST_CLASSES = 50
 
 _DIGEST_DIGITS = 12
+_LONGEST_NAME = 24
+# A run that diverges reaches 1e27, which takes a line of its own.
+_LARGEST_LOSS = 1e5
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -22,6 +25,20 @@ def format_count(number: float, noun: str) -> str:
     """Return a number and what it counts, such as ``1 run``, ``2 runs`` or ``2 classes``."""
     ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "sh", "tch")) else "s"
     return f"{number:g} {noun}{ending}" if isinstance(number, float) else f"{number} {noun}{ending}"
+
+
+def format_loss(loss: float, digits: int = 4) -> str:
+    """Return a loss with some decimals, or with as many digits if it is so large that its unit is no information."""
+    return f"{loss:.{digits}f}" if abs(loss) < _LARGEST_LOSS else f"{loss:.{digits}g}"
+
+
+def shorten_name(name: str) -> str:
+    """Return a name without line breaks and, if it is long, without its middle: names often differ at their ends."""
+    name = " ".join(name.split())
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{name[:half]}…{name[1 - half :]}"
 
 
 def shorten_digest(digest: str) -> str:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.options import format_value
-from trainer.notes.plots import COLOURS
+from trainer.notes.plots import COLOURS, GUIDE_COLOUR, set_loss_scale
 from trainer.record.evaluation_result import accuracy_interval
 from trainer.study.analysis import BestOf, Importance, best_of_k, find_best
 from trainer.study.file import Choice, Parameter, Range, Study
@@ -67,7 +67,7 @@ def draw_isolation(study: Study, groups: Mapping[str, Sequence[BestOf]]) -> Figu
         axes.set_xticks(range(len(names)), names, fontsize=8, parse_math=False)
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set(xlabel=f"{label} (trials)", ylabel=f"best {study.objective}")
-        axes.grid(axis="y", color="0.9")
+        axes.grid(axis="y", color=GUIDE_COLOUR)
     return figure
 
 
@@ -114,6 +114,8 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
             epochs = [row["epoch"] for row in history]
             axes.plot(epochs, [row[name] for row in history], color=colour, linestyle="--", linewidth=0.9)
             axes.plot(epochs, [row[f"val_{name}"] for row in history], color=colour, marker=".", label=run)
+        if name == "loss":
+            set_loss_scale(axes, [row for history in histories.values() for row in history])
         axes.set(xlabel="epoch", ylabel=f"{name} (dashed: train)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
@@ -132,7 +134,7 @@ def _set_range(axes: Axes, domain: Range) -> None:
         if isinstance(domain.low, int) and isinstance(domain.high, int):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for end in (domain.low, domain.high):
-        axes.axvline(end, color="0.8", linestyle=":")
+        axes.axvline(end, color=GUIDE_COLOUR, linestyle=":")
 
 
 def _place(parameter: Parameter, trial: Trial) -> float:

@@ -50,6 +50,7 @@ from trainer.runtime.events import (
     WeightsTransferred,
     ignore_event,
 )
+from trainer.runtime.markdown import format_loss
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
 from trainer.training.batches import make_batch
 from trainer.training.dataset import (
@@ -476,7 +477,7 @@ class _Training:
         rows = np.concatenate([np.asarray(one) for one in stats[-_SHOWN_STEPS - 1 : -1] or stats])
         loss = rows[-_SHOWN_STEPS:, STEP_LOSS].mean()
         at_most = "at most " if config.patience else ""
-        detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {loss:.4f}"
+        detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {format_loss(loss)}"
         return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
 
     def _check_finite(self, stats: list[Any], taken: int) -> None:

@@ -73,5 +73,8 @@ function drawChart(place, title, unit, lines, logarithmic = false) {
   charts.push(chart);
   new ResizeObserver(() => { if (chart.width !== width()) chart.setSize({width: width(), height: 240}); }).observe(figure);
 }
-const recolor = () => charts.forEach(chart => chart.redraw(false, true));
+const recolor = () => charts.forEach(chart => {
+  chart.redraw(false, true);
+  chart.root.querySelectorAll(".u-marker").forEach((marker, i) => { if (i) marker.style.borderColor = chart.series[i].stroke(chart, i); });
+});
 for (const media of ["print", "(prefers-color-scheme: dark)"]) matchMedia(media).addEventListener("change", recolor);

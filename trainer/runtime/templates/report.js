@@ -52,7 +52,7 @@ function showChosen() {
   for (const [title, name] of [["validation loss", "val_loss"], ["validation accuracy", "val_accuracy"]]) {
     const lines = chosen.filter(run => run.epochs.length).map((run, i) => (
       {name: run.name, x: run.epochs, y: run[name], color: `--c${i % 7}`, dashed: i >= 7, best: run.best}));
-    if (lines.length) drawChart(place, title, "epoch", lines);
+    if (lines.length) drawChart(place, title, "epoch", lines, name === "val_loss" && chosen.some(run => run.spike));
   }
   document.getElementById("verdicts").replaceChildren(
     ...chosen.slice(1).map(run => make("p", {textContent: `${chosen[0].name} and ${run.name}: ${compare(chosen[0], run)}`})));

@@ -10,13 +10,15 @@ const pictureOf = ([row, path, label, predicted, confidence, loss]) => make("fig
     ...(path ? [make("br"), path] : [])));
 
 const label = document.getElementById("label"), predicted = document.getElementById("predicted");
-const cells = [...document.querySelectorAll("#confusion button")];
+const cells = [...document.querySelectorAll("button[data-label]")];
 let most = MOST;
 function showMistakes() {
   const wanted = data.mistakes.filter(one => (label.value === "" || one[2] === Number(label.value)) && (predicted.value === "" || one[3] === Number(predicted.value)));
   document.querySelector("#mistakes .pictures").replaceChildren(...wanted.slice(0, most).map(pictureOf));
-  const of = data.mistakes.length < data.wrong ? `${data.mistakes.length} of ${data.wrong} mistakes, those with the highest loss` : `${data.wrong} mistakes`;
-  document.getElementById("shown").textContent = `${wanted.length} of ${of}, the highest loss first`;
+  const notes = [`${wanted.length} of ${data.mistakes.length} mistakes, the highest loss first`];
+  if (data.mistakes.length < data.wrong) notes.push(`${data.wrong - data.mistakes.length} more are in predictions.parquet`);
+  if (wanted.some(([row]) => data.images[row]) && wanted.some(([row]) => !data.images[row])) notes.push("only those with the highest loss have pictures");
+  document.getElementById("shown").textContent = notes.join("; ");
   document.getElementById("more").hidden = wanted.length <= most;
   cells.forEach(cell => cell.setAttribute("aria-pressed", cell.dataset.label === label.value && cell.dataset.predicted === predicted.value));
 }

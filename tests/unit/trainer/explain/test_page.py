@@ -56,7 +56,9 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
     titles = re.findall(r"<h2>(.*)</h2>", explanation.page)
     assert titles[0] == "Do the maps mean anything?"
     for title, one in zip(titles[1:3], images, strict=True):
-        assert re.fullmatch(rf"{one.name}: (cat|dog|eel) \(confidence 0\.\d\d\), true class {one.label}", title)
+        assert re.fullmatch(
+            rf"{one.name}: predicted (cat|dog|eel) \(confidence 0\.\d\d\), true class {one.label}", title
+        )
     assert set(re.findall(r'src="(.{10})', explanation.page)) == {"data:image"}
     assert "grad_cam reads the layer " in explanation.page
     assert "To test that, the quarter of an image that a method marks is blanked" in explanation.page

@@ -198,6 +198,14 @@ def test_batch_sizes_are_drawn_with_their_speed_and_memory():
     assert of_memory.get_ylabel() == "GiB per worker"
 
 
+@pytest.mark.parametrize(("loss", "scale"), [(6.9, "linear"), (4.8e12, "log")])
+def test_a_loss_that_would_flatten_the_others_has_a_logarithmic_axis(loss, scale):
+    history = make_history(3)
+    history[1]["val_loss"] = loss
+    of_loss, of_accuracy, _ = draw_curves(history, 1).axes
+    assert (of_loss.get_yscale(), of_accuracy.get_yscale()) == (scale, "linear")
+
+
 def test_a_run_without_mistakes_says_so_in_an_empty_picture(run):
     write_mistakes(run, np.zeros((0, 8, 8, 3), np.uint8), predictions([0, 0], [0.1, 0.1]))
     assert read_picture(run, "mistakes.png").size[0] >= 400

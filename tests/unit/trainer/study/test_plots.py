@@ -1,10 +1,12 @@
 """Pictures of a study, also of one that has just started."""
 
+import re
 import warnings
 
 import pytest
 
 from tests.unit.trainer.study.test_analysis import STUDY, trial
+from trainer.notes.plots import to_svg
 from trainer.record.evaluation_result import accuracy_interval
 from trainer.study.analysis import Importance, isolate
 from trainer.study.plots import draw_axes, draw_best_of_k, draw_curves, draw_importance, draw_isolation
@@ -51,6 +53,16 @@ def test_the_best_of_each_value_stands_over_its_name_and_number_of_trials():
     assert points_of(axes.lines[0]) == [(0, 0.75), (1, 0.8)]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["sgd\n(3)", "adamw\n(1)"]
     assert axes.get_ylabel() == "best val_accuracy"
+
+
+def test_every_color_of_a_picture_is_one_of_its_page():
+    figures = (
+        draw_axes(STUDY, TRIALS),
+        draw_isolation(STUDY, {"optimizer": isolate(STUDY, STUDY.parameters[0], TRIALS)}),
+    )
+    colors = {color for figure in figures for color in re.findall(r"(?:fill|stroke): ([^;\"]+)", to_svg(figure))}
+    # Red crosses are seen on light and on dark.
+    assert {one for one in colors if not one.startswith("var(--")} == {"currentColor", "none", "#ff0000"}
 
 
 def test_the_best_of_k_never_falls_and_ends_at_the_best():
