@@ -54,14 +54,13 @@ class Outcome:
 
 def write_source(folder: Path, rows: int) -> None:
     """Write a folder of class folders; the files of a class are links to its first one."""
-    for row in range(rows):
-        class_folder = folder / f"{row * _CLASSES // rows:04d}"
-        path, first = class_folder / f"{row:08d}.jpg", class_folder / "first.jpg"
-        if first.exists():
-            os.link(first, path)
-        else:
-            class_folder.mkdir(parents=True)
-            first.touch()
+    for label in range(_CLASSES):
+        class_folder = folder / f"{label:04d}"
+        class_folder.mkdir(parents=True)
+        first = class_folder / "first.jpg"
+        first.touch()
+        for row in range(1, rows // _CLASSES):
+            os.link(first, f"{class_folder}/{row:08d}.jpg")
 
 
 def make_images(rows: int) -> pa.Table:

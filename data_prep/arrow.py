@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from data_prep.listing import Listing
 from data_prep.names import split_alluded_to, split_of_file, suffix_of
-from data_prep.parquet import Place, add_rows, check_columns, image_column, label_column
+from data_prep.parquet import add_rows, check_columns, image_column, label_column
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
@@ -30,22 +30,24 @@ def find_in_arrow(root: str, path: str, listing: Listing, labelled: bool) -> Non
         pyarrow.ArrowInvalid: the file is damaged.
     """
     if suffix_of(path) != SUFFIX:
-        listing.ignore(path, "not_an_arrow_file")
+        listing.ignore_one(path, "not_an_arrow_file")
         return
     uri = storage.join(root, path)
     content = storage.map_file(uri)
     schema, batches = _open(content)
     check_columns(uri, schema, labelled)
     images_in, labels_in = image_column(schema), label_column(schema)
-    labels: list[object] = []
-    splits: list[object] = []
-    places: list[Place | None] = []
-    of_file = split_of_file(path) or split_alluded_to(storage.basename(path).removesuffix(SUFFIX))
+    split = pa.scalar(split_of_file(path) or split_alluded_to(storage.basename(path).removesuffix(SUFFIX)), pa.string())
+    columns: dict[str, list[pa.Array]] = {"label": [], "split": [], "offset": [], "bytes": []}
     for batch in batches:
-        places += _find_places(uri, batch.column(images_in), content)
-        labels += batch.column(labels_in).to_pylist() if labels_in else [None] * len(batch)
-        splits += batch.column("split").to_pylist() if "split" in schema.names else [of_file] * len(batch)
-    add_rows(uri, path, schema, labels, splits, places, listing, labelled)
+        offsets, sizes = _find_places(uri, batch.column(images_in), content)
+        labels = batch.column(labels_in) if labels_in else pa.nulls(len(batch), pa.string())
+        splits = batch.column("split") if "split" in schema.names else pa.repeat(split, len(batch))
+        for name, array in zip(columns, (labels, splits, offsets, sizes), strict=True):
+            columns[name].append(array)
+    if columns["label"]:
+        rows = pa.table({name: pa.chunked_array(arrays) for name, arrays in columns.items()})
+        add_rows(uri, path, schema, rows, listing, labelled)
 
 
 def _open(content: pa.Buffer) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -56,20 +58,18 @@ def _open(content: pa.Buffer) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     return file.schema, map(file.get_batch, range(file.num_record_batches))
 
 
-def _find_places(uri: str, column: pa.Array, content: pa.Buffer) -> list[Place | None]:
-    """Return where in a file the bytes of each image are; None for those that are not in it."""
+def _find_places(uri: str, column: pa.Array, content: pa.Buffer) -> tuple[pa.Array, pa.Array]:
+    """Return where in a file the bytes of each image start and how many there are; null for those not in it."""
     array = column.field("bytes") if pa.types.is_struct(column.type) else column
     if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
         raise InputError(f"{uri}: the column of images holds {array.type}; required are the bytes of image files")
     _, offsets, data = array.buffers()
     if data is None:
-        return [None] * len(array)
+        return pa.nulls(len(array), pa.int64()), pa.nulls(len(array), pa.int64())
     first = data.address - content.address
     if not 0 <= first <= content.size:
         raise InputError(f"{uri} is compressed; write it without compression, or as Parquet")
     kind = np.int32 if pa.types.is_binary(array.type) else np.int64
-    ends = np.frombuffer(offsets, kind)[array.offset : array.offset + len(array) + 1].tolist()
-    return [
-        Place(first + start, end - start) if valid else None
-        for start, end, valid in zip(ends, ends[1:], array.is_valid().to_pylist(), strict=False)
-    ]
+    ends = np.frombuffer(offsets, kind)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    is_elsewhere = array.is_null().to_numpy(zero_copy_only=False)
+    return pa.array(first + ends[:-1], mask=is_elsewhere), pa.array(np.diff(ends), mask=is_elsewhere)

@@ -8,8 +8,8 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data_prep.columns import Splits, as_words, binary_array, name_splits
-from data_prep.manifest import SPLITS, DuplicateRule
+from data_prep.columns import Splits, as_words, name_splits
+from data_prep.manifest import SPLITS, DuplicateRule, binary_array
 
 _HASH_SIDE = 16
 HASH_BYTES = _HASH_SIDE * _HASH_SIDE // 8

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.card import write_card
-from data_prep.columns import NO_SPLIT, TRAIN, VAL, Splits, binary_array, name_splits, parse_splits
+from data_prep.columns import NO_SPLIT, TRAIN, VAL, Splits, count_values, name_splits, parse_splits
 from data_prep.duplicates import group_duplicates, list_duplicates
 from data_prep.manifest import (
     DUPLICATES_NAME,
@@ -23,6 +22,7 @@ from data_prep.manifest import (
     DuplicateRule,
     Manifest,
     Split,
+    binary_array,
 )
 from data_prep.splits import assign_splits, least_class_size
 from trainer.runtime import storage
@@ -119,7 +119,7 @@ def write_index(
             for number, split in enumerate(SPLITS)
         },
         tables=digests,
-        rejected=dict(Counter(rejected["reason"].to_pylist()).most_common()),
+        rejected=dict(count_values(rejected["reason"]).most_common()),
         duplicate_images=len(duplicates),
         leaked_images=pc.sum(duplicates["leaks"]).as_py() or 0,
         pixel_mean=mean,

@@ -1,104 +1,100 @@
 """The listing of a source, whatever its format: the images in it, and the files that are not images."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data_prep.manifest import SplitName
+from data_prep.columns import filter_rows
 
-# Rows that are Python objects until they become a batch of columns.
-_ROWS_PER_BATCH = 2**14
-_FOUND_SCHEMA = pa.schema(
+FOUND_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),
-        ("class", pa.int32()),  # an index into the class names in the order of their first image, or null
-        ("split", pa.string()),
-        ("container", pa.string()),
+        ("path", pa.string()),  # identifies the image within the source
+        ("class_name", pa.string()),  # null if it has none
+        ("split", pa.string()),  # null if the source does not give it
+        ("container", pa.string()),  # see `data_prep.sources.IMAGES_SCHEMA`
         ("offset", pa.int64()),
         ("bytes", pa.int64()),
     ]
 )
-
-
-@dataclass(slots=True)
-class FoundImage:
-    """One image of a source, before all classes are known and labels can be numbered."""
-
-    path: str
-    class_name: str | None
-    split: SplitName | None = None
-    container: str | None = None
-    offset: int = 0
-    bytes: int = 0
-
-    @property
-    def name_in_container(self) -> str:
-        """Name of the member of a tar; the path of an image outside of one."""
-        return self.path if self.container is None else self.path.removeprefix(f"{self.container}#")
-
-
-class FoundImages:
-    """Images as columns: as Python objects, millions of them would take gigabytes."""
-
-    def __init__(self) -> None:
-        self._classes: dict[str, int] = {}
-        self._rows: list[tuple[object, ...]] = []
-        self._batches: list[pa.RecordBatch] = []
-
-    @property
-    def class_names(self) -> list[str]:
-        """The class names in the order of their first image."""
-        return list(self._classes)
-
-    def append(self, image: FoundImage) -> None:
-        """Add an image."""
-        name = image.class_name
-        number = None if name is None else self._classes.setdefault(name, len(self._classes))
-        self._rows.append((image.path, number, image.split, image.container, image.offset, image.bytes))
-        if len(self._rows) == _ROWS_PER_BATCH:
-            self._pack()
-
-    def to_table(self) -> pa.Table:
-        """Return path, class (int32, an index into class_names, or null), split, container, offset and bytes."""
-        if self._rows:
-            self._pack()
-        return pa.Table.from_batches(self._batches, _FOUND_SCHEMA)
-
-    def _pack(self) -> None:
-        columns = zip(*self._rows, strict=True)
-        arrays = [pa.array(column, one.type) for column, one in zip(columns, _FOUND_SCHEMA, strict=True)]
-        self._batches.append(pa.record_batch(arrays, schema=_FOUND_SCHEMA))
-        self._rows.clear()
+FILES_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # as `in_text` writes it
+        ("is_text", pa.bool_()),  # whether it is UTF-8: no table can store another, as of some old zip files
+        ("bytes", pa.int64()),
+    ]
+)
+IGNORED_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("reason", pa.string()),  # null for a label without an image, which belongs to its class only
+        ("class_name", pa.string()),  # null if it is not in the folder of a class
+    ]
+)
 
 
 @dataclass
 class Listing:
-    """The images and the other files found in a source so far."""
+    """The images and the other files found in a source so far, as columns."""
 
-    found: FoundImages = field(default_factory=FoundImages)
-    ignored: dict[str, str] = field(default_factory=dict)
-    """Files that are not images: the reason by path."""
-    ignored_of_class: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Paths of the ignored files that are in the folder of a class, by class."""
     declared_classes: list[str] = field(default_factory=list)
     """Class names in the order in which the source declares them; empty if it declares none."""
     left_behind: Counter[str] = field(default_factory=Counter)
     """Number of files that an operating system or another program left in the source, by kind."""
+    _found: list[pa.Table] = field(default_factory=list)
+    _ignored: list[pa.Table] = field(default_factory=list)
 
-    def add(self, image: FoundImage) -> None:
-        """Add an image, unless its path is not UTF-8, as in some old zip files: Parquet cannot store such a path."""
-        if in_text(image.path) == image.path:
-            self.found.append(image)
-        else:
-            self.ignore(image.path, "name_is_not_utf8", image.class_name)
+    @property
+    def found(self) -> pa.Table:
+        """All images: FOUND_SCHEMA."""
+        return pa.concat_tables([FOUND_SCHEMA.empty_table(), *self._found])
 
-    def ignore(self, path: str, reason: str, class_name: str | None = None) -> None:
-        """Add a file that is not an image, judging by its place or name."""
-        path = in_text(path)
-        self.ignored[path] = reason
-        if class_name is not None:
-            self.ignored_of_class[class_name].append(path)
+    @property
+    def ignored(self) -> pa.Table:
+        """All files that are not images: path, reason and, of those in the folder of a class, class_name."""
+        return pa.concat_tables([IGNORED_SCHEMA.empty_table(), *self._ignored])
+
+    def declare(self, class_names: list[str]) -> None:
+        """Add declared classes."""
+        self.declared_classes += [name for name in class_names if name not in self.declared_classes]
+
+    def add(self, images: pa.Table) -> None:
+        """Add images: path, class_name, what else is known of FOUND_SCHEMA, and is_text if some paths may not be."""
+        if "is_text" in images.column_names:
+            unknown = images.filter(pc.invert(images["is_text"]))
+            self.ignore(unknown["path"], "name_is_not_utf8", unknown["class_name"])
+            images = filter_rows(images, images["is_text"])
+        self._found.append(fill_columns(**{name: images[name] for name in images.column_names}))
+
+    def ignore(self, paths: pa.ChunkedArray, reason: str, class_names: pa.ChunkedArray | None = None) -> None:
+        """Add files that are not images, judging by their place or name."""
+        names = pa.nulls(len(paths), pa.string()) if class_names is None else class_names
+        self.add_ignored(pa.table([paths, pa.repeat(reason, len(paths)), names], IGNORED_SCHEMA.names))
+
+    def ignore_one(self, path: str, reason: str) -> None:
+        """Add one of a few files that are not images."""
+        self.ignore(pa.chunked_array([[path]]), reason)
+
+    def add_ignored(self, files: pa.Table) -> None:
+        """Add files that are not images: IGNORED_SCHEMA."""
+        self._ignored.append(files.cast(IGNORED_SCHEMA))
+
+
+def fill_columns(**columns: Any) -> pa.Table:
+    """Return images: FOUND_SCHEMA with some of its columns, or one value for all rows, and the others empty.
+
+    Args:
+        **columns: path, which must be a column, and others by their names; those of other names are left out.
+    """
+    rows = len(columns["path"])
+    arrays = []
+    for one in FOUND_SCHEMA:
+        value = columns.get(one.name, 0 if one.type == pa.int64() else None)
+        is_column = isinstance(value, pa.Array | pa.ChunkedArray)
+        arrays.append(value if is_column else pa.repeat(pa.scalar(value, one.type), rows))
+    return pa.table(arrays, FOUND_SCHEMA.names).cast(FOUND_SCHEMA)
 
 
 def in_text(name: str) -> str:

@@ -207,6 +207,14 @@ def read_index(dataset: str, manifest: Manifest, columns: list[str] | None = Non
     return pq.read_table(pa.BufferReader(content), columns=columns)
 
 
+def binary_array(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """Return a column of binary values of one length as uint8 ``[rows, length]``."""
+    array = column.combine_chunks()
+    length = array.type.byte_width
+    content = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * length : (array.offset + len(array)) * length]
+    return content.reshape(-1, length)
+
+
 def check_digest(uri: str, found: str, expected: str) -> None:
     """Raise InputError if the checksum of a file is not that of the manifest."""
     if found != expected:

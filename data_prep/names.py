@@ -83,12 +83,19 @@ def image_suffixes() -> set[str]:
 
 def left_behind_as(path: str) -> str:
     """Return the kind of a file left behind by a system, such as ``Thumbs.db`` or ``hidden``; empty for other files."""
-    for part in parts_of(path):
-        if part.lower() in _LEFT_BEHIND or part == ".DS_Store":
-            return part
-        if part.startswith("."):
-            return "hidden"
-    return ""
+    folder, _, name = path.rpartition("/")
+    return (_folder_left_behind_as(folder) if folder else "") or _name_left_behind_as(name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _folder_left_behind_as(folder: str) -> str:
+    return next((kind for part in parts_of(folder) if (kind := _name_left_behind_as(part))), "")
+
+
+def _name_left_behind_as(name: str) -> str:
+    if name.lower() in _LEFT_BEHIND or name == ".DS_Store":
+        return name
+    return "hidden" if name.startswith(".") else ""
 
 
 def is_plainly_other(path: str) -> bool:

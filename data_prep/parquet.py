@@ -1,14 +1,16 @@
 """Find images in the rows of Parquet files, such as those on the Hugging Face Hub."""
 
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.listing import FoundImage, Listing
-from data_prep.names import name_declared, parse_split, split_of_file, suffix_of, to_class_name, to_class_names
+from data_prep.labels import find_first, name_classes, name_splits_given
+from data_prep.listing import Listing, fill_columns
+from data_prep.names import split_of_file, suffix_of, to_class_name
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
 
@@ -27,29 +29,23 @@ def find_in_parquet(root: str, path: str, listing: Listing, labelled: bool) -> N
         InputError: labels are missing or cannot be read.
     """
     if suffix_of(path) != ".parquet":
-        listing.ignore(path, "not_a_parquet_file")
+        listing.ignore_one(path, "not_a_parquet_file")
         return
     uri = storage.join(root, path)
     schema = storage.read_parquet_schema(uri)
     check_columns(uri, schema, labelled)
     labels_in = label_column(schema)
-    columns = [name for name in (labels_in, "split") if name in schema.names]
     with storage.open_file(uri) as file:
-        rows = pq.read_table(file, columns=columns)
+        given = pq.read_table(file, columns=[name for name in (labels_in, "split") if name in schema.names])
         num_rows = pq.ParquetFile(file).metadata.num_rows
-    labels = rows[labels_in].to_pylist() if labels_in else [None] * num_rows
-    splits = rows["split"].to_pylist() if "split" in columns else [split_of_file(path)] * num_rows
-    places = [Place(row, 0) for row in range(num_rows)]
-    add_rows(uri, path, schema, labels, splits, places, listing, labelled)
-
-
-class Place(NamedTuple):
-    """Where a file holds an image."""
-
-    offset: int
-    """Number of the first byte, or of the row in a Parquet file."""
-    bytes: int
-    """Size; 0 in a Parquet file."""
+    no_label, split = pa.nulls(num_rows, pa.string()), pa.repeat(pa.scalar(split_of_file(path), pa.string()), num_rows)
+    columns = {
+        "label": given[labels_in] if labels_in else no_label,
+        "split": given["split"] if "split" in schema.names else split,
+        "offset": np.arange(num_rows),
+        "bytes": np.zeros(num_rows, np.int64),
+    }
+    add_rows(uri, path, schema, pa.table(columns), listing, labelled)
 
 
 def check_columns(uri: str, schema: pa.Schema, labelled: bool) -> None:
@@ -60,25 +56,15 @@ def check_columns(uri: str, schema: pa.Schema, labelled: bool) -> None:
         )
 
 
-def add_rows(
-    uri: str,
-    path: str,
-    schema: pa.Schema,
-    labels: Sequence[Any],
-    splits: Sequence[Any],
-    places: Sequence[Place | None],
-    listing: Listing,
-    labelled: bool,
-) -> None:
+def add_rows(uri: str, path: str, schema: pa.Schema, rows: pa.Table, listing: Listing, labelled: bool) -> None:
     """Add the rows of a file to a listing.
 
     Args:
         uri: URI of the file, for messages.
         path: path of the file in the source.
         schema: its schema, which can declare the names of the classes.
-        labels: label of each row, or None.
-        splits: split of each row as it is given, or None.
-        places: place of each image; None for one that the file does not hold.
+        rows: label, split as it is given, and where the image is: offset, which is null for one that the file does not
+            hold, and bytes; see `data_prep.sources.IMAGES_SCHEMA`.
         listing: what to add to.
         labelled: whether every image must have a label.
 
@@ -86,18 +72,23 @@ def add_rows(
         InputError: a label is missing or unknown, or a split is unknown.
     """
     declared = declared_classes(schema)
-    class_names = name_declared(uri, declared, labels) if declared else to_class_names(labels)
-    listing.declared_classes += [name for name in declared if name not in listing.declared_classes]
-    for row, (class_name, split, place) in enumerate(zip(class_names, splits, places, strict=True)):
-        name = f"{path}#{row:08d}"
-        if place is None:
-            listing.ignore(name, "bytes_are_elsewhere", class_name)
-        elif labelled and class_name is None and declared:
-            listing.ignore(name, "no_label")
-        elif labelled and class_name is None:
-            raise InputError(f"{path}, row {row} has no label; add it")
-        else:
-            listing.add(FoundImage(name, class_name, parse_split(path, row, split), path, *place))
+    listing.declare(declared)
+    class_names = name_classes(uri, rows["label"], declared)
+    splits = name_splits_given(path, rows["split"])
+    names = pa.chunked_array([pa.array((f"{path}#{row:08d}" for row in range(len(rows))), pa.string())])
+    images = fill_columns(
+        path=names, class_name=class_names, split=splits, container=path, offset=rows["offset"], bytes=rows["bytes"]
+    )
+    is_here = rows["offset"].is_valid()
+    has_none = pc.and_(is_here, class_names.is_null())
+    if labelled and not declared and (row := find_first(has_none)) is not None:
+        raise InputError(f"{path}, row {row} has no label; add it")
+    elsewhere = images.filter(pc.invert(is_here))
+    listing.ignore(elsewhere["path"], "bytes_are_elsewhere", elsewhere["class_name"])
+    if labelled:
+        listing.ignore(images["path"].filter(has_none), "no_label")
+        is_here = pc.and_(is_here, pc.invert(has_none))
+    listing.add(images.filter(is_here))
 
 
 def image_column(schema: pa.Schema) -> str | None:

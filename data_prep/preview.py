@@ -1,11 +1,11 @@
 """Say what a source holds and what a preparation would do with it, from its listing and a few of its images."""
 
 from collections import Counter
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.columns import count_values
 from data_prep.contents import read_contents
 from data_prep.formats import RejectedImageError, open_image
 from data_prep.manifest import SPLITS
@@ -56,29 +56,25 @@ def preview_source(found: Source, config: PrepareConfig) -> list[str]:
         f"sizes     {_count_most(sizes)}{of_looked_at}, each becomes {size}x{size} ({config.resize})",
         f"channels  {_count_most(kinds)}{of_looked_at}, each becomes {'gray' if config.channels == 1 else 'color'}",
         *(f"sample    {path}: {name}" for path, name in _choose_samples(found)),
-        f"left out  {_count_most(_count_values(found.ignored['reason'])) or 'nothing, judging by names'}",
+        f"left out  {_count_most(count_values(found.ignored['reason'])) or 'nothing, judging by names'}",
         f"          {_count_most(rejected) or 'nothing'}{of_looked_at}",
         f"dataset   about {megabytes:,.0f} MB of pixels",
     ]
 
 
 def _count_classes(found: Source) -> str:
-    counts = _count_values(found.images["label"])
+    counts = count_values(found.images["label"])
     return name_some([f"{name} {counts[label]}" for label, name in enumerate(found.class_names)])
 
 
 def _describe_splits(images: pa.Table, config: PrepareConfig) -> str:
-    counts = _count_values(images["split"])
+    counts = count_values(images["split"])
     given = [f"{split} {counts[split]}" for split in SPLITS if counts[split]]
     if not given:
         return f"none in the source: {config.val_fraction:g} of each class become val, {config.test_fraction:g} test"
     if counts["val"]:
         return f"those of the source: {', '.join(given)}"
     return f"those of the source: {', '.join(given)}; {config.val_fraction:g} of each class become val"
-
-
-def _count_values(column: pa.ChunkedArray) -> Counter[Any]:
-    return Counter({one["values"]: one["counts"] for one in column.value_counts().to_pylist()})
 
 
 def _count_most(counts: Counter[str]) -> str:

@@ -31,14 +31,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.arrow import find_in_arrow
-from data_prep.folders import find_in_folders
-from data_prep.listing import FoundImage, Listing, in_text
+from data_prep.columns import Rows, count_values, iterate_rows, map_column, map_endings
+from data_prep.folders import find_in_folders, number_folders
+from data_prep.listing import FILES_SCHEMA, Listing, in_text
 from data_prep.names import (
+    MOST_NAMED,
     count_suffixes,
     image_suffixes,
     left_behind_as,
     name_some,
-    parts_of,
     sort_class_names,
     suffix_of,
 )
@@ -99,45 +100,30 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
         InputError: the source is empty or of an unsupported format; it has fewer than two classes, or a class without
             images; or a split has a class that train does not have.
     """
-    root, visible = _list_files(storage.resolve_uri(source))
-    kinds = {path: kind for path in visible if (kind := left_behind_as(path))}
-    listing = Listing(left_behind=Counter(kinds.values()))
-    for path in kinds:
-        del visible[path]
-    if not visible:
+    listing = Listing()
+    root, files = _list_files(storage.resolve_uri(source), listing)
+    if not len(files):
         passed_over = f" but {_count_names(listing.left_behind)}" if listing.left_behind else ""
         wanted = (
             "a folder or prefix that has one folder of images per class" if labelled else "an image or a folder of them"
         )
         raise InputError(f"{source}: no files found{passed_over}; give {wanted}")
     try:
-        source_format = source_format or _detect_format(root, visible)
-        match source_format:
-            case "folder":
-                items = visible.items()
-                find_in_folders(
-                    source, lambda: (FoundImage(path, None, bytes=size) for path, size in items), listing, labelled
-                )
-            case "table":
-                find_in_table(root, _find_table(source, visible), listing, labelled)
-            case "parquet":
-                for path in sorted(visible):
-                    find_in_parquet(root, path, listing, labelled)
-            case "arrow":
-                for path in sorted(visible):
-                    find_in_arrow(root, path, listing, labelled)
-            case "tfrecord":
-                find_in_tfrecords(root, sorted(visible), listing, labelled)
-            case "webdataset":
-                find_in_tars(source, root, sorted(visible), listing, labelled)
+        suffixes = map_endings(suffix_of, files["path"], pa.string())
+        source_format = source_format or _detect_format(root, files, set(suffixes.unique().to_pylist()))
+        if source_format == "folder":
+            find_in_folders(source, files, listing, labelled)
+        else:
+            _find_in_containers(source, root, source_format, files, listing, labelled)
     except FileNotFoundError as error:
         raise InputError(f"{error}; give an existing folder, or a file of a format that is read") from error
     except (pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(
             f"{source} is damaged, or not of the format that its name says: {str(error).splitlines()[0]}"
         ) from error
-    tables = [path for path in visible if suffix_of(path) in TEXT_SUFFIXES] if source_format == "folder" else []
-    found = listing.found.to_table()
+    is_table = pc.is_in(suffixes, pa.array([*TEXT_SUFFIXES]))
+    tables = sorted(files["path"].filter(is_table).to_pylist()) if source_format == "folder" else []
+    found = listing.found
     if labelled:
         _check_classes(source, listing, found, tables)
     elif not len(found):
@@ -145,26 +131,68 @@ def find_images(source: str, source_format: SourceFormat | None = None, *, label
     return _to_source(source, root, source_format, listing, found, tables if labelled else [])
 
 
-def _list_files(uri: str) -> tuple[str, dict[str, int]]:
-    """Return the folder that paths are relative to, and the size in bytes of the one file or of all files in it."""
+def _find_in_containers(
+    source: str, root: str, source_format: SourceFormat, files: pa.Table, listing: Listing, labelled: bool
+) -> None:
+    """Add the images that a few files hold or list to a listing."""
+    listing.ignore(files["path"].filter(pc.invert(files["is_text"])), "name_is_not_utf8")
+    paths = sorted(files["path"].filter(files["is_text"]).to_pylist())
+    match source_format:
+        case "table":
+            find_in_table(root, _find_table(source, paths), listing, labelled)
+        case "parquet":
+            for path in paths:
+                find_in_parquet(root, path, listing, labelled)
+        case "arrow":
+            for path in paths:
+                find_in_arrow(root, path, listing, labelled)
+        case "tfrecord":
+            find_in_tfrecords(root, paths, listing, labelled)
+        case "webdataset":
+            find_in_tars(source, root, paths, listing, labelled)
+
+
+def _list_files(uri: str, listing: Listing) -> tuple[str, pa.Table]:
+    """Return the folder that paths are relative to, and the one file or all files in it: FILES_SCHEMA.
+
+    Files that were left behind are counted in the listing.
+    """
     if storage.is_local(uri) and os.path.isfile(uri):
-        return storage.parent(uri), {storage.basename(uri): os.path.getsize(uri)}
-    sizes = storage.find_files(uri)
+        return storage.parent(uri), _to_files([(storage.basename(uri), os.path.getsize(uri))], listing)
+    files = _to_files(storage.walk_files(uri), listing)
+    if len(files) or listing.left_behind:
+        return uri, files if storage.is_local(uri) else _drop_folder_markers(files)
     is_container = suffix_of(uri) in _CONTAINER_SUFFIXES or is_tfrecord(uri)
-    if not sizes and (is_container or (not storage.is_local(uri) and storage.exists(uri))):
-        return storage.parent(uri), {storage.basename(uri): 0}
-    if not storage.is_local(uri) and not all(sizes.values()):
-        # An empty object can have the name of a folder.
-        folders = {path[:place] for path in sizes for place, letter in enumerate(path) if letter == "/"}
-        sizes = {path: size for path, size in sizes.items() if size or path not in folders}
-    return uri, sizes
+    if is_container or (not storage.is_local(uri) and storage.exists(uri)):
+        return storage.parent(uri), _to_files([(storage.basename(uri), 0)], listing)
+    return uri, files
 
 
-def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
-    suffixes = {suffix_of(path) for path in paths}
+def _to_files(found: Iterable[tuple[str, int]], listing: Listing) -> pa.Table:
+    files = Rows(FILES_SCHEMA)
+    for path, size in found:
+        if kind := left_behind_as(path):
+            listing.left_behind[kind] += 1
+            continue
+        text = in_text(path)
+        files.append(text, text == path, size)
+    return files.to_table()
+
+
+def _drop_folder_markers(files: pa.Table) -> pa.Table:
+    """Drop empty objects that have the name of a folder."""
+    is_empty = pc.equal(files["bytes"], 0)
+    if not pc.any(is_empty).as_py():
+        return files
+    above, _ = number_folders(files["path"])
+    folders = {"/".join(names[: depth + 1]) for names in above for depth in range(len(names))}
+    return files.filter(pc.invert(pc.and_(is_empty, pc.is_in(files["path"], pa.array(sorted(folders), pa.string())))))
+
+
+def _detect_format(root: str, files: pa.Table, suffixes: set[str]) -> SourceFormat:
     if suffixes & image_suffixes():
         return "folder"
-    if any(map(is_tfrecord, paths)):
+    if pc.any(map_column(is_tfrecord, files["path"], pa.bool_())).as_py():
         return "tfrecord"
     if ".arrow" in suffixes:
         return "arrow"
@@ -173,12 +201,12 @@ def _detect_format(root: str, paths: Iterable[str]) -> SourceFormat:
     if ".tar" in suffixes:
         return "webdataset"
     if ".parquet" in suffixes:
-        first = next(path for path in paths if suffix_of(path) == ".parquet")
+        first = min(path for path in files["path"].to_pylist() if suffix_of(path) == ".parquet")
         return "parquet" if image_column(storage.read_parquet_schema(storage.join(root, first))) else "table"
     return "folder"
 
 
-def _find_table(source: str, paths: Iterable[str]) -> str:
+def _find_table(source: str, paths: list[str]) -> str:
     tables = [path for path in paths if suffix_of(path) in {*TEXT_SUFFIXES, ".parquet"}]
     if len(tables) != 1:
         raise InputError(f"{source} contains {len(tables)} tables ({name_some(tables) or 'none'}); give one as SOURCE")
@@ -186,49 +214,58 @@ def _find_table(source: str, paths: Iterable[str]) -> str:
 
 
 def _check_classes(source: str, listing: Listing, found: pa.Table, tables: list[str]) -> None:
-    class_names = sort_class_names(listing.found.class_names)
+    class_names = sort_class_names(_names_in(found))
     if len(class_names) < 2:
         raise InputError(
             f"{source}: images of {format_count(len(class_names), 'class')} "
             f"({', '.join(class_names) or 'none'}){_describe_ignored(listing)}; at least two are required, as "
             f"SOURCE/CLASS/image.jpg or SOURCE/train/CLASS/image.jpg{_describe_chances(source, listing, found, tables)}"
         )
-    empty = {name: paths for name, paths in listing.ignored_of_class.items() if name not in class_names}
+    lost = listing.ignored.filter(pc.field("class_name").is_valid())
+    lost = lost.filter(pc.invert(pc.is_in(lost["class_name"], pa.array(class_names, pa.string()))))
+    empty = sorted(_names_in(lost))
     if empty:
-        described = [f"{in_text(name)} ({count_suffixes(paths)})" for name, paths in sorted(empty.items())]
+        described = [
+            f"{name} ({count_suffixes(lost['path'].filter(pc.equal(lost['class_name'], name)).to_pylist())})"
+            for name in empty[:MOST_NAMED]
+        ]
         raise InputError(
-            f"{source}: no image in {len(empty)} of {len(empty) + len(class_names)} classes: {name_some(described)}; "
-            "add images, or move what is not a class out of SOURCE"
+            f"{source}: no image in {len(empty)} of {len(empty) + len(class_names)} classes: "
+            f"{name_some([*described, *empty[MOST_NAMED:]])}; add images, or move what is not a class out of SOURCE"
         )
-    trained = found.filter(pc.field("split").is_null() | (pc.field("split") == "train"))["class"].unique()
+    given = found.select(["class_name", "split"])
+    trained = _names_in(given.filter(pc.field("split").is_null() | (pc.field("split") == "train")))
     for split in ("val", "test"):
-        used = found.filter(pc.field("split") == split)["class"].unique()
-        unknown = [listing.found.class_names[number] for number in set(used.to_pylist()) - set(trained.to_pylist())]
-        if unknown:
+        if unknown := _names_in(given.filter(pc.field("split") == split)) - trained:
             raise InputError(
                 f"{source}: {split} has classes that train does not have: {name_some(sorted(unknown))}; "
                 "add training images of these classes or remove them"
             )
 
 
+def _names_in(table: pa.Table) -> set[str]:
+    """Return the names of the classes in a listing."""
+    return set(table["class_name"].unique().drop_null().to_pylist())
+
+
 def _describe_ignored(listing: Listing) -> str:
-    counts = Counter(listing.ignored.values())
+    counts = count_values(listing.ignored["reason"].drop_null())
     return f", not used {', '.join(f'{reason}: {count}' for reason, count in counts.most_common())}" if counts else ""
 
 
 def _describe_chances(source: str, listing: Listing, found: pa.Table, tables: list[str]) -> str:
     """Return advice on what the user may have meant with a source that has fewer than two classes."""
     chances = f"; if {name_some(tables)} is a table of paths and labels, give it as SOURCE" if tables else ""
-    if not tables and not len(found) and "not_in_a_class_folder" in listing.ignored.values():
+    if not tables and not len(found) and pc.index(listing.ignored["reason"], "not_in_a_class_folder").as_py() >= 0:
         chances += "; if the names of the files say the class, give a table with the columns path and label as SOURCE"
     images = found.filter(pc.field("container").is_null())
-    named = zip(images["path"].to_pylist(), images["split"].to_pylist(), strict=True)
-    folders = {tuple(parts_of(path)[1 if split else 0 : -1]) for path, split in named}
+    has_splits = images["split"].null_count < len(images)
+    folders = {names[has_splits:] for names in number_folders(images["path"])[0]}
     above = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
     below = sorted({parts[len(above)] for parts in folders if len(parts) > len(above)})
     if above and len(below) > 1:
         place = "/".join(above)
-        advice = "move them up" if images["split"][0].is_valid else f"give {storage.join(source, place)}"
+        advice = "move them up" if has_splits else f"give {storage.join(source, place)}"
         chances += f"; if the classes are {name_some(below)}, below {place}, {advice}"
     return chances
 
@@ -241,28 +278,27 @@ def _to_source(
     found: pa.Table,
     unused_tables: list[str],
 ) -> Source:
-    used = set(listing.found.class_names)
+    used = _names_in(found)
     declared = [name for name in listing.declared_classes if name in used]
     class_names = [*declared, *sort_class_names(used.difference(declared))]
-    label_of = {name: label for label, name in enumerate(class_names)}
-    labels = pa.array([label_of[name] for name in listing.found.class_names], pa.int32()).take(found["class"])
+    labels = pc.index_in(found["class_name"], pa.array(class_names, pa.string()))
     images = found.append_column("label", labels).select(IMAGES_SCHEMA.names).sort_by("path")
     paths = images["path"].combine_chunks()
     repeated = paths[1:].filter(pc.equal(paths[1:], paths[:-1]))
     if len(repeated):
         raise InputError(f"{source} lists {repeated[0].as_py()!r} more than once; list each image once")
-    not_tried = [path for path, reason in listing.ignored.items() if reason == "not_an_image_name"]
+    ignored = listing.ignored.select(["path", "reason"]).filter(pc.field("reason").is_valid()).sort_by("path")
+    not_tried = ignored["path"].filter(pc.equal(ignored["reason"], "not_an_image_name"))
     listed = SourceListed(
         images=len(images),
         classes=len(class_names),
-        not_tried=count_suffixes(not_tried),
+        not_tried=count_suffixes(one["path"] for one in iterate_rows(pa.table([not_tried], ["path"]))),
         left_behind=_count_names(listing.left_behind),
         unused_tables=name_some(unused_tables),
         empty_classes=name_some([name for name in listing.declared_classes if name not in used]),
     )
-    ignored = pa.table({"path": list(listing.ignored), "reason": list(listing.ignored.values())})
     return Source(root, class_names, images, ignored, listed, source_format)
 
 
 def _count_names(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.columns import NO_SPLIT, TEST, TRAIN, VAL, Splits, as_words, binary_array, parse_splits
+from data_prep.columns import NO_SPLIT, TEST, TRAIN, VAL, Splits, as_words, parse_splits
+from data_prep.manifest import binary_array
 
 _DIGEST_BYTES = 32
 

@@ -9,7 +9,8 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from data_prep.listing import FoundImage, Listing
+from data_prep.columns import Rows
+from data_prep.listing import FOUND_SCHEMA, Listing
 from data_prep.names import name_declared, split_alluded_to, split_of_file, to_class_name
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
@@ -70,11 +71,11 @@ def find_in_tfrecords(root: str, paths: Iterable[str], listing: Listing, labelle
     paths = list(paths)
     for path in paths:
         if not is_tfrecord(path):
-            listing.ignore(path, "not_a_tfrecord_file")
+            listing.ignore_one(path, "not_a_tfrecord_file")
             continue
         names_file = posixpath.join(posixpath.dirname(path), _NAMES_FILE)
         declared = _read_names(storage.join(root, names_file)) if names_file in paths else []
-        listing.declared_classes += [name for name in declared if name not in listing.declared_classes]
+        listing.declare(declared)
         _find_in_one(root, path, declared, listing, labelled)
 
 
@@ -87,6 +88,7 @@ def _find_in_one(root: str, path: str, declared: list[str], listing: Listing, la
     uri = storage.join(root, path)
     match = _NAME.search(path)
     split = split_of_file(path) or (split_alluded_to(match["stem"]) if match else None)
+    images = Rows(FOUND_SCHEMA)
     for row, (offset, record) in enumerate(_read_records(uri)):
         features = _parse_example(uri, row, record)
         image = next((one for key in _IMAGE_KEYS if isinstance(one := features.get(key), bytes)), None)
@@ -100,11 +102,12 @@ def _find_in_one(root: str, path: str, declared: list[str], listing: Listing, la
             (class_name,) = name_declared(uri, declared, [label])
         else:
             class_name = to_class_name(label.decode() if isinstance(label, bytes) else label)
-        name = f"{path}#{row:08d}"
-        if labelled and class_name is None:
-            listing.ignore(name, "no_label")
-        else:
-            listing.add(FoundImage(name, class_name, split, path, offset + record.index(image), len(image)))
+        images.append(f"{path}#{row:08d}", class_name, split, path, offset + record.index(image), len(image))
+    found = images.to_table()
+    if labelled:
+        listing.ignore(found["path"].filter(found["class_name"].is_null()), "no_label")
+        found = found.filter(found["class_name"].is_valid())
+    listing.add(found)
 
 
 def _read_records(uri: str) -> Iterator[tuple[int, bytes]]:

@@ -22,6 +22,8 @@ from trainer.runtime.errors import InputError, JobError, UnreachableError
 # has never answered is probably misspelled, so it gets 3 s; one that has answered gets two minutes.
 _TRIES_BEFORE_FIRST_ANSWER = 6
 _TRIES = 16
+# The most that stores give at once.
+_OBJECTS_PER_PAGE = 1000
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
 # Errors of the store, or of the connection to it.
 _ERRORS = (OSError, BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError)
@@ -35,7 +37,7 @@ class S3(S3FileSystem):
     """s3fs with literal names, and with errors that distinguish an answer of the store from no answer.
 
     Paths are ``bucket/key``. Use only the methods of s3fs that take one name, such as `pipe_file` and `rm_file`, and
-    the listings `find` and `ls`: all others expand ``*``, ``?`` and ``[``, and raise an error here.
+    the listing `ls`: all others expand ``*``, ``?`` and ``[``, and raise an error here.
     """
 
     cachable = False
@@ -112,6 +114,18 @@ class S3(S3FileSystem):
                 return False
             raise
         return True
+
+    def list_page(self, path: str, after: str = "") -> tuple[list[tuple[str, int]], str | None]:
+        """Return a page of the objects below a prefix, and what to give as `after` for the next; None after the last.
+
+        Each object is its name without the prefix, and its size. `find` would keep a dictionary for each of them.
+        """
+        bucket, key, _ = self.split_path(path)
+        prefix = f"{key}/" if key else ""
+        request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _OBJECTS_PER_PAGE}
+        page = self.call_s3("list_objects_v2", **request, **({"ContinuationToken": after} if after else {}))
+        objects = [(one["Key"].removeprefix(prefix), one["Size"]) for one in page.get("Contents", [])]
+        return objects, page["NextContinuationToken"] if page.get("IsTruncated") else None
 
     def write_in_parts(self, path: str, content: bytes) -> None:
         """Write one object as a multipart upload of a single part, which is how `pipe_file` writes a large one."""

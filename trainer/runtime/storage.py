@@ -239,7 +239,16 @@ def exists(uri: str) -> bool:
 
 
 def find_files(uri: str) -> dict[str, int]:
-    """Return the size in bytes of every file below a folder, by path relative to the folder, sorted by path.
+    """Return the size in bytes of every file below a folder, by path, as `walk_files` finds them, sorted by path.
+
+    Raises:
+        InputError: the storage or one of the folders cannot be read.
+    """
+    return dict(sorted(walk_files(uri)))
+
+
+def walk_files(uri: str) -> Iterator[tuple[str, int]]:
+    """Yield path, relative to a folder, and size in bytes of every file below it, in no order; none are kept in memory.
 
     Local symlinks to folders are followed unless they lead to a folder above them, so that loops end; a symlink to a
     missing file has size 0. A missing folder is empty.
@@ -247,9 +256,7 @@ def find_files(uri: str) -> dict[str, int]:
     Raises:
         InputError: the storage or one of the folders cannot be read.
     """
-    with clear_errors(uri):
-        sizes = _local_sizes(Path(uri)) if is_local(uri) else _object_sizes(uri)
-    return dict(sorted(sizes.items()))
+    return _walk_local(uri) if is_local(uri) else _walk_objects(uri)
 
 
 def find_folders(uri: str) -> list[str]:
@@ -282,7 +289,7 @@ def delete_folder(uri: str) -> None:
             return
         root, s3 = _path(uri), _s3()
         with ThreadPoolExecutor(_DELETIONS) as threads:
-            list(threads.map(s3.rm_file, [join(root, name) for name in _object_sizes(uri)]))
+            list(threads.map(s3.rm_file, [join(root, name) for name, _ in _walk_objects(uri)]))
 
 
 def delete_partial_files(uri: str) -> None:
@@ -427,15 +434,13 @@ def forget_answers() -> None:
     _s3().forget_answers()
 
 
-def _object_sizes(uri: str) -> dict[str, int]:
-    root = join(_path(uri), "")
-    found = _s3().find(_path(uri), detail=True)
-    # Some tools create empty "folder/" marker objects.
-    return {
-        name.removeprefix(root): entry["size"]
-        for name, entry in found.items()
-        if name.startswith(root) and not name.endswith("/")
-    }
+def _walk_objects(uri: str) -> Iterator[tuple[str, int]]:
+    after: str | None = ""
+    while after is not None:
+        with clear_errors(uri):
+            objects, after = _s3().list_page(_path(uri), after)
+        # Some tools create empty "folder/" marker objects.
+        yield from ((name, size) for name, size in objects if name and not name.endswith("/"))
 
 
 @contextlib.contextmanager
@@ -473,31 +478,34 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _local_sizes(root: Path) -> dict[str, int]:
+def _walk_local(root: str) -> Iterator[tuple[str, int]]:
     # Paths are text here: for millions of files, pathlib takes longer than the file system.
-    sizes, start = {}, len(os.path.join(root, ""))
-    for folder, folders, names in os.walk(root, onerror=_raise_unless_missing, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_back(Path(folder, name))]
-        for path in (os.path.join(folder, name) for name in names if not _PARTIAL.fullmatch(name)):
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                if error.errno not in _LEADS_NOWHERE:
-                    raise
-                if os.path.islink(path):
-                    # Listed, so that its reader reports that it is broken.
-                    sizes[path[start:]] = 0
-                continue
-            if stat.S_ISREG(status.st_mode):
-                sizes[path[start:]] = status.st_size
-    return sizes
+    folders, start = [root], len(os.path.join(root, ""))
+    while folders:
+        folder = folders.pop()
+        with contextlib.suppress(FileNotFoundError), clear_errors(folder), os.scandir(folder) as entries:
+            for entry in entries:
+                status = _follow(entry)
+                if status is None:
+                    # Listed if it is a symlink, so that its reader reports that it is broken.
+                    if entry.is_symlink():
+                        yield entry.path[start:], 0
+                elif stat.S_ISREG(status.st_mode):
+                    if not _PARTIAL.fullmatch(entry.name):
+                        yield entry.path[start:], status.st_size
+                elif stat.S_ISDIR(status.st_mode) and not (entry.is_symlink() and _leads_back(Path(entry.path))):
+                    folders.append(entry.path)
 
 
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        with clear_errors(error.filename):
-            raise error
+def _follow(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return the status of an entry of a folder, or of what it leads to; None if that is nothing."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno not in _LEADS_NOWHERE:
+            raise
+        return None
 
 
 def _leads_back(folder: Path) -> bool:
-    return folder.is_symlink() and folder.resolve() in [above.resolve() for above in folder.parents]
+    return folder.resolve() in [above.resolve() for above in folder.parents]

@@ -1,8 +1,9 @@
 import json
 
+import pyarrow as pa
 import pytest
 
-from data_prep.manifest import Manifest, read_index, read_manifest
+from data_prep.manifest import Manifest, binary_array, read_index, read_manifest
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, RecordError
 
@@ -100,3 +101,10 @@ def test_a_manifest_cannot_be_changed(write_dataset):
     manifest: Manifest = write_dataset().manifest
     with pytest.raises(ValueError, match="frozen"):
         manifest.seed = 1
+
+
+def test_a_binary_column_is_an_array_wherever_it_is_cut():
+    values = [bytes([number] * 4) for number in range(6)]
+    column = pa.chunked_array([pa.array(values[:3], pa.binary(4)), pa.array(values[3:], pa.binary(4))])
+    assert [one.tobytes() for one in binary_array(column.slice(1, 4))] == values[1:5]
+    assert [one.tobytes() for one in binary_array(column.slice(4))] == values[4:]

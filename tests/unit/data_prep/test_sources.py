@@ -16,7 +16,7 @@ def test_hidden_files_and_folders_are_passed_over(write_files):
     assert rows_of(source, "path") == [("a/1.png",), ("b/2.png",)]
     assert ignored_in(source) == {}
     assert str(find_images(source).listed) == (
-        "2 files to read, 2 classes; ignored: 3 hidden, 2 Thumbs.db, 1 __MACOSX, 1 @eaDir, 1 .DS_Store, 1 desktop.ini"
+        "2 files to read, 2 classes; ignored: 3 hidden, 2 Thumbs.db, 1 .DS_Store, 1 @eaDir, 1 __MACOSX, 1 desktop.ini"
     )
 
 

@@ -79,7 +79,7 @@ def test_what_systems_leave_behind_is_passed_over_and_counted(tmp_path):
     members = {"0.png": b"", "0.cls": b"a", "1.png": b"", "1.cls": b"b", "._1.png": b"", "__MACOSX/._0.png": b""}
     source = write_tar(tmp_path / "shard.tar", members)
     assert ignored_in(source) == {}
-    assert find_images(source).listed.left_behind == "1 hidden, 1 __MACOSX"
+    assert find_images(source).listed.left_behind == "1 __MACOSX, 1 hidden"
 
 
 @pytest.mark.parametrize("folder", ["", "./", "pets/", "./a/b/"])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from tests.proxy import Fault, Proxy
-from trainer.runtime import storage
+from trainer.runtime import s3, storage
 from trainer.runtime.errors import InputError
 
 
@@ -309,6 +309,15 @@ def test_a_deleted_file_is_gone(root):
 def place(request, root) -> str:
     """An empty folder on a disk, then an empty prefix of a bucket."""
     return root if request.param == "disk" else f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
+
+
+def test_files_are_found_while_the_folder_is_read_and_none_are_kept(place, monkeypatch):
+    monkeypatch.setattr(s3, "_OBJECTS_PER_PAGE", 2)
+    write_all(place, "a1", "a2", "b/1")
+    found = storage.walk_files(place)
+    first = next(found)
+    write_all(place, "b/2", "b/3")
+    assert sorted([first, *found]) == [("a1", 2), ("a2", 2), ("b/1", 3), ("b/2", 3), ("b/3", 3)]
 
 
 def test_beyond_the_end_of_a_file_there_is_nothing(place):
