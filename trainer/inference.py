@@ -28,7 +28,7 @@ from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
 from trainer.runtime.markdown import format_count
 from trainer.runtime.pages import check_place
 from trainer.runtime.record_format import Record
-from trainer.training.dataset import load_manifest, open_split, read_hashes, read_sources
+from trainer.training.dataset import KnownFiles, load_manifest, open_split, read_known_files, read_sources
 from trainer.training.evaluation import Evaluator, predictions_table
 from trainer.workers.groups import call_in_worker
 
@@ -282,7 +282,7 @@ def predict_images(
     """
     run, config, result = read_finished_run(uri)
     checkpoints.find_named(run.checkpoints, result.best_checkpoint)
-    splits, parts_unknown = _read_splits(config)
+    known_files, parts_unknown = _find_known_files(config)
     # Delete the summary first: without it, predictions count as interrupted.
     for name in (SUMMARY_NAME, *storage.find_files(output)):
         if name == SUMMARY_NAME or name.startswith(_FILE_PREFIX):
@@ -310,7 +310,7 @@ def predict_images(
     on_event(StageProgressed("predict", 0, num_images))
     rows = min(_ROWS_PER_FILE, max(1, _BYTES_PER_FILE // (4 * len(class_names))))
     for number, table in enumerate(_iterate(predicted, rows)):
-        table = _name_splits(table, splits)
+        table = _name_splits(table, known_files)
         file = storage.join(output, f"{_FILE_PREFIX}{number:05d}.parquet")
         storage.write_bytes(file, storage.parquet_bytes(table))
         rejected.update(reason for reason in table["error"].to_pylist() if reason is not None)
@@ -333,22 +333,21 @@ def predict_images(
     return summary
 
 
-def _read_splits(config: TrainConfig) -> tuple[dict[bytes, SplitName], str]:
-    """Return the splits of the images of a run's dataset by their hashes, or why they are not known."""
+def _find_known_files(config: TrainConfig) -> tuple[KnownFiles, str]:
+    """Return the splits of the files of a run's dataset, or why they are not known."""
     try:
         manifest = load_manifest(config.dataset)
         if manifest.fingerprint != config.dataset_fingerprint:
-            return {}, f"{config.dataset} was prepared again after the run was trained on it"
-        return read_hashes(config.dataset, manifest), ""
+            return KnownFiles.none(), f"{config.dataset} was prepared again after the run was trained on it"
+        return read_known_files(config.dataset, manifest), ""
     except InputError as error:
-        return {}, str(error)
+        return KnownFiles.none(), str(error)
 
 
-def _name_splits(table: pa.Table, splits: dict[bytes, SplitName]) -> pa.Table:
+def _name_splits(table: pa.Table, known: KnownFiles) -> pa.Table:
     """Replace the column of hashes by one of the splits that have them, null for none."""
     place = table.schema.get_field_index("sha256")
-    names = pa.array([splits.get(one) for one in table["sha256"].to_pylist()], pa.string())
-    return table.set_column(place, "split", names)
+    return table.set_column(place, "split", known.find(table["sha256"].to_pylist()))
 
 
 def _count(table: pa.Table, known: set[str], whole: PartCount, parts: dict[str, PartCount]) -> None:

@@ -7,7 +7,7 @@ the same for any number of workers, and a run can resume at any step.
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, read_index, read_manifest
+from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitName, binary_array, read_index, read_manifest
 from trainer.runtime import storage
 from trainer.runtime.ahead import call_ahead
 from trainer.runtime.errors import InputError
@@ -26,6 +26,10 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _BATCHES_IN_FLIGHT = 2
+# NumPy compares such values as bytes; it takes trailing zeros off only those that it returns one by one.
+_DIGEST = np.dtype("S32")
+# ``[256]``, the two hexadecimal digits of each byte.
+_IN_HEXADECIMAL = np.array([f"{byte:02x}" for byte in range(256)], "S2")
 # Folders that are searched for a prepared dataset when the given one is not prepared.
 _MOST_FOLDERS_LOOKED_INTO = 20
 
@@ -125,18 +129,42 @@ def open_split(
     return ImageSplit(columns["label"], columns["shard"], columns["row"], pixels)
 
 
-def read_hashes(dataset: str, manifest: Manifest) -> dict[bytes, SplitName]:
-    """Return the split of each image of a dataset by the SHA-256 of its source file; train where it is in several.
+@dataclass(frozen=True)
+class KnownFiles:
+    """The split of each source file of a dataset by its SHA-256, in arrays: a dictionary would take gigabytes."""
+
+    digests: npt.NDArray[np.bytes_]
+    """``[files]``, sorted."""
+    splits: npt.NDArray[np.int8]
+    """``[files]``, indices into SPLITS; of equal files the lowest is first."""
+
+    @classmethod
+    def none(cls) -> "KnownFiles":
+        """Return those of no dataset."""
+        return cls(np.empty(0, _DIGEST), np.empty(0, np.int8))
+
+    def find(self, digests: Sequence[bytes]) -> pa.Array:
+        """Return the split of each file, a string array: null for one that is not known, train where in several."""
+        wanted = np.array(digests, _DIGEST)
+        places = np.searchsorted(self.digests, wanted)
+        is_known = places < len(self.digests)
+        is_known[is_known] = self.digests[places[is_known]] == wanted[is_known]
+        numbers = np.zeros(len(wanted), np.int8)
+        numbers[is_known] = self.splits[places[is_known]]
+        return pa.array(SPLITS, pa.string()).take(pa.array(numbers, mask=~is_known))
+
+
+def read_known_files(dataset: str, manifest: Manifest) -> KnownFiles:
+    """Return the split of each source file of a dataset.
 
     Raises:
         InputError: the index is missing or differs from what the manifest says.
     """
     index = read_index(dataset, manifest, ["sha256", "split"])
-    splits: dict[bytes, SplitName] = {}
-    for split in reversed(SPLITS):
-        of_split = index.filter(pc.field("split") == split)
-        splits.update((one, split) for one in of_split["sha256"].to_pylist())
-    return splits
+    digests = binary_array(index["sha256"]).view(_DIGEST).ravel()
+    splits = pc.index_in(index["split"], pa.array(SPLITS, pa.string())).to_numpy().astype(np.int8)
+    order = np.lexsort((splits, digests))
+    return KnownFiles(digests[order], splits[order])
 
 
 def read_sources(dataset: str, manifest: Manifest, split: SplitName) -> pa.Table:
@@ -147,8 +175,11 @@ def read_sources(dataset: str, manifest: Manifest, split: SplitName) -> pa.Table
     """
     index = read_index(dataset, manifest, ["path", "sha256", "split"])
     of_split = index.filter(pc.field("split") == split)
-    digests = [digest.hex() for digest in of_split["sha256"].to_pylist()]
-    return pa.table({"path": of_split["path"], "sha256": pa.array(digests, pa.string())})
+    digests = _IN_HEXADECIMAL[binary_array(of_split["sha256"])].ravel()
+    texts = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(2 * _DIGEST.itemsize), len(of_split), [None, pa.py_buffer(digests)]
+    )
+    return pa.table({"path": of_split["path"], "sha256": texts.cast(pa.string())})
 
 
 def epoch_order(split: ImageSplit, seed: int, epoch: int, window_gib: float = 64.0) -> npt.NDArray[np.int64]:

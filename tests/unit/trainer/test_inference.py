@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from trainer.inference import (
     PartCount,
     _count,
     _evaluate,
+    _find_known_files,
     _name_splits,
     _Predictor,
-    _read_splits,
     _record_test_read,
     check_output,
     describe_test_reads,
@@ -30,7 +29,7 @@ from trainer.record import checkpoint as checkpoints
 from trainer.record.run_folder import RunFolder, describe_run
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
-from trainer.training.dataset import open_split
+from trainer.training.dataset import KnownFiles, open_split
 from trainer.training.export import load_export
 
 
@@ -198,7 +197,7 @@ def test_an_image_that_cannot_be_decoded_has_no_prediction(trained_run):
 def test_images_are_known_by_the_hash_of_their_file_and_counted_by_split():
     columns = {"label": ["cat", "dog", "cat", None, "owl", "dog"], "sha256": [b"a", b"a", b"b", b"c", b"d", b"e"]}
     table = pa.table({**columns, "predicted": ["cat", "cat", "cat", "cat", "cat", None]})
-    named = _name_splits(table, {b"a": "train", b"b": "test", b"c": "val"})
+    named = _name_splits(table, KnownFiles(np.array([b"a", b"b", b"c"], "S32"), np.array([0, 2, 1], np.int8)))
     assert named["split"].to_pylist() == ["train", "train", "test", "val", None, None]
     assert "sha256" not in named.column_names
     whole, parts = PartCount(), {name: PartCount() for name in ("new", "test", "val", "train")}
@@ -217,10 +216,10 @@ def test_images_are_known_by_the_hash_of_their_file_and_counted_by_split():
 
 def test_whether_images_are_known_is_not_said_without_the_dataset_of_the_run(trained_run):
     config = trained_run.read_record().config
-    splits, reason = _read_splits(config)
-    assert (Counter(splits.values()), reason) == ({"train": 6, "val": 5, "test": 3}, "")
+    known, reason = _find_known_files(config)
+    assert (np.bincount(known.splits).tolist(), reason) == ([6, 5, 3], "")
     other = config.model_copy(update={"dataset_fingerprint": "beef"})
-    assert _read_splits(other)[1].endswith("was prepared again after the run was trained on it")
+    assert _find_known_files(other)[1].endswith("was prepared again after the run was trained on it")
     shutil.rmtree(config.dataset)
-    splits, reason = _read_splits(config)
-    assert (splits, "holds no prepared dataset" in reason) == ({}, True)
+    known, reason = _find_known_files(config)
+    assert (known.digests.tolist(), "holds no prepared dataset" in reason) == ([], True)

@@ -18,11 +18,12 @@ from trainer.training import dataset
 from trainer.training.dataset import (
     BatchFeed,
     ImageSplit,
+    KnownFiles,
     all_worker_rows,
     epoch_order,
     load_manifest,
     open_split,
-    read_hashes,
+    read_known_files,
     read_sources,
     worker_rows,
 )
@@ -285,14 +286,20 @@ def test_the_split_of_each_image_is_found_by_the_hash_of_its_file(write_dataset)
     paths = {
         f"{split}/{row}.png": split for split, rows in (("train", 7), ("val", 4), ("test", 3)) for row in range(rows)
     }
-    expected = {hashlib.sha256(path.encode()).digest(): split for path, split in paths.items()}
-    assert read_hashes(written.uri, written.manifest) == expected
+    digests = [hashlib.sha256(path.encode()).digest() for path in paths]
+    known = read_known_files(written.uri, written.manifest)
+    assert known.find([b"\0" * 32, *digests, b"\xff" * 32]).to_pylist() == [None, *paths.values(), None]
+    assert known.find([digests[0], digests[0][:-1] + bytes([digests[0][-1] ^ 1])]).to_pylist() == ["train", None]
     index = read_index(written.uri, written.manifest)
     same = pa.array([b"0" * 32] * len(index), pa.binary(32))
     content = storage.parquet_bytes(index.set_column(index.column_names.index("sha256"), "sha256", same))
     storage.write_bytes(storage.join(written.uri, "index.parquet"), content)
     with pytest.raises(InputError, match=r"index\.parquet has sha256"):
-        read_hashes(written.uri, written.manifest)
+        read_known_files(written.uri, written.manifest)
     tables = {"index.parquet": hashlib.sha256(content).hexdigest()}
     everywhere = written.manifest.model_copy(update={"tables": tables})
-    assert read_hashes(written.uri, everywhere) == {b"0" * 32: "train"}
+    assert read_known_files(written.uri, everywhere).find([b"0" * 32]).to_pylist() == ["train"]
+
+
+def test_of_no_dataset_no_file_is_known():
+    assert KnownFiles.none().find([b"0" * 32]).to_pylist() == [None]
