@@ -34,6 +34,22 @@ def test_the_card_counts_the_images_of_each_class_and_split(write_dataset):
     assert "- empty: 2" in lines
 
 
+def test_the_lines_of_the_card_read_the_dataset(write_dataset, monkeypatch):
+    written = write_dataset(rows=(7, 4, 3), channels=3)
+    write_card(written.uri, written.manifest)
+    lines = storage.read_bytes(storage.join(written.uri, "README.md")).decode().splitlines()
+    code = lines[lines.index("```python") + 1 : lines.index("```")]
+    monkeypatch.chdir(written.uri)
+    read: dict = {}
+    # The package of Hugging Face is not installed: what is given to it is a plain table.
+    exec("\n".join(line for line in code if "datasets" not in line), read)
+    images = np.concatenate([chunk.to_numpy_ndarray() for chunk in read["images"].chunks])
+    np.testing.assert_array_equal(images, np.concatenate(list(written.images.values())))
+    assert read["index"]["label"].to_pylist() == np.concatenate(list(written.labels.values())).tolist()
+    assert read["table"].to_pylist()[2] == {"image": images[2].ravel().tolist(), "label": written.labels["train"][2]}
+    assert [line for line in code if "datasets" in line] == ["import datasets", "dataset = datasets.Dataset(table)"]
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_the_contact_sheet_shows_the_first_training_images_of_each_class_in_its_row(write_dataset, channels, mode):
     written = write_dataset(rows=(40, 1, 1), channels=channels)
