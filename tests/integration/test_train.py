@@ -361,7 +361,9 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train):
     run = train("diverges", 1, **DIVERGING, global_batch_size="84", epochs=20)
     result = run.read_result()
     assert (result.status, result.val.total) == ("diverged", 18)
-    assert re.fullmatch(r"the loss or its gradient became nan or inf .* steps \[\d, \d\]", result.reason)
+    assert re.fullmatch(
+        r"the loss or its gradient became nan or inf in (step \d|one of the steps \d to \d)", result.reason
+    )
     assert result.findings[0].startswith("diverged: ")
     for array in last_weights(run).values():
         assert np.isfinite(array).all()

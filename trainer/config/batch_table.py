@@ -355,14 +355,15 @@ def describe_time(choice: BatchChoice, steps: int, *, may_end_early: bool = Fals
         return ""
     minutes = by_size[size].seconds_per_step * steps / 60
     unit = minutes / result_seconds(by_size[size], noise_scale)
-    texts = [f"{'at most' if may_end_early else 'about'} {minutes:.1f} minutes of steps"]
-    for factor, other in (("half", size // 2), ("double", 2 * size)):
-        if other in by_size:
-            minutes = unit * result_seconds(by_size[other], noise_scale)
-            texts.append(f"{minutes:.1f} to the same result at {factor}")
-        else:
-            texts.append(f"{factor} was not measured")
-    return f"{', '.join(texts)} (time of a step x (1 + {noise_scale:.0f} / batch))"
+    text = f"{'at most' if may_end_early else 'about'} {minutes:.1f} minutes of steps"
+    texts = [
+        f"{unit * result_seconds(by_size[other], noise_scale):.1f} with {factor} the batch"
+        for factor, other in (("half", size // 2), ("double", 2 * size))
+        if other in by_size
+    ]
+    if not texts:
+        return text
+    return f"{text}, to the same result {', '.join(texts)} (time of a step x (1 + {noise_scale:.0f} / batch))"
 
 
 def find_contradiction(choice: BatchChoice, history: Sequence[Mapping[str, Any]]) -> str:
@@ -394,7 +395,7 @@ def format_noise_scale(noise_scale: float) -> str:
 
 
 def find_noise_surprise(choice: BatchChoice, noise_scale: float | None, rows: int) -> str:
-    """Return a finding if the noise scale is far from what the choice of ``auto`` assumed; empty if not.
+    """Return a finding if the noise scale is so far from the assumed one that ``auto`` would choose another batch.
 
     Args:
         choice: the choice of the run.
@@ -407,11 +408,11 @@ def find_noise_surprise(choice: BatchChoice, noise_scale: float | None, rows: in
     if 1 / _NOISE_SURPRISE < (noise_scale + 1) / (assumed + 1) < _NOISE_SURPRISE:
         return ""
     better = decide(choice.request, table, rows, noise_scale).global_batch_size
+    if better == choice.global_batch_size:
+        return ""
     return (
         f"noise scale: {format_noise_scale(noise_scale)}, {assumed:.0f} were assumed; with it the batch of the next "
-        "run is "
-        + (f"{better} instead of {choice.global_batch_size}" if better != choice.global_batch_size else f"{better} too")
-        + ", as far as sizes were measured"
+        f"run is {better} instead of {choice.global_batch_size}, as far as sizes were measured"
     )
 
 

@@ -34,7 +34,7 @@ class Comparison(BaseModel):
         )
         images = format_count(self.total, "image")
         if not self.is_distinguishable:
-            return f"not distinguishable on {images} ({counts})"
+            return f"{first} and {second} are not distinguishable on {images} ({counts})"
         better, worse = (first, second) if self.first_only > self.second_only else (second, first)
         return f"{better} is better than {worse} on {images} ({counts})"
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.config.config import TrainConfig
 from trainer.config.recipes import recipe_epochs
-from trainer.record.epoch_row import Metrics
+from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import ClassResult, EvaluationResult
 from trainer.runtime.markdown import format_count, format_loss
 
@@ -55,6 +55,8 @@ class _Run:
 
     history: History
     """The epochs that led to the last weights; `trainer.record.epoch_row.main_path`."""
+    left: History
+    """The other epochs: those of candidates that lost, and those after which the run went on from better weights."""
     val: EvaluationResult
     config: TrainConfig
 
@@ -79,12 +81,14 @@ def find_symptoms(history: History, val: EvaluationResult, config: TrainConfig, 
     """Return one line for each symptom of a run; none if it trained as it should.
 
     Args:
-        history: one row of metrics for each epoch that led to the last weights.
+        history: one row of metrics for each epoch.
         val: evaluation of the best checkpoint.
         config: config of the run.
         reason: why the run diverged; empty if it did not.
     """
-    run = _Run(history, val, config)
+    path = main_path(history)
+    kept = {row["epoch"] for row in path}
+    run = _Run(path, [row for row in history if row["epoch"] not in kept], val, config)
     if broken := _diverged(run, reason) or _first(run, _BROKEN):
         return [broken]
     found = [_first(run, _CURVE), *(find(run) for find in _INDEPENDENT)]
@@ -156,8 +160,12 @@ def _overfitted(run: _Run) -> str:
     least_rise = max(_OVERFITTING_RISE * lowest["val_loss"], _NEGLIGIBLE_CHANGE)
     if last["val_loss"] < lowest["val_loss"] + least_rise or last["loss"] >= lowest["loss"]:
         return ""
+    has_chosen = config.known_augmentation or any(row.get("stage") == "trial" for row in run.history)
     if config.augment == "none":
         remedy = "--augment auto"
+    elif config.augment == "auto" and not has_chosen:
+        # It had too few epochs to try any, and used none.
+        remedy = "--augment all"
     elif not config.label_smoothing:
         remedy = "--label-smoothing 0.1"
     else:
@@ -166,6 +174,20 @@ def _overfitted(run: _Run) -> str:
         f"overfitting: val_loss rose from {format_loss(lowest['val_loss'], 3)} (epoch {lowest['epoch']:.0f}) to "
         f"{format_loss(last['val_loss'], 3)} (epoch {last['epoch']:.0f}) while loss fell from "
         f"{format_loss(lowest['loss'], 3)} to {format_loss(last['loss'], 3)}; the best weights are kept; try {remedy}"
+    )
+
+
+def _lost_epochs(run: _Run) -> str:
+    """The training loss of an epoch was above that of guessing, and the run went on from earlier weights."""
+    guessing = _guessing_loss(run.val)
+    # Each candidate for the augmentation may be too hard.
+    worst = max((row for row in run.left if row.get("stage") != "trial"), key=lambda row: row["loss"], default=None)
+    if worst is None or worst["loss"] <= (1 + _TRAINING_RISE) * guessing:
+        return ""
+    return (
+        f"lost epochs: the training loss rose to {format_loss(worst['loss'], 3)} (epoch {worst['epoch']:.0f}), above "
+        f"that of guessing by class frequency ({guessing:.3f}), and the run went on from earlier weights: the learning "
+        f"rate is too high; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
     )
 
 
@@ -185,7 +207,7 @@ def _saturated_early(run: _Run) -> str:
 def _too_few_steps(run: _Run) -> str:
     """The run took few optimizer steps, did not end by itself, and has not fitted the training images."""
     last = run.history[-1]
-    if last["accuracy"] >= _FITTED_ACCURACY or not (advice := _advise_steps(run)):
+    if last["accuracy"] >= _FITTED_ACCURACY or run.config.init_from or not (advice := _advise_steps(run)):
         return ""
     return f"too few steps: only {last['accuracy']:.2f} of the training images are correct; {advice}"
 
@@ -193,7 +215,7 @@ def _too_few_steps(run: _Run) -> str:
 def _advise_steps(run: _Run) -> str:
     """Return the advice to take more steps, or nothing if there were enough or the run ended by itself."""
     steps = round(len(run.history) * run.steps_per_epoch)
-    if steps >= _FEW_STEPS or _ended_by_patience(run) or run.config.init_from:
+    if steps >= _FEW_STEPS or _ended_by_patience(run):
         return ""
     epochs = recipe_epochs("modern", run.config.arch, max(1, math.floor(run.steps_per_epoch)))
     return (
@@ -325,5 +347,5 @@ def _ended_by_patience(run: _Run) -> bool:
 
 
 _BROKEN = (_training_loss_rose, _did_not_train)
-_CURVE = (_overfitted, _saturated_early, _too_few_steps, _unsteady, _still_improving, _augmentation_costs)
+_CURVE = (_overfitted, _lost_epochs, _saturated_early, _too_few_steps, _unsteady, _still_improving, _augmentation_costs)
 _INDEPENDENT = (_never_predicted, _small_validation)

@@ -38,7 +38,7 @@ _SAID_ELSEWHERE = {
     *("recipe", "optimizer", "base_learning_rate", "schedule", "global_batch_size", "num_workers", "epochs"),
     *("precision", "seed", "arch", "arch_arguments", "dataset", "dataset_fingerprint"),
     *("augment", "patience", "checkpoint_every", "keep_best", "evaluate_test", "export", "cache_gib"),
-    "save_probabilities",
+    *("save_probabilities", "known_augmentation"),
 }
 
 
@@ -179,16 +179,19 @@ def describe_training(config: TrainConfig, steps: int) -> str:
     is_alone = config.num_workers > 1 and not config.synchronizes_batch_norm
     values["batch_norm"] = "replica" if is_alone else defaults["batch_norm"]
     defaults |= complete_arguments(config.optimizer, {})
-    used = [
-        _describe_value(name, value)
-        for name, value in values.items()
-        if name not in _SAID_ELSEWHERE and value != defaults[name]
-    ]
+    used = {name: value for name, value in values.items() if name not in _SAID_ELSEWHERE and value != defaults[name]}
+    texts = [_describe_value(name, value) for name, value in used.items() if not name.startswith("augment_")]
+    varied = [_describe_value(name, value) for name, value in used.items() if name.startswith("augment_")]
+    if config.augment == "auto":
+        # What of these was used, if any, is another line of the note.
+        texts.append("augment auto" + (f" ({', '.join(varied).replace('augment ', '')})" if varied else ""))
+    elif config.augment != "none":
+        texts += varied
     return (
         f"recipe {config.recipe}: {config.optimizer}, learning rate {config.peak_learning_rate:g} ({config.schedule}) "
         f"at global batch {config.global_batch_size} = {config.num_workers} x {config.per_replica_batch_size}, "
         f"epochs={config.epochs}, {format_count(steps, 'step')}, {config.precision}, seed {config.seed}"
-        + (f"; {', '.join(used)}" if used else "")
+        + (f"; {', '.join(texts)}" if texts else "")
     )
 
 
@@ -240,12 +243,26 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"{result.train_seconds:.0f} s, attempts: {result.attempts}; "
         f"top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
-        *([f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []),
+        *_describe_augmentation(config, result),
         *([] if result.noise_scale is None else [f"\ngradient noise scale: {format_noise_scale(result.noise_scale)}"]),
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]
+
+
+def _describe_augmentation(config: TrainConfig, result: RunResult) -> list[str]:
+    """Describe what a run that chooses its augmentation used, and why."""
+    if config.augment != "auto" or not result.augmentation_used:
+        # A run of an earlier version.
+        return [f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []
+    if result.augmentation:
+        reason = f"validation loss of those tried: {result.augmentation}"
+    elif config.known_augmentation:
+        reason = "chosen by an earlier run"
+    else:
+        reason = "too few epochs to try others"
+    return [f"\naugmentation: {result.augmentation_used}; {reason}"]
 
 
 def _format_pictures(run: RunFolder, folder: str) -> list[str]:

@@ -69,8 +69,9 @@ class LateEpochs(BaseModel):
 
     def __str__(self) -> str:
         low, high = self.accuracy_interval
+        epochs = "last epoch" if self.epochs == 1 else f"mean of the last {format_count(self.epochs, 'epoch')}"
         return (
-            f"mean of the last {format_count(self.epochs, 'epoch')}: loss: {format_loss(self.loss)} - accuracy: "
+            f"{epochs}: loss: {format_loss(self.loss)} - accuracy: "
             f"{self.accuracy:.4f} (95% interval {low:.3f}-{high:.3f})"
         )
 
@@ -174,13 +175,14 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def average_last(history: Sequence[Metrics], total: int) -> LateEpochs:
-    """Average validation over the last three epochs, or over all of fewer.
+    """Average validation over the last three epochs, or over fewer if those before did not lead to the weights.
 
     Args:
         history: one row of metrics for each epoch that led to the last weights.
         total: number of validation images.
     """
-    last = history[-_LATE_EPOCHS:]
+    end = history[-1]["epoch"]
+    last = [row for row in history[-_LATE_EPOCHS:] if row["epoch"] > end - _LATE_EPOCHS]
     loss, accuracy = (float(np.mean([row[name] for row in last])) for name in ("val_loss", "val_accuracy"))
     interval = accuracy_interval(round(accuracy * total), total)
     return LateEpochs(epochs=len(last), loss=loss, accuracy=accuracy, accuracy_interval=interval)

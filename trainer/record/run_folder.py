@@ -177,7 +177,7 @@ class RunResult(Record):
     val: EvaluationResult
     """Validation of the best checkpoint, the best of all epochs on these very images."""
     late: LateEpochs | None
-    """Validation of the last epochs, whichever was best; None for runs of earlier versions."""
+    """Validation of the last epochs, whichever was best; None for one epoch and runs of earlier versions."""
     comparison: str
     """Whether it differs from the last run of the same dataset and architecture; empty if none has finished."""
     test: EvaluationResult | None = None
@@ -189,6 +189,8 @@ class RunResult(Record):
     """Each loss of the workers, and each time that damaged files were set aside."""
     augmentation: str = ""
     """What was tried for the augmentation, and what each reached; empty if nothing was."""
+    augmentation_used: str = ""
+    """The augmentation of the last epochs, those without any at the end apart; empty for runs of earlier versions."""
     layers: str
     """The network's layers, as code."""
     findings: list[str]

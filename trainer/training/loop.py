@@ -582,9 +582,8 @@ def _check_finite(stats: list[Any], taken_before: int, taken_of_epoch: int, prec
     if not np.isfinite(last[watched]).all():
         unchecked = (taken_of_epoch - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
         step = taken_before + sum(len(one) for one in stats)
-        raise DivergedError(
-            f"the loss or its gradient became nan or inf somewhere within steps [{step - unchecked + 1}, {step}]"
-        )
+        steps = f"in one of the steps {step - unchecked + 1} to {step}" if unchecked > 1 else f"in step {step}"
+        raise DivergedError(f"the loss or its gradient became nan or inf {steps}")
 
 
 @contextlib.contextmanager

@@ -358,11 +358,11 @@ def test_a_run_whose_workers_end_early_says_why(plan, tmp_path, monkeypatch, err
 
 
 def test_a_run_that_diverges_in_its_first_epoch_says_so(plan, tmp_path, monkeypatch):
-    reason = "the loss or its gradient became nan or inf somewhere within steps [1, 10]"
+    reason = "the loss or its gradient became nan or inf in one of the steps 1 to 10"
     diverged = WorkerResult(reason, 1, 9, "", (0,), np.zeros((0, 22, 22, 1), np.uint8))
     monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: diverged)
     run = RunFolder(str(tmp_path / "runs" / "first"))
-    with pytest.raises(JobError, match=r"run first diverged in its first epoch: the loss .* steps \[1, 10\]; lower "):
+    with pytest.raises(JobError, match=r"run first diverged in its first epoch: the loss .* steps 1 to 10; lower "):
         launch(plan(run), run, ONE_MACHINE)
     ending = run.read_ending()
     assert (ending.status, ending.reason) == ("diverged", reason)

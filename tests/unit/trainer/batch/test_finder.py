@@ -63,7 +63,7 @@ def test_the_noise_scale_of_the_last_run_of_the_kind_is_taken(manifest, tmp_path
     assert (choice.global_batch_size, choice.limit, choice.noise_scale) == (32, "time", ASSUMED_NOISE_SCALE)
     assert "noise scale assumed" in choice.explanation
     # 300 steps of 40 / 900 s; at half 24 / 900 s and 7.25 / 4.125 as many.
-    assert "about 0.2 minutes of steps, 0.2 to the same result at half, double was not measured" in choice.explanation
+    assert "about 0.2 minutes of steps, to the same result 0.2 with half the batch (time" in choice.explanation
     kind = (request.arch, request.settings.model_copy(update={"seed": 5}), manifest.fingerprint, str(tmp_path))
     remember_noise_scale(*kind, run="first", noise_scale=12.0, global_batch_size=32)
     choice = recall(request, manifest, tmp_path)

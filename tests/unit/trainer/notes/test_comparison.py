@@ -34,7 +34,7 @@ def test_a_difference_names_the_better_run():
 
 def test_a_few_images_do_not_tell_runs_apart():
     assert compare(60, 2, 4).describe("old", "new") == (
-        "not distinguishable on 66 images (correct only in old: 2, only in new: 4; p = 0.69)"
+        "old and new are not distinguishable on 66 images (correct only in old: 2, only in new: 4; p = 0.69)"
     )
 
 

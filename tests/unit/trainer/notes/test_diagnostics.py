@@ -80,9 +80,9 @@ def test_a_sound_run_has_no_symptom(find):
 
 
 def test_divergence_is_reported_with_its_steps_and_nothing_else(find):
-    (line,) = find(history(RISING), reason="the loss became nan somewhere within steps [51, 100]")
+    (line,) = find(history(RISING), reason="the loss became nan in one of the steps 51 to 100")
     assert line == (
-        "diverged: the loss became nan somewhere within steps [51, 100]; try --base-learning-rate 0.001 --clip-norm 1"
+        "diverged: the loss became nan in one of the steps 51 to 100; try --base-learning-rate 0.001 --clip-norm 1"
     )
 
 
@@ -461,3 +461,56 @@ def test_the_guide_explains_each_finding():
     source = Path(find_symptoms.__code__.co_filename).read_text()
     told = re.findall(r'f"([a-z ]+?)(?:: \{| from \{|: val_|: only|: mean|: with|: of)', source)
     assert sorted(rows) == sorted(told)
+
+
+# Epochs that did not lead to the weights.
+
+
+def lose(losses: list[float], stage: str = "train") -> list[dict]:
+    """Return rows of which the second and third did not lead to the weights of the last."""
+    rows = history([2.2, 2.5, 9.9, *SOUND], loss=[2.29, *losses, *np.geomspace(2.2, 0.1, 12)])
+    for row in rows[1:3]:
+        row["stage"] = stage
+    rows[3]["started_from"] = 1
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("losses", "stage", "expected"),
+    [([3.6, 376.6], "train", ["lost epochs"]), ([2.4, 2.5], "train", []), ([3.6, 376.6], "trial", [])],
+)
+def test_epochs_above_guessing_that_the_run_left_are_a_rate_too_high(names, losses, stage, expected):
+    assert names(lose(losses, stage), schedule="plateau") == expected
+
+
+def test_lost_epochs_are_reported_with_the_worst_and_a_tenth_of_the_rate(find):
+    (line,) = find(lose([3.6, 4.8e12]), schedule="plateau")
+    assert "the training loss rose to 4.8e+12 (epoch 3), above that of guessing by class frequency (2.3" in line
+    assert line.endswith("try --base-learning-rate 0.0002")
+
+
+@pytest.mark.parametrize(
+    ("config", "augmentation", "stage", "remedy"),
+    [
+        ({"augment": "none"}, "none", "train", "--augment auto"),
+        # Too few epochs to try any.
+        ({"augment": "auto"}, "none", "train", "--augment all"),
+        ({"augment": "auto"}, "none", "trial", "--label-smoothing 0.1"),
+        ({"augment": "auto", "known_augmentation": "none"}, "none", "train", "--label-smoothing 0.1"),
+        ({"augment": "auto"}, "rotation", "trial", "--label-smoothing 0.1"),
+        ({"augment": "all"}, "rotation", "train", "--label-smoothing 0.1"),
+    ],
+)
+def test_overfitting_is_answered_by_augmentation_unless_the_run_had_or_tried_it(
+    find, config, augmentation, stage, remedy
+):
+    rows = history(RISING, loss=FALLING, augmentation=[augmentation] * 12, stage=[stage, *["train"] * 11])
+    (line,) = find(rows, **config)
+    assert line.startswith("overfitting")
+    assert line.endswith(remedy)
+
+
+def test_a_fine_tuned_run_at_chance_is_told_to_take_more_steps(find):
+    (line,) = find(history([2.3] * 3, loss=[2.3] * 3, accuracy=[0.1] * 3), judge(66, 2.3), init_from="/runs/first")
+    assert line.startswith("did not train")
+    assert "its weights took 150 steps, and fewer than 300 rarely suffice; try --epochs" in line

@@ -181,7 +181,7 @@ def test_a_run_is_compared_with_the_last_of_its_dataset_and_architecture(start, 
     second, third, fourth = start("second", 14), start("third", 15), start("fourth", 16)
     of_second, of_third = finish(second, make_result(), 53), finish(third, make_result(), 40)
     assert compare_with_previous(find_until(second), of_second) == (
-        "not distinguishable on 66 images (correct only in first: 0, only in second: 2; p = 0.5)"
+        "first and second are not distinguishable on 66 images (correct only in first: 0, only in second: 2; p = 0.5)"
     )
     assert compare_with_previous(find_until(third), of_third) == (
         "second is better than third on 66 images (correct only in second: 13, only in third: 0; p = 0.00024)"
@@ -192,7 +192,7 @@ def test_a_run_is_compared_with_the_last_of_its_dataset_and_architecture(start, 
 
 
 def test_the_verdict_and_the_test_split_have_lines_of_their_own(start, make_result, evaluation):
-    verdict = "not distinguishable on 66 images (correct only in a: 0, only in b: 2; p = 0.5)"
+    verdict = "a and b are not distinguishable on 66 images (correct only in a: 0, only in b: 2; p = 0.5)"
     result = make_result(comparison=verdict, test=evaluation)
     lines = note_of(start("first"), result).splitlines()
     of_val, of_late, of_all, of_test = (
@@ -208,6 +208,9 @@ def test_the_verdict_and_the_test_split_have_lines_of_their_own(start, make_resu
     ("values", "text"),
     [
         ({"weight_decay": 0.01, "augment_flip": True}, "seed 3; weight decay 0.01, augment flip"),
+        ({"augment": "none", "augment_flip": True}, "seed 3"),
+        # What a run that chooses used is said apart.
+        ({"augment": "auto", "augment_rotation": 10, "augment_flip": True}, "seed 3; augment auto (flip, rotation 10)"),
         ({"batch_norm": "auto"}, "seed 3; batch norm replica"),
         ({"class_weights": "balanced"}, "seed 3; class weights balanced"),
         ({"optimizer_arguments": {"nesterov": False}}, "seed 3; no nesterov"),
@@ -309,3 +312,28 @@ def test_the_first_incidents_stand_beside_the_number_of_attempts(start, make_res
     assert "attempt 9 was lost" in note
     assert "attempt 10 was lost" not in note
     assert "2 more incidents; result.json lists all" in after
+
+
+@pytest.mark.parametrize(
+    ("config", "result", "line"),
+    [
+        (
+            {"augment": "auto"},
+            {"augmentation": "none 0.2 after 1 epoch", "augmentation_used": "zoom"},
+            "zoom; validation",
+        ),
+        ({"augment": "auto"}, {"augmentation_used": "none"}, "none; too few epochs to try others"),
+        (
+            {"augment": "auto", "known_augmentation": "zoom"},
+            {"augmentation_used": "zoom"},
+            "zoom; chosen by an earlier",
+        ),
+        ({"augment": "all", "augment_zoom": 0.1}, {"augmentation_used": "zoom"}, None),
+        # A run of an earlier version.
+        ({"augment": "auto"}, {}, None),
+    ],
+)
+def test_a_run_that_chooses_its_augmentation_says_which_it_used_and_why(start, make_result, config, result, line):
+    lines = note_of(start("first", **config), make_result(**result)).splitlines()
+    found = [one.removeprefix("augmentation: ") for one in lines if one.startswith("augmentation: ")]
+    assert [one.startswith(line) for one in found] == ([True] if line else [])

@@ -116,7 +116,9 @@ def test_the_interval_is_wilsons(correct, total, interval):
 
 @pytest.mark.parametrize(("accuracies", "epochs", "accuracy"), [([0.9, 0.7, 0.8, 0.9], 3, 0.8), ([0.6, 0.8], 2, 0.7)])
 def test_the_last_epochs_are_averaged_whichever_was_best(accuracies, epochs, accuracy):
-    late = average_last([{"val_accuracy": one, "val_loss": 1 - one} for one in accuracies], 100)
+    late = average_last(
+        [{"epoch": epoch, "val_accuracy": one, "val_loss": 1 - one} for epoch, one in enumerate(accuracies, 1)], 100
+    )
     assert (late.epochs, late.accuracy, late.loss) == (epochs, pytest.approx(accuracy), pytest.approx(1 - accuracy))
     assert (
         late.accuracy_interval
@@ -125,10 +127,11 @@ def test_the_last_epochs_are_averaged_whichever_was_best(accuracies, epochs, acc
 
 
 def test_the_mean_of_the_last_epochs_reads_like_the_other_numbers():
-    rows = [{"val_accuracy": 0.75, "val_loss": 0.5}]
-    assert str(average_last(rows, 100)) == (
-        "mean of the last 1 epoch: loss: 0.5000 - accuracy: 0.7500 (95% interval 0.657-0.825)"
-    )
+    rows = [{"epoch": epoch, "val_accuracy": 0.75, "val_loss": 0.5} for epoch in (1, 4, 5)]
+    numbers = "loss: 0.5000 - accuracy: 0.7500 (95% interval 0.657-0.825)"
+    # The weights of epoch 4 came from those of epoch 1.
+    assert str(average_last(rows, 100)) == f"mean of the last 2 epochs: {numbers}"
+    assert str(average_last(rows[:2], 100)) == f"last epoch: {numbers}"
 
 
 def test_the_numbers_read_as_in_the_notes(evaluation):

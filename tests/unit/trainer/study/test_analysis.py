@@ -34,7 +34,7 @@ weight_decay = { low = 0, high = 0.1 }
 """,
     "study.toml",
 )
-DIVERGED = "the loss or its gradient became nan or inf somewhere within steps [1, 50]"
+DIVERGED = "the loss or its gradient became nan or inf in one of the steps 1 to 50"
 
 
 def trial(index: int, correct: int = 0, rate: float = 0.03, status: str = "completed", **changes) -> Trial:

@@ -39,17 +39,17 @@ def test_an_epoch_of_which_less_than_a_batch_is_left_has_no_steps_to_check():
 def test_a_step_without_a_finite_loss_stops_training_and_the_message_says_between_which_steps():
     stats = [np.float32([[1.0, 0.5, 2.0, 0.0, 0.1]] * 51), np.float32([[np.nan, 0.5, 2.0, 0.0, 0.1]])]
     # Step 50 of these was checked: the two after it were not.
-    with pytest.raises(DivergedError, match=r"within steps \[55, 56\]"):
+    with pytest.raises(DivergedError, match="in one of the steps 55 to 56"):
         _check_finite(stats, 4, 52, precision="float32")
     # A checkpoint has taken all but the last to the table.
-    with pytest.raises(DivergedError, match=r"within steps \[55, 56\]"):
+    with pytest.raises(DivergedError, match="in one of the steps 55 to 56"):
         _check_finite(stats[1:], 55, 52, precision="float32")
 
 
 def test_an_overflow_of_the_gradient_is_an_error_unless_loss_scaling_takes_care_of_it():
     stats = [np.float32([[1.0, 0.5, np.inf, 0.0, 0.1]])]
     _check_finite(stats, 0, 1, precision="mixed_float16")
-    with pytest.raises(DivergedError, match=r"\[1, 1\]"):
+    with pytest.raises(DivergedError, match=r"in step 1$"):
         _check_finite(stats, 0, 1, precision="float32")
 
 
