@@ -47,6 +47,8 @@ _WIDE_INTERVAL = 0.2
 # A class without a correct prediction is no accident where that is rarer than this, over all classes.
 _SIGNIFICANCE = 0.05
 _MOST_CLASSES = 5
+# The options that say how far images are varied.
+_STRENGTHS = [name for name in TrainConfig.model_fields if name.startswith("augment_")]
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,13 @@ def _overfitted(run: _Run) -> str:
     if last["val_loss"] < lowest["val_loss"] + least_rise or last["loss"] >= lowest["loss"]:
         return ""
     has_chosen = config.known_augmentation or any(row.get("stage") == "trial" for row in run.history)
+    is_varied = rows[-1].get("augmentation", "none") != "none"
     if config.augment == "none":
         remedy = "--augment auto"
-    elif config.augment == "auto" and not has_chosen:
-        # It had too few epochs to try any, and used none.
-        remedy = "--augment all"
+    elif not is_varied and not has_chosen:
+        # Its recipe has none, or it had too few epochs to try any.
+        has_strengths = any(getattr(config, name) for name in _STRENGTHS)
+        remedy = "--augment all" if has_strengths else "--augment-rotation 10 --augment-zoom 0.1"
     elif not config.label_smoothing:
         remedy = "--label-smoothing 0.1"
     else:
@@ -185,9 +189,9 @@ def _lost_epochs(run: _Run) -> str:
     if worst is None or worst["loss"] <= (1 + _TRAINING_RISE) * guessing:
         return ""
     return (
-        f"lost epochs: the training loss rose to {format_loss(worst['loss'], 3)} (epoch {worst['epoch']:.0f}), above "
-        f"that of guessing by class frequency ({guessing:.3f}), and the run went on from earlier weights: the learning "
-        f"rate is too high; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
+        f"lost epochs: with a training loss of {format_loss(worst['loss'], 3)} (epoch {worst['epoch']:.0f}), above "
+        f"that of guessing by class frequency ({guessing:.3f}), the run went on from earlier weights: the learning rate "
+        f"is too high; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
     )
 
 

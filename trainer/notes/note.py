@@ -243,26 +243,30 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"{result.train_seconds:.0f} s, attempts: {result.attempts}; "
         f"top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
         + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
-        *_describe_augmentation(config, result),
-        *([] if result.noise_scale is None else [f"\ngradient noise scale: {format_noise_scale(result.noise_scale)}"]),
+        *(f"\n{line}" for line in describe_choices(config, result)),
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]
     return [*lines, *_format_classes(result.val), *_format_batch(record)]
 
 
-def _describe_augmentation(config: TrainConfig, result: RunResult) -> list[str]:
-    """Describe what a run that chooses its augmentation used, and why."""
-    if config.augment != "auto" or not result.augmentation_used:
+def describe_choices(config: TrainConfig, result: RunResult) -> list[str]:
+    """Describe which augmentation a run with ``augment=auto`` used, and why, and its gradient noise scale."""
+    lines = []
+    if config.augment == "auto" and result.augmentation_used:
+        if result.augmentation:
+            reason = f"validation loss of those tried: {result.augmentation}"
+        elif config.known_augmentation:
+            reason = "chosen by an earlier run"
+        else:
+            reason = "too few epochs to try others"
+        lines.append(f"augmentation: {result.augmentation_used}; {reason}")
+    elif result.augmentation:
         # A run of an earlier version.
-        return [f"\naugmentation tried: {result.augmentation}"] if result.augmentation else []
-    if result.augmentation:
-        reason = f"validation loss of those tried: {result.augmentation}"
-    elif config.known_augmentation:
-        reason = "chosen by an earlier run"
-    else:
-        reason = "too few epochs to try others"
-    return [f"\naugmentation: {result.augmentation_used}; {reason}"]
+        lines.append(f"augmentation tried: {result.augmentation}")
+    if result.noise_scale is not None:
+        lines.append(f"gradient noise scale: {format_noise_scale(result.noise_scale)}")
+    return lines
 
 
 def _format_pictures(run: RunFolder, folder: str) -> list[str]:

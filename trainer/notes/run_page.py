@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.notes.note import describe_change, describe_training, describe_unfinished
+from trainer.notes.note import describe_change, describe_choices, describe_training, describe_unfinished
 from trainer.record.epoch_row import Metrics, has_spike
 from trainer.record.evaluation_result import ClassResult, EvaluationResult, find_mistakes
 from trainer.record.predictions import find_suspects
@@ -159,6 +159,7 @@ def format_run_page(view: RunView, folder: str, overview: str, state: str = "") 
         run=view,
         state=state,
         links=_find_links(view, folder, overview),
+        choices=describe_choices(config, result) if result else [],
         training=describe_training(config, result.steps if result else len(steps or ())),
         images_per_second=float(np.median(rates)) if rates else 0.0,
         confusion=_fill_matrix(result.val) if result and few else [],

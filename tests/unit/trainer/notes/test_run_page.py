@@ -110,6 +110,14 @@ def test_a_page_leads_to_what_there_is_of_the_run(write_run):
     ]
 
 
+def test_a_page_says_what_the_run_chose(write_run, make_result):
+    run = write_run("first", augment="auto")
+    run.write_ending(make_result(augmentation_used="zoom", augmentation="zoom 0.1 after 2 epochs", noise_scale=9.0))
+    page = page_of(run)
+    assert "augmentation: zoom; validation loss of those tried: zoom 0.1 after 2 epochs" in page
+    assert "gradient noise scale: 9 images" in page
+
+
 def test_a_page_is_written_again_only_where_something_has_changed(write_run, tmp_path, make_result):
     run, folder = write_run("first"), str(tmp_path / "pages")
 
