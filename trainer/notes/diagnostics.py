@@ -190,8 +190,8 @@ def _lost_epochs(run: _Run) -> str:
         return ""
     return (
         f"lost epochs: with a training loss of {format_loss(worst['loss'], 3)} (epoch {worst['epoch']:.0f}), above "
-        f"that of guessing by class frequency ({guessing:.3f}), the run went on from earlier weights: the learning rate "
-        f"is too high; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
+        f"that of guessing by class frequency ({guessing:.3f}), the run went on from earlier weights: the learning "
+        f"rate is too high; try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
     )
 
 
