@@ -15,6 +15,7 @@ from benchmarks import (
     growth,
     large_batch,
     learning_rates,
+    many_runs,
     pictures,
     prepare,
     scale,
@@ -41,6 +42,7 @@ for module in (
     architectures,
     trainer_start,
     classes,
+    many_runs,
     pictures,
     gpu,
 ):

@@ -54,6 +54,19 @@ def test_every_run_is_there_the_highest_accuracy_first(write_run, tmp_path, make
     assert (tmp_path / "out" / "NOTES.md").read_text().count("#### cnn_softmax: ") == 3
 
 
+def test_a_run_is_read_as_often_however_many_there_are(write_run, tmp_path, monkeypatch):
+    read, counts = storage.read_bytes, []
+    monkeypatch.setattr(storage, "read_bytes", lambda *place: counts.append(place) or read(*place))
+    reads = []
+    for group in range(3):
+        for number in range(2):
+            write_run(f"run-{group}-{number}", seed=2 * group + number)
+        counts.clear()
+        write_notes_and_report(str(tmp_path / "runs"), str(tmp_path / f"out-{group}"))
+        reads.append(len(counts))
+    assert reads[2] - reads[1] == reads[1] - reads[0] > 0
+
+
 def test_datasets_of_one_name_are_told_apart(write_run, tmp_path):
     write_run("first", dataset="/a/digits", dataset_fingerprint="0123456789")
     write_run("second", dataset="/b/digits", dataset_fingerprint="abcdef0123")
