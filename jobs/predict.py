@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 # What the accuracy of each part is worth.
 _PARTS = {
     "new": "",
-    "test": "; of the test split: counted as a reading of it",
-    "val": "; the best epoch was chosen on them",
-    "train": "; the network was trained on them",
+    "test": "of the test split: counted as a reading of it",
+    "val": "the best epoch was chosen on them",
+    "train": "the network was trained on them",
 }
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -80,7 +80,9 @@ def print_summary(output: str, summary: "PredictionSummary") -> None:
     console.stdout.print(f"{output}: {predicted}{bad}", markup=False)
     for name, part in summary.parts.items():
         accuracy = f", {describe_accuracy(part.correct, part.labelled)}" if part.labelled else ""
-        console.stdout.print(f"{name:5}  {format_count(part.images, 'image')}{accuracy}{_PARTS[name]}", markup=False)
+        console.stdout.print(f"{name:5}  {format_count(part.images, 'image')}{accuracy}", markup=False)
+        if remark := _PARTS[name]:
+            console.stdout.print(f"       {remark}", markup=False)
     if summary.parts_unknown:
         if summary.labelled:
             console.stdout.print(describe_accuracy(summary.correct, summary.labelled))

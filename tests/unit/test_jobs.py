@@ -188,8 +188,10 @@ def test_predictions_of_images_that_the_network_knows_are_reported_apart(capsys)
     assert capsys.readouterr().out.splitlines() == [
         "out: 102 of 102 images predicted",
         "new    3 images",
-        "val    9 images, accuracy: 0.7500 (6 of 8, 95% interval 0.409-0.929); the best epoch was chosen on them",
-        "train  90 images, accuracy: 1.0000 (90 of 90, 95% interval 0.959-1.000); the network was trained on them",
+        "val    9 images, accuracy: 0.7500 (6 of 8, 95% interval 0.409-0.929)",
+        "       the best epoch was chosen on them",
+        "train  90 images, accuracy: 1.0000 (90 of 90, 95% interval 0.959-1.000)",
+        "       the network was trained on them",
     ]
     print_summary("out", PredictionSummary(**required, **counts, parts={}, parts_unknown="the dataset is gone"))
     assert capsys.readouterr().out.splitlines()[1:] == [

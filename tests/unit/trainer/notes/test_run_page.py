@@ -69,6 +69,10 @@ def test_each_mistake_has_its_file_its_classes_and_its_picture(write_run):
     assert data["mistakes"] == [[2, "c.png", 2, 1, 0.7, 2.0], [1, "b.png", 1, 0, 0.8, 1.0]]
     assert data["suspects"] == [[1, "b.png", 1, 0, 0.8, 3.0], [2, "c.png", 2, 1, 0.7, 1.5]]
     assert set(data["images"]) == {"1", "2"}
+    # Of very many mistakes the others are listed without one.
+    storage.write_bytes(run.path(THUMBNAILS_NAME), storage.parquet_bytes(thumbnails.slice(0, 1)))
+    data = data_of(page_of(run))
+    assert (len(data["mistakes"]), data["wrong"], set(data["images"])) == (2, 2, {"1"})
     assert data["classes"] == ["cat", "dog", "eel"]
 
 
