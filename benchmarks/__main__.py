@@ -1,52 +1,44 @@
 """Every benchmark by its name: `python -m benchmarks` lists them, `python -m benchmarks NAME --help` explains one."""
 
+import importlib
+import sys
+
 import typer
 
-from benchmarks import (
-    accuracy,
-    architectures,
-    batch_size,
-    bucket_cache,
-    checkpoints,
-    classes,
-    development_sets,
-    feeding,
-    gpu,
-    growth,
-    large_batch,
-    learning_rates,
-    many_runs,
-    pictures,
-    prepare,
-    scale,
-    trainer_start,
-    training,
-    workers,
+NAMES = (
+    "training",
+    "feeding",
+    "checkpoints",
+    "workers",
+    "scale",
+    "growth",
+    "many_runs",
+    "prepare",
+    "batch_size",
+    "bucket_cache",
+    "large_batch",
+    "learning_rates",
+    "development_sets",
+    "accuracy",
+    "architectures",
+    "trainer_start",
+    "classes",
+    "pictures",
+    "gpu",
 )
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
-for module in (
-    training,
-    feeding,
-    checkpoints,
-    workers,
-    scale,
-    growth,
-    prepare,
-    batch_size,
-    bucket_cache,
-    large_batch,
-    learning_rates,
-    development_sets,
-    accuracy,
-    architectures,
-    trainer_start,
-    classes,
-    many_runs,
-    pictures,
-    gpu,
-):
-    app.command(module.__name__.rpartition(".")[2], help=module.__doc__)(module.main)
+
+
+@app.callback()
+def describe() -> None:
+    """Measure this project: each benchmark prints what it is compared with beside it, and where it was measured."""
+
+
+# Only the one that is asked for: others import TensorFlow, or packages that it does without.
+for name in [name for name in sys.argv[1:2] if name in NAMES] or NAMES:
+    module = importlib.import_module(f"benchmarks.{name}")
+    app.command(name, help=module.__doc__)(module.main)
 
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

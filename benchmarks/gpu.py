@@ -2,9 +2,9 @@
 
 Every item is one network in one way, a process of its own with a time limit, and prints one line as soon as it has been
 measured, so that what was measured stays if the machine is lost. Several processes start and compile at once; they
-take turns at the GPU, by rounds, and a round is timed while nobody else has it. Images are random and in memory.
-Every way has the same layers, batch, precision and optimizer (AdamW). This project's steps augment as well, as the
-recipe says, and model.fit and PyTorch do not.
+take turns at the GPU, by rounds. The fastest round counts, since a process that still compiles may try kernels during
+another one. Images are random and in memory. Every way has the same layers, batch, precision and optimizer (AdamW).
+This project's steps augment as well, as the recipe says, and model.fit and PyTorch do not.
 
 PyTorch with channels_last and bfloat16 autocast takes part where the Python of --torch-python has it; it need not be
 this one.
@@ -19,26 +19,29 @@ Run: python -m benchmarks gpu [--total 300] [--only resnet50,alexnet] [--torch-p
 import contextlib
 import fcntl
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.table import Mark, describe_machine
+from trainer.runtime.cluster import read_machine
 
 HERE, TORCH = "benchmarks.gpu", Path(__file__).with_name("gpu_torch.py")
 ROUNDS = 4
 ROUND_SECONDS = 0.4
 WARM_STEPS = 5
+# A process with less time is not started.
+LEAST_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ WAYS = ("xla", "xla-20", "plain", "plain-20", "fit", "torch.compile", "torch")
 
 @dataclass
 class Measured:
-    """What one item prints, as JSON."""
+    """What one item prints, as JSON: after it was timed, and once more when its kernels have been counted."""
 
     first_seconds: float
     """From the start of the process to the end of the first step."""
@@ -93,13 +96,13 @@ def main(
     ] = "",
     ways: Annotated[str, typer.Option(help="Ways, separated by commas.")] = ",".join(WAYS),
     limit: Annotated[float, typer.Option(help="Seconds for one process.")] = 150,
-    jobs: Annotated[int, typer.Option(help="Processes that start and compile at once.")] = 4,
+    jobs: Annotated[int, typer.Option(help="Processes that start and compile at once, at most one a core.")] = 6,
     precision: Annotated[str, typer.Option(help="Of everything but PyTorch's.")] = "mixed_bfloat16",
     torch_python: Annotated[str, typer.Option(help="A Python that has PyTorch.")] = sys.executable,
     tiny: Annotated[bool, typer.Option(help="Narrow networks and batches of 4, to see that it runs.")] = False,
 ) -> None:
     started = time.monotonic()
-    print(", ".join(describe_machine().values()), flush=True)
+    print(", ".join([*describe_machine().values(), read_machine().hardware]), flush=True)
     print(_LINE.format("case", "way", "images/s", "ms", "host ms", "kernels", "GiB", "first s"), flush=True)
     rates: dict[tuple[str, str], float] = {}
     chosen = only.split(",") if only else TINY_CASES if tiny else CASES
@@ -107,6 +110,7 @@ def main(
     if any(_is_torch(way) for _, way in items) and not _has_torch(torch_python):
         print(f"PyTorch is left out: {torch_python} has none; give --torch-python", flush=True)
         items = [(name, way) for name, way in items if not _is_torch(way)]
+    jobs = min(jobs, len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
 
         def measure(name: str, way: str) -> None:
@@ -121,7 +125,7 @@ def main(
                 print(f"{name:<14} {way:<14} {outcome}", flush=True)
                 return
             batch = TINY_BATCH if tiny else CASES[name].batch
-            rates[name, way] = batch / statistics.median(outcome.step_seconds)
+            rates[name, way] = batch / min(outcome.step_seconds)
             print(_format_line(name, way, rates[name, way], outcome), flush=True)
 
         ours: dict[str, list[Future[None]]] = {name: [] for name in chosen}
@@ -162,7 +166,7 @@ _LINE = "{:<14} {:<14} {:>9} {:>8} {:>8} {:>8} {:>6} {:>8}"
 
 
 def _format_line(name: str, way: str, rate: float, measured: Measured) -> str:
-    milliseconds = statistics.median(measured.step_seconds) * 1000
+    milliseconds = min(measured.step_seconds) * 1000
     return _LINE.format(
         *(name, way, f"{rate:.0f}", f"{milliseconds:.2f}", f"{measured.host_seconds * 1000:.2f}"),
         *(f"{measured.kernels:.0f}", f"{measured.peak_gib:.2f}", f"{measured.first_seconds:.1f}"),
@@ -179,8 +183,11 @@ def _marks(rates: dict[tuple[str, str], float]) -> Iterator[Mark]:
 def _run_item(
     name: str, way: str, precision: str, torch_python: str, tiny: bool, folder: str, seconds: float
 ) -> Measured | str:
-    """Measure in a process of its own; return why there is no measurement if there is none."""
-    if seconds < 5:
+    """Measure in a process of its own; return why there is no measurement if there is none.
+
+    What a process printed before it failed or was given up counts.
+    """
+    if seconds < LEAST_SECONDS:
         return "left out: no time left"
     words = [name, way, precision, str(int(tiny)), folder]
     environment = dict(os.environ)
@@ -192,13 +199,13 @@ def _run_item(
     else:
         command = [sys.executable, "-m", HERE, *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"given up after {seconds:.0f} s"
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1][:200]}"
-    return Measured(**json.loads(lines[-1]))
+        done = subprocess.run(command, capture_output=True, timeout=seconds, env=environment)
+        errors = done.stderr.decode().strip().splitlines() or ["no output"]
+        output, problem = done.stdout, f"failed: {errors[-1][:200]}"
+    except subprocess.TimeoutExpired as error:
+        output, problem = error.stdout or b"", f"given up after {seconds:.0f} s"
+    lines = [line for line in output.decode().splitlines(keepends=True) if line.startswith("{") and line.endswith("\n")]
+    return Measured(**json.loads(lines[-1])) if lines else problem
 
 
 @contextlib.contextmanager
@@ -229,8 +236,8 @@ def _time_calls(call: Callable[[], Any], folder: str) -> tuple[list[float], floa
     return rounds, min(host)
 
 
-def measure_ours(name: str, way: str, precision: str, tiny: bool, folder: str) -> Measured:
-    """Measure a step of this project, or of model.fit."""
+def measure_ours(name: str, way: str, precision: str, tiny: bool, folder: str) -> Iterator[Measured]:
+    """Measure a step of this project, or of model.fit; yield that twice, as `Measured` says."""
     began = _process_start()
     from trainer.runtime.cluster import WORKER_ENVIRONMENT
 
@@ -268,8 +275,9 @@ def measure_ours(name: str, way: str, precision: str, tiny: bool, folder: str) -
     for _ in range(WARM_STEPS):
         np.asarray(call())
     rounds, host = _time_calls(call, folder)
-    kernels = _count_kernels(call, folder)
-    return Measured(first, [one / steps for one in rounds], host / steps, kernels / steps, peak_memory_gib())
+    measured = Measured(first, [one / steps for one in rounds], host / steps, math.nan, peak_memory_gib())
+    yield measured
+    yield replace(measured, kernels=_count_kernels(call) / steps)
 
 
 def _configure(case: Case, precision: str, tiny: bool) -> tuple[Any, Any]:
@@ -323,15 +331,15 @@ def _fit_step(manifest: Any, config: Any, images: Any, labels: Any) -> Callable[
     return lambda: train(batches)["loss"]
 
 
-def _count_kernels(call: Callable[[], Any], folder: str, calls: int = 3) -> float:
-    """Return how many kernels the device ran for a call; NaN where there is no GPU."""
+def _count_kernels(call: Callable[[], Any], calls: int = 3) -> float:
+    """Return how many kernels the device ran for a call of this process; NaN where there is no GPU."""
     import numpy as np
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     if not tf.config.list_physical_devices("GPU"):
         return float("nan")
-    with _own_device(folder), tempfile.TemporaryDirectory() as traces:
+    with tempfile.TemporaryDirectory() as traces:
         tf.profiler.experimental.start(traces)
         for _ in range(calls):
             answer = call()
@@ -376,4 +384,5 @@ def _process_start() -> float:
 
 if __name__ == "__main__":
     _name, _way, _precision, _tiny, _folder = sys.argv[1:]
-    print(json.dumps(asdict(measure_ours(_name, _way, _precision, bool(int(_tiny)), _folder))))
+    for _measured in measure_ours(_name, _way, _precision, bool(int(_tiny)), _folder):
+        print(json.dumps(asdict(_measured)), flush=True)

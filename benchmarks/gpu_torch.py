@@ -152,14 +152,14 @@ def main(way: str, folder: str, case: str, batch: int) -> None:
             host.append((time.perf_counter() - start) / count)
             loss.item()
             rounds.append((time.perf_counter() - start) / count)
-    kernels, peak = math.nan, 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    measured = {"first_seconds": first, "step_seconds": rounds, "host_seconds": min(host), "peak_gib": peak}
+    print(json.dumps({**measured, "kernels": math.nan}), flush=True)
     if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step().item()
-        kernels = float(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
-    measured = {"first_seconds": first, "step_seconds": rounds, "host_seconds": min(host)}
-    print(json.dumps({**measured, "kernels": kernels, "peak_gib": peak}))
+        kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+        print(json.dumps({**measured, "kernels": kernels}), flush=True)
 
 
 if __name__ == "__main__":
