@@ -17,7 +17,7 @@ from trainer.runtime import compat
 from trainer.runtime.address import find_cluster
 from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.folders import hold_folder, keep_folder
-from trainer.runtime.gpu import visible_devices
+from trainer.runtime.gpu import read_total_gib, visible_devices
 from trainer.runtime.markdown import format_count
 from trainer.runtime.signals import call_deferring_signals, defer_signals_of_start
 
@@ -272,7 +272,7 @@ def read_machine(folder: str = "") -> Resources:
         num_cpus=float(spec.num_cpus),
         num_gpus=num_gpus,
         free_gpus=num_gpus,
-        devices=_name_devices(spec.resources if num_gpus else {}, spec.num_cpus),
+        devices=_name_devices(spec.resources if num_gpus else {}, spec.num_cpus, are_here=True),
         node_memory_gib=spec.memory / 2**30,
         folder=folder,
     )
@@ -289,13 +289,14 @@ def read_resources(folder: str = "") -> Resources:
         num_cpus=total.get("CPU", 0.0),
         num_gpus=int(total.get("GPU", 0)),
         free_gpus=int(ray.available_resources().get("GPU", 0)),
-        devices=_name_devices(total, min(node.get("CPU", 0) for node in working)),
+        devices=_name_devices(total, min(node.get("CPU", 0) for node in working), are_here=bool(folder)),
         node_memory_gib=min(node.get("memory", 0.0) for node in working) / 2**30,
         folder=folder,
     )
 
 
-def _name_devices(resources: Mapping[str, float], num_cpus: float) -> str:
-    # Ray has a resource for each kind of GPU.
+def _name_devices(resources: Mapping[str, float], num_cpus: float, *, are_here: bool) -> str:
+    # Ray has a resource for each kind of GPU, and a kind can have cards of 16 and of 32 GiB.
     kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
-    return " ".join(kinds) or format_count(num_cpus, "core")
+    memory = read_total_gib() if kinds and are_here else None
+    return " ".join(kinds) + (f" with {memory:.0f} GiB" if memory else "") or format_count(num_cpus, "core")

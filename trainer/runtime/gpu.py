@@ -46,8 +46,17 @@ def read_free_gib() -> float:
     """Return the free memory in GiB of the first visible GPU, which is TensorFlow's GPU:0."""
     import pynvml
 
-    pynvml.nvmlInit()
-    return float(pynvml.nvmlDeviceGetMemoryInfo(_find_handle(pynvml, (visible_devices() or ["0"])[0])).free) / _GIB
+    return float(pynvml.nvmlDeviceGetMemoryInfo(_find_first(pynvml)).free) / _GIB
+
+
+def read_total_gib() -> float | None:
+    """Return the memory in GiB of the first visible GPU; None where that cannot be known."""
+    with contextlib.suppress(ImportError):
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            return float(pynvml.nvmlDeviceGetMemoryInfo(_find_first(pynvml)).total) / _GIB
+    return None
 
 
 def read_name() -> str:
@@ -56,12 +65,14 @@ def read_name() -> str:
         import pynvml
 
         with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            return str(pynvml.nvmlDeviceGetName(_find_handle(pynvml, (visible_devices() or ["0"])[0])))
+            return str(pynvml.nvmlDeviceGetName(_find_first(pynvml)))
     return "GPU"
 
 
-def _find_handle(pynvml: Any, device: str) -> Any:
+def _find_first(pynvml: Any) -> Any:
+    """Return the handle of the first visible GPU."""
+    pynvml.nvmlInit()
+    device = (visible_devices() or ["0"])[0]
     if device.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(device))
     # CUDA takes the beginning of a UUID, too.

@@ -44,8 +44,12 @@ def test_gpus_that_cuda_does_not_show_are_not_counted(monkeypatch, visible, num_
     machine = SimpleNamespace(num_cpus=8, num_gpus=2, memory=2**30, resources={"accelerator_type:H100": 1})
     monkeypatch.setattr(cluster.compat, "measure_machine", lambda num_cpus: machine)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(cluster, "read_total_gib", lambda: None)
     found = read_machine()
     assert (found.num_gpus, found.devices) == (num_gpus, "H100" if num_gpus else "8 cores")
+    # One kind of card has several sizes, and each its own batch sizes.
+    monkeypatch.setattr(cluster, "read_total_gib", lambda: 79.6)
+    assert read_machine().devices == ("H100 with 80 GiB" if num_gpus else "8 cores")
 
 
 def test_a_container_with_half_a_core_has_one(monkeypatch):

@@ -50,13 +50,19 @@ def test_the_free_memory_is_that_of_the_first_visible_gpu(monkeypatch, value, fr
         nvmlDeviceGetHandleByIndex=lambda number: number,
         nvmlDeviceGetHandleByUUID=uuids.index,
         nvmlDeviceGetUUID=lambda handle: uuids[handle],
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=80 * 2**30, free=(10 + handle) * 2**30),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=(80 + handle) * 2**30, free=(10 + handle) * 2**30),
+        NVMLError=OSError,
     )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if value is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-    assert gpu.read_free_gib() == free_gib
+    assert (gpu.read_free_gib(), gpu.read_total_gib()) == (free_gib, free_gib + 70)
+
+
+def test_without_a_way_to_ask_the_memory_of_a_gpu_is_not_known(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu.read_total_gib() is None
 
 
 @pytest.fixture
