@@ -25,6 +25,7 @@ from trainer.runtime.events import LossesMeasured, OnEvent, SizeMeasured, SizeSt
 from trainer.training.batches import make_batch
 from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.training.devices import (
+    allocator_limit_gib,
     has_gpu,
     killed_beyond,
     memory_limit_gib,
@@ -72,21 +73,29 @@ def run_trial(job: TrialJob, send_event: OnEvent) -> TrialResult:
             known = settle_precision(search, known)
             if (probe := next_probe(search, known)) is None or not bench.can_measure(probe):
                 return TrialResult(known, is_complete=probe is None)
-            if not bench.is_built:
-                # All workers must measure the same.
-                known = known.limit(-float(bench.build(probe.precisions[0]).gather([[-limit]]).max()))
-                search = _start_smaller(search, bench.image_gib, known.memory_limit_gib)
-                continue
-            try:
+            with _named_memory_errors(probe.size):
+                if not bench.is_built:
+                    bench.build(probe.precisions[0])
+                    known = known.limit(bench.agree_on_limit(limit))
+                    send_event(TrialStarted(known.memory_limit_gib))
+                    search = _start_smaller(search, bench.image_gib, known.memory_limit_gib)
+                    continue
                 for event in bench.measure(probe, compare_losses=len(search.precisions) > 1):
                     if not isinstance(event, SizeStarted):
                         known = known.add(event)
                     if rank == 0:
                         send_event(event)
-            except tf.errors.OpError as error:
-                if not ran_out_of_memory(error):
-                    raise
-                raise MemoryError(f"batch {probe.size} per replica: {error.message}") from error
+
+
+@contextlib.contextmanager
+def _named_memory_errors(size: int) -> Iterator[None]:
+    """Raise MemoryError for every error of TensorFlow in the context that says in its own way that memory ran out."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise MemoryError(f"batch {size} per replica: {error.message}") from error
 
 
 def _start_smaller(search: Search, image_gib: float, limit_gib: float) -> Search:
@@ -129,6 +138,11 @@ class _Bench:
         outputs = [getattr(layer, "output", None) for layer in model.layers]
         values = sum(math.prod(one.shape[1:]) for one in outputs if one is not None and hasattr(one, "shape"))
         return float(values) * 4 * _ACTIVATION_COPIES / _GIB
+
+    def agree_on_limit(self, limit_gib: float) -> float:
+        """Return the memory in GiB that each worker may use: the least of all, since all must measure the same."""
+        bench = next(iter(self._networks.values()))
+        return -float(bench.gather([[-min(limit_gib, allocator_limit_gib())]]).max())
 
     def can_measure(self, probe: Probe) -> bool:
         """Return whether these processes can measure a size as exactly as requested."""

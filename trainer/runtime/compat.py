@@ -267,6 +267,32 @@ def set_heartbeat_timeout(num_workers: int, milliseconds: int) -> None:
         )
 
 
+def memory_of_device(kind: str) -> int:
+    """Return the most memory in bytes that TensorFlow takes of the first device of a kind, "GPU" or "CPU".
+
+    It initializes TensorFlow, which a strategy of several workers must do first.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    # tensorflow/python/eager/context.py, line 667: _initialize_logical_devices; client/session.py, line 757.
+    # test_compat.py: test_the_memory_of_a_device_is_what_tensorflow_may_take_of_it
+    from tensorflow.python import pywrap_tfe
+    from tensorflow.python.client import pywrap_tf_session
+    from tensorflow.python.eager import context
+
+    context.context().ensure_initialized()
+    devices = pywrap_tfe.TFE_ContextListDevices(context.context()._handle)
+    try:
+        # Those of this process come before those of other workers.
+        for number in range(pywrap_tfe.TF_DeviceListCount(devices)):
+            if pywrap_tfe.TF_DeviceListType(devices, number) == kind:
+                return int(pywrap_tf_session.TF_DeviceListMemoryBytes(devices, number))
+    finally:
+        pywrap_tfe.TF_DeleteDeviceList(devices)
+    raise RuntimeError(f"TensorFlow has no {kind}")
+
+
 def replace_dropout(layer: Any, drop: Callable[..., Any]) -> None:
     """Make a Dropout layer call ``drop(inputs, rate, noise_shape=None)`` for its outputs in training."""
     # layers/regularization/dropout.py, line 116: call.

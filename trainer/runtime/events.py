@@ -427,7 +427,7 @@ class StepProfiled:
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """One worker of a batch size trial has started."""
+    """One worker of a batch size trial has started, or knows better how much memory it may use."""
 
     memory_limit_gib: float
     """Memory that this worker may use."""

@@ -1,6 +1,7 @@
 """A worker's share of its node: cores, GPU and memory, how much memory it uses, and how much it may use."""
 
 import contextlib
+import math
 import os
 import platform
 import re
@@ -12,20 +13,23 @@ from pathlib import Path
 import ray
 import tensorflow as tf
 
-from trainer.runtime import gpu
+from trainer.runtime import compat, gpu
 from trainer.runtime.cluster import read_machine
-from trainer.runtime.compat import count_cores
 from trainer.runtime.errors import JobError
 from trainer.training.programs import keep_programs
 
 _GIB = 2**30
 _GUARD_INTERVAL_SECONDS = 0.02
-# cuDNN's search for an algorithm fails where none gets its scratch; its handles and cuBLAS' take memory of their own.
+# cuDNN's search for an algorithm fails where none gets its scratch; its handles, cuBLAS' and NCCL's buffers take memory
+# of their own; a copy to the GPU finds no place ("Dst tensor"). Some of these have other causes, too: in a trial, where
+# smaller sizes worked or follow, this is the likely one.
 _NO_MEMORY = re.compile(
-    "out of memory|CUDA_ERROR_OUT_OF_MEMORY|No algorithm worked|Failed to allocate"
+    "out of memory|OOM when allocating|RESOURCE.EXHAUSTED|failed to alloc|cannot allocate memory"
+    "|cudaErrorMemoryAllocation|resource allocation failed|Dst tensor is not initialized"
+    "|No algorithm worked|DNN library initialization failed|could not create cudnn handle"
     "|CUDNN_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED)"
-    "|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|RESOURCE_EXHAUSTED",
-    re.IGNORECASE,
+    "|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED)|NCCL.*unhandled cuda error",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -42,7 +46,7 @@ def share_devices(workers_on_node: int) -> None:
     for device in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(device, True)
     # Ray counts what a container may use, which the kernel's affinity does not show.
-    cores = min(len(os.sched_getaffinity(0)), count_cores())
+    cores = min(len(os.sched_getaffinity(0)), compat.count_cores())
     threads = max(1, cores // workers_on_node)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     if workers_on_node > 1:
@@ -105,6 +109,15 @@ def memory_limit_gib(workers_on_node: int) -> float:
     own_node = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_node)
     return float(resources["memory"]) / workers_on_node / _GIB
+
+
+def allocator_limit_gib() -> float:
+    """Return how much of this worker's GPU TensorFlow's allocator takes at most, in GiB; infinite without a GPU.
+
+    That is what is free when CUDA has started, less one or two GiB that TensorFlow leaves to cuDNN, cuBLAS and NCCL, on
+    a small card too. The strategy must have been made.
+    """
+    return compat.memory_of_device("GPU") / _GIB if has_gpu() else math.inf
 
 
 def ran_out_of_memory(error: tf.errors.OpError) -> bool:

@@ -156,6 +156,32 @@ def test_a_search_takes_at_most_a_tenth_of_the_run_beyond_the_first_size(run_sec
         assert known.precision[1] == "float32: the run is too short to measure others"
 
 
+GPU = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+@pytest.mark.parametrize("run_seconds", [14, 100, 600, 36_000])
+def test_a_search_on_a_gpu_takes_a_tenth_of_the_run_or_20_seconds(run_seconds):
+    # 344 images in 7 ms: a search that begins with the first size in float32.
+    images = int(run_seconds * 344 / 0.007)
+    machine = Machine(on_gpu, factors=dict.fromkeys(GPU, 1.0), limit_gib=70.0)
+    known = machine.search(ask(images=images, precisions=GPU, start=128, most=5000))
+    assert known.seconds <= max(20.0, BUDGET_SHARE * run_seconds)
+    # Of each precision two sizes, of the chosen one those above.
+    assert len(machine.probes) <= 5
+
+
+@pytest.mark.parametrize("card_gib", [8, 16, 80, 140])
+@pytest.mark.parametrize("per_image", [0.01, 0.05])
+def test_the_largest_size_that_fits_is_found_on_small_and_on_large_cards(card_gib, per_image):
+    # CUDA's own, and what TensorFlow leaves to its libraries; the weights and the optimizer take 1.5 GiB.
+    limit = card_gib - 0.5 - 1.5
+    machine = Machine(lambda size: 0.01, lambda size: 1.5 + per_image * size, limit_gib=limit, killed_beyond=limit)
+    known = machine.search(ask("max", start=128, most=100_000))
+    exhaustive = int((0.9 * limit - 1.5) / per_image)
+    assert 0.95 * exhaustive - 1 < best_size(known, math.inf) <= exhaustive
+    assert machine.groups <= 5
+
+
 def test_a_precision_is_chosen_from_measurements_by_turns_at_two_sizes():
     machine = Machine(on_cpu(8), factors={"float32": 1.0, "mixed_bfloat16": 0.6})
     known = machine.search(ask(precisions=BOTH))

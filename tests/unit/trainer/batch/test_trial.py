@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 
 from trainer.batch.job import TrialJob
 from trainer.batch.search import Known, Probe, Search
-from trainer.batch.trial import _Bench, _start_smaller
+from trainer.batch.trial import _Bench, _named_memory_errors, _start_smaller
 from trainer.runtime.events import LossesMeasured, SizeMeasured, SizeStarted
 from trainer.training.dataset import open_split
 
@@ -69,6 +70,30 @@ def test_what_the_first_step_on_a_gpu_takes_to_try_kernels_does_not_count(make_b
     monkeypatch.setattr("trainer.batch.trial.reset_peak_memory", lambda: resets.append(int(steps.numpy())))
     measure(bench, 4, "float32")
     assert resets == [0, 1]
+
+
+def test_no_program_is_compiled_by_xla_for_a_size_that_is_only_measured(make_bench):
+    bench = make_bench()
+    measure(bench, 4, "float32")
+    (step,) = bench.build("float32").steps.values()
+    graph = step.get_concrete_function(*bench._batch(4, 0)).graph.as_graph_def()
+    assert [one.signature.name for one in graph.library.function if one.attr["_XlaMustCompile"].b] == []
+    assert not bench.build("float32").network.optimizer.jit_compile
+
+
+def test_the_limit_is_the_least_of_what_is_given_and_what_the_allocator_takes(make_bench, monkeypatch):
+    bench = make_bench()
+    bench.build("float32")
+    assert bench.agree_on_limit(8.0) == 8.0
+    monkeypatch.setattr("trainer.batch.trial.allocator_limit_gib", lambda: 6.0)
+    assert (bench.agree_on_limit(8.0), bench.agree_on_limit(4.0)) == (6.0, 4.0)
+
+
+def test_an_error_of_tensorflow_for_want_of_memory_is_one_of_memory():
+    with pytest.raises(MemoryError, match="batch 8 per replica: Dst tensor is not"), _named_memory_errors(8):
+        raise tf.errors.InternalError(None, None, "Dst tensor is not initialized.")
+    with pytest.raises(tf.errors.InternalError, match="ptxas"), _named_memory_errors(8):
+        raise tf.errors.InternalError(None, None, "ptxas exited")
 
 
 def test_memory_is_exact_only_where_nothing_else_was_in_the_process(make_bench, monkeypatch):

@@ -1,6 +1,7 @@
 """Private names of Ray and Keras: what this program relies on holds in the installed version."""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 import tf_keras as keras
 from ray._private import worker
@@ -27,6 +28,13 @@ def test_the_memory_of_a_group_is_counted_without_the_cache_of_files(tmp_path):
     assert compat.used_memory_of_group(str(stat), str(usage), "inactive_file", "active_file") == 600
     stat.write_text("anon 500\n")
     assert compat.used_memory_of_group(str(stat), str(usage), "inactive_file", "active_file") is None
+
+
+def test_the_memory_of_a_device_is_what_tensorflow_may_take_of_it():
+    # What TensorFlow says of a CPU, whose memory it does not ask for.
+    assert compat.memory_of_device("CPU") == 256 * 2**20
+    with pytest.raises(RuntimeError, match="TensorFlow has no ABACUS"):
+        compat.memory_of_device("ABACUS")
 
 
 def test_a_dropout_layer_calls_what_replaces_it():

@@ -1,3 +1,4 @@
+import math
 import signal
 import subprocess
 import sys
@@ -55,6 +56,14 @@ def test_a_worker_with_other_gpus_than_its_own_one_does_not_start(monkeypatch, s
         devices.share_devices(1)
 
 
+def test_what_the_runtime_takes_beside_the_allocator_is_not_counted_as_free(monkeypatch):
+    assert devices.allocator_limit_gib() == math.inf
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    # Of a card of 8 GiB: what is free when CUDA has started, less what TensorFlow leaves to CUDA's libraries.
+    monkeypatch.setattr(devices.compat, "memory_of_device", lambda kind: {"GPU": 6 * 2**30}[kind])
+    assert devices.allocator_limit_gib() == 6.0
+
+
 @pytest.mark.parametrize(
     ("kind", "message", "expected"),
     [
@@ -67,7 +76,17 @@ def test_a_worker_with_other_gpus_than_its_own_one_does_not_start(monkeypatch, s
             True,
         ),
         ("InternalError", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes", True),
+        ("InternalError", "Failed copying input tensor from CPU:0 to GPU:0: Dst tensor is not initialized.", True),
+        ("FailedPreconditionError", "DNN library initialization failed. Look at the errors above for details.", True),
+        ("InternalError", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED in tensorflow/stream.cc", True),
+        ("InternalError", "failed to allocate 2.00G (2147483648 bytes) from device", True),
+        ("InternalError", "Failed to load in-memory CUBIN: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+        ("InternalError", "cudaGetDevice() failed. Status: cudaErrorMemoryAllocation", True),
+        ("UnknownError", "NCCL: unhandled cuda error (run with NCCL_DEBUG=INFO for details)", True),
+        ("UnknownError", "NCCL operation ncclAllReduce failed:\nCuda failure 2 'out of memory'", True),
         ("InternalError", "ptxas exited with non-zero error code 65280", False),
+        ("UnknownError", "NCCL: unhandled system error (run with NCCL_DEBUG=INFO for details)", False),
+        ("UnimplementedError", "no room in this zoom", False),
         ("InvalidArgumentError", "Matrix size-incompatible", False),
     ],
 )
