@@ -596,7 +596,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_e
         incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
         augmentation=describe_trials(last.history),
-        augmentation_used=next((row["augmentation"] for row in path[::-1] if row["stage"] != "clean"), ""),
+        augmentation_used=next((row.get("augmentation", "") for row in path[::-1] if row.get("stage") != "clean"), ""),
         findings=[
             *find_symptoms(last.history, val, config, worker_result.reason),
             *_learn_about_batch(run, manifest, last.history, noise_scale),

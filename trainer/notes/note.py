@@ -258,6 +258,8 @@ def describe_choices(config: TrainConfig, result: RunResult) -> list[str]:
             reason = f"validation loss of those tried: {result.augmentation}"
         elif config.known_augmentation:
             reason = "chosen by an earlier run"
+        elif config.schedule != "plateau":
+            reason = "only --schedule plateau tries others"
         else:
             reason = "too few epochs to try others"
         lines.append(f"augmentation: {result.augmentation_used}; {reason}")

@@ -68,7 +68,7 @@ def plan_epoch(history: Sequence[Metrics], config: TrainConfig, steps_per_epoch:
     unit = math.ceil(_LEAST_STEPS / steps_per_epoch)
     if config.schedule != "plateau":
         ended = _has_stalled(history, config.patience * unit)
-        return None if ended else EpochPlan("train", list_augmentations(config)[-1], len(history))
+        return None if ended else EpochPlan("train", _augmentation_without_trials(config), len(history))
     return _plan_search(history, config, unit) or _plan_training(history, config, unit)
 
 
@@ -153,9 +153,7 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
         augmentation = choose_augmentation(_of_stage(history, "plain"), trials, unit)
         start = max(int(row["epoch"]) for row in trials if row["augmentation"] == augmentation)
     else:
-        # In a run of few epochs there is no time to try any.
-        unknown = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
-        augmentation, start = config.known_augmentation or unknown, len(history)
+        augmentation, start = _augmentation_without_trials(config), len(history)
     ending = list(takewhile(lambda row: row.get("stage") in ("decay", "clean"), reversed(history)))
     before = len(history) - len(ending)
     # In a short run too the rate falls to zero.
@@ -174,6 +172,12 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
         rates = (_CLEAN_RATE * (1 - done / clean) for done in (cleaned, cleaned + 1))
         return EpochPlan("clean", NO_AUGMENTATION, len(history), *rates)
     return None
+
+
+def _augmentation_without_trials(config: TrainConfig) -> str:
+    """Return what is varied in a run that tries nothing: it has few epochs, another schedule, or nothing to choose."""
+    unknown = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
+    return config.known_augmentation or unknown
 
 
 def _of_stage(history: Sequence[Metrics], stage: str) -> list[Metrics]:

@@ -322,7 +322,12 @@ def test_the_first_incidents_stand_beside_the_number_of_attempts(start, make_res
             {"augmentation": "none 0.2 after 1 epoch", "augmentation_used": "zoom"},
             "zoom; validation",
         ),
-        ({"augment": "auto"}, {"augmentation_used": "none"}, "none; too few epochs to try others"),
+        (
+            {"augment": "auto", "schedule": "plateau"},
+            {"augmentation_used": "none"},
+            "none; too few epochs to try others",
+        ),
+        ({"augment": "auto", "schedule": "cosine"}, {"augmentation_used": "none"}, "none; only --schedule plateau"),
         (
             {"augment": "auto", "known_augmentation": "zoom"},
             {"augmentation_used": "zoom"},

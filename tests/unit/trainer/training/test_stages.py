@@ -204,6 +204,12 @@ def test_other_schedules_have_one_stage(make):
     cosine = simulate(make(schedule="cosine", augment="all", patience=0, epochs=5), lambda plan, rows: 1.0)
     assert stages(cosine) == [("train", 5)]
     assert {row["augmentation"] for row in cosine} == {ALL}
+
+
+@pytest.mark.parametrize(("known", "used"), [("", "none"), ("rotation+zoom", "rotation+zoom")])
+def test_a_schedule_without_trials_varies_nothing_that_no_run_has_tried(make, known, used):
+    cosine = simulate(make(schedule="cosine", patience=0, known_augmentation=known), lambda plan, rows: 1.0)
+    assert {row["augmentation"] for row in cosine} == {used}
     constant = simulate(make(schedule="constant", augment="none"), lambda plan, rows: 1.0)
     assert stages(constant) == [("train", 4)]
 
