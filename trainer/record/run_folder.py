@@ -50,6 +50,7 @@ from trainer.record.evaluation_result import EvaluationResult, LateEpochs
 from trainer.record.incident import Incident, find_former_incidents
 from trainer.record.predictions import PREDICTIONS_NAME, THUMBNAILS_NAME, name_predictions
 from trainer.runtime import storage
+from trainer.runtime.ahead import call_ahead
 from trainer.runtime.errors import InputError, LeaseLostError, NewerFormatError, RecordError
 from trainer.runtime.events import RecordRepaired
 from trainer.runtime.lease import Lease
@@ -82,6 +83,8 @@ _INCIDENT_FOLDERS = ("losses", "recoveries", "incidents")
 _LABELS = ("label", "predicted")
 # How many incidents a note and a job's summary list.
 _MOST_INCIDENTS = 10
+# Records are read at once, which hides the latency of a bucket: the end of each run looks at all others.
+_READERS = 16
 
 InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 
@@ -613,10 +616,11 @@ def find_runs(storage_uri: str) -> tuple[list[StartedRun], list[str]]:
         The runs in the order of their start; one line for each ``config.json`` that cannot be read.
     """
     runs, left_out = [], []
-    for name in storage.find_folders(storage_uri):
-        folder = RunFolder(storage.join(storage_uri, name))
+    folders = [RunFolder(storage.join(storage_uri, name)) for name in storage.find_folders(storage_uri)]
+    records = call_ahead(RunFolder.read_record, folders, ahead=_READERS, threads=_READERS)
+    for folder, read in zip(folders, records, strict=True):
         try:
-            record = folder.read_record()
+            record = read.result()
         except InputError as error:
             left_out.append(str(error))
             continue

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from trainer.record import checkpoint as checkpoints
 from trainer.record import run_folder
-from trainer.record.run_folder import Attempt, RunFolder, SplitRead, describe_run
+from trainer.record.run_folder import Attempt, RunFolder, SplitRead, describe_run, find_runs
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, LeaseLostError, RecordError
 from trainer.runtime.lease import hold_lease
@@ -282,3 +283,12 @@ def test_what_no_run_wrote_is_not_replaced(run, make_config, name):
         run.check_names_are_free()
     run.write_record(describe_run(make_config(), "1 node"))
     run.check_names_are_free()
+
+
+def test_the_records_of_many_runs_are_read_at_once(tmp_path, make_config, monkeypatch):
+    for name in ("first", "second", "third"):
+        RunFolder(str(tmp_path / name)).write_record(describe_run(make_config(), "1 node"))
+    read, all_of_them = storage.read_bytes, threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(storage, "read_bytes", lambda *place: (all_of_them.wait(), read(*place))[1])
+    runs, left_out = find_runs(str(tmp_path))
+    assert ([run.folder.name for run in runs], left_out) == (["first", "second", "third"], [])
