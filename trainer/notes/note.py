@@ -1,6 +1,5 @@
 """Notes in the form of the user's own: one for each run, and a notebook of all runs."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,9 +215,8 @@ def _describe_dataset(run: RunFolder) -> str:
 
 def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> list[str]:
     config = record.config
-    # Runs of earlier versions may lack the architecture, the layers or the calibration.
+    # Runs of earlier versions may lack the architecture or the layers.
     source = f"{ARCHITECTURES[config.arch].source}; " if config.arch in ARCHITECTURES else ""
-    calibration = result.val.calibration_error
     lines = [
         *(["```python", result.layers, "```"] if result.layers else []),
         f"{source}{result.parameters:,} parameters",
@@ -240,9 +238,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         lines += ["", f"test: {result.test}; {run.describe_test_reads()}"]
     lines += [
         "",
-        f"{result.train_seconds:.0f} s, attempts: {result.attempts}; "
-        f"top {result.val.top_k}: {result.val.top_k_correct} of {result.val.total}"
-        + ("" if math.isnan(calibration) else f"; calibration error {calibration:.3f}"),
+        "; ".join([f"{result.train_seconds:.0f} s of training, attempts: {result.attempts}", *result.val.details]),
         *(f"\n{line}" for line in describe_choices(config, result)),
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),

@@ -158,6 +158,12 @@ class EvaluationResult(Record):
         pairs = [(one.name, name, count) for one in self.per_class for name, count in one.taken_for.items()]
         return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_LISTED]
 
+    @property
+    def details(self) -> list[str]:
+        """What the accuracy leaves out: the top k, if there are enough classes, and the calibration, if measured."""
+        top = [f"top {self.top_k}: {self.top_k_correct} of {self.total}"] if self.top_k > 1 else []
+        return top if math.isnan(self.calibration_error) else [*top, f"calibration error {self.calibration_error:.3f}"]
+
     def __str__(self) -> str:
         return f"loss: {format_loss(self.loss)} - {describe_accuracy(self.correct, self.total)}"
 

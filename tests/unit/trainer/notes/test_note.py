@@ -76,7 +76,7 @@ loss: 0.9315 - accuracy: 0.7727 (51 of 66, 95% interval 0.658-0.857), best of 10
 
 mean of the last 3 epochs: loss: 0.9512 - accuracy: 0.7500 (95% interval 0.634-0.838); no epoch was chosen for this
 
-61 s, attempts: 1; top 1: 51 of 66; calibration error 0.073
+61 s of training, attempts: 1; calibration error 0.073
 
 overfitting: try less
 
@@ -288,7 +288,7 @@ def test_a_run_of_the_first_version_has_its_note(start, make_result):
         storage.write_bytes(run.path(f"{name}.json"), (PAST / "a9db2b2" / f"{name}.json").read_bytes())
     note = format_notebook(*find_runs(storage.parent(run.uri)), storage.parent(run.uri))
     assert "loss: 0.9315 - accuracy: 0.7727 (51 of 66" in note
-    assert "top 1: 51 of 66\n" in note
+    assert " s of training, attempts: 1\n" in note
     assert "calibration" not in note
     assert "```python" not in note
 

@@ -32,6 +32,8 @@ def test_the_true_label_may_be_among_the_likeliest_few(classes, top_k, correct):
     table = predictions_of([0] * 6, [0, 0, 1, 1, 1, 1], likelier=np.array([0, 0, 1, 3, 4, 5], np.int32))
     result = summarise("test", table, [str(label) for label in range(classes)])
     assert (result.top_k, result.top_k_correct) == (top_k, correct)
+    # The top one is the accuracy.
+    assert (f"top {top_k}: {correct} of 6" in result.details) == (top_k > 1)
 
 
 def test_calibration_is_how_far_confidence_is_from_accuracy():
