@@ -288,7 +288,7 @@ def test_a_run_of_the_first_version_has_its_note(start, make_result):
         storage.write_bytes(run.path(f"{name}.json"), (PAST / "a9db2b2" / f"{name}.json").read_bytes())
     note = format_notebook(*find_runs(storage.parent(run.uri)), storage.parent(run.uri))
     assert "loss: 0.9315 - accuracy: 0.7727 (51 of 66" in note
-    assert " s of training, attempts: 1\n" in note
+    assert " s of training, attempts: 2\n" in note
     assert "calibration" not in note
     assert "```python" not in note
 
