@@ -101,3 +101,18 @@ def name_splits(splits: Splits) -> pa.Array:
 def as_words(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """Return binary values as numbers that sort as their bytes do, uint64 ``[rows, length // 8]``."""
     return values.view(">u8").astype(np.uint64)
+
+
+def sort_by_keys(*keys: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the order of rows by some keys, the most significant first; equal rows stay in their order.
+
+    It is that of `np.lexsort`, which sorts all rows by every key: here only those that the first one leaves equal are.
+    """
+    order: npt.NDArray[np.int64] = np.argsort(keys[0])
+    by_first = keys[0][order]
+    is_tied = np.zeros(len(order), bool)
+    is_tied[1:] = by_first[1:] == by_first[:-1]
+    is_tied[:-1] |= is_tied[1:]
+    tied = np.sort(order[is_tied])
+    order[is_tied] = tied[np.lexsort([key[tied] for key in reversed(keys)])]
+    return order

@@ -8,7 +8,7 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data_prep.columns import Splits, as_words, name_splits
+from data_prep.columns import Splits, as_words, name_splits, sort_by_keys
 from data_prep.manifest import SPLITS, DuplicateRule, binary_array
 
 _HASH_SIDE = 16
@@ -79,14 +79,18 @@ def group_duplicates(images: pa.Table, rule: DuplicateRule) -> npt.NDArray[np.in
     _, first_of_same = np.unique(same, return_index=True)
     pairs = [(np.arange(count), first_of_same[same])]
     hashes = binary_array(images["perceptual_hash"])
+    most_different = _MOST_DIFFERENT_SHARE * hashes.shape[1] * 8
     for order in range(_ORDERS):
-        by_hash = np.lexsort(as_words(_permute_bits(hashes, order)).T[::-1])
-        words = as_words(hashes[by_hash])
-        set_bits = np.bitwise_count(words).sum(axis=1, dtype=np.int16)
+        by_hash = sort_by_keys(*as_words(_permute_bits(hashes, order)).T)
+        words = np.ascontiguousarray(as_words(hashes[by_hash]).T)
+        set_bits = np.bitwise_count(words).sum(axis=0, dtype=np.int16)
         for distance in range(1, min(_NEIGHBORS, count - 1) + 1):
-            different = np.bitwise_count(words[:-distance] ^ words[distance:]).sum(axis=1, dtype=np.int16)
-            in_one = (set_bits[:-distance] + set_bits[distance:] + different) // 2
-            near = np.flatnonzero((different <= _MOST_DIFFERENT_SHARE * in_one) & (in_one > 0))
+            # Most pairs differ too much in their first word alone.
+            first = np.flatnonzero(np.bitwise_count(words[0, :-distance] ^ words[0, distance:]) <= most_different)
+            second = first + distance
+            different = np.bitwise_count(words[:, first] ^ words[:, second]).sum(axis=0, dtype=np.int16)
+            in_one = (set_bits[first] + set_bits[second] + different) // 2
+            near = first[(different <= _MOST_DIFFERENT_SHARE * in_one) & (in_one > 0)]
             pairs.append((by_hash[near], by_hash[near + distance]))
     ones, others = (np.concatenate(side) for side in zip(*pairs, strict=True))
     graph = coo_array((np.ones(len(ones), np.int8), (ones, others)), shape=(count, count))

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.columns import NO_SPLIT, TEST, TRAIN, VAL, Splits, as_words, parse_splits
+from data_prep.columns import NO_SPLIT, TEST, TRAIN, VAL, Splits, as_words, parse_splits, sort_by_keys
 from data_prep.manifest import binary_array
 
 _DIGEST_BYTES = 32
@@ -64,7 +64,7 @@ def _number_groups(digests: npt.NDArray[np.uint8], groups: npt.NDArray[np.int64]
         groups: ``[rows]``.
         seed: random seed.
     """
-    by_group = np.lexsort((*as_words(digests).T[::-1], groups))
+    by_group = sort_by_keys(groups, *as_words(digests).T)
     is_first = np.diff(groups[by_group], prepend=groups[by_group[0]] - 1) > 0
     least = digests[by_group[is_first]].tobytes()
     keys = (
@@ -73,7 +73,7 @@ def _number_groups(digests: npt.NDArray[np.uint8], groups: npt.NDArray[np.int64]
     )
     hashes = np.fromiter(keys, f"V{_DIGEST_BYTES}", len(least) // _DIGEST_BYTES)
     number = np.empty(len(hashes), np.int64)
-    number[np.lexsort(as_words(hashes.view(np.uint8).reshape(-1, _DIGEST_BYTES)).T[::-1])] = np.arange(len(hashes))
+    number[sort_by_keys(*as_words(hashes.view(np.uint8).reshape(-1, _DIGEST_BYTES)).T)] = np.arange(len(hashes))
     numbers = np.empty(len(groups), np.int64)
     numbers[by_group] = number[np.cumsum(is_first) - 1]
     return numbers

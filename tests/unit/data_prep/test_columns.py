@@ -18,6 +18,7 @@ from data_prep.columns import (
     name_splits,
     number_values,
     parse_splits,
+    sort_by_keys,
 )
 from data_prep.names import suffix_of
 
@@ -75,3 +76,10 @@ def test_words_sort_as_their_bytes_do():
     values = np.random.default_rng(0).integers(0, 256, (50, 16), np.uint8)
     order = np.lexsort(as_words(values).T[::-1])
     assert [one.tobytes() for one in values[order]] == sorted(one.tobytes() for one in values)
+
+
+@pytest.mark.parametrize("values", [1, 2, 5, 2**40])
+def test_rows_are_sorted_by_their_keys_and_equal_ones_stay_in_order(values):
+    keys = np.random.default_rng(0).integers(0, values, (3, 500), np.uint64)
+    np.testing.assert_array_equal(sort_by_keys(*keys), np.lexsort(keys[::-1]))
+    np.testing.assert_array_equal(sort_by_keys(*keys[:, :0]), [])
