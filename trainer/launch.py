@@ -417,6 +417,8 @@ def launch(
     is_longer = record is not None and config != record.config
     if not is_longer and (result := run.read_result()):
         return result
+    # Before anything deletes how it ended.
+    _record_lost_job(run)
     if record is None:
         run.write_manifest(manifest)
     if record is None or is_longer:
@@ -432,7 +434,6 @@ def launch(
     on_event(describe_steps(resized, manifest, finished_epochs=last.epoch if last else 0))
     on_event(StageProgressed("starting workers", 0, num_workers))
     job = WorkerJob(config, manifest, run.uri, run.lease, trackers, profile_steps, largest_per_replica, ignore_event)
-    _record_lost_job(run)
     run.delete_interruption()
     threading.Thread(target=_load_ending, name="ending", daemon=True).start()
     try:

@@ -182,10 +182,16 @@ def _overfitted(run: _Run) -> str:
 
 
 def _lost_epochs(run: _Run) -> str:
-    """The training loss of an epoch was above that of guessing, and the run went on from earlier weights."""
+    """The training loss of an epoch rose above that of guessing, and the run went on from earlier weights.
+
+    That of a network with weights from elsewhere may begin above it, and fall.
+    """
     guessing = _guessing_loss(run.val)
+    rows = {row["epoch"]: row for row in (*run.history, *run.left)}
     # Each candidate for the augmentation may be too hard.
-    worst = max((row for row in run.left if row.get("stage") != "trial"), key=lambda row: row["loss"], default=None)
+    left = [row for row in run.left if row.get("stage") != "trial"]
+    risen = [row for row in left if row["loss"] > rows.get(row.get("started_from", row["epoch"] - 1), row)["loss"]]
+    worst = max(risen, key=lambda row: float(row["loss"]), default=None)
     if worst is None or worst["loss"] <= (1 + _TRAINING_RISE) * guessing:
         return ""
     return (

@@ -326,8 +326,11 @@ def test_more_epochs_train_a_finished_run_on(finished, plan, monkeypatch):
 
     monkeypatch.setattr("trainer.launch.run_workers", fail)
     run, planned = finished
+    run.start_attempt()
     with pytest.raises(JobError, match="stopped"):
         launch(plan(run, epochs=100), run, ONE_MACHINE)
+    # The attempt that finished it was not lost.
+    assert run.read_incidents() == []
     config = run.read_record().config
     assert (config.epochs, config.patience) == (100, 0)
     assert config.model_copy(update={"epochs": 80, "patience": 4}) == planned.config
@@ -371,10 +374,12 @@ def test_a_run_that_diverges_in_its_first_epoch_says_so(plan, tmp_path, monkeypa
 def test_a_refused_run_begins_again_with_another_option(plan, tmp_path, monkeypatch):
     run = RunFolder(str(tmp_path / "runs" / "first"))
     run.write_record(describe_run(plan(run).config, "1 node"))
+    run.start_attempt()
     run.write_interruption("refused", "no layer fits")
     monkeypatch.setattr("trainer.launch.run_workers", lambda *arguments, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         launch(plan(run, epochs=3), run, ONE_MACHINE)
+    assert [one.what for one in run.read_incidents()] == ["its job ended as refused: no layer fits"]
     assert run.read_record().config.epochs == 3
     assert run.read_ending() is None
 

@@ -468,7 +468,7 @@ def test_the_guide_explains_each_finding():
 
 def lose(losses: list[float], stage: str = "train") -> list[dict]:
     """Return rows of which the second and third did not lead to the weights of the last."""
-    rows = history([2.2, 2.5, 9.9, *SOUND], loss=[2.29, *losses, *np.geomspace(2.2, 0.1, 12)])
+    rows = history([2.2, 2.5, 9.9, *SOUND], loss=[2.29 if losses[1] > losses[0] else 6.3, *losses, *FALLING])
     for row in rows[1:3]:
         row["stage"] = stage
     rows[3]["started_from"] = 1
@@ -477,7 +477,13 @@ def lose(losses: list[float], stage: str = "train") -> list[dict]:
 
 @pytest.mark.parametrize(
     ("losses", "stage", "expected"),
-    [([3.6, 376.6], "train", ["lost epochs"]), ([2.4, 2.5], "train", []), ([3.6, 376.6], "trial", [])],
+    [
+        ([3.6, 376.6], "train", ["lost epochs"]),
+        ([2.4, 2.5], "train", []),
+        ([3.6, 376.6], "trial", []),
+        # It began there, with weights from elsewhere, and fell.
+        ([4.2, 3.4], "train", []),
+    ],
 )
 def test_epochs_above_guessing_that_the_run_left_are_a_rate_too_high(names, losses, stage, expected):
     assert names(lose(losses, stage), schedule="plateau") == expected
