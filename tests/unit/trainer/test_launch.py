@@ -330,7 +330,7 @@ def test_more_epochs_train_a_finished_run_on(finished, plan, monkeypatch):
     with pytest.raises(JobError, match="stopped"):
         launch(plan(run, epochs=100), run, ONE_MACHINE)
     # The attempt that finished it was not lost.
-    assert run.read_incidents() == []
+    assert "workers lost" not in [one.kind for one in run.read_incidents()]
     config = run.read_record().config
     assert (config.epochs, config.patience) == (100, 0)
     assert config.model_copy(update={"epochs": 80, "patience": 4}) == planned.config
