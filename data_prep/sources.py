@@ -283,7 +283,7 @@ def _to_source(
     class_names = [*declared, *sort_class_names(used.difference(declared))]
     labels = pc.index_in(found["class_name"], pa.array(class_names, pa.string()))
     images = found.append_column("label", labels).select(IMAGES_SCHEMA.names).sort_by("path")
-    paths = images["path"].combine_chunks()
+    paths = images["path"]
     repeated = paths[1:].filter(pc.equal(paths[1:], paths[:-1]))
     if len(repeated):
         raise InputError(f"{source} lists {repeated[0].as_py()!r} more than once; list each image once")
