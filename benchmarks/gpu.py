@@ -133,7 +133,8 @@ def main(
             future = pool.submit(measure, name, way)
             if not _is_torch(way):
                 ours[name].append(future)
-    for mark in _marks(rates):
+    # The marks are those of real sizes on a GPU.
+    for mark in [] if tiny else _marks(rates):
         print(mark, flush=True)
 
 

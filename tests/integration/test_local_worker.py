@@ -103,6 +103,8 @@ def test_a_killed_worker_is_started_again_and_after_its_driver_the_same_command_
     assert "failure 1 of 3 allowed by --max-failures" in errors
     went_on = re.search(r"attempt 2 continues after step (\d+), in epoch \d+, with 1 worker\n", errors)
     read_until(r" epoch \d+/", job)
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (worker_pid(run, attempt=2), job.pid)]
+    assert ["libtensorflow" in one for one in maps] == [True, False]
 
     of_second_attempt = psutil.Process(worker_pid(run, attempt=2))
     job.kill()

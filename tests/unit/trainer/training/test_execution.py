@@ -78,8 +78,10 @@ def assert_same(build, arch: str, precision: str, **values) -> None:
         _, network, compile_step = build(arch, precision=precision, **EVERYTHING, **values)
         trained.append(train(network, compile_step(use_xla), arch, 2))
     (stats, (weights, _)), (compiled_stats, (compiled_weights, _)) = trained
-    for column in (STEP_LOSS, STEP_GRAD_NORM):
-        np.testing.assert_allclose(compiled_stats[:, column], stats[:, column], rtol=tolerance)
+    np.testing.assert_allclose(compiled_stats[:, STEP_LOSS], stats[:, STEP_LOSS], rtol=tolerance)
+    # What overflows in float16 is inf or nan by the order of operations; the step is skipped for either.
+    norms, compiled_norms = (np.where(np.isnan(one), np.inf, one)[:, STEP_GRAD_NORM] for one in (stats, compiled_stats))
+    np.testing.assert_allclose(compiled_norms, norms, rtol=tolerance)
     # Adam's first steps are as long for a gradient of rounding noise as for any other.
     for name, array in weights.items():
         differences = np.abs(compiled_weights[name] - array)
