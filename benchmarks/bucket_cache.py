@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.feeding import number_rows, write_one_shard
 from benchmarks.table import Mark, report
 from data_prep.manifest import Shard
-from trainer.training.batches import make_batch
+from trainer.training.batches import make_batch, move_batch
 from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
 from trainer.training.shard_cache import ShardCache
 from trainer.training.shards import CachedShards
@@ -147,7 +147,7 @@ def consume(
     waits = []
     for epoch in range(epochs):
         order, following = (epoch_order(split, 0, one, cache_gib / 2) for one in (epoch, epoch + 1))
-        feed, used = BatchFeed(), len(rows) // batch * batch
+        feed, used = BatchFeed(move_batch), len(rows) // batch * batch
         split.expect(order[:used], following[: used if epoch + 1 < epochs else 0])
         batches = feed.batches(
             lambda step, order=order: make_batch(split, worker_rows(order, step, batch, 0, 1)),

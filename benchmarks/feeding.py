@@ -28,7 +28,7 @@ EPOCHS = 3
 
 def project(folder: str, labels: np.ndarray, batch: int) -> Callable[[int], Iterator[Any]]:
     """As `trainer.training.loop` does: rows of mapped shards, gathered in a thread ahead of their use."""
-    from trainer.training.batches import make_batch
+    from trainer.training.batches import make_batch, move_batch
     from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, worker_rows
     from trainer.training.shards import MappedShards
 
@@ -38,7 +38,8 @@ def project(folder: str, labels: np.ndarray, batch: int) -> Callable[[int], Iter
 
     def begin(epoch: int) -> Iterator[Any]:
         order, steps = epoch_order(split, 0, epoch), range(len(labels) // batch)
-        return BatchFeed().batches(lambda step: make_batch(split, worker_rows(order, step, batch, 0, 1)), steps)
+        feed = BatchFeed(move_batch)
+        return feed.batches(lambda step: make_batch(split, worker_rows(order, step, batch, 0, 1)), steps)
 
     return begin
 

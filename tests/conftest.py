@@ -50,6 +50,23 @@ TINY_NETWORKS = {
 }
 
 
+class OnDevice:
+    """A tensor as if on a GPU: operations of TensorFlow take it there, and NumPy gets it by a copy that is reported."""
+
+    def __init__(self, tensor: Any, report_copy: Callable[[], None]) -> None:
+        self._tensor, self._report_copy = tensor, report_copy
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
+        return self._tensor
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self._report_copy()
+        return np.asarray(self._tensor, dtype)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """The cache of datasets starts empty and leaves the user's alone; Ray's processes inherit it."""

@@ -22,7 +22,7 @@ from trainer.batch.search import Probe, Search, next_probe, settle_precision
 from trainer.config.config import replace_values
 from trainer.record import checkpoint as checkpoints
 from trainer.runtime.events import LossesMeasured, OnEvent, SizeMeasured, SizeStarted, TrialStarted
-from trainer.training.batches import make_batch
+from trainer.training.batches import make_batch, move_batch
 from trainer.training.dataset import BatchFeed, ImageSplit, epoch_order, open_split, worker_rows
 from trainer.training.devices import (
     allocator_limit_gib,
@@ -262,7 +262,7 @@ class _Bench:
         synthetic = once = float(gather([[_seconds(step, batch, 1)]]).max())
         if _count(once) > 1:
             synthetic = _seconds(step, batch, _count(once))
-        for more in BatchFeed().batches(lambda number: self._batch(size, number), range(2)):
+        for more in BatchFeed(move_batch).batches(lambda number: self._make_batch(size, number), range(2)):
             np.asarray(step(*more))
         del held
         return float(gather([[synthetic]]).max()), peak_memory_gib()
@@ -272,7 +272,8 @@ class _Bench:
         step, count = self._compile(precision, size), _count(synthetic)
         # Beside a step that takes a whole round, the start of the feed is nothing.
         first = 1 if count > 1 else 0
-        batches = BatchFeed().batches(lambda one: self._batch(size, number * count + one), range(first + count))
+        steps = range(number * count, (number + 1) * count + first)
+        batches = BatchFeed(move_batch).batches(lambda one: self._make_batch(size, one), steps)
         for batch in itertools.islice(batches, first):
             np.asarray(step(*batch))
         started = time.perf_counter()
@@ -290,6 +291,9 @@ class _Bench:
         return bench.steps[size]
 
     def _batch(self, size: int, number: int) -> tuple[Any, Any]:
+        return move_batch(self._make_batch(size, number))
+
+    def _make_batch(self, size: int, number: int) -> tuple[Any, Any]:
         global_batch_size = size * self._num_workers
         number %= max(1, len(self._order) // global_batch_size)
         return make_batch(

@@ -14,7 +14,7 @@ _ALIGNMENT = 64
 
 
 def make_batch(split: ImageSplit, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-    """Return images, uint8 ``[..., height, width, channels]``, and labels, int32, on the worker's device.
+    """Return images, uint8 ``[..., height, width, channels]``, and labels, int32, in the memory of the host.
 
     Their first dimensions are those of the rows.
 
@@ -23,11 +23,16 @@ def make_batch(split: ImageSplit, rows: npt.NDArray[np.int64]) -> tuple[Any, Any
     """
     images = split.take(rows.ravel(), _aligned_empty((rows.size, *split.pixels.image_shape)))
     images = images.reshape(*rows.shape, *split.pixels.image_shape)
-    tensor = tf.experimental.dlpack.from_dlpack(images.__dlpack__())
+    return tf.experimental.dlpack.from_dlpack(images.__dlpack__()), tf.constant(split.labels[rows])
+
+
+def move_batch(batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return a batch with its images on the worker's device, when they are there."""
+    images, labels = batch
     if has_gpu():
         with tf.device("/GPU:0"):
-            tensor = tf.identity(tensor)
-    return tensor, tf.constant(split.labels[rows])
+            images = tf.identity(images)
+    return images, labels
 
 
 def _aligned_empty(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:

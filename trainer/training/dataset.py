@@ -8,8 +8,9 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,10 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _BATCHES_IN_FLIGHT = 2
+# TensorFlow begins to copy to a GPU when the steps that are there by then have ended. So that the device computes one
+# step while the batch of the next one is copied, that copy must have been asked for before: by another thread, since
+# the one that asked for the batch before waits for it.
+_MOVES = 2
 # NumPy compares such values as bytes; it takes trailing zeros off only those that it returns one by one.
 _DIGEST = np.dtype("S32")
 # ``[256]``, the two hexadecimal digits of each byte.
@@ -227,15 +232,32 @@ def all_worker_rows(
 
 
 class BatchFeed:
-    """Make batches ahead of time in a thread, and count the seconds that their consumer waited."""
+    """Make batches ahead of time in a thread, move them to the device in others, and count how long none was made.
 
-    def __init__(self) -> None:
+    Args:
+        move: moves a batch to where it is used (`trainer.training.batches.move_batch`).
+    """
+
+    def __init__(self, move: Callable[[Any], Any] = lambda batch: batch) -> None:
+        self._move = move
         self.wait_seconds = 0.0
+        """The seconds for which the consumer waited for a batch to be made; a copy waits for the device itself."""
 
     def batches(self, make_batch: Callable[[S], T], steps: Iterable[S]) -> Iterator[T]:
-        """Yield ``make_batch(step)`` for each step, or group of steps, in turn."""
-        for batch in call_ahead(make_batch, steps, ahead=_BATCHES_IN_FLIGHT + 1, name="batches"):
-            started = time.perf_counter()
-            made = batch.result()
-            self.wait_seconds += time.perf_counter() - started
-            yield made
+        """Yield ``make_batch(step)``, moved, for each step, or group of steps, in turn."""
+
+        def make(step: S) -> tuple[T, float]:
+            return make_batch(step), time.perf_counter()
+
+        def move(made: Future[tuple[T, float]]) -> tuple[T, float]:
+            batch, made_at = made.result()
+            return self._move(batch), made_at
+
+        # One thread, since images are taken in turn.
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
+            being_made = (maker.submit(make, step) for step in steps)
+            for moved in call_ahead(move, being_made, ahead=_BATCHES_IN_FLIGHT + 1, threads=_MOVES, name="moves"):
+                started = time.perf_counter()
+                batch, made_at = moved.result()
+                self.wait_seconds += max(0.0, made_at - started)
+                yield batch

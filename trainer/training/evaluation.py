@@ -27,24 +27,29 @@ class Evaluator:
     rank: int
     num_workers: int
     eval_step: Callable[[Any, Any], Any]
-    gather: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+    gather: Callable[[Any], Any]
 
     def evaluate(self) -> npt.NDArray[np.float32]:
         """Return float32 ``[rows, len(COLUMNS)]`` in row order, on every worker; all workers must call it."""
+        # Not at the top: reading a table of predictions needs no TensorFlow.
+        import tensorflow as tf
+
+        from trainer.training.batches import move_batch
+
         num_batches = -(-len(self.split) // self.batch_size)
         batches_per_worker = -(-num_batches // self.num_workers)
         own = range(self.rank, batches_per_worker * self.num_workers, self.num_workers)
         if len(own):
             self.split.expect(np.concatenate([self._rows(index) for index in own]))
-        # Read at the end, so that the device does not wait between batches.
-        results = [self.eval_step(*batch) for batch in BatchFeed().batches(self._batch, own)]
-        gathered = self.gather(np.concatenate(results))
+        # Fetched at the end and in one copy, so that the device does not wait between batches.
+        results = [self.eval_step(*batch) for batch in BatchFeed(move_batch).batches(self._batch, own)]
+        gathered = np.asarray(self.gather(tf.concat(results, axis=0)))
         # From [worker, batch of the worker, row of the batch] back to row order.
         by_worker = gathered.reshape(self.num_workers, batches_per_worker, self.batch_size, -1)
         return by_worker.swapaxes(0, 1).reshape(-1, by_worker.shape[-1])[: len(self.split)]
 
     def _batch(self, index: int) -> tuple[Any, Any]:
-        # Imported here, since reading a table of predictions needs no TensorFlow.
+        # Not at the top, as above.
         from trainer.training.batches import make_batch
 
         return make_batch(self.split, self._rows(index))

@@ -52,7 +52,7 @@ from trainer.runtime.events import (
 )
 from trainer.runtime.markdown import format_loss
 from trainer.training.batch_norm import compile_estimate, count_estimate_steps
-from trainer.training.batches import make_batch
+from trainer.training.batches import make_batch, move_batch
 from trainer.training.dataset import (
     BatchFeed,
     ImageSplit,
@@ -223,6 +223,8 @@ class _Training:
         self._steps = STEPS_SCHEMA.empty_table()
         # Rows of the unfinished epoch that were trained on.
         self._epoch_rows = 0
+        # The last step that is known to be finite.
+        self._finite_step = 0
         self._checkpoint_seconds = 0.0
         self._loss_sums, self._loss_epochs = np.zeros(len(self.val)), 0
         self._profiler = StepProfiler(self._run, rank, job.profile_steps)
@@ -382,7 +384,7 @@ class _Training:
             return
         order = self._order(len(self._history) + 1)
         num_batches = count_estimate_steps(len(order), self._config.global_batch_size)
-        batches = BatchFeed().batches(lambda step: self._make_batch(order, step), range(num_batches))
+        batches = BatchFeed(move_batch).batches(lambda step: self._make_batch(order, step), range(num_batches))
         for number, (images, _) in enumerate(batches):
             self._estimate(images, number)
 
@@ -417,7 +419,7 @@ class _Training:
         """
         config, epoch = self._config, len(self._history) + 1
         order = self._order(epoch)[self._epoch_rows :]
-        first_step = self._steps.num_rows
+        first_step = self._finite_step = self._steps.num_rows
         rows = self._own_rows(order)
         num_steps = len(rows)
         following = self._own_rows(self._order(epoch + 1)) if epoch < config.epochs else rows[:0]
@@ -426,7 +428,7 @@ class _Training:
         def make_batches(steps: range) -> tuple[Any, Any]:
             return make_batch(self._train, rows[steps.start : steps.stop])
 
-        feed, taken = BatchFeed(), 0
+        feed, taken = BatchFeed(move_batch), 0
         started = last_event = time.perf_counter()
         # Of the steps that are not in the table yet, a row for each.
         stats: list[Any] = []
@@ -436,13 +438,14 @@ class _Training:
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
             self._epoch_rows += len(images) * config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-                self._check_finite(stats, taken)
+                # Not those of this call, which the device computes while the next one is made.
+                self._check_finite(stats, leave=1)
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
                 self._job.send_event(self._describe_progress(epoch, stats))
             is_due = config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0
             if (is_due and taken < num_steps) or is_traced:
-                self._check_finite(stats, taken)
+                self._check_finite(stats)
                 self._keep_steps(stats)
                 with averaged_weights(self.network):
                     self._save(write, {})
@@ -450,7 +453,7 @@ class _Training:
                 # Wait, so that no step is lost if TensorFlow crashes while it collects the trace.
                 write(_wait_for_checkpoint)
                 self._report(self._profiler.close())
-        self._check_finite(stats, taken)
+        self._check_finite(stats)
         self._keep_steps(stats)
         seconds = time.perf_counter() - started
         return num_steps * config.global_batch_size / seconds, feed.wait_seconds
@@ -480,10 +483,11 @@ class _Training:
         detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {format_loss(loss)}"
         return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
 
-    def _check_finite(self, stats: list[Any], taken: int) -> None:
-        """Raise DivergedError if the last step is not finite; so many of the epoch were taken in this attempt."""
+    def _check_finite(self, stats: list[Any], leave: int = 0) -> None:
+        """Raise DivergedError if the last step is not finite; ``leave`` calls are left for the next check."""
         try:
-            _check_finite(stats, self._steps.num_rows, taken, self._config.precision)
+            checked = stats[: len(stats) - leave]
+            self._finite_step = _check_finite(checked, self._steps.num_rows, self._finite_step, self._config.precision)
         except DivergedError:
             self._keep_steps(stats)
             raise
@@ -573,17 +577,23 @@ def _finite_mean(column: pa.ChunkedArray) -> float:
     return float(values.mean(dtype=np.float64, where=np.isfinite(values)))
 
 
-def _check_finite(stats: list[Any], taken_before: int, taken_of_epoch: int, precision: str) -> None:
+def _check_finite(stats: list[Any], taken_before: int, finite_step: int, precision: str) -> int:
+    """Return the number of the last step, which is finite as step ``finite_step`` was; there may be no steps.
+
+    Raises:
+        DivergedError: it is not.
+    """
     if not stats:
-        return  # fewer rows are left of a resumed epoch than the batch of now has
+        return finite_step
     last = np.asarray(stats[-1])[-1]
+    step = taken_before + sum(len(one) for one in stats)
     # Loss scaling handles a float16 gradient that overflows: it skips the step and halves the scale.
     watched = [STEP_LOSS] if precision == "mixed_float16" else [STEP_LOSS, STEP_GRAD_NORM]
     if not np.isfinite(last[watched]).all():
-        unchecked = (taken_of_epoch - 1) % _STEPS_BETWEEN_FINITE_CHECKS + 1
-        step = taken_before + sum(len(one) for one in stats)
-        steps = f"in one of the steps {step - unchecked + 1} to {step}" if unchecked > 1 else f"in step {step}"
+        first = finite_step + 1
+        steps = f"in one of the steps {first} to {step}" if first < step else f"in step {step}"
         raise DivergedError(f"the loss or its gradient became nan or inf {steps}")
+    return step
 
 
 @contextlib.contextmanager

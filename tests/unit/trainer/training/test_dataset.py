@@ -140,6 +140,41 @@ def test_an_error_while_making_a_batch_reaches_its_user_in_its_turn():
     assert received == [0, 1, 2]
 
 
+def test_two_batches_are_moved_at_a_time_and_come_in_order():
+    both, threads = threading.Barrier(2, timeout=30), set()
+
+    def move(batch: int) -> int:
+        threads.add(threading.get_ident())
+        # One copy is asked for before the one before has ended.
+        both.wait()
+        return -batch
+
+    made: list[int] = []
+    feed = BatchFeed(move)
+    assert list(feed.batches(lambda step: made.append(step) or step, range(10))) == [-step for step in range(10)]
+    assert made == list(range(10))
+    assert len(threads) == 2
+
+
+def test_a_copy_to_the_device_is_no_waiting_for_images(monkeypatch):
+    now, user_waits = [100.0], threading.Event()
+
+    def read_clock() -> float:
+        if threading.current_thread() is threading.main_thread():
+            user_waits.set()
+        return now[0]
+
+    def move(batch: int) -> int:
+        user_waits.wait()
+        now[0] += 5
+        return batch
+
+    monkeypatch.setattr(dataset, "time", SimpleNamespace(perf_counter=read_clock))
+    feed = BatchFeed(move)
+    assert list(feed.batches(lambda step: step, range(1))) == [0]
+    assert feed.wait_seconds == 0
+
+
 def test_the_seconds_that_the_user_waits_are_counted(monkeypatch):
     user_waits, now = threading.Event(), [100.0]
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from tests.conftest import OnDevice
 from trainer.training.dataset import ImageSplit
 from trainer.training.evaluation import COLUMNS, Evaluator, mean_loss_and_accuracy, predictions_table
 
@@ -46,6 +48,17 @@ def test_every_worker_has_every_row_once_and_in_order(rows, batch_size, num_work
         assert outcomes.shape == (rows, len(COLUMNS))
         np.testing.assert_array_equal(outcomes[:, 0], np.arange(rows))
         np.testing.assert_array_equal(outcomes[:, COLUMNS.index("predicted")], split.labels)
+
+
+def test_no_batch_is_fetched_by_itself():
+    copies = []
+
+    def eval_on_device(images, labels):
+        return OnDevice(tf.constant(eval_step(images, labels)), lambda: copies.append(len(images)))
+
+    outcomes = Evaluator(split_of(10), 4, 0, 1, eval_on_device, lambda values: values).evaluate()
+    np.testing.assert_array_equal(outcomes[:, 0], np.arange(10))
+    assert copies == []
 
 
 def test_every_batch_has_the_same_size():

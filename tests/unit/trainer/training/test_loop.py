@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from tests.conftest import OnDevice
 from trainer.config.config import TrainConfig
 from trainer.record import checkpoint as checkpoints
 from trainer.record.checkpoint import Position
@@ -33,24 +34,24 @@ from trainer.training.loop import (
 
 def test_an_epoch_of_which_less_than_a_batch_is_left_has_no_steps_to_check():
     # Continued by fewer workers, whose batch is larger than the rows that are left.
-    _check_finite([], 4, 0, precision="float32")
+    assert _check_finite([], 4, 3, precision="float32") == 3
 
 
 def test_a_step_without_a_finite_loss_stops_training_and_the_message_says_between_which_steps():
     stats = [np.float32([[1.0, 0.5, 2.0, 0.0, 0.1]] * 51), np.float32([[np.nan, 0.5, 2.0, 0.0, 0.1]])]
-    # Step 50 of these was checked: the two after it were not.
+    assert _check_finite(stats[:1], 4, 0, precision="float32") == 55
     with pytest.raises(DivergedError, match="in one of the steps 55 to 56"):
-        _check_finite(stats, 4, 52, precision="float32")
+        _check_finite(stats, 4, 54, precision="float32")
     # A checkpoint has taken all but the last to the table.
     with pytest.raises(DivergedError, match="in one of the steps 55 to 56"):
-        _check_finite(stats[1:], 55, 52, precision="float32")
+        _check_finite(stats[1:], 55, 54, precision="float32")
 
 
 def test_an_overflow_of_the_gradient_is_an_error_unless_loss_scaling_takes_care_of_it():
     stats = [np.float32([[1.0, 0.5, np.inf, 0.0, 0.1]])]
-    _check_finite(stats, 0, 1, precision="mixed_float16")
+    assert _check_finite(stats, 0, 0, precision="mixed_float16") == 1
     with pytest.raises(DivergedError, match=r"in step 1$"):
-        _check_finite(stats, 0, 1, precision="float32")
+        _check_finite(stats, 0, 0, precision="float32")
 
 
 def test_steps_are_numbered_from_those_before_and_the_mean_leaves_out_overflows():
@@ -197,6 +198,23 @@ def test_a_run_with_several_steps_in_a_call_is_one_with_single_steps_and_so_is_i
     for column in STEPS_SCHEMA.names:
         np.testing.assert_array_equal(others[column].to_numpy(), steps[column].to_numpy(), err_msg=column)
     assert np.flatnonzero(np.isfinite(steps["grad_noise"].to_numpy())).tolist() == [7]
+
+
+def test_no_step_is_waited_for_before_the_next_one_is_on_the_device(start, monkeypatch):
+    monkeypatch.setattr("trainer.training.loop._STEPS_BETWEEN_FINITE_CHECKS", 1)
+    monkeypatch.setattr("trainer.training.loop._PROGRESS_INTERVAL_SECONDS", math.inf)
+    _, training, _ = start()
+    take, taken, copies = training._take, [], []
+
+    def take_on_device(images, labels, number):
+        taken.append(number)
+        return OnDevice(take(images, labels, number), lambda: copies.append((number, taken[-1])))
+
+    training._take = take_on_device
+    training.run()
+    # Of each step, to see whether it is finite, when the next one has been taken; the last one ends the epoch. All of
+    # them come together in one more copy, which is of a tensor on the device.
+    assert copies == [(0, 1), (1, 2), (2, 2)]
 
 
 def test_a_call_ends_where_something_is_done_after_a_step_or_before_the_next(start):
