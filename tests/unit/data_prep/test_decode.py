@@ -138,24 +138,13 @@ def test_exif_orientation_puts_a_marked_corner_where_it_belongs(image_format, si
     assert {tuple(map(int, cell)) for cell in np.argwhere(cells > 128)} == BAR_CELLS[orientation]
 
 
-@pytest.mark.parametrize("size", [32, 100, 160])
+@pytest.mark.parametrize("size", [32, 100])
 def test_shrinking_averages_as_lanczos_does(size):
     image = picture(300, 400, noise=20)
     reference = image.resize((size, size), Image.Resampling.LANCZOS)
     # Mean difference in pixel values; picking single pixels is off by the noise.
     assert difference(decode(encode(image, "PNG"), size, 1), reference) < 3
     assert difference(image.resize((size, size), Image.Resampling.NEAREST), reference) > 10
-
-
-@pytest.mark.parametrize("size", [60, 67, 80, 119])
-def test_shrinking_a_little_skips_no_pixel_and_blurs_nothing(size):
-    for place in range(120):
-        image = np.zeros((120, 120), np.uint8)
-        image[place, 7] = 255
-        assert decode(encode(Image.fromarray(image), "PNG"), size, 1).max() > 10
-    smooth = picture(120, 120)
-    reference = smooth.resize((size, size), Image.Resampling.LANCZOS)
-    assert difference(decode(encode(smooth, "PNG"), size, 1), reference) < 0.6
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
