@@ -41,6 +41,7 @@ def write_runs(folder: str, count: int) -> None:
     """Write finished runs that differ in their seed and in what they predict."""
     from trainer.config.config import TrainConfig
     from trainer.record.evaluation_result import summarise
+    from trainer.record.last_run import replace_last_run
     from trainer.record.predictions import PREDICTIONS_NAME, name_predictions
     from trainer.record.run_folder import LateEpochs, RunFolder, RunResult, describe_run
     from trainer.runtime import storage
@@ -60,7 +61,8 @@ def write_runs(folder: str, count: int) -> None:
             base_learning_rate=0.1,
             seed=number,
         )
-        run.write_record(describe_run(config, "this machine"))
+        previous = replace_last_run(folder, config, run.name)
+        run.write_record(describe_run(config, "this machine").model_copy(update={"previous": previous}))
         predicted = np.where(random.random(_IMAGES) < 0.8, labels, random.integers(0, _CLASSES, _IMAGES))
         columns = {"label": labels, "predicted": predicted, "likelier": np.int32(predicted != labels)}
         columns |= {"loss": random.random(_IMAGES), "confidence": random.random(_IMAGES)}
@@ -95,7 +97,7 @@ def write_runs(folder: str, count: int) -> None:
 
 def measure(count: int) -> Outcome:
     """Write runs, their report, and the note of the last of them."""
-    from trainer.notes.note import find_until, write_note
+    from trainer.notes.note import find_compared, write_note
     from trainer.notes.report import REPORT_NAME, write_notes_and_report
     from trainer.record.run_folder import RunFolder
 
@@ -105,7 +107,7 @@ def measure(count: int) -> Outcome:
         written, _ = write_notes_and_report(folder)
         noted = time.process_time()
         last = RunFolder(f"{folder}/run-{count - 1:04d}")
-        write_note(last, find_until(last), last.read_result())
+        write_note(last, find_compared(last), last.read_result())
         ended = time.process_time()
         sizes = {Path(path).name: Path(path).stat().st_size / 1e6 for path in written}
     notebook = next(size for name, size in sizes.items() if name != REPORT_NAME)

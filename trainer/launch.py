@@ -29,11 +29,12 @@ from trainer.config.pretrained import fetch_published, find_published
 from trainer.config.recipes import describe_rescaling
 from trainer.config.request import RunRequest, resolve
 from trainer.notes.diagnostics import History, find_symptoms
-from trainer.notes.note import compare_with_previous, find_until, write_note
+from trainer.notes.note import compare_with_previous, find_compared, write_note
 from trainer.record import checkpoint as checkpoints
 from trainer.record.augmentation_choice import AugmentationChoice, describe_trials, read_choice, write_choice
 from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import average_last, summarise
+from trainer.record.last_run import replace_last_run
 from trainer.record.noise_scale import remember_noise_scale, summarize_noise
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, describe_run
 from trainer.runtime import storage
@@ -425,7 +426,11 @@ def launch(
         # Delete the result first: if this job is interrupted here, the next one extends the run.
         run.delete_interruption()
         described = describe_run(config, resources.hardware, plan.batch, plan.command)
-        run.write_record(described.model_copy(update={"started": record.started}) if record else described)
+        if record is None:
+            kept = {"previous": replace_last_run(storage.parent(run.uri), config, run.name)}
+        else:
+            kept = record.model_dump(include={"started", "previous"})
+        run.write_record(described.model_copy(update=kept))
     if rescaling := describe_rescaling(config):
         on_event(BatchChosen(rescaling))
     largest_per_replica = plan.batch.largest_per_replica
@@ -578,7 +583,7 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_e
         content = storage.read_bytes(run.path("test_predictions.parquet"))
         test = summarise("test", storage.parquet_table(content), manifest.class_names)
     val, path = summarise("val", predictions, manifest.class_names), main_path(last.history)
-    runs = find_until(run)
+    runs = find_compared(run)
     steps = storage.parquet_table(checkpoints.read_file(run.checkpoints, last, checkpoints.STEPS_NAME))
     noise_scale = summarize_noise(steps, config.global_batch_size)
     result = RunResult(

@@ -190,6 +190,8 @@ def test_a_run_that_its_worker_refuses_says_so_and_its_name_is_free_for_python(o
     changed = {name for name, array in trunk_and_head.items() if not np.array_equal(array, other_head[name])}
     assert changed == {"logits/kernel:0", "logits/bias:0"}
     head, tuned = RunFolder(f"{run.uri}-head").read_record(), run.read_record()
+    # The refused one has started, too.
+    assert (head.previous, tuned.previous) == (run.name, f"{run.name}-head")
     assert (head.config.freeze_trunk, tuned.config.freeze_trunk) == (True, False)
     assert (head.config.init_from, tuned.config.init_from) == (undisturbed.uri, f"{run.uri}-head")
     assert tuned.config.base_learning_rate == pytest.approx(head.config.base_learning_rate / 10)

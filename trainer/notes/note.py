@@ -1,5 +1,6 @@
 """Notes in the form of the user's own: one for each run, and a notebook of all runs."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,15 +47,26 @@ def write_note(run: RunFolder, runs: Sequence[StartedRun], result: RunResult) ->
 
     Args:
         run: the run.
-        runs: from `find_until`.
+        runs: from `find_compared`.
         result: of the run.
     """
     run.write((format_note(runs[-1], runs, result, run.uri) + _MODEL).encode(), "note.md")
 
 
-def find_until(run: RunFolder) -> list[StartedRun]:
-    """Return the runs of a storage in the order in which they were started, up to and including a run."""
-    runs, _ = find_runs(storage.parent(run.uri))
+def find_compared(run: RunFolder) -> list[StartedRun]:
+    """Return a run, the last one, after those among which is the one that it is compared with, by order of their start.
+
+    That one is named in the record of the run. All runs of the storage are read only if it is not known or not there.
+    """
+    storage_uri, record = storage.parent(run.uri), run.read_record()
+    if record is not None and record.previous is not None:
+        before = RunFolder(storage.join(storage_uri, record.previous))
+        with contextlib.suppress(InputError):
+            if of_before := before.read_record():
+                found = [StartedRun(before, of_before), StartedRun(run, record)]
+                if find_previous(found[-1], found):
+                    return found
+    runs, _ = find_runs(storage_uri)
     place = next(number for number, one in enumerate(runs) if one.folder.uri == run.uri)
     return runs[: place + 1]
 
@@ -132,7 +144,7 @@ def compare_with_previous(runs: Sequence[StartedRun], predictions: pa.Table) -> 
     """Describe whether the last of some runs differs from the one before of the same dataset and architecture.
 
     Args:
-        runs: from `find_until`.
+        runs: from `find_compared`.
         predictions: the validation predictions of the last one.
 
     Returns:

@@ -83,7 +83,7 @@ _INCIDENT_FOLDERS = ("losses", "recoveries", "incidents")
 _LABELS = ("label", "predicted")
 # How many incidents a note and a job's summary list.
 _MOST_INCIDENTS = 10
-# Records are read at once, which hides the latency of a bucket: the end of each run looks at all others.
+# Records are read at once, which hides the latency of a bucket.
 _READERS = 16
 
 InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
@@ -97,6 +97,7 @@ class RunRecord(Record):
     # What a run did before the option existed. A run continues as it began, so this can differ from today's default.
     ADDED: ClassVar[Mapping[str, Any]] = {
         "batch": None,
+        "previous": None,
         "config.arch_arguments": {},
         "config.init_from": "",
         "config.freeze_trunk": False,
@@ -134,6 +135,8 @@ class RunRecord(Record):
     python: str
     hardware: str
     started: datetime
+    previous: str | None = None
+    """Name of the last run of the same dataset and architecture that was started before; None if it is not known."""
 
 
 class Attempt(Record):

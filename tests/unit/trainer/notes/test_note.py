@@ -11,7 +11,7 @@ from trainer.notes.note import (
     compare_with_previous,
     describe_change,
     describe_training,
-    find_until,
+    find_compared,
     format_note,
     format_notebook,
     write_note,
@@ -180,15 +180,36 @@ def test_a_run_is_compared_with_the_last_of_its_dataset_and_architecture(start, 
     finish(start("elsewhere", 13, dataset_fingerprint="beef"), make_result(), 20)
     second, third, fourth = start("second", 14), start("third", 15), start("fourth", 16)
     of_second, of_third = finish(second, make_result(), 53), finish(third, make_result(), 40)
-    assert compare_with_previous(find_until(second), of_second) == (
+    assert compare_with_previous(find_compared(second), of_second) == (
         "first and second are not distinguishable on 66 images (correct only in first: 0, only in second: 2; p = 0.5)"
     )
-    assert compare_with_previous(find_until(third), of_third) == (
+    assert compare_with_previous(find_compared(third), of_third) == (
         "second is better than third on 66 images (correct only in second: 13, only in third: 0; p = 0.00024)"
     )
-    assert compare_with_previous(find_until(start("alone", 17, arch="googlenet")), of_third) == ""
+    assert compare_with_previous(find_compared(start("alone", 17, arch="googlenet")), of_third) == ""
     storage.write_bytes(third.path("result.json"), b"{")
-    assert compare_with_previous(find_until(fourth), of_third) == ""
+    assert compare_with_previous(find_compared(fourth), of_third) == ""
+
+
+def test_a_run_that_names_the_one_before_reads_no_other(start, monkeypatch):
+    others = [start(name, 10 + number) for number, name in enumerate(("deleted", "other", "before"))]
+    run = start("run", 15)
+
+    def find_after(name: str) -> tuple[list[str], int]:
+        run.write_record(run.read_record().model_copy(update={"previous": name}))
+        read, places = storage.read_bytes, []
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "read_bytes", lambda uri, *part: (places.append(uri), read(uri, *part))[1])
+            found = find_compared(run)
+        return [one.folder.name for one in found], len(places)
+
+    assert find_after("before") == (["before", "run"], 2)
+    storage.delete_folder(others[0].uri)
+    assert find_after("deleted") == (["other", "before", "run"], 5)
+    storage.write_bytes(others[1].path("config.json"), b"{")
+    assert find_after("other")[0] == ["before", "run"]
+    elsewhere = start("elsewhere", 11, dataset_fingerprint="beef")
+    assert find_after(elsewhere.name)[0] == ["elsewhere", "before", "run"]
 
 
 def test_the_verdict_and_the_test_split_have_lines_of_their_own(start, make_result, evaluation):
@@ -232,7 +253,7 @@ def test_a_new_option_is_in_the_note_without_being_named_there(make_config):
 
 def test_the_note_is_written_into_the_run_folder(start, make_result):
     run, result = start("first"), make_result()
-    write_note(run, find_until(run), result)
+    write_note(run, find_compared(run), result)
     note, how_to_load = note_of(run, result), 'model = keras.saving.load_model("model.keras")'
     written = storage.read_bytes(run.path("note.md")).decode()
     assert written.startswith(note)
@@ -242,7 +263,7 @@ def test_the_note_is_written_into_the_run_folder(start, make_result):
 def test_a_neighbour_that_is_no_run_of_this_program_is_left_out(start, make_result):
     run, neighbour = start("first", 12), start("another", 11)
     storage.write_bytes(neighbour.path("config.json"), b'{"model_type": "bert"}')
-    write_note(run, find_until(run), make_result())
+    write_note(run, find_compared(run), make_result())
     assert "the first alexnet run on this dataset here" in storage.read_bytes(run.path("note.md")).decode()
 
 
