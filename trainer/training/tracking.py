@@ -257,6 +257,8 @@ def _log_to_wandb(finished: FinishedRun) -> None:
             artifact = wandb.Artifact(f"run-{identity}", type="run")
             artifact.add_dir(folder)
             logged.log_artifact(artifact)
+        # The end of a run does not wait until its last records are in the file.
+        wandb.teardown()
     except wandb.Error as error:
         raise JobError(
             f"--track wandb: {error}; {run.uri} holds the complete run; give the same command to log it again"
