@@ -2,8 +2,8 @@
 
 Every item is one network in one way, a process of its own with a time limit, and prints one line as soon as it has been
 measured, so that what was measured stays if the machine is lost. Several processes start and compile at once; they
-take turns at the GPU, by rounds. The fastest round counts, since a process that still compiles may try kernels during
-another one. Images are random and in memory. Every way has the same layers, batch, precision and optimizer (AdamW).
+take turns at the GPU, by rounds. The median of the rounds counts: a process that still compiles may try kernels during
+one of another. Images are random and in memory. Every way has the same layers, batch, precision and optimizer (AdamW).
 This project's steps augment as well, as the recipe says, and model.fit and PyTorch do not.
 
 PyTorch with channels_last and bfloat16 autocast takes part where the Python of --torch-python has it; it need not be
@@ -21,6 +21,7 @@ import fcntl
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def main(
                 print(f"{name:<14} {way:<14} {outcome}", flush=True)
                 return
             batch = TINY_BATCH if tiny else CASES[name].batch
-            rates[name, way] = batch / min(outcome.step_seconds)
+            rates[name, way] = batch / statistics.median(outcome.step_seconds)
             print(_format_line(name, way, rates[name, way], outcome), flush=True)
 
         ours: dict[str, list[Future[None]]] = {name: [] for name in chosen}
@@ -167,7 +168,7 @@ _LINE = "{:<14} {:<14} {:>9} {:>8} {:>8} {:>8} {:>6} {:>8}"
 
 
 def _format_line(name: str, way: str, rate: float, measured: Measured) -> str:
-    milliseconds = min(measured.step_seconds) * 1000
+    milliseconds = statistics.median(measured.step_seconds) * 1000
     return _LINE.format(
         *(name, way, f"{rate:.0f}", f"{milliseconds:.2f}", f"{measured.host_seconds * 1000:.2f}"),
         *(f"{measured.kernels:.0f}", f"{measured.peak_gib:.2f}", f"{measured.first_seconds:.1f}"),
