@@ -326,3 +326,17 @@ def loss_scale_variable(optimizer: Any) -> Any:
     # mixed_precision/loss_scale_optimizer.py, line 666: LossScaleOptimizerV3._loss_scale.
     # test_compat.py: test_the_variable_of_the_loss_scale_is_the_loss_scale
     return optimizer._loss_scale.current_loss_scale
+
+
+def number_functions_alike() -> None:
+    """Let the next function that is traced have a number that does not depend on how many were traced before.
+
+    TensorFlow numbers functions by a counter of the process, and XLA finds a program that it has kept by the name of
+    its function. The counter is moved on to the next multiple of a number that no process reaches before it trains.
+    """
+    # tensorflow/python/framework/ops.py, line 207: uid.
+    # test_compat.py: test_functions_have_numbers_that_do_not_depend_on_those_before
+    from tensorflow.python.framework import ops
+
+    while ops.uid() % 100_000:
+        pass

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig
+from trainer.runtime.compat import number_functions_alike
 from trainer.training.augment import augment
 from trainer.training.batch_norm import synchronize_batch_norm, without_idle_biases
 from trainer.training.dropout import draw_masks, use_masks
@@ -156,8 +157,14 @@ def _build_step(network: Network, manifest: Manifest, config: TrainConfig, use_x
         return lambda *values: network.strategy.run(functools.partial(_call_in_turn, parts), args=values)
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        program: Callable[..., Any] = tf.function(function, jit_compile=True)
-        return program
+        program = tf.function(function, jit_compile=True)
+
+        def call(*values: Any) -> Any:
+            # While tracing: a run that is resumed, in a process that measured nothing, finds the same program.
+            number_functions_alike()
+            return program(*values)
+
+        return call
 
     parts = _TrainStep(network, manifest, config)
     if not use_xla:

@@ -48,3 +48,14 @@ def test_the_variable_of_the_loss_scale_is_the_loss_scale():
     optimizer = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.SGD())
     compat.loss_scale_variable(optimizer).assign(1024)
     assert float(optimizer.loss_scale) == 1024
+
+
+def test_functions_have_numbers_that_do_not_depend_on_those_before():
+    def number_after(others: int) -> int:
+        for _ in range(others):
+            tf.function(lambda value: value - 1).get_concrete_function(tf.constant(1.0))
+        compat.number_functions_alike()
+        traced = tf.function(lambda value: value + 1).get_concrete_function(tf.constant(1.0))
+        return int(traced.name.decode().rpartition("_")[2]) % 100_000
+
+    assert number_after(1) == number_after(3) == number_after(0)
