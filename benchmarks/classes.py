@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.table import Mark, report
 from data_prep.manifest import SPLITS, Manifest, Split
+from trainer.config.config import TrainConfig
 
 _IMAGES_PER_CLASS = 5
 
@@ -73,10 +74,22 @@ def make_manifest(num_classes: int) -> Manifest:
     )
 
 
+def make_config(manifest: Manifest, seed: int = 0) -> TrainConfig:
+    """Return the config of a run on such a dataset."""
+    return TrainConfig(
+        arch="cnn_softmax",
+        dataset="/dataset",
+        dataset_fingerprint=manifest.fingerprint,
+        num_workers=1,
+        global_batch_size=64,
+        base_learning_rate=0.1,
+        seed=seed,
+    )
+
+
 def measure(num_classes: int) -> Outcome:
     """End one run and write the notes of its storage."""
     from trainer import launch
-    from trainer.config.config import TrainConfig
     from trainer.notes.report import write_notes_and_report
     from trainer.record import checkpoint as checkpoints
     from trainer.record.run_folder import RunFolder, describe_run
@@ -94,14 +107,7 @@ def measure(num_classes: int) -> Outcome:
     row |= {"images_per_second": 100.0, "epoch_seconds": 1.0}
     history = [{"epoch": epoch, "step": 10 * epoch, **row} for epoch in range(1, 11)]
     steps = {"step": range(1, 101), "grad_norm": np.linspace(0.1, 2, 100)}
-    config = TrainConfig(
-        arch="cnn_softmax",
-        dataset="/dataset",
-        dataset_fingerprint=manifest.fingerprint,
-        num_workers=1,
-        global_batch_size=64,
-        base_learning_rate=0.1,
-    )
+    config = make_config(manifest)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(f"{folder}/run")
         run.write_manifest(manifest)

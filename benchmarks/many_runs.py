@@ -19,7 +19,7 @@ import pyarrow as pa
 import typer
 from rich.table import Table
 
-from benchmarks.classes import make_manifest
+from benchmarks.classes import make_config, make_manifest
 from benchmarks.table import Mark, report
 
 _CLASSES, _IMAGES, _EPOCHS = 10, 750, 60
@@ -39,7 +39,6 @@ class Outcome:
 
 def write_runs(folder: str, count: int) -> None:
     """Write finished runs that differ in their seed and in what they predict."""
-    from trainer.config.config import TrainConfig
     from trainer.record.evaluation_result import summarise
     from trainer.record.last_run import replace_last_run
     from trainer.record.predictions import PREDICTIONS_NAME, name_predictions
@@ -52,15 +51,7 @@ def write_runs(folder: str, count: int) -> None:
     for number in range(count):
         run = RunFolder(f"{folder}/run-{number:04d}")
         run.write_manifest(manifest)
-        config = TrainConfig(
-            arch="cnn_softmax",
-            dataset="/dataset",
-            dataset_fingerprint=manifest.fingerprint,
-            num_workers=1,
-            global_batch_size=64,
-            base_learning_rate=0.1,
-            seed=number,
-        )
+        config = make_config(manifest, seed=number)
         previous = replace_last_run(folder, config, run.name)
         run.write_record(describe_run(config, "this machine").model_copy(update={"previous": previous}))
         predicted = np.where(random.random(_IMAGES) < 0.8, labels, random.integers(0, _CLASSES, _IMAGES))
