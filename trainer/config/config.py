@@ -202,6 +202,10 @@ class TrainConfig(Settings):
         return self.base_learning_rate * (ratio if self.optimizer == "sgd" else math.sqrt(ratio))
 
 
+AUGMENT_STRENGTHS = tuple(name for name in TrainConfig.model_fields if name.startswith("augment_"))
+"""The options that say how far training images are varied, which is also what can be tried."""
+
+
 def check_shares(global_batch_size: int, num_workers: int) -> None:
     """Raise InputError if the workers cannot share the global batch evenly; the message names batches that they can."""
     if global_batch_size % num_workers:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config.config import TrainConfig
+from trainer.config.config import AUGMENT_STRENGTHS, TrainConfig
 from trainer.config.recipes import recipe_epochs
 from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import ClassResult, EvaluationResult
@@ -47,8 +47,6 @@ _WIDE_INTERVAL = 0.2
 # A class without a correct prediction is no accident where that is rarer than this, over all classes.
 _SIGNIFICANCE = 0.05
 _MOST_CLASSES = 5
-# The options that say how far images are varied.
-_STRENGTHS = [name for name in TrainConfig.model_fields if name.startswith("augment_")]
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def _overfitted(run: _Run) -> str:
         remedy = "--augment auto"
     elif not is_varied and not has_chosen:
         # Its recipe has none, or it had too few epochs to try any.
-        has_strengths = any(getattr(config, name) for name in _STRENGTHS)
+        has_strengths = any(getattr(config, name) for name in AUGMENT_STRENGTHS)
         remedy = "--augment all" if has_strengths else "--augment-rotation 10 --augment-zoom 0.1"
     elif not config.label_smoothing:
         remedy = "--label-smoothing 0.1"

@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from trainer.config.config import TrainConfig
+from trainer.config.config import AUGMENT_STRENGTHS, TrainConfig
 from trainer.record.epoch_row import Metrics
 from trainer.runtime import storage
 from trainer.runtime.errors import RecordError
 from trainer.runtime.markdown import format_count, format_loss
 from trainer.runtime.record_format import Record
-
-# The options that determine the candidates.
-_CANDIDATES = [name for name in TrainConfig.model_fields if name.startswith("augment_")]
 
 
 class AugmentationChoice(Record):
@@ -40,7 +37,7 @@ def read_choice(storage_uri: str, config: TrainConfig) -> AugmentationChoice | N
 
 
 def _uri(storage_uri: str, config: TrainConfig) -> str:
-    key = config.model_dump(include={"arch", "dataset_fingerprint", "input_scaling", *_CANDIDATES})
+    key = config.model_dump(include={"arch", "dataset_fingerprint", "input_scaling", *AUGMENT_STRENGTHS})
     return storage.keyed_uri(storage_uri, "augmentations", key)
 
 
