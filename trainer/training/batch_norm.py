@@ -19,8 +19,9 @@ from trainer.training.dropout import draw_masks, use_masks
 from trainer.training.network import Network
 from trainer.training.scaling import build_scaling
 
-# Images that an estimate is made of: enough for averages over all their pixels, and few beside an epoch.
-_IMAGES = 1024
+# Images that an estimate is made of. More did not improve the validation (docs/LOG.md), and where an epoch
+# has a few hundred images, each of these takes time.
+_IMAGES = 512
 
 
 def find_batch_norms(model: Any) -> list[Any]:
