@@ -83,7 +83,7 @@ def write_notes_and_report(
     storage.write_bytes(report, format_report(views, folder, find_studies(root, runs), left_out).encode())
     for number, view in enumerate(views):
         on_event(StageProgressed("pages", number, len(views)))
-        write_run_page(view, pages, report)
+        write_run_page(view, pages, ("all runs", report))
     on_event(StageProgressed("pages", len(views), len(views)))
     notebook = storage.join(folder, NOTEBOOK_NAME)
     storage.write_bytes(notebook, format_notebook(runs, left_out, folder).encode())

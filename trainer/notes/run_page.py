@@ -97,16 +97,16 @@ def view_run(run: StartedRun, runs: Sequence[StartedRun]) -> RunView:
     return RunView(run, ending, unreadable, describe_change(run, runs))
 
 
-def write_run_page(view: RunView, folder: str, overview: str) -> str:
+def write_run_page(view: RunView, folder: str, overview: tuple[str, str]) -> str:
     """Write the page of a run unless it is there already, and return its URI.
 
     Args:
         view: of the run.
         folder: URI of the folder of pages.
-        overview: URI of the page of all runs.
+        overview: name and URI of the page that lists the run.
     """
     uri = storage.join(folder, f"{view.name}.html")
-    state = _find_state(view, folder)
+    state = _find_state(view, folder, overview)
     if view.ending is None or state.encode() not in _read_start(uri):
         storage.write_bytes(uri, format_run_page(view, folder, overview, state).encode())
     return uri
@@ -119,10 +119,10 @@ def _read_start(uri: str) -> bytes:
         return b""
 
 
-def _find_state(view: RunView, folder: str) -> str:
+def _find_state(view: RunView, folder: str, overview: tuple[str, str]) -> str:
     """Return a digest of what a page is made from: a run that has ended changes no more."""
     digest = hashlib.sha256(view.ending.to_json() if view.ending else b"")
-    for text in (view.change, folder, view.record.config.model_dump_json()):
+    for text in (view.change, folder, *overview, view.record.config.model_dump_json()):
         digest.update(text.encode())
     digest.update(_hash_templates())
     return shorten_digest(digest.hexdigest())
@@ -136,13 +136,13 @@ def _hash_templates() -> bytes:
     return digest.digest()
 
 
-def format_run_page(view: RunView, folder: str, overview: str, state: str = "") -> str:
+def format_run_page(view: RunView, folder: str, overview: tuple[str, str], state: str = "") -> str:
     """Format the page of a run as HTML text.
 
     Args:
         view: of the run.
         folder: URI of the folder that the page is for, from which its links lead.
-        overview: URI of the page of all runs.
+        overview: name and URI of the page that lists the run.
         state: what the page was made from.
     """
     history, steps, unreadable = _read_curves(view)
@@ -178,7 +178,7 @@ def _read_curves(view: RunView) -> tuple[list[Metrics], pa.Table | None, str]:
         return [], None, str(error)
 
 
-def _find_links(view: RunView, folder: str, overview: str) -> list[tuple[str, str]]:
+def _find_links(view: RunView, folder: str, overview: tuple[str, str]) -> list[tuple[str, str]]:
     """Return names and addresses of what there is about a run elsewhere."""
     run = view.folder
     places = {
@@ -189,8 +189,8 @@ def _find_links(view: RunView, folder: str, overview: str) -> list[tuple[str, st
         "model": run.path("model.keras"),
         "dataset card": storage.join(view.record.config.dataset, "README.md"),
     }
-    links = [(name, link(folder, uri)) for name, uri in places.items() if _exists(uri)]
-    return [("all runs", link(folder, overview)), *links]
+    places = {name: uri for name, uri in places.items() if _exists(uri)}
+    return [(name, link(folder, uri)) for name, uri in (overview, *places.items())]
 
 
 def _exists(uri: str) -> bool:

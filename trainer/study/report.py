@@ -217,7 +217,7 @@ def _write_pages(folder: StudyFolder, trials: Sequence[Trial]) -> dict[str, str]
     records = {one.run_name: _read_record(folder, one) for one in trials if one.ended}
     runs = [StartedRun(folder.run(one), record) for one in trials if (record := records.get(one.run_name))]
     runs.sort(key=lambda run: run.record.started)
-    pages, overview = folder.path(PAGES_FOLDER), folder.path("study.html")
+    pages, overview = folder.path(PAGES_FOLDER), ("study", folder.path("study.html"))
     return {run.folder.name: link(folder.uri, write_run_page(view_run(run, runs), pages, overview)) for run in runs}
 
 

@@ -15,7 +15,8 @@ from trainer.runtime import storage
 def page_of(run: RunFolder) -> str:
     started = StartedRun(run, run.read_record())
     folder = storage.join(storage.parent(run.uri), "_pages")
-    return format_run_page(view_run(started, [started]), folder, storage.join(folder, "..", "report.html"))
+    overview = "all runs", storage.join(folder, "..", "report.html")
+    return format_run_page(view_run(started, [started]), folder, overview)
 
 
 def data_of(page: str) -> dict:
@@ -129,7 +130,7 @@ def test_a_page_is_written_again_only_where_something_has_changed(write_run, tmp
     started = StartedRun(run, run.read_record())
 
     def write() -> str:
-        write_run_page(view_run(started, [started]), folder, str(tmp_path / "report.html"))
+        write_run_page(view_run(started, [started]), folder, ("all runs", str(tmp_path / "report.html")))
         return path.read_text()
 
     first = write()
@@ -137,6 +138,8 @@ def test_a_page_is_written_again_only_where_something_has_changed(write_run, tmp
     assert write() == f"{first}<!-- as it was -->"
     run.write_ending(make_result(findings=["new"]))
     assert write().count("new") == first.count("new") + 1
+    write_run_page(view_run(started, [started]), folder, ("study", str(tmp_path / "report.html")))
+    assert ">study</a>" in path.read_text()
     # Of a run that has not ended the page changes with its curves.
     run.delete_interruption()
     assert write() != first

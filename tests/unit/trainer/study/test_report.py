@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from trainer.notes.run_page import PAGES_FOLDER
 from trainer.record.checkpoint import PREDICTIONS_NAME, Position, save_checkpoint
 from trainer.record.evaluation_result import summarise
 from trainer.record.run_folder import describe_run
@@ -120,6 +121,13 @@ def test_a_study_whose_best_differs_beyond_chance_has_an_answer(folder, study, f
     assert answer.startswith("Answer\n")
     assert "- optimizer = sgd\n" in answer
     assert "python jobs/train.py trial-0000" in answer
+
+
+def test_a_page_of_a_trial_leads_back_to_its_study(folder, study, finish):
+    write_study_report(folder, study, [finish(of_hundred(0, 90, "sgd"))])
+    page = read(folder, f"{PAGES_FOLDER}/trial-0000.html")
+    assert '<nav class="quiet"><a href="../study.html">study</a>' in page
+    assert f'href="{PAGES_FOLDER}/trial-0000.html"' in read(folder, "study.html")
 
 
 def test_without_predictions_the_interval_of_the_best_decides(folder, study):
