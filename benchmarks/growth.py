@@ -2,7 +2,8 @@
 
 Steps: list (the files of a folder), draw (duplicates and splits), write (index, tables, card, manifest) and open (the
 train split, as each worker does). The index is made here: 1,000 classes, 1% duplicates, images of one pixel. Each step
-has a process of its own; memory is the most that it had, with the table that the step starts from.
+has a process of its own; memory is the most that it had, with the table that the step starts from. The names of more
+than a million files come from a generator, not from a disk.
 
 Run: python -m benchmarks growth [--rows 1000000] [--step draw] [--json]
 """
@@ -11,7 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -30,6 +31,7 @@ from data_prep.manifest import INDEX_SCHEMA
 
 _CLASSES = 1000
 _DUPLICATES = 0.01
+_MOST_FILES = 1_000_000
 _IMAGES_NAME, _DRAWN_NAME = "images.parquet", "drawn.npz"
 
 
@@ -61,6 +63,12 @@ def write_source(folder: Path, rows: int) -> None:
         first.touch()
         for row in range(1, rows // _CLASSES):
             os.link(first, f"{class_folder}/{row:08d}.jpg")
+
+
+def generate_files(rows: int) -> Iterator[tuple[str, int]]:
+    """Yield path and bytes of each file of such a folder, as `storage.walk_files` does."""
+    for row in range(rows):
+        yield f"{row * _CLASSES // rows:04d}/{row:08d}.jpg", 0
 
 
 def make_images(rows: int) -> pa.Table:
@@ -97,23 +105,26 @@ def make_images(rows: int) -> pa.Table:
 
 def prepare_input(folder: Path, rows: int, steps: list[Step]) -> None:
     """Write what the steps start from."""
-    if Step.LIST in steps:
+    if Step.LIST in steps and rows <= _MOST_FILES:
         write_source(folder / "source", rows)
     if {*steps} - {Step.LIST}:
         pq.write_table(make_images(rows), folder / _IMAGES_NAME)
 
 
-def load_step(step: Step, folder: Path) -> Callable[[], Any]:
+def load_step(step: Step, folder: Path, rows: int) -> Callable[[], Any]:
     """Return a step without its arguments, which are in memory."""
     from data_prep.index import draw_splits, write_index
     from data_prep.prepare import PrepareConfig
     from data_prep.shards import write_shard
     from data_prep.sources import find_images
+    from trainer.runtime import storage
     from trainer.runtime.lease import hold_lease
     from trainer.training.dataset import load_manifest, open_split
 
     dataset = str(folder / "dataset")
     if step is Step.LIST:
+        if rows > _MOST_FILES:
+            storage.walk_files = lambda uri: generate_files(rows)
         return lambda: find_images(str(folder / "source"))
     if step is Step.OPEN:
         manifest = load_manifest(dataset)
@@ -146,7 +157,7 @@ def load_step(step: Step, folder: Path) -> Callable[[], Any]:
 
 def measure(step: Step, folder: Path, rows: int) -> Outcome:
     """Run one step."""
-    run = load_step(step, folder)
+    run = load_step(step, folder, rows)
     # The peak is counted again.
     Path("/proc/self/clear_refs").write_text("5")
     started = time.process_time()
