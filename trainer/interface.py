@@ -8,6 +8,8 @@ run.history.plot(x="epoch", y=["loss", "val_loss"])
 """
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -270,12 +272,14 @@ def train_request(
     one_process = launch.needs_one_process(request, storage_uri)
     with connect(wait_seconds=None, one_process=one_process) as cluster:
         resources = wait_for_workers(request.num_workers, cluster, wait, on_event)
-        with launch.open_run(storage_uri, run_name, request.arch, resources) as run:
+        with launch.open_run(storage_uri, run_name, request.arch, resources) as run, _tell_name(run, run_name):
             request = launch.choose_dataset(request, storage_uri, prepare_embedded, on_event)
             plan = launch.plan_run(request, run, resources, probe_again=probe_again, on_event=on_event)
             if given is not None:
                 place = {"storage": storage_uri, "run_name": run.name}
                 plan = replace(plan, command=format_command("train.py", {**given, **place}))
+            elif not run_name:
+                plan = replace(plan, command=shlex.join(["python", *sys.argv, "--run-name", run.name]))
             result = launch.launch(
                 plan,
                 run,
@@ -286,6 +290,17 @@ def train_request(
                 on_event=on_event,
             )
     return run, result
+
+
+@contextlib.contextmanager
+def _tell_name(run: RunFolder, given: str) -> Iterator[None]:
+    """Add the name of a run to what interrupts it, if none was given: its command alone would start another run."""
+    try:
+        yield
+    except (JobError, KeyboardInterrupt) as error:
+        if not given:
+            error.add_note(f"with --run-name {run.name}")
+        raise
 
 
 def check_outcome(result: RunResult) -> None:

@@ -58,15 +58,19 @@ def exit_codes() -> Iterator[None]:
         stderr.print(f"error: {error}", markup=False)
         sys.exit(2)
     except JobError as error:
-        stderr.print(f"failed: {error}", markup=False)
+        stderr.print(_with_notes(f"failed: {error}", error), markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if reason := failure_reason():
-            stderr.print(f"failed: {reason}", markup=False)
+            stderr.print(_with_notes(f"failed: {reason}", error), markup=False)
             sys.exit(1)
         number = received_signal()
-        stderr.print(f"stopped by {number.name}; the same command continues", markup=False)
+        stderr.print(_with_notes(f"stopped by {number.name}; the same command continues", error), markup=False)
         sys.exit(128 + number)
+
+
+def _with_notes(line: str, error: BaseException) -> str:
+    return ", ".join([line, *getattr(error, "__notes__", ())])
 
 
 @contextlib.contextmanager

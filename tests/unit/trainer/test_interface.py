@@ -11,10 +11,11 @@ import pytest
 
 import trainer
 from tests.conftest import REPOSITORY
+from trainer.config.request import parse_request
 from trainer.record.run_folder import RunFolder, describe_run
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, JobError
-from trainer.runtime.events import EmbeddedDatasetChosen, TasksFinished
+from trainer.runtime.events import EmbeddedDatasetChosen, Event, TasksFinished
 
 
 @pytest.fixture
@@ -103,6 +104,23 @@ def test_training_takes_the_options_of_the_command_line(run, monkeypatch):
         trainer.train(**given, epoch=7)
     with pytest.raises(InputError, match="--track 'paper' is unknown"):
         trainer.train(**given, track=["paper"])
+
+
+@pytest.mark.parametrize(("given", "added"), [("", " --run-name {}"), ("first", "")])
+def test_a_run_that_got_its_name_here_says_how_it_continues(write_dataset, tmp_path, monkeypatch, given, added):
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "--arch", "cnn_softmax"])
+    options = {"arch": "cnn_softmax", "global_batch_size": 4, "precision": "float32"}
+    request = parse_request({**options, "dataset": write_dataset(image_size=22).uri})
+
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer.interface.train_request(request, str(tmp_path / "runs"), given, on_event=stop)
+    (run,) = trainer.load_runs(str(tmp_path / "runs"))
+    added = added.format(storage.basename(run.uri))
+    assert getattr(stopped.value, "__notes__", []) == ([f"with{added}"] if added else [])
+    assert RunFolder(run.uri).read_record().command == f"python jobs/train.py --arch cnn_softmax{added}"
 
 
 def test_preparing_returns_the_manifest_of_what_is_there(write_dataset):

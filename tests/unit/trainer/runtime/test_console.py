@@ -83,6 +83,27 @@ def test_a_long_line_is_not_wrapped(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_what_is_added_to_an_error_ends_its_line(capsys, handlers):
+    failed = JobError("the disk is full; make room, and the same command continues")
+    failed.add_note("with --run-name first")
+    with pytest.raises(SystemExit), console.exit_codes():
+        raise failed
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupted:
+            interrupted.add_note("with --run-name first")
+            raise
+
+    with pytest.raises(SystemExit), console.exit_codes():
+        work()
+    assert capsys.readouterr().err.splitlines() == [
+        "failed: the disk is full; make room, and the same command continues, with --run-name first",
+        "stopped by SIGINT; the same command continues, with --run-name first",
+    ]
+
+
 def test_another_error_is_left_as_it_is():
     with pytest.raises(ZeroDivisionError), console.exit_codes():
         raise ZeroDivisionError
