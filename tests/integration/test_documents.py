@@ -1,4 +1,4 @@
-"""The commands of the README and the guide, run one after the other as written, on a few images."""
+"""The commands and the Python of the README and the guide, run one after the other as written, on a few images."""
 
 import re
 import shlex
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "guide.md")
 # Installing and checking are .ci/run; the cluster is in test_submit.py and test_rehearsal.py. What is quoted is a note.
 ELSEWHERE = r"python3 -m venv|export |ray |ssh |scp |images/"
-# As typed, the largest batch and the recipe's epochs are minutes of work.
-SHORTER = {"train.py": " --epochs 1"}
+# As typed, the recipe's epochs and the test of the maps are minutes of work.
+SHORTER = {"train.py": " --epochs 1", "explain.py": " --tested-images 8 --count 2"}
 # Published weights are downloaded; those of a run take the same road from there.
 REPLACED = {
     "--arch resnet50 --dataset prepared": "--arch cnn_tapered --dataset prepared",
@@ -25,13 +25,15 @@ REPLACED = {
 }
 
 
+def find_blocks(language: str) -> list[str]:
+    """The documents' code blocks in a language, in order."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [block for path in DOCUMENTS for block in pattern.findall(path.read_text())]
+
+
 def find_commands() -> list[str]:
     """Every command of the documents' code blocks once, in order, without its comment."""
-    texts = [path.read_text() for path in DOCUMENTS]
-    blocks = [one for text in texts for one in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
-    lines = [
-        line.partition(" #")[0].strip() for language, block in blocks if language == "sh" for line in block.splitlines()
-    ]
+    lines = [line.partition(" #")[0].strip() for block in find_blocks("sh") for line in block.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and not re.match(ELSEWHERE, line)))
 
 
@@ -60,4 +62,14 @@ def test_a_command_does_what_is_said_of_it(command, folder, bucket):
         text=True,
         timeout=600,
     )
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("block", find_blocks("python"), ids=["trains", "loads"])
+def test_python_does_what_is_said_of_it(block, folder):
+    # The images and the model that it speaks of; a script, as somebody would save it.
+    shutil.copy(folder / "runs" / "first" / "model.keras", folder)
+    script = folder / "typed.py"
+    script.write_text(f"import numpy\n\nimages = numpy.zeros((1, 96, 96, 1))\n{block.replace('epochs=3', 'epochs=1')}")
+    finished = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
