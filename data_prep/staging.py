@@ -40,7 +40,7 @@ _SHARD_BYTES = 128 * 2**20
 _SHARDS_OF_SMALL_DATASET = 64
 _LEAST_SHARD_IMAGES = 256
 # A task gets several shards if there are so many that cores do not wait long for the last task.
-_LEAST_TASKS_PER_CORE = 16
+_LEAST_TASKS_PER_CORE = 4
 _MAX_ITEMS_PER_TASK = 16
 # Reads of records overlap the latency of an object store.
 _READERS = 8
