@@ -146,15 +146,17 @@ def train_two_workers(config, manifest) -> list[list[dict[str, np.ndarray]]]:
 
 
 def assert_same_with_two_workers(configure, arch: str, **values) -> None:
-    manifest, config = configure(arch, num_workers=2, batch_norm="replica", **EVERYTHING, **values)
+    # Where BatchNorm normalizes over three images, rounding changes the gradient of inception_v3 by a fifth.
+    values = {"global_batch_size": 16, **EVERYTHING, **values}
+    manifest, config = configure(arch, num_workers=2, batch_norm="replica", **values)
     first, second = train_two_workers(config, manifest)
-    tolerance = 2e-3 if config.precision == "float32" else 0.1
+    tolerance, rounding = (2e-3, 1e-5) if config.precision == "float32" else (0.1, 0.05)
     plain, compiled, in_one_call = first
     for one, other in zip(first, second, strict=True):
         for name in ("stats", "weights"):
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
         # Both validate alike, though each has normalised its own images; TensorFlow rounds by where the arrays lie.
-        np.testing.assert_allclose(one["outcomes"], other["outcomes"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(one["outcomes"], other["outcomes"], rtol=rounding, atol=rounding)
     for name in ("stats", "outcomes", "weights"):
         np.testing.assert_array_equal(in_one_call[name], plain[name], err_msg=name)
     np.testing.assert_allclose(compiled["stats"], plain["stats"], rtol=tolerance)
