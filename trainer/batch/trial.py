@@ -232,19 +232,19 @@ class _Bench:
         return self._networks[precision]
 
     def _first_losses(self, precision: str, size: int, longest: float) -> tuple[tuple[float, ...], float]:
-        """Return the losses of the first steps from the seeded weights, and the seconds of the second one.
+        """Return the losses of the first steps from the seeded weights, and the seconds of a step.
 
-        If that takes longer than ``longest``, no more steps are taken: the precision is too slow to be chosen.
+        If two steps take longer than ``longest``, no more are taken: the precision is too slow to be chosen. One may
+        have waited for another process. Without a limit nothing is timed, and the seconds are infinite.
         """
-        step, losses, seconds = self._compile(precision, size), list[float](), 0.0
+        step, losses, seconds = self._compile(precision, size), list[float](), math.inf
         for number in range(_LOSS_STEPS):
             started = time.perf_counter()
             losses.append(float(np.asarray(step(*self._batch(size, number)))[STEP_LOSS]))
-            if number == 1:  # the first one compiles
-                gathered = self._networks[precision].gather([[time.perf_counter() - started]])
-                seconds = float(gathered.max())
-                if seconds > longest:
-                    break
+            if number in (1, 2) and seconds > longest:  # the first one compiles
+                seconds = float(self._networks[precision].gather([[time.perf_counter() - started]]).max())
+            if number == 2 and seconds > longest:
+                break
         return tuple(losses), seconds
 
     def _warm_up(self, precision: str, size: int) -> tuple[float, float]:

@@ -1,5 +1,8 @@
 """Training steps of a trial of batch sizes, on one replica in this process."""
 
+import math
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -35,7 +38,8 @@ def measure(bench: _Bench, size: int, *precisions: str, compare_losses: bool = F
     return list(bench.measure(Probe(size, precisions), compare_losses=compare_losses))
 
 
-def test_precisions_are_measured_by_turns_after_the_losses_of_their_first_steps(make_bench):
+def test_precisions_are_measured_by_turns_after_the_losses_of_their_first_steps(make_bench, monkeypatch):
+    monkeypatch.setattr("trainer.batch.trial._HOPELESS", math.inf)
     bench = make_bench()
     # The network whose size decided where to start.
     bench.build("float32")
@@ -49,6 +53,24 @@ def test_precisions_are_measured_by_turns_after_the_losses_of_their_first_steps(
     assert again.losses == pytest.approx(losses["float32"], rel=1e-5)
     # Once is enough.
     assert [type(one) for one in measure(bench, 8, *BOTH, compare_losses=True)][:2] == [SizeStarted, SizeStarted]
+
+
+@pytest.mark.parametrize(("slow", "given_up"), [((1,), False), ((1, 2), True)])
+def test_a_precision_is_given_up_after_two_slow_steps_not_after_one(make_bench, monkeypatch, slow, given_up):
+    monkeypatch.setattr("trainer.batch.trial._HOPELESS", 20)
+    bench = make_bench()
+    make_batch = bench._batch
+
+    def make_late(size: int, number: int):
+        if number in slow and "mixed_bfloat16" in bench._networks:
+            time.sleep(2)
+        return make_batch(size, number)
+
+    monkeypatch.setattr(bench, "_batch", make_late)
+    _, _, _, losses, *measured = measure(bench, 4, *BOTH, compare_losses=True)
+    assert len(losses.losses) == (3 if given_up else 8)
+    # What is given up is reported at once, the others after their turns.
+    assert [one.precision for one in measured] == [*(reversed(BOTH) if given_up else BOTH)]
 
 
 def test_a_size_is_measured_with_real_and_with_synthetic_input(make_bench):
