@@ -16,7 +16,7 @@ unit: install
 	$(BIN)/pytest -n 2 tests/unit
 
 test: check unit
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/integration --ignore tests/integration/test_signals.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration --ignore tests/integration/test_signals.py
 	$(BIN)/pytest tests/integration/test_signals.py
 
 clean:
