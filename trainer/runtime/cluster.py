@@ -159,7 +159,7 @@ def _job_folder() -> Iterator[str]:
             yield folder
         except JobError as error:
             keep_folder(folder)
-            raise JobError(f"{error}; logs are in {folder}") from error
+            raise JobError(f"{str(error).removesuffix('.')}; logs are in {folder}") from error
 
 
 def _temporary_folder() -> str:
