@@ -19,7 +19,7 @@ from trainer.runtime.errors import InputError, JobError
 from trainer.runtime.folders import hold_folder, keep_folder
 from trainer.runtime.gpu import read_total_gib, visible_devices
 from trainer.runtime.markdown import format_count
-from trainer.runtime.signals import call_deferring_signals, defer_signals_of_start
+from trainer.runtime.signals import defer_signals_of_ray
 
 # Set in every process of the job before it can import TensorFlow.
 WORKER_ENVIRONMENT = {
@@ -208,7 +208,7 @@ def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **op
         os.environ.setdefault(name, value)
     try:
         # Ray loses an exception that a signal handler raises during its start, and never releases a lock.
-        with defer_signals_of_start():
+        with defer_signals_of_ray(), compat.keep_signal_actions():
             try:
                 ray.init(
                     log_to_driver=False,
@@ -226,7 +226,8 @@ def _connected_ray(environment: dict[str, str], wait_seconds: float | None, **op
             _wait_for_node(wait_seconds)
         yield
     finally:
-        call_deferring_signals(ray.shutdown)
+        with defer_signals_of_ray():
+            ray.shutdown()
 
 
 def _explain_start(error: Exception, address: str) -> InputError | JobError:

@@ -5,6 +5,7 @@ tf_keras 2.21.0 (in the folder ``tf_keras/src``), and the test that fails first 
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,26 @@ def reload_configuration() -> None:
     from ray._private.authentication.authentication_token_setup import Config
 
     Config.initialize("")
+
+
+@contextlib.contextmanager
+def keep_signal_actions() -> Iterator[None]:
+    """Keep Ray's C++ code from taking signals for itself where it starts in this context, and from freeing them later.
+
+    It would take SIGTERM among others, to write a stack and end the process, for a second in which no code of Python
+    runs, and its end would set the default actions. It does so unless it finds that it has done so before.
+    """
+    # _raylet.so: ray::RayLog::is_failure_signal_handler_installed_, a bool.
+    # test_signals.py: test_no_signal_is_ray_s_own
+    from ray import _raylet
+
+    symbol = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
+    are_taken = ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), symbol)
+    are_taken.value = True
+    try:
+        yield
+    finally:
+        are_taken.value = False
 
 
 class Head:

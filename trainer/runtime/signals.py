@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM raise KeyboardInterrupt in the main thread of a job, except in code that this would break.
 
 KeyboardInterrupt is the only exception of a handler that Ray's C++ code passes on; it loses others or turns them into a
-SystemError. Ray also replaces the handler of SIGTERM when it starts and when it shuts down.
+SystemError. Ray also replaces the handler of SIGTERM when it starts.
 """
 
 import contextlib
@@ -12,14 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A process that is ended while Ray starts leaves Ray's processes behind, so Ray is given time on a busy machine.
 _ENDING_SECONDS = 30.0
-_SETTING_SECONDS = 0.0002
 
 _received = signal.SIGINT
 _reason = ""
@@ -143,8 +141,8 @@ def _end_at_last() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def defer_signals_of_start() -> Iterator[None]:
-    """Defer signals around ``ray.init``, which installs handlers of SIGTERM that exit with 15.
+def defer_signals_of_ray() -> Iterator[None]:
+    """Defer signals around ``ray.init``, which installs a handler of SIGTERM that exits with 15, or ``ray.shutdown``.
 
     Each function call within the context sets the handlers again. Only for the main thread.
     """
@@ -163,23 +161,3 @@ def defer_signals_of_start() -> Iterator[None]:
             yield
         finally:
             sys.setprofile(before)
-
-
-def call_deferring_signals(function: Callable[[], None]) -> None:
-    """Call ``ray.shutdown``, whose C++ code restores the default action of SIGTERM, which ends a process silently.
-
-    It does so a tenth of a second or more before it returns. The function is therefore called in another thread, while
-    this one keeps setting the handlers again. Signals are deferred until it returns. Only for the main thread.
-    """
-
-    def call() -> None:
-        sys.setprofile(lambda frame, event, argument: hear())
-        function()
-
-    with defer_signals(), _end_at_last() as hear, ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call)
-        while not future.done():
-            for one in _STOP_SIGNALS:
-                signal.signal(one, signal.getsignal(one))
-            time.sleep(_SETTING_SECONDS)
-    future.result()
