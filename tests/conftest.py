@@ -254,7 +254,9 @@ def wait_for_text(path: Path, text: str, timeout: float = 60) -> None:
         time.sleep(0.1)
 
 
-def run_job(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_job(
+    *arguments: str, cwd: Path = REPOSITORY, timeout_seconds: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run ``python jobs/NAME.py ...`` as a user would."""
     script, *options = arguments
     return subprocess.run(
@@ -263,5 +265,5 @@ def run_job(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subp
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_seconds,
     )
