@@ -19,7 +19,6 @@ from trainer.training import execution as execution_module
 from trainer.training.execution import choose_execution, count_steps, find_obstacle, weigh_xla
 from trainer.training.network import Network, build_network
 from trainer.training.step import (
-    STEP_COLUMNS,
     STEP_GRAD_NOISE,
     STEP_GRAD_NORM,
     STEP_LOSS,
@@ -159,21 +158,24 @@ def assert_same_with_two_workers(configure, arch: str, **values) -> None:
     values = {"global_batch_size": 128 if is_deepest else 16, **EVERYTHING, **values}
     manifest, config = configure(arch, num_workers=2, batch_norm="replica", **values)
     first, second = train_two_workers(config, manifest)
-    tolerance, rounding = (2e-3, 1e-5) if config.precision == "float32" else (0.1, 0.05)
-    if is_deepest:
-        tolerance, rounding = 4 * tolerance, 4 * rounding
     # The noise is a difference of squares.
-    tolerances = np.where(np.arange(STEP_COLUMNS) == STEP_GRAD_NOISE, 2.0, 1.0) * tolerance
+    tolerance, of_noise, rounding = (2e-3, 2e-3, 1e-5) if config.precision == "float32" else (0.1, 0.2, 0.05)
+    if is_deepest:
+        tolerance, of_noise, rounding = 4 * tolerance, 4 * of_noise, 4 * rounding
     plain, compiled, in_one_call = first
     for one, other in zip(first, second, strict=True):
         for name in ("stats", "weights"):
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
         # Both validate alike, though each has normalized its own images; TensorFlow rounds by where the arrays lie.
-        assert np.median(np.abs(one["outcomes"] - other["outcomes"]), axis=0).max() <= rounding
+        if is_deepest:
+            assert np.median(np.abs(one["outcomes"] - other["outcomes"]), axis=0).max() <= rounding
+        else:
+            np.testing.assert_allclose(one["outcomes"], other["outcomes"], rtol=rounding, atol=rounding)
     for name in ("stats", "outcomes", "weights"):
         np.testing.assert_array_equal(in_one_call[name], plain[name], err_msg=name)
     stats, compiled_stats = (one["stats"][: 1 if is_deepest else None] for one in (plain, compiled))
-    assert (np.abs(compiled_stats - stats) <= tolerances * np.abs(stats)).all()
+    np.testing.assert_allclose(compiled_stats[:, :STEP_GRAD_NOISE], stats[:, :STEP_GRAD_NOISE], rtol=tolerance)
+    np.testing.assert_allclose(compiled_stats[:, STEP_GRAD_NOISE], stats[:, STEP_GRAD_NOISE], rtol=of_noise)
     if not is_deepest:
         assert np.median(np.abs(compiled["weights"] - plain["weights"])) <= tolerance * 0.01
 
