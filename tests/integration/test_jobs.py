@@ -127,7 +127,9 @@ def test_a_source_in_the_bucket_gives_the_same_dataset(run_on_cluster, bucket, s
     fsspec.filesystem("s3", skip_instance_cache=True).put(f"{source}/", f"{bucket}/images/", recursive=True)
     remote = run_on_cluster("prepare.py", f"{bucket}/images", f"{bucket}/again", "--image-size", "32")
     # A busy machine takes long enough for a line that says how far it is.
-    unasked = [line for line in remote.stderr.splitlines() if not re.fullmatch(r"[\d:]{8} [a-z -]+: \d+ of \d+.*", line)]
+    unasked = [
+        line for line in remote.stderr.splitlines() if not re.fullmatch(r"[\d:]{8} [a-z -]+: \d+ of \d+.*", line)
+    ]
     assert (remote.returncode, unasked) == (0, [])
     assert read_fingerprint(f"{bucket}/again") == read_fingerprint(dataset)
 
