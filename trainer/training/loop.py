@@ -415,7 +415,7 @@ class _Training:
             Images per second, and the seconds that this worker waited for batches.
 
         Raises:
-            DivergedError: the loss became NaN or infinite; the steps so far are kept.
+            DivergedError: the loss, the gradient or a weight became NaN or infinite; the steps so far are kept.
         """
         config, epoch = self._config, len(self._history) + 1
         order = self._order(epoch)[self._epoch_rows :]
@@ -438,23 +438,21 @@ class _Training:
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
             self._epoch_rows += len(images) * config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-                # Not those of this call, which the device computes while the next one is made.
-                self._check_finite(stats, leave=1)
+                # Not that of this call, which the device computes while the next one is made.
+                self._check_step(stats[:-1])
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
                 self._job.send_event(self._describe_progress(epoch, stats))
             is_due = config.checkpoint_every and (first_step + taken) % config.checkpoint_every == 0
             if (is_due and taken < num_steps) or is_traced:
-                self._check_finite(stats)
-                self._keep_steps(stats)
+                self._finish_steps(stats)
                 with averaged_weights(self.network):
                     self._save(write, {})
             if is_traced:
                 # Wait, so that no step is lost if TensorFlow crashes while it collects the trace.
                 write(_wait_for_checkpoint)
                 self._report(self._profiler.close())
-        self._check_finite(stats)
-        self._keep_steps(stats)
+        self._finish_steps(stats)
         seconds = time.perf_counter() - started
         return num_steps * config.global_batch_size / seconds, feed.wait_seconds
 
@@ -483,23 +481,40 @@ class _Training:
         detail = f"epoch {epoch} of {at_most}{config.epochs}, loss {format_loss(loss)}"
         return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
 
-    def _check_finite(self, stats: list[Any], leave: int = 0) -> None:
-        """Raise DivergedError if the last step is not finite; ``leave`` calls are left for the next check."""
+    def _check_step(self, stats: list[Any]) -> None:
+        """Raise DivergedError if the last of some steps is not finite, for little time; the steps so far are kept."""
+        if not stats:
+            return
+        step = self._steps.num_rows + sum(len(one) for one in stats)
+        last = np.asarray(stats[-1])[-1:]
         try:
-            checked = stats[: len(stats) - leave]
-            self._finite_step = _check_finite(checked, self._steps.num_rows, self._finite_step, self._config.precision)
+            self._finite_step = _check_finite(last, step, self._finite_step, self._config.precision)
         except DivergedError:
             self._keep_steps(stats)
             raise
+
+    def _finish_steps(self, stats: list[Any]) -> None:
+        """Keep the results of steps; raise DivergedError if one of them, or a weight after the last, is not finite.
+
+        All are looked at, since NaN can hide: oneDNN's ReLU, on some CPUs, and pooling make a number of it. A network
+        whose first kernel is NaN then has a finite loss, and so have the steps after the one that lost it.
+        """
+        first_step = self._steps.num_rows + 1
+        rows = self._keep_steps(stats)
+        self._finite_step = _check_finite(rows, first_step, self._finite_step, self._config.precision)
+        if not self.network.has_finite_weights():
+            raise DivergedError(f"a weight became nan or inf by step {self._finite_step}")
 
     def _report(self, profiled: StepProfiled | None) -> None:
         if profiled is not None and self._rank == 0:
             self._job.send_event(profiled)
 
-    def _keep_steps(self, stats: list[Any]) -> None:
-        """Move the results of steps to the table."""
-        self._steps = pa.concat_tables([self._steps, _steps_table(stats, self._steps.num_rows)])
+    def _keep_steps(self, stats: list[Any]) -> npt.NDArray[np.float32]:
+        """Move the results of steps to the table, and return them, a row for each step."""
+        rows = tf.concat(stats, axis=0).numpy() if stats else np.empty((0, len(STEPS_SCHEMA) - 1), np.float32)
+        self._steps = pa.concat_tables([self._steps, _steps_table(rows, self._steps.num_rows)])
         stats.clear()
+        return rows
 
     def _save(self, write: Writer, tables: dict[str, pa.Table]) -> None:
         """Start to write a checkpoint of the current state, and return before it is written.
@@ -554,11 +569,8 @@ def _restore(network: Network, run: RunFolder, checkpoint: Checkpoint) -> None:
             checkpoints.assign_variables(variables, checkpoints.from_safetensors(content))
 
 
-def _steps_table(stats: list[Any], taken_before: int) -> pa.Table:
-    """Return one row per step, from the results of each call, which can be of several."""
-    if not stats:
-        return STEPS_SCHEMA.empty_table()
-    rows = tf.concat(stats, axis=0).numpy()
+def _steps_table(rows: npt.NDArray[np.float32], taken_before: int) -> pa.Table:
+    """Return the results of steps, a row for each, with their numbers."""
     numbers = pa.array(range(taken_before + 1, taken_before + len(rows) + 1), pa.int64())
     return pa.table([numbers, *rows.T], schema=STEPS_SCHEMA)
 
@@ -577,23 +589,27 @@ def _finite_mean(column: pa.ChunkedArray) -> float:
     return float(values.mean(dtype=np.float64, where=np.isfinite(values)))
 
 
-def _check_finite(stats: list[Any], taken_before: int, finite_step: int, precision: str) -> int:
-    """Return the number of the last step, which is finite as step ``finite_step`` was; there may be no steps.
+def _check_finite(rows: npt.NDArray[np.float32], first_step: int, finite_step: int, precision: str) -> int:
+    """Return the number of the last of some steps, which are all finite.
+
+    Args:
+        rows: the results of steps that follow on each other.
+        first_step: the number of the first of them.
+        finite_step: the last step that is known to be finite; those between the two were not looked at.
+        precision: that of the run.
 
     Raises:
-        DivergedError: it is not.
+        DivergedError: one of them is not finite.
     """
-    if not stats:
-        return finite_step
-    last = np.asarray(stats[-1])[-1]
-    step = taken_before + sum(len(one) for one in stats)
     # Loss scaling handles a float16 gradient that overflows: it skips the step and halves the scale.
     watched = [STEP_LOSS] if precision == "mixed_float16" else [STEP_LOSS, STEP_GRAD_NORM]
-    if not np.isfinite(last[watched]).all():
-        first = finite_step + 1
-        steps = f"in one of the steps {first} to {step}" if first < step else f"in step {step}"
-        raise DivergedError(f"the loss or its gradient became nan or inf {steps}")
-    return step
+    lost = np.flatnonzero(~np.isfinite(rows[:, watched]).all(axis=1))
+    if not len(lost):
+        return first_step + len(rows) - 1
+    step = first_step + int(lost[0])
+    first = step if lost[0] else min(finite_step + 1, step)
+    steps = f"in one of the steps {first} to {step}" if first < step else f"in step {step}"
+    raise DivergedError(f"the loss or its gradient became nan or inf {steps}")
 
 
 @contextlib.contextmanager

@@ -50,6 +50,10 @@ class Network:
         if isinstance(self.schedule, StagedSchedule):
             self.schedule.start_epoch(first_step, num_steps, plan.first_rate, plan.last_rate)
 
+    def has_finite_weights(self) -> bool:
+        """Return whether no trained weight is NaN or infinite."""
+        return bool(tf.reduce_all([tf.reduce_all(tf.math.is_finite(one)) for one in self.model.trainable_variables]))
+
     @property
     def optimizer_variables(self) -> list[Any]:
         """The state of the optimizer, including the loss scale, which Keras leaves out."""
