@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from trainer.config.config import AUGMENT_STRENGTHS, TrainConfig
-from trainer.record.epoch_row import Metrics
+from trainer.record.epoch_row import Metrics, main_path
 from trainer.runtime import storage
 from trainer.runtime.errors import RecordError
 from trainer.runtime.markdown import format_count, format_loss
@@ -42,13 +42,17 @@ def _uri(storage_uri: str, config: TrainConfig) -> str:
 
 
 def describe_trials(history: Sequence[Metrics]) -> str:
-    """Return what was tried in a run and the last validation loss of each, best first; empty if nothing was."""
-    losses: dict[str, list[float]] = {}
-    for row in history:
-        if row.get("stage") == "trial":
-            losses.setdefault(row["augmentation"], []).append(row["val_loss"])
-    best_first = sorted(losses, key=lambda name: (-len(losses[name]), losses[name][-1]))
+    """Return what was tried in a run and the last validation loss of each, longest tried and best first.
+
+    It is empty if nothing was tried.
+    """
+    last = {row["augmentation"]: row for row in history if row.get("stage") == "trial"}
+    epochs = {
+        name: sum(before.get("stage") == "trial" for before in main_path(history[: row["epoch"]]))
+        for name, row in last.items()
+    }
+    best_first = sorted(last, key=lambda name: (-epochs[name], last[name]["val_loss"]))
     return ", ".join(
-        f"{name} {format_loss(losses[name][-1], 3)} after {format_count(len(losses[name]), 'epoch')}"
+        f"{name} {format_loss(last[name]['val_loss'], 3)} after {format_count(epochs[name], 'epoch')}"
         for name in best_first
     )

@@ -22,7 +22,7 @@ def find_strengths(augmentation: str, config: TrainConfig) -> npt.NDArray[np.flo
     """Return how much of each of PARTS is varied: the config's value where it is named, else 0; float32 ``[5]``.
 
     Args:
-        augmentation: names joined by "+", from `trainer.training.stages.list_augmentations`.
+        augmentation: names joined by "+", or none, as in `trainer.training.stages`.
         config: the config of the run.
     """
     # A flip that the config does not ask for can still be tried.

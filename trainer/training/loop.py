@@ -308,7 +308,7 @@ class _Training:
         """
         started, images_per_second, wait_seconds, has_lost = time.perf_counter(), 0.0, 0.0, False
         try:
-            images_per_second, wait_seconds = self._take_steps(write)
+            images_per_second, wait_seconds = self._take_steps(plan, write)
         except DivergedError:
             if plan.stage != "trial":
                 raise
@@ -408,8 +408,8 @@ class _Training:
             split, config.per_replica_batch_size, self._rank, config.num_workers, self._eval_step, self.gather
         ).evaluate()
 
-    def _take_steps(self, write: Writer) -> tuple[float, float]:
-        """Take the optimizer steps of the current epoch that were not taken yet.
+    def _take_steps(self, plan: EpochPlan, write: Writer) -> tuple[float, float]:
+        """Take the optimizer steps of the current epoch, as planned, that were not taken yet.
 
         Returns:
             Images per second, and the seconds that this worker waited for batches.
@@ -418,7 +418,8 @@ class _Training:
             DivergedError: the loss, the gradient or a weight became NaN or infinite; the steps so far are kept.
         """
         config, epoch = self._config, len(self._history) + 1
-        order = self._order(epoch)[self._epoch_rows :]
+        limit = plan.most_steps and plan.most_steps * config.global_batch_size
+        order = self._order(epoch)[self._epoch_rows : limit]
         first_step = self._finite_step = self._steps.num_rows
         rows = self._own_rows(order)
         num_steps = len(rows)

@@ -18,7 +18,7 @@ from trainer.training.augment import find_strengths
 from trainer.training.devices import has_gpu
 from trainer.training.optimizer import build_optimizer
 from trainer.training.schedule import StagedSchedule, build_schedule
-from trainer.training.stages import EpochPlan, list_augmentations
+from trainer.training.stages import EpochPlan, full_augmentation
 from trainer.training.transfer import LayerWeights, freeze_trunk, transfer_weights
 from trainer.workers.backend import tolerate_silence
 
@@ -89,7 +89,7 @@ def build_network(
         optimizer = build_optimizer(config, schedule)
         optimizer.build(model.trainable_variables)
         strengths = tf.Variable(
-            find_strengths(list_augmentations(config)[-1], config),
+            find_strengths(full_augmentation(config), config),
             trainable=False,
             aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
         )

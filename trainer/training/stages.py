@@ -3,8 +3,8 @@
 With ``schedule=plateau`` a run goes through stages, each of which ends when its epochs say so:
 
     plain   no augmentation, until validation stops improving                       (with augment=auto only)
-    trial   each candidate for the augmentation by itself, all from the best plain weights; none and the best of the
-            others once more                                                        (with augment=auto only)
+    trial   each candidate for the augmentation by itself, all from the best plain weights; then none and the best of
+            the others once more, this one with a flip where that helped, too       (with augment=auto only)
     train   with the augmentation that won, from its weights, until validation stops improving
     decay   from the best weights of `train`, while the learning rate falls to zero
     clean   a last epoch without augmentation, at a low rate                        (where there is an augmentation)
@@ -17,21 +17,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
-from statistics import mean, median
+from statistics import mean
 
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import rank_epoch
 from trainer.record.epoch_row import Metrics
 
 NO_AUGMENTATION = "none"
+_FLIP = "flip"
 # The fewest steps between two decisions: where an epoch has fewer, several epochs count as one.
 _LEAST_STEPS = 40
 _PLAIN_PATIENCE = 2
 # The largest shares of all epochs that `plain` and the trials take.
 _PLAIN_SHARE = 0.15
 _TRIAL_SHARE = 0.25
-# None and the best of the others.
+# None and one other.
 _FINALISTS = 2
+# The most steps of an epoch of a trial: what costs or helps much shows by then, and an epoch can have thousands.
+_TRIAL_STEPS = 200
 # The last epochs of `plain` that tell how far its validation loss rises by chance.
 _NOISE_EPOCHS = 6
 # Share of the epochs so far that `decay` adds.
@@ -46,13 +49,15 @@ class EpochPlan:
 
     stage: str
     augmentation: str
-    """What is varied: names from `list_augmentations`."""
+    """What is varied: the names of the parts, joined by "+", or none."""
     started_from: int
     """The epoch whose weights and optimizer state it starts from; 0 for the initial ones."""
     first_rate: float = 1.0
     """Learning rate at the first step, as a share of what the schedule says; it changes linearly."""
     last_rate: float = 1.0
     """The same after the last step."""
+    most_steps: int | None = None
+    """The most optimizer steps that it takes, however many images there are."""
 
 
 def plan_epoch(history: Sequence[Metrics], config: TrainConfig, steps_per_epoch: int) -> EpochPlan | None:
@@ -72,18 +77,23 @@ def plan_epoch(history: Sequence[Metrics], config: TrainConfig, steps_per_epoch:
     return _plan_search(history, config, unit) or _plan_training(history, config, unit)
 
 
-def list_augmentations(config: TrainConfig) -> list[str]:
-    """Return what can be varied in the training images of a run, from nothing to all that its config allows.
+def list_candidates(config: TrainConfig) -> list[str]:
+    """Return what a run with ``augment=auto`` tries at first, beginning with none.
 
-    With ``augment=auto`` the last one adds a flip, which no recipe has: it makes other digits of digits.
+    A flip is one of them, which no recipe has: it makes other digits of digits.
     """
-    if config.augment == "none":
-        return [NO_AUGMENTATION]
-    moves = [name for name in ("rotation", "zoom", "contrast") if getattr(config, f"augment_{name}")]
-    shift = ["translation"] if config.augment_translation else []
-    flip = ["flip"] if config.augment_flip or config.augment == "auto" else []
-    parts: list[list[str]] = [[], moves, [*moves, *shift], [*moves, *shift, *flip]]
-    return list(dict.fromkeys("+".join(one) or NO_AUGMENTATION for one in parts))
+    moves, shift = _list_parts(config, "rotation", "zoom", "contrast"), _list_parts(config, "translation")
+    return list(dict.fromkeys("+".join(parts) or NO_AUGMENTATION for parts in ([], moves, [*moves, *shift], [_FLIP])))
+
+
+def full_augmentation(config: TrainConfig) -> str:
+    """Return all that the options of a run vary; none if that is nothing."""
+    names = () if config.augment == "none" else ("rotation", "zoom", "contrast", "translation", _FLIP)
+    return "+".join(_list_parts(config, *names)) or NO_AUGMENTATION
+
+
+def _list_parts(config: TrainConfig, *names: str) -> list[str]:
+    return [name for name in names if getattr(config, f"augment_{name}")]
 
 
 def needed_epochs(history: Sequence[Metrics]) -> set[int]:
@@ -103,45 +113,60 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
     is_open = config.augment == "auto" and not config.known_augmentation
     if not is_open or len(history) > len(plain) + len(trials):
         return None
-    candidates = list_augmentations(config)
+    candidates = list_candidates(config)
     if (len(candidates) + _FINALISTS) * unit > _TRIAL_SHARE * config.epochs:
         return None
     if not trials and len(plain) < _PLAIN_SHARE * config.epochs and not _has_stalled(plain, _PLAIN_PATIENCE * unit):
         return EpochPlan("plain", NO_AUGMENTATION, len(history))
-    for epochs in (unit, 2 * unit):
-        for name in candidates:
-            tried = [row for row in trials if row["augmentation"] == name]
-            # A candidate that diverged has lost.
-            if len(tried) < epochs and not (tried and math.isinf(tried[-1]["val_loss"])):
-                return EpochPlan("trial", name, int(tried[-1]["epoch"]) if tried else _best(plain))
-        means = _compare_candidates(trials, epochs - unit)
-        candidates = [NO_AUGMENTATION, min(candidates[1:], key=means.__getitem__)]
+    if (name := _find_untried(candidates, trials, unit)) is None:
+        name = _find_untried(_find_finalists(candidates, trials, unit), trials, 2 * unit)
+    if name is None:
+        return None
+    tried = _trials_of(name, trials)
+    return EpochPlan("trial", name, int(tried[-1]["epoch"]) if tried else _best(plain), most_steps=_TRIAL_STEPS)
+
+
+def _find_untried(candidates: Sequence[str], trials: Sequence[Metrics], epochs: int) -> str | None:
+    """Return the first of some candidates that has not been tried for so many epochs, and has not diverged."""
+    for name in candidates:
+        tried = _trials_of(name, trials)
+        if len(tried) < epochs and not (tried and math.isinf(tried[-1]["val_loss"])):
+            return name
     return None
 
 
+def _find_finalists(candidates: Sequence[str], trials: Sequence[Metrics], unit: int) -> list[str]:
+    """Return what is tried once more: none and the best of the others, with a flip added where both helped."""
+    losses = {name: _mean_loss(_trials_of(name, trials)[:unit]) for name in candidates}
+    best = min(candidates[1:], key=losses.__getitem__)
+    unflipped = min((name for name in candidates if name != _FLIP), key=losses.__getitem__)
+    if unflipped != NO_AUGMENTATION and losses[_FLIP] < losses[NO_AUGMENTATION]:
+        best = f"{unflipped}+{_FLIP}"
+    return [NO_AUGMENTATION, best]
+
+
+def _trials_of(name: str, trials: Sequence[Metrics]) -> list[Metrics]:
+    """Return the epochs in which an augmentation was tried, after those of what it adds a flip to."""
+    names = dict.fromkeys((name.removesuffix(f"+{_FLIP}"), name))
+    return [row for one in names for row in trials if row["augmentation"] == one]
+
+
 def choose_augmentation(plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int) -> str:
-    """Return the augmentation that won: the best, if it is better than none by more than the noise, else none.
+    """Return the augmentation that won: that of the last trial, if better than none by more than the noise, else none.
 
-    The noise is how far the validation loss of plain training typically rises from one epoch to the next, if it does:
-    a fall may be progress.
+    The noise is how far the validation loss of plain training rises from one epoch to the next, on average. A fall
+    counts as no rise: it may be progress.
     """
-    means = _compare_candidates(trials, unit)
-    best = min(means, key=means.__getitem__)
-    losses = [float(row["val_loss"]) for row in plain][-_NOISE_EPOCHS:]
-    rises = [after - before for before, after in pairwise(losses) if after > before]
-    return best if means[best] < means[NO_AUGMENTATION] - (median(rises) if rises else 0.0) else NO_AUGMENTATION
+    finalist = str(trials[-1]["augmentation"])
+    losses = {name: _mean_loss(_trials_of(name, trials)[-unit:]) for name in (NO_AUGMENTATION, finalist)}
+    of_plain = [float(row["val_loss"]) for row in plain][-_NOISE_EPOCHS - 1 :]
+    noise = mean([max(0.0, after - before) for before, after in pairwise(of_plain)] or [0.0])
+    return finalist if losses[finalist] < losses[NO_AUGMENTATION] - noise else NO_AUGMENTATION
 
 
-def _compare_candidates(trials: Sequence[Metrics], first: int) -> dict[str, float]:
-    """Return the mean validation loss of each candidate that was tried for more than ``first`` epochs, or diverged.
-
-    The mean is over the epochs after these: they were on the way from plain training.
-    """
-    by_name: dict[str, list[float]] = {}
-    for row in trials:
-        by_name.setdefault(str(row["augmentation"]), []).append(float(row["val_loss"]))
-    by_name = {name: losses for name, losses in by_name.items() if len(losses) > first or math.isinf(losses[-1])}
-    return {name: math.inf if math.isinf(losses[-1]) else mean(losses[first:]) for name, losses in by_name.items()}
+def _mean_loss(rows: Sequence[Metrics]) -> float:
+    """Return the mean validation loss; infinite if one of the epochs diverged."""
+    return mean(float(row["val_loss"]) for row in rows)
 
 
 def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -> EpochPlan | None:
@@ -151,7 +176,7 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
         augmentation, start = str(train[-1]["augmentation"]), int(train[-1]["epoch"])
     elif trials:
         augmentation = choose_augmentation(_of_stage(history, "plain"), trials, unit)
-        start = max(int(row["epoch"]) for row in trials if row["augmentation"] == augmentation)
+        start = int(_trials_of(augmentation, trials)[-1]["epoch"])
     else:
         augmentation, start = _augmentation_without_trials(config), len(history)
     ending = list(takewhile(lambda row: row.get("stage") in ("decay", "clean"), reversed(history)))
@@ -169,14 +194,14 @@ def _plan_training(history: Sequence[Metrics], config: TrainConfig, unit: int) -
         start = _best(train) if train and not decayed else len(history)
         return EpochPlan("decay", augmentation, start, 1 - decayed / decay, 1 - (decayed + 1) / decay)
     if cleaned < clean:
-        rates = (_CLEAN_RATE * (1 - done / clean) for done in (cleaned, cleaned + 1))
-        return EpochPlan("clean", NO_AUGMENTATION, len(history), *rates)
+        first, last = (_CLEAN_RATE * (1 - done / clean) for done in (cleaned, cleaned + 1))
+        return EpochPlan("clean", NO_AUGMENTATION, len(history), first, last)
     return None
 
 
 def _augmentation_without_trials(config: TrainConfig) -> str:
     """Return what is varied in a run that tries nothing: it has few epochs, another schedule, or nothing to choose."""
-    unknown = NO_AUGMENTATION if config.augment == "auto" else list_augmentations(config)[-1]
+    unknown = NO_AUGMENTATION if config.augment == "auto" else full_augmentation(config)
     return config.known_augmentation or unknown
 
 

@@ -44,10 +44,14 @@ def test_a_damaged_choice_is_tried_again(make, tmp_path):
 
 
 def test_trials_are_reported_with_their_last_losses_the_longest_tried_first():
-    rows = [("plain", "none", 0.9), ("trial", "none", 0.5), ("trial", "rotation", 0.4), ("trial", "flip", 0.2)]
-    rows += [("trial", "none", 0.3), ("trial", "rotation", 0.25), ("train", "rotation", 0.1)]
-    history = [{"stage": stage, "augmentation": name, "val_loss": loss} for stage, name, loss in rows]
+    rows = [("plain", "none", 0.9, 0), ("trial", "none", 0.5, 1), ("trial", "rotation", 0.4, 1)]
+    rows += [("trial", "flip", 0.2, 1), ("trial", "none", 0.3, 2), ("trial", "rotation+flip", 0.25, 3)]
+    rows += [("train", "rotation+flip", 0.1, 6)]
+    names = "stage", "augmentation", "val_loss", "started_from"
+    history = [{"epoch": number, **dict(zip(names, row, strict=True))} for number, row in enumerate(rows, 1)]
+    # The epoch with a flip went on from the one without.
     assert describe_trials(history) == (
-        "rotation 0.250 after 2 epochs, none 0.300 after 2 epochs, flip 0.200 after 1 epoch"
+        "rotation+flip 0.250 after 2 epochs, none 0.300 after 2 epochs, flip 0.200 after 1 epoch, "
+        "rotation 0.400 after 1 epoch"
     )
     assert describe_trials(history[:1]) == ""

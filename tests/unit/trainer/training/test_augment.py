@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.training.augment import augment, find_strengths
-from trainer.training.stages import list_augmentations
+from trainer.training.stages import full_augmentation
 
 BATCH, SIZE = 16, 20
 
@@ -19,7 +19,7 @@ def augmented(make_config):
 
     def run(images: np.ndarray, step: int = 0, **values) -> np.ndarray:
         config = make_config(global_batch_size=BATCH, **values)
-        strengths = find_strengths(list_augmentations(config)[-1], config)
+        strengths = find_strengths(full_augmentation(config), config)
         return augment(tf.constant(images), tf.constant(step, tf.int64), tf.constant(strengths), config).numpy()
 
     return run
