@@ -266,6 +266,8 @@ def find_differences(old: Model, new: Model) -> list[str]:
 
 def describe_value(name: str, value: Any) -> str:
     """Return the value of a field as notes and messages show it: checksums are shortened, in paths, too."""
+    if value in ("", None):
+        return "unset"
     if isinstance(value, float):
         return f"{value:.6g}"
     if name == "dataset_fingerprint":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.config.config import AUGMENT_STRENGTHS, TrainConfig
-from trainer.config.recipes import recipe_epochs
+from trainer.config.recipes import RECIPES, recipe_epochs
 from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import ClassResult, EvaluationResult
 from trainer.runtime.markdown import format_count, format_loss
@@ -40,6 +40,8 @@ _LEAST_EPOCHS = 8
 # Small sets of ten classes had 0.95 of the training images correct after 200 to 300 steps (docs/LOG.md).
 _FEW_STEPS = 300
 _FITTED_ACCURACY = 0.95
+# Recipes were tuned within a factor of two or three; other datasets ask for rates that differ by somewhat more.
+_FAR_RATE = 10
 # Above this accuracy an augmentation that is harder than the task costs little.
 _LOW_ACCURACY = 0.9
 # As wide as this, the interval cannot tell runs apart whose accuracies differ by ten points.
@@ -147,6 +149,8 @@ def _did_not_train(run: _Run) -> str:
         return f"{line}; {advice}"
     if config.recipe == "notes":
         return f"{line}; try --recipe modern"
+    if advice := _advise_rate(config):
+        return f"{line}; {advice}"
     rate = config.base_learning_rate
     return f"{line}; try --base-learning-rate {rate / 10:.3g}, then --base-learning-rate {rate * 10:.3g}"
 
@@ -230,6 +234,23 @@ def _advise_steps(run: _Run) -> str:
         f"its weights took {format_count(steps, 'step')}, and fewer than {_FEW_STEPS} rarely suffice; try "
         f"--epochs {epochs} --patience 4"
     )
+
+
+def _unusual_rate(run: _Run) -> str:
+    """The base learning rate is far from the recipe's, and the run has not fitted the training images."""
+    last = run.history[-1]
+    if last["accuracy"] >= _FITTED_ACCURACY or run.config.init_from or not (advice := _advise_rate(run.config)):
+        return ""
+    return f"unusual rate: only {last['accuracy']:.2f} of the training images are correct; {advice}"
+
+
+def _advise_rate(config: TrainConfig) -> str:
+    """Return the advice to take the recipe's base learning rate, or nothing if that of the run is not far from it."""
+    recipe = RECIPES[config.recipe].get(config.arch, {})
+    usual, rate = recipe.get("base_learning_rate"), config.base_learning_rate
+    if usual is None or recipe["optimizer"] != config.optimizer or rate / _FAR_RATE < usual < rate * _FAR_RATE:
+        return ""
+    return f"the base learning rate is {rate:.3g}, the recipe's {usual:.3g}; try --base-learning-rate {usual:.3g}"
 
 
 def _unsteady(run: _Run) -> str:
@@ -355,5 +376,14 @@ def _ended_by_patience(run: _Run) -> bool:
 
 
 _BROKEN = (_training_loss_rose, _did_not_train)
-_CURVE = (_overfitted, _lost_epochs, _saturated_early, _too_few_steps, _unsteady, _still_improving, _augmentation_costs)
+_CURVE = (
+    _overfitted,
+    _lost_epochs,
+    _saturated_early,
+    _too_few_steps,
+    _unusual_rate,
+    _unsteady,
+    _still_improving,
+    _augmentation_costs,
+)
 _INDEPENDENT = (_never_predicted, _small_validation)

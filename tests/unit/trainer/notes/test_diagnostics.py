@@ -112,6 +112,12 @@ def test_chance_is_reported_with_its_numbers_and_a_rate_to_try(find):
     assert line.endswith("; try --base-learning-rate 0.0002, then --base-learning-rate 0.02")
 
 
+def test_chance_at_a_rate_far_from_the_recipe_s_asks_for_that(find):
+    config = {"optimizer": "adamw", "base_learning_rate": 1e-6}
+    (line,) = find(history([2.3] * 12, loss=[2.3] * 12), judge(66, 2.3), **config)
+    assert line.endswith("; the base learning rate is 1e-06, the recipe's 0.002; try --base-learning-rate 0.002")
+
+
 def test_always_naming_the_most_frequent_class_is_chance(find):
     labels = np.array([0] * 90 + [1] * 10)
     val = summarise("val", table(labels, np.zeros(100, int), 0.33), ["a", "b"])
@@ -327,6 +333,27 @@ def test_fewer_than_300_steps_are_few_if_the_images_are_not_fitted(names, epochs
     assert ("too few steps" in names(rows, **config)) is is_told
 
 
+@pytest.mark.parametrize(
+    ("rate", "accuracy", "config", "is_told"),
+    [
+        (0.021, 0.94, {}, True),
+        (0.019, 0.94, {}, False),
+        (0.00019, 0.94, {}, True),
+        (0.00021, 0.94, {}, False),
+        (0.021, 0.95, {}, False),
+        (0.021, 0.94, {"init_from": "runs/other"}, False),
+        # The recipe has no rate for it.
+        (0.021, 0.94, {"optimizer": "sgd"}, False),
+    ],
+)
+def test_a_rate_ten_times_the_recipe_s_or_a_tenth_is_unusual_if_the_images_are_not_fitted(
+    names, rate, accuracy, config, is_told
+):
+    rows = history(SOUND, accuracy=[accuracy] * 12)
+    found = names(rows, **{"optimizer": "adamw", "base_learning_rate": rate, **config})
+    assert ("unusual rate" in found) is is_told
+
+
 def test_the_steps_of_what_was_tried_and_lost_do_not_count(find):
     """Five epochs of 50 steps led to the weights of epoch 9."""
     rows = history([0.7] * 5, accuracy=[0.9] * 5, epoch=[1, 2, 3, 8, 9], step=[50, 100, 150, 400, 450])
@@ -411,7 +438,15 @@ def test_a_small_validation_split_is_reported_with_the_size_that_would_do(find):
 def test_findings_that_exclude_each_other_never_stand_together(names):
     """Whatever the curve: it improves, has turned, jumps or was cut off, but one of these only."""
     together = [
-        {"overfitting", "still improving", "saturated early", "unsteady", "too few steps", "augmentation costs"},
+        {
+            "overfitting",
+            "still improving",
+            "saturated early",
+            "unsteady",
+            "too few steps",
+            "unusual rate",
+            "augmentation costs",
+        },
         {"did not train", "training loss rose", "diverged"},
     ]
     curves = [SOUND, RISING, FALLING, [0.5, *[1.0] * 11], [2.0, *[0.9] * 8, 0.5, 0.55, 0.62], [2.3] * 12]
@@ -436,6 +471,7 @@ def test_what_a_finding_says_to_try_are_options_with_values_that_are_allowed(fin
         *(line for augment in ("none", "all") for line in find(history(RISING), augment=augment)),
         *find(history(RISING), label_smoothing=0.1),
         *find(history([0.7] * 5, accuracy=[0.9] * 5)),
+        *find(history(SOUND, accuracy=[0.9] * 12), optimizer="adamw", base_learning_rate=0.2),
         *find(history(FALLING)),
         *find(history([0.7, *[0.72] * 11])),
         *(
