@@ -31,7 +31,8 @@ _FILTERS, _ACTIVATIONS = "filters of the first convolution", "their activations 
 _PICTURE_NAME = re.compile(rf"(image-\d{{3,}}|{_FILTERS}|{_ACTIVATIONS})\.png")
 _LEGEND = (
     "Below, red marks pixels that speak for the predicted class and blue those that speak against it, the more the "
-    "stronger the color; grad_cam and smooth_grad have no blue. The methods with the largest effect come first."
+    "stronger the color; grad_cam and smooth_grad have no blue, and a map of grad_cam without color found nothing that "
+    "speaks for the class. The methods with the largest effect come first."
 )
 _SIGNIFICANCE = 0.05
 _MOST_FILTERS = 64
