@@ -439,8 +439,7 @@ class _Training:
             is_traced = self._profiler.after_step(stats[-1], feed.wait_seconds, is_last=taken == num_steps)
             self._epoch_rows += len(images) * config.global_batch_size
             if taken % _STEPS_BETWEEN_FINITE_CHECKS == 0:
-                # Not that of this call, which the device computes while the next one is made.
-                self._check_step(stats[:-1])
+                self._check_step(stats)
             if self._rank == 0 and time.perf_counter() - last_event > _PROGRESS_INTERVAL_SECONDS:
                 last_event = time.perf_counter()
                 self._job.send_event(self._describe_progress(epoch, stats))
@@ -483,11 +482,14 @@ class _Training:
         return StageProgressed("training", taken, config.epochs * self._steps_per_epoch, detail)
 
     def _check_step(self, stats: list[Any]) -> None:
-        """Raise DivergedError if the last of some steps is not finite, for little time; the steps so far are kept."""
-        if not stats:
+        """Raise DivergedError if the last step but one call is not finite; the steps so far are kept.
+
+        The last call is computed by the device while the next one is made.
+        """
+        if len(stats) < 2:
             return
-        step = self._steps.num_rows + sum(len(one) for one in stats)
-        last = np.asarray(stats[-1])[-1:]
+        step = self._steps.num_rows + sum(len(one) for one in stats[:-1])
+        last = np.asarray(stats[-2])[-1:]
         try:
             self._finite_step = _check_finite(last, step, self._finite_step, self._config.precision)
         except DivergedError:
