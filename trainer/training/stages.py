@@ -119,7 +119,7 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
     if not trials and len(plain) < _PLAIN_SHARE * config.epochs and not _has_stalled(plain, _PLAIN_PATIENCE * unit):
         return EpochPlan("plain", NO_AUGMENTATION, len(history))
     if (name := _find_untried(candidates, trials, unit)) is None:
-        name = _find_untried(_find_finalists(candidates, trials, unit), trials, 2 * unit)
+        name = _find_untried(_find_finalists(candidates, plain, trials, unit), trials, 2 * unit)
     if name is None:
         return None
     tried = _trials_of(name, trials)
@@ -135,12 +135,14 @@ def _find_untried(candidates: Sequence[str], trials: Sequence[Metrics], epochs: 
     return None
 
 
-def _find_finalists(candidates: Sequence[str], trials: Sequence[Metrics], unit: int) -> list[str]:
+def _find_finalists(
+    candidates: Sequence[str], plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int
+) -> list[str]:
     """Return what is tried once more: none and the best of the others, with a flip added where both helped."""
     losses = {name: _mean_loss(_trials_of(name, trials)[:unit]) for name in candidates}
     best = min(candidates[1:], key=losses.__getitem__)
     unflipped = min((name for name in candidates if name != _FLIP), key=losses.__getitem__)
-    if unflipped != NO_AUGMENTATION and losses[_FLIP] < losses[NO_AUGMENTATION]:
+    if unflipped != NO_AUGMENTATION and losses[_FLIP] < losses[NO_AUGMENTATION] - _find_noise(plain):
         best = f"{unflipped}+{_FLIP}"
     return [NO_AUGMENTATION, best]
 
@@ -154,14 +156,22 @@ def _trials_of(name: str, trials: Sequence[Metrics]) -> list[Metrics]:
 def choose_augmentation(plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int) -> str:
     """Return the augmentation that won: that of the last trial, if better than none by more than the noise, else none.
 
-    The noise is how far the validation loss of plain training rises from one epoch to the next, on average. A fall
-    counts as no rise: it may be progress.
+    If it has a flip added, it has to be better than without, too, or the one without takes its place.
     """
     finalist = str(trials[-1]["augmentation"])
-    losses = {name: _mean_loss(_trials_of(name, trials)[-unit:]) for name in (NO_AUGMENTATION, finalist)}
-    of_plain = [float(row["val_loss"]) for row in plain][-_NOISE_EPOCHS - 1 :]
-    noise = mean([max(0.0, after - before) for before, after in pairwise(of_plain)] or [0.0])
-    return finalist if losses[finalist] < losses[NO_AUGMENTATION] - noise else NO_AUGMENTATION
+    names = NO_AUGMENTATION, finalist, finalist.removesuffix(f"+{_FLIP}")
+    losses = {name: _mean_loss(_trials_of(name, trials)[-unit:]) for name in names}
+    best = min(losses, key=losses.__getitem__)
+    return best if losses[best] < losses[NO_AUGMENTATION] - _find_noise(plain) else NO_AUGMENTATION
+
+
+def _find_noise(plain: Sequence[Metrics]) -> float:
+    """Return how far the validation loss of plain training rises from one epoch to the next, on average.
+
+    A fall counts as no rise: it may be progress.
+    """
+    losses = [float(row["val_loss"]) for row in plain][-_NOISE_EPOCHS - 1 :]
+    return mean([max(0.0, after - before) for before, after in pairwise(losses)] or [0.0])
 
 
 def _mean_loss(rows: Sequence[Metrics]) -> float:

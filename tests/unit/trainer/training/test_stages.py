@@ -100,6 +100,26 @@ def test_a_flip_alone_is_tried_once_more_where_nothing_else_helps(make, losses):
     assert {row["augmentation"] for row in history if row["stage"] == "train"} == {"flip"}
 
 
+def test_a_flip_is_added_only_where_it_helps_by_more_than_the_noise(make):
+    # Plain training rises by 0.04 at its third epoch, before it ends.
+    def loss(flip: float) -> Callable[[EpochPlan, list], float]:
+        noisy = {0: 0.5, 1: 0.54, 2: 0.5}
+        losses = {**LOSSES, "flip": flip, f"{ALL}+flip": 0.1}
+        return lambda plan, history: noisy[len(history)] if plan.stage == "plain" else losses[plan.augmentation]
+
+    for flip, finalist in ((0.475, f"{ALL}+flip"), (0.485, ALL)):
+        trials = [row["augmentation"] for row in simulate(make(), loss(flip)) if row["stage"] == "trial"]
+        assert trials[4:] == ["none", finalist]
+
+
+def test_what_a_flip_makes_worse_goes_on_without_it(make):
+    history = simulate(make(), of_best({**LOSSES, "flip": 0.4, f"{ALL}+flip": 0.25}, until=0))
+    assert [row["augmentation"] for row in history if row["stage"] == "trial"][4:] == ["none", f"{ALL}+flip"]
+    first = next(row for row in history if row["stage"] == "train")
+    assert first["augmentation"] == ALL
+    assert history[first["started_from"] - 1]["augmentation"] == ALL
+
+
 def test_a_trial_is_the_first_steps_of_an_epoch_and_other_epochs_are_whole(make):
     history = simulate(make(), of_best(LOSSES, until=0))
     assert {row["stage"] for row in history if row["most_steps"] is None} == {"plain", "train", "decay", "clean"}
