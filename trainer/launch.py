@@ -560,6 +560,11 @@ def _learn_about_batch(run: RunFolder, manifest: Manifest, history: History, noi
     return [line for line in (contradiction, surprise) if line]
 
 
+def _find_augmentation(path: History) -> str:
+    """Return the augmentation of the last epoch that had the one of its stage: `clean` has none."""
+    return next((row.get("augmentation", "") for row in reversed(path) if row.get("stage") != "clean"), "")
+
+
 def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_event: OnEvent) -> RunResult:
     """Write the results of a run after its workers have ended: plots, note and ``result.json``."""
     # Loaded by now, in `_load_ending`.
@@ -602,7 +607,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_e
         incidents=tuple(run.read_incidents()),
         layers=worker_result.layers,
         augmentation=describe_trials(last.history),
-        augmentation_used=next((row.get("augmentation", "") for row in path[::-1] if row.get("stage") != "clean"), ""),
+        augmentation_used=_find_augmentation(path),
+        augmentation_of_best=_find_augmentation(main_path(last.history[: best.epoch])),
         findings=[
             *find_symptoms(last.history, val, config, worker_result.reason),
             *_learn_about_batch(run, manifest, last.history, noise_scale),

@@ -28,6 +28,8 @@ _NEGLIGIBLE_CHANGE = 0.02
 _TRAINING_RISE = 0.1
 # Relative rise of the validation loss over its lowest value: neighboring epochs of a sound run differ by as much.
 _OVERFITTING_RISE = 0.15
+# One epoch can jump, and the next come back: the rise is that of the lowest of so many last epochs.
+_RISEN_EPOCHS = 3
 # Relative fall of the validation loss below its earlier minimum: smaller ones cost more epochs than they are worth.
 _STILL_FALLING = 0.05
 # A rate below this share of the highest has come down: that the loss falls then is what it came down for.
@@ -105,8 +107,8 @@ def _diverged(run: _Run, reason: str) -> str:
     """The loss, a gradient or a weight became infinite."""
     if not reason:
         return ""
-    rate = run.config.base_learning_rate / 2
-    return f"diverged: {reason}; try --base-learning-rate {rate:.3g} --clip-norm 1"
+    advice = _advise_rate(run.config) or f"try --base-learning-rate {run.config.base_learning_rate / 10:.3g}"
+    return f"diverged: {reason}; {advice} --clip-norm 1"
 
 
 def _training_loss_rose(run: _Run) -> str:
@@ -151,18 +153,24 @@ def _did_not_train(run: _Run) -> str:
         return f"{line}; try --recipe modern"
     if advice := _advise_rate(config):
         return f"{line}; {advice}"
+    if loss < _CHANCE_LOSS_SHARE * prior_loss:
+        return (
+            f"{line}, though the training loss fell to {format_loss(loss, 3)}: what it learned of the training images "
+            "does not hold for others; are the labels right? Look at contact_sheet.png of the dataset"
+        )
     rate = config.base_learning_rate
     return f"{line}; try --base-learning-rate {rate / 10:.3g}, then --base-learning-rate {rate * 10:.3g}"
 
 
 def _overfitted(run: _Run) -> str:
-    """The validation loss ended well above its lowest value, while the training loss went on falling."""
+    """The validation loss ended well above its lowest value, in each of the last epochs, and the training loss fell."""
     rows, config = run.alike, run.config
     if len(rows) < _LEAST_EPOCHS:
         return ""
     lowest, last = _lowest(rows), rows[-1]
     least_rise = max(_OVERFITTING_RISE * lowest["val_loss"], _NEGLIGIBLE_CHANGE)
-    if last["val_loss"] < lowest["val_loss"] + least_rise or last["loss"] >= lowest["loss"]:
+    end = _lowest(rows[-_RISEN_EPOCHS:])
+    if end["val_loss"] < lowest["val_loss"] + least_rise or last["loss"] >= lowest["loss"]:
         return ""
     has_chosen = config.known_augmentation or any(row.get("stage") == "trial" for row in run.history)
     is_varied = rows[-1].get("augmentation", "none") != "none"
@@ -332,7 +340,10 @@ def _never_predicted(run: _Run) -> str:
     if is_rare and run.config.class_weights == "none":
         advice = "they have few images; try --class-weights balanced"
     else:
-        advice = "look at their images in plots/mistakes.png: are the labels right, and can one tell them apart?"
+        advice = (
+            "look at their images, on the page that jobs/notes.py makes of the run: are the labels right, and can one "
+            "tell them apart?"
+        )
     return f"never correct: {'; '.join(names)}; {advice}"
 
 
@@ -355,9 +366,9 @@ def _small_validation(run: _Run) -> str:
     # An interval is as wide as one over the root of the number of images.
     needed = round(val.total * ((high - low) / (_WIDE_INTERVAL / 2)) ** 2)
     return (
-        f"few validation images: of {val.total}, the interval {low:.2f}-{high:.2f} cannot tell this run from one "
-        f"that is ten points better or worse; about {needed} would show five points: prepare the dataset with more "
-        "images or a larger --val-fraction"
+        f"few validation images: of {val.total}, the interval {low:.2f}-{high:.2f} is {high - low:.2f} wide, and runs "
+        f"that differ by ten points cannot be told apart; about {needed} would show five points: prepare the dataset "
+        "with more images or a larger --val-fraction"
     )
 
 

@@ -243,7 +243,7 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         f"{result.val}, {result.choice}",
     ]
     if result.late is not None:
-        lines += ["", f"{result.late}; no epoch was chosen for this"]
+        lines += ["", f"{result.late}, whatever their accuracy"]
     if result.comparison:
         lines += ["", result.comparison]
     if result.test is not None:
@@ -270,6 +270,8 @@ def describe_choices(config: TrainConfig, result: RunResult) -> list[str]:
             reason = "only --schedule plateau tries others"
         else:
             reason = "too few epochs to try others"
+        if result.augmentation_of_best not in ("", result.augmentation_used):
+            reason += f"; the best epoch, whose weights are kept, had: {result.augmentation_of_best}"
         lines.append(f"augmentation: {result.augmentation_used}; {reason}")
     elif result.augmentation:
         # A run of an earlier version.

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.config.batch_table import BatchTable
-from trainer.record.epoch_row import Metrics, has_spike
+from trainer.record.epoch_row import Metrics, find_curve, has_spike
 from trainer.record.evaluation_result import EvaluationResult, find_mistakes
 from trainer.record.run_folder import RunFolder, RunResult
 from trainer.runtime.fonts import fonts_for
@@ -114,7 +114,7 @@ def draw_batch_sizes(table: BatchTable) -> Figure:
 
 def draw_curves(history: list[Metrics], best_epoch: int) -> Figure:
     """Draw loss and accuracy of both splits and the learning rate by epoch, and mark the best epoch."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure, history = Figure(figsize=(13, 4), layout="constrained"), find_curve(history, best_epoch)
     epochs = [row["epoch"] for row in history]
     *of_both, of_rate = figure.subplots(1, 3)
     for axes, name in zip(of_both, ("loss", "accuracy"), strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 from trainer.config.config import describe_value
 from trainer.notes.note import NOTEBOOK_NAME, format_notebook
 from trainer.notes.run_page import PAGES_FOLDER, RunView, thin_out, view_run, write_run_page
-from trainer.record.epoch_row import has_spike
+from trainer.record.epoch_row import find_curve, has_spike
 from trainer.record.run_folder import RunFolder, RunRecord, RunResult, StartedRun, find_runs
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
@@ -195,6 +195,7 @@ def _describe_curves(view: RunView) -> Mapping[str, Any]:
         history = view.folder.read_metrics()
     except InputError:
         history = []
+    history = find_curve(history, view.result.best_epoch if view.result else None)
     curves = {
         name: thin_out([row.get(name, np.nan) for row in history], _MOST_POINTS)
         for name in ("val_loss", "val_accuracy")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from trainer.notes.note import describe_change, describe_choices, describe_training, describe_unfinished
-from trainer.record.epoch_row import Metrics, has_spike
+from trainer.record.epoch_row import Metrics, find_curve, has_spike
 from trainer.record.evaluation_result import ClassResult, EvaluationResult, find_mistakes
 from trainer.record.predictions import find_suspects
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun
@@ -209,6 +209,7 @@ def thin_out(values: Sequence[float] | npt.NDArray[Any], most: int) -> list[floa
 def _draw_curves(history: Sequence[Metrics], best_epoch: int | None) -> list[dict[str, Any]]:
     if not history:
         return []
+    history = find_curve(history, best_epoch)
     epochs = thin_out([row["epoch"] for row in history], _MOST_POINTS)
     best = best_epoch if best_epoch in epochs else None
 

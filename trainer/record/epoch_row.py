@@ -74,6 +74,15 @@ def main_path(history: Sequence[Metrics]) -> list[Metrics]:
     return path[::-1]
 
 
+def find_curve(history: Sequence[Metrics], best_epoch: int | None = None) -> list[Metrics]:
+    """Return the epochs that a curve shows: those that led to the last weights, and the best one.
+
+    In one line with candidates that lost, which start from other weights, a curve would jump where no training did.
+    """
+    shown = {row["epoch"] for row in main_path(history)} | {best_epoch}
+    return [row for row in history if row["epoch"] in shown]
+
+
 def complete_row(metrics: Metrics) -> Metrics:
     """Return a row of metrics of an earlier version with NaN for the noise scale, which it did not measure."""
     return {"noise_scale": float("nan"), **metrics}

@@ -197,6 +197,8 @@ class RunResult(Record):
     """What was tried for the augmentation, and what each reached; empty if nothing was."""
     augmentation_used: str = ""
     """The augmentation of the last epochs, those without any at the end apart; empty for runs of earlier versions."""
+    augmentation_of_best: str = ""
+    """The augmentation of the best epoch, by the same rule; a candidate that lost can have had it."""
     layers: str
     """The network's layers, as code."""
     findings: list[str]
@@ -219,7 +221,8 @@ class RunResult(Record):
     @property
     def choice(self) -> str:
         """What the weights were chosen from, which the interval does not account for."""
-        return f"best of {format_count(self.epochs, 'epoch')} on these images: epoch {self.best_epoch}"
+        epochs = format_count(self.epochs, "epoch")
+        return f"best of {epochs} on validation: epoch {self.best_epoch}"
 
     @property
     def summary(self) -> list[str]:

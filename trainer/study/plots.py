@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from trainer.config.options import format_value
 from trainer.notes.plots import COLOURS, GUIDE_COLOUR, set_loss_scale
+from trainer.record.epoch_row import find_curve
 from trainer.record.evaluation_result import accuracy_interval
 from trainer.study.analysis import BestOf, Importance, best_of_k, find_best
 from trainer.study.file import Choice, Parameter, Range, Study
@@ -109,13 +110,14 @@ def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Draw the training curves of some trials: loss and accuracy of both splits by epoch."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
+    curves = {run: find_curve(history) for run, history in histories.items()}
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for (run, history), colour in zip(histories.items(), COLOURS, strict=False):
+        for (run, history), colour in zip(curves.items(), COLOURS, strict=False):
             epochs = [row["epoch"] for row in history]
             axes.plot(epochs, [row[name] for row in history], color=colour, linestyle="--", linewidth=0.9)
             axes.plot(epochs, [row[f"val_{name}"] for row in history], color=colour, marker=".", label=run)
         if name == "loss":
-            set_loss_scale(axes, [row for history in histories.values() for row in history])
+            set_loss_scale(axes, [row for history in curves.values() for row in history])
         axes.set(xlabel="epoch", ylabel=f"{name} (dashed: train)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()

@@ -1,5 +1,6 @@
 """Findings, each with cases on both sides of its threshold."""
 
+import inspect
 import itertools
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from trainer.config.batch_table import find_contradiction, find_noise_surprise
 from trainer.config.options import OPTIONS
 from trainer.config.request import parse_request
 from trainer.notes.diagnostics import find_symptoms
@@ -82,7 +84,7 @@ def test_a_sound_run_has_no_symptom(find):
 def test_divergence_is_reported_with_its_steps_and_nothing_else(find):
     (line,) = find(history(RISING), reason="the loss became nan in one of the steps 51 to 100")
     assert line == (
-        "diverged: the loss became nan in one of the steps 51 to 100; try --base-learning-rate 0.001 --clip-norm 1"
+        "diverged: the loss became nan in one of the steps 51 to 100; try --base-learning-rate 0.0002 --clip-norm 1"
     )
 
 
@@ -133,6 +135,12 @@ def test_chance_after_few_steps_asks_for_more_of_them(find):
 def test_chance_by_the_recipe_of_the_notes_asks_for_the_other(find):
     (line,) = find(history([2.3] * 12, loss=[2.3] * 12), judge(66, 2.3), recipe="notes")
     assert line.endswith("; try --recipe modern")
+
+
+@pytest.mark.parametrize(("loss", "is_said"), [(2.19, False), (2.17, True)])
+def test_chance_though_the_training_loss_fell_somewhat_is_a_matter_of_the_labels(find, loss, is_said):
+    (line,) = find(history([2.3] * 12, loss=[2.3] * 11 + [loss]), judge(66, 2.4))
+    assert ("are the labels right" in line) is is_said
 
 
 @pytest.mark.parametrize(("loss", "is_alien"), [(1.16, False), (1.14, True)])
@@ -190,6 +198,14 @@ def test_a_harder_augmentation_raises_no_training_loss(names):
 )
 def test_a_loss_that_rose_by_15_percent_and_by_more_than_2_hundredths_is_overfitted(names, lowest, last, is_overfitted):
     assert ("overfitting" in names(history([2.0, 1.8, lowest, *[last] * 9]))) is is_overfitted
+
+
+@pytest.mark.parametrize(
+    ("end", "is_overfitted"), [([0.5, 0.5, 0.9], False), ([0.9, 0.5, 0.9], False), ([0.9] * 3, True)]
+)
+def test_a_jump_of_one_epoch_is_not_overfitting(names, end, is_overfitted):
+    found = names(history([2.0, 1.2, 0.8, 0.6, 0.52, 0.5, 0.5, 0.5, 0.5, *end]))
+    assert ("overfitting" in found) is is_overfitted
 
 
 @pytest.mark.parametrize(
@@ -410,13 +426,11 @@ def test_a_class_is_never_correct_where_that_is_no_accident(names, of_eel, is_to
 
 def test_a_class_that_is_never_correct_is_reported_with_what_it_is_taken_for(find):
     (line,) = find(history(SOUND), judge_classes((90, 100), (90, 100), (0, 90)))
-    assert line.startswith(
-        "never correct: eel (0 of 90, 90 predicted as cat); look at their images in plots/mistakes.png"
-    )
+    assert line.startswith("never correct: eel (0 of 90, 90 predicted as cat); look at their images, on the page that")
     (line,) = find(history(SOUND), judge_classes((90, 100), (90, 100), (0, 20)))
     assert line.endswith("; they have few images; try --class-weights balanced")
     (line,) = find(history(SOUND), judge_classes((90, 100), (90, 100), (0, 20)), class_weights="balanced")
-    assert "plots/mistakes.png" in line
+    assert "look at their images" in line
 
 
 @pytest.mark.parametrize(
@@ -428,7 +442,7 @@ def test_an_interval_wider_than_a_fifth_says_little(names, right, total, is_told
 
 def test_a_small_validation_split_is_reported_with_the_size_that_would_do(find):
     (line,) = find(history(SOUND), judge(33, 0.9, 66))
-    assert line.startswith("few validation images: of 66, the interval 0.38-0.62 cannot tell this run from one that is")
+    assert line.startswith("few validation images: of 66, the interval 0.38-0.62 is 0.23 wide")
     assert "about 363 would show five points" in line
 
 
@@ -496,7 +510,10 @@ def test_the_guide_explains_each_finding():
     rows = re.findall(r"^\| ([a-z ]+) \|", table, re.MULTILINE)[1:]
     source = Path(find_symptoms.__code__.co_filename).read_text()
     told = re.findall(r'f"([a-z ]+?)(?:: \{| from \{|: val_|: only|: mean|: with|: of)', source)
-    assert sorted(rows) == sorted(told)
+    of_batch = [
+        re.search(r'f"([a-z ]+): ', inspect.getsource(find))[1] for find in (find_contradiction, find_noise_surprise)
+    ]
+    assert sorted(rows) == sorted([*told, *of_batch])
 
 
 # Epochs that did not lead to the weights.

@@ -2,7 +2,7 @@ import math
 
 import pyarrow.parquet as pq
 
-from trainer.record.epoch_row import EpochRow, complete_row
+from trainer.record.epoch_row import EpochRow, complete_row, find_curve
 from trainer.record.run_folder import RunFolder
 
 ROW = EpochRow(
@@ -58,3 +58,13 @@ def test_a_run_that_an_earlier_version_began_gets_the_newer_columns(tmp_path):
     first, second = run.read_metrics()
     assert second == ROW.to_metrics()
     assert (first["loss"], first["stage"]) == (2.0, None)
+
+
+def test_a_curve_shows_what_led_to_the_last_weights_and_the_best_epoch():
+    # Epoch 3 lost, 4 and 5 started from 2 and 4.
+    history = [{"epoch": epoch, "started_from": start} for epoch, start in ((1, 0), (2, 1), (3, 2), (4, 2), (5, 4))]
+    assert [row["epoch"] for row in find_curve(history)] == [1, 2, 4, 5]
+    assert [row["epoch"] for row in find_curve(history, best_epoch=3)] == [1, 2, 3, 4, 5]
+    # Of an earlier version.
+    assert len(find_curve([{"epoch": 1}, {"epoch": 2}])) == 2
+    assert find_curve([]) == []
