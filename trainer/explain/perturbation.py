@@ -50,6 +50,8 @@ class PerturbationTest:
     """Probability of at least as many wins if the marks were random: exact, one-sided."""
     threshold: float
     """The p-value below which the sign test is not luck; the interval has the same confidence."""
+    empty: int = 0
+    """Images whose map marks nothing; they are not tested."""
 
     @property
     def passed(self) -> bool:
@@ -64,6 +66,8 @@ class PerturbationTest:
         else:
             verdict = "better than chance on average, but not in most images: no single map is evidence"
         low, high = self.effect_interval
+        if self.empty:
+            verdict += f"; its map is empty for {format_count(self.empty, 'more image')}, which do not count"
         return (
             f"{self.method}: blanking the quarter of the image that it marks lowers the class's probability by "
             f"{self.marked_fall:.3f} on average, a random quarter by {self.random_fall:.3f}: an effect of "
@@ -94,6 +98,8 @@ def check_attribution(
     before = score(images)
     cells = _cell_of_pixel(maps.shape[1:3])
     marks = np.stack([np.bincount(cells.ravel(), one.ravel().astype(np.float64)) for one in maps])
+    # A map that is the same everywhere has no quarter that it marks.
+    tested = np.ptp(marks, axis=1) > 0
     order = np.argsort(-marks, axis=1, kind="stable")
     blanked = round(_BLANKED_SHARE * marks.shape[1])
     marked_fall = before - score(_blank(images, cells, order[:, :blanked]))
@@ -101,7 +107,9 @@ def check_attribution(
     for _ in range(_RANDOM_DRAWS):
         chosen = np.stack([random.permutation(marks.shape[1])[:blanked] for _ in images])
         draws.append(before - score(_blank(images, cells, chosen)))
-    random_fall = np.mean(draws, axis=0)
+    marked_fall, random_fall = marked_fall[tested], np.mean(draws, axis=0)[tested]
+    if not len(marked_fall):
+        marked_fall = random_fall = np.zeros(1)
     wins, losses = int(np.sum(marked_fall > random_fall)), int(np.sum(marked_fall < random_fall))
     p_value = float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
     effects = (marked_fall - random_fall).astype(np.float64)
@@ -117,6 +125,7 @@ def check_attribution(
         random_fall=float(random_fall.mean()),
         p_value=p_value,
         threshold=threshold,
+        empty=int(np.sum(~tested)),
     )
 
 

@@ -56,6 +56,17 @@ def test_a_large_effect_in_a_few_images_is_reported_as_that(samples):
     assert "in 12 of 40 images (sign test, p = 1): better than chance on average, but not in most images" in str(found)
 
 
+def test_images_whose_maps_mark_nothing_do_not_count(samples):
+    pixels, good, _ = samples
+    some = np.where((np.arange(40) < 30)[:, None, None], good, 0)
+    found, alone = (check_attribution("some", *maps, brightness) for maps in ((some, pixels), (good[:30], pixels[:30])))
+    assert (found.wins, found.images, found.empty) == (30, 30, 10)
+    assert found.marked_fall == pytest.approx(alone.marked_fall)
+    assert str(found).endswith("; its map is empty for 10 more images, which do not count")
+    nothing = check_attribution("none", 0 * good, pixels, brightness)
+    assert (nothing.passed, nothing.effect, nothing.images, nothing.empty) == (False, 0, 0, 40)
+
+
 def test_a_score_that_does_not_move_decides_nothing(samples):
     pixels, good, _ = samples
     found = check_attribution("good", good, pixels, lambda images: np.ones(len(images), np.float32))
