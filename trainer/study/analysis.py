@@ -100,13 +100,16 @@ def is_above_chance(trial: Trial, chance: float) -> bool:
 def find_rivals(study: Study, trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials that the best one must differ from for the study to have an answer.
 
-    These are the best trials of the other scientific values; if nothing is scientific, all trials with the same
-    objective.
+    These are the best trials of the other scientific values. If nothing is scientific, they are all other trials where
+    all are as good as the best, else those with the same objective.
     """
     ranked = rank_trials(study, trials)
     scientific = [one for one in study.parameters if one.role == "scientific"]
     if not scientific:
-        return [one for one in ranked[1:] if one.objective == ranked[0].objective]
+        others = ranked[1:]
+        if all(is_as_good(study, one, ranked[0]) for one in others):
+            return others
+        return [one for one in others if one.objective == ranked[0].objective]
     best = [group.best for one in scientific for group in isolate(study, one, trials)]
     return list({one.index: one for one in best if one and one.index != ranked[0].index}.values())
 

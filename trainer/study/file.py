@@ -167,7 +167,8 @@ class Study(Record):
     @property
     def caveats(self) -> list[str]:
         """What is fixed: the conclusions hold only for these values."""
-        budget = format_count(self.epochs, "epoch") if self.epochs else format_count(self.steps or 0, "step")
+        steps = f"{format_count(self.steps or 0, 'step')}, in whole epochs,"
+        budget = format_count(self.epochs, "epoch") if self.epochs else steps
         return [*(f"{name} = {value}" for name, value in self.base.items()), f"budget = {budget} per trial"]
 
 

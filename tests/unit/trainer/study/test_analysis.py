@@ -156,10 +156,12 @@ def test_the_rivals_of_the_best_are_the_best_of_the_other_scientific_values():
     assert find_rivals(STUDY, [trial(1, 90), trial(3, 90)]) == []
 
 
-def test_where_nothing_is_scientific_the_rivals_have_the_same_objective():
+def test_where_nothing_is_scientific_the_rivals_have_the_same_objective_unless_all_are_as_good():
     nuisance = STUDY.model_copy(update={"scientific": {}})
-    trials = [trial(0, 90), trial(1, 89), trial(2, 90)]
+    trials = [trial(0, 90), trial(1, 89), trial(2, 90), trial(3, 50)]
     assert [one.index for one in find_rivals(nuisance, trials)] == [2]
+    # Of 100 images, 89 are as good as 90.
+    assert [one.index for one in find_rivals(nuisance, trials[:3])] == [2, 1]
     assert find_rivals(nuisance, []) == []
 
 
