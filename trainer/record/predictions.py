@@ -52,13 +52,18 @@ def find_suspects(predictions: pa.Table) -> npt.NDArray[np.int64]:
     """Return the rows whose labels are most likely wrong, most likely first: those with the highest mean loss.
 
     Only images that the best epoch predicts as another class: of the others the network has come to agree with the
-    label. Empty for runs of earlier versions, which did not keep the mean loss.
+    label. Only where the network held the label less likely than a guess would, on average, and is itself better than
+    always predicting the most frequent class. Empty for runs of earlier versions, which did not keep the mean loss.
     """
     if "mean_loss" not in predictions.column_names:
         return np.empty(0, np.int64)
     wrong = find_mistakes(predictions, most=None)
+    _, counts = np.unique(np.asarray(predictions["label"]), return_counts=True)
+    if len(predictions) - len(wrong) <= counts.max(initial=0):
+        return wrong[:0]
     losses = predictions["mean_loss"].to_numpy()[wrong]
-    return wrong[np.argsort(-losses, kind="stable")][:_MOST_SUSPECTS]
+    suspects = wrong[np.argsort(-losses, kind="stable")]
+    return suspects[: min(_MOST_SUSPECTS, int((losses > np.log(len(counts))).sum()))]
 
 
 def select_shown(predictions: pa.Table) -> npt.NDArray[np.int64]:

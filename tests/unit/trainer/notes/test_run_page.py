@@ -53,12 +53,12 @@ def test_each_mistake_has_its_file_its_classes_and_its_picture(write_run):
     run = write_run("first")
     table = pa.table(
         {
-            "path": ["a.png", "b.png", "c.png"],
-            "label": ["cat", "dog", "eel"],
-            "predicted": ["cat", "cat", "dog"],
-            "confidence": [0.9, 0.8, 0.7],
-            "loss": [0.1, 1.0, 2.0],
-            "mean_loss": [0.2, 3.0, 1.5],
+            "path": ["a.png", "b.png", "c.png", "d.png", "e.png"],
+            "label": ["cat", "dog", "eel", "dog", "eel"],
+            "predicted": ["cat", "cat", "dog", "dog", "eel"],
+            "confidence": [0.9, 0.8, 0.7, 0.9, 0.9],
+            "loss": [0.1, 1.0, 2.0, 0.1, 0.1],
+            "mean_loss": [0.2, 3.0, 1.5, 0.2, 0.2],
         }
     )
     storage.write_bytes(run.path(PREDICTIONS_NAME), storage.parquet_bytes(table))

@@ -13,7 +13,10 @@ OUTCOMES = pa.table({"label": [2, 0], "predicted": [1, 0], "confidence": [0.75, 
 
 def table_of(wrong: list[bool], losses: list[float], mean_losses: list[float]) -> pa.Table:
     columns = {"label": ["cat"] * len(wrong), "predicted": ["dog" if one else "cat" for one in wrong]}
-    return pa.table({**columns, "loss": losses, "mean_loss": mean_losses})
+    cats = pa.table({**columns, "loss": losses, "mean_loss": mean_losses})
+    # As many images of another class, without a mistake.
+    dogs = {"label": ["dog"] * len(wrong), "predicted": ["dog"] * len(wrong)}
+    return pa.concat_tables([cats, pa.table({**dogs, "loss": [0.1] * len(wrong), "mean_loss": [0.1] * len(wrong)})])
 
 
 def test_each_prediction_has_its_file_and_the_names_of_its_classes():
@@ -32,6 +35,15 @@ def test_the_likeliest_wrong_labels_are_the_mistakes_with_the_highest_loss_over_
     table = table_of([True, True, False, False, True], [9.0, 1.0, 0.1, 0.1, 2.0], [1.0, 3.0, 0.5, 7.0, 2.0])
     assert find_suspects(table).tolist() == [1, 4, 0]
     assert find_suspects(table.drop_columns("mean_loss")).tolist() == []
+
+
+def test_a_label_that_the_network_held_likelier_than_a_guess_would_is_no_suspect():
+    table = table_of([True, True, False], [2.0, 2.0, 0.1], [0.69, 0.7, 0.1])
+    assert find_suspects(table).tolist() == [1]
+
+
+def test_a_network_that_is_no_better_than_the_most_frequent_class_suspects_nobody():
+    assert find_suspects(table_of([True, True], [9.0, 9.0], [9.0, 9.0])).tolist() == []
 
 
 def test_of_very_many_mistakes_those_with_the_highest_loss_are_shown_and_the_suspects(monkeypatch):
