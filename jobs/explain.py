@@ -40,9 +40,11 @@ def main(
         options = ImageOptions.of(manifest)
         chosen = [ExplainedImage(name, decode_file(name, options)) for name in images] or choose_worst(run, count)
         with connect(wait_seconds=wait, one_process=True) as resources, console.show_events() as on_event:
-            explanation = explain_run(run, chosen, method, resources, tested_images=tested_images, on_event=on_event)
+            explanation = explain_run(
+                run, chosen, method, resources, tested_images=tested_images, output=place, on_event=on_event
+            )
         for test in explanation.tests:
-            console.stdout.print(str(test), markup=False)
+            console.print_words(str(test))
         console.stdout.print(f"report  {save_explanation(explanation, place)}", markup=False)
 
 

@@ -221,8 +221,7 @@ class RunResult(Record):
     @property
     def choice(self) -> str:
         """What the weights were chosen from, which the interval does not account for."""
-        epochs = format_count(self.epochs, "epoch")
-        return f"best of {epochs} on validation: epoch {self.best_epoch}"
+        return f"best of {format_count(self.epochs, 'epoch')} on validation: epoch {self.best_epoch}"
 
     @property
     def summary(self) -> list[str]:

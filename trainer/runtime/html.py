@@ -111,6 +111,7 @@ def render_sections(
     sections: Sequence[Section],
     pictures: Mapping[str, bytes],
     drawings: Mapping[str, str] | None = None,
+    links: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Render a page of sections as HTML text.
 
@@ -120,6 +121,7 @@ def render_sections(
         sections: the sections, in order.
         pictures: content of the picture files, by the names that the sections use.
         drawings: SVG elements, likewise, which take the colors of the page.
+        links: names and addresses of other pages.
     """
     from markupsafe import Markup
 
@@ -131,6 +133,7 @@ def render_sections(
         sections=sections,
         pictures=addresses,
         drawings={name: Markup(drawing) for name, drawing in (drawings or {}).items()},
+        links=links,
     )
 
 

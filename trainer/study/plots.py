@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from trainer.config.options import format_value
 from trainer.notes.plots import COLOURS, GUIDE_COLOUR, set_loss_scale
-from trainer.record.epoch_row import find_curve
+from trainer.record.epoch_row import Metrics, find_curve
 from trainer.record.evaluation_result import accuracy_interval
 from trainer.study.analysis import BestOf, Importance, best_of_k, find_best
 from trainer.study.file import Choice, Parameter, Range, Study
@@ -107,7 +107,7 @@ def draw_best_of_k(study: Study, trials: Sequence[Trial]) -> Figure:
     return figure
 
 
-def draw_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def draw_curves(histories: Mapping[str, Sequence[Metrics]]) -> Figure:
     """Draw the training curves of some trials: loss and accuracy of both splits by epoch."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     curves = {run: find_curve(history) for run, history in histories.items()}

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from trainer.config.options import format_value
 from trainer.notes.comparison import Comparison, compare_predictions
 from trainer.notes.plots import to_png, to_svg
+from trainer.notes.report import REPORT_NAME
 from trainer.notes.run_page import PAGES_FOLDER, view_run, write_run_page
 from trainer.record.evaluation_result import describe_accuracy
 from trainer.record.run_folder import RunRecord, StartedRun
@@ -59,7 +60,9 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
     ended = sum(one.ended and one.kind == "search" for one in trials)
     of_all = f"{ended} of {format_count(study.trials, 'trial')}"
     subtitle = f"{of_all}, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
-    page = render_sections(study.goal, subtitle, sections, {}, drawings)
+    overview = storage.join(storage.parent(storage.parent(folder.uri)), REPORT_NAME)
+    links = [("all runs", link(folder.uri, overview))] if storage.exists(overview) else []
+    page = render_sections(study.goal, subtitle, sections, {}, drawings, links)
     markdown = _format_markdown(study.goal, subtitle, sections)
     for name, text in (("study.md", markdown), ("study.html", page)):
         storage.write_bytes(folder.path(name), text.encode())
@@ -209,6 +212,9 @@ def _describe_importance(study: Study, trials: Sequence[Trial]) -> Section:
     if not parameters:
         return Section("Which parameters matter?", ["too few trials have ended to tell"])
     lines = [str(one) for one in parameters]
+    judged = {one.label for one in parameters}
+    if others := [one.label for one in study.parameters if one.label not in judged]:
+        lines.append(f"not judged, for too few trials or no differences between them: {', '.join(others)}")
     return Section("Which parameters matter?", lines, picture="importance")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
     methods = ("grad_cam", "integrated_gradients")
     images = choose_worst(trained_run.uri, 2)
     events = []
-    explanation = _explain(trained_run.uri, images, methods, 5, events.append)
+    storage.write_bytes(trained_run.path("note.md"), b"")
+    explanation = _explain(trained_run.uri, images, methods, 5, str(tmp_path), events.append)
     assert [str(event) for event in events] == [
         f"explain: {done} of 4, {method}: {part}"
         for done, (method, part) in enumerate(itertools.product(methods, ("maps", "its test")))
@@ -61,6 +63,8 @@ def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(tra
         )
     assert set(re.findall(r'src="(.{10})', explanation.page)) == {"data:image"}
     assert "grad_cam reads the layer " in explanation.page
+    (address,) = re.findall(r'<a href="(.*?)">note</a>', explanation.page)
+    assert (tmp_path / address).resolve() == Path(trained_run.path("note.md")).resolve()
     assert "To test that, the quarter of an image that a method marks is blanked" in explanation.page
     for test in explanation.tests:
         assert f"{test.method}: blanking the quarter of the image that it marks" in explanation.page
