@@ -127,7 +127,12 @@ def describe_change(run: StartedRun, runs: Sequence[StartedRun]) -> str:
     previous, config = find_previous(run, runs), run.record.config
     if previous is None:
         return f"the first {config.arch} run on this dataset here"
-    changes = find_differences(previous.record.config, config)
+    before = previous.record.config
+    # What the program filled in itself is no change that somebody made.
+    same: dict[str, Any] = {"known_augmentation": config.known_augmentation}
+    if before.optimizer != config.optimizer:
+        same["optimizer_arguments"] = config.optimizer_arguments
+    changes = find_differences(before.model_copy(update=same), config)
     return f"after {previous.folder.name}: {'; '.join(changes) or 'no changes'}"
 
 
@@ -288,8 +293,10 @@ def _format_pictures(run: RunFolder, folder: str) -> list[str]:
 
 def _format_classes(val: EvaluationResult) -> list[str]:
     """Format how many images of each class are correct; of many classes, only the worst."""
-    lines = []
-    if len(val.per_class) > MOST_CLASSES:
+    lines, many = [], len(val.per_class) > MOST_CLASSES
+    if many and val.correct == val.total:
+        return ["", f"no mistakes in {len(val.per_class)} classes"]
+    if many:
         confused = format_table(("class", "predicted as", "images"), val.most_confused)
         lines = ["", *confused, "", f"lowest accuracies of {len(val.per_class)} classes; result.json lists all:"]
     scores = val.scores

@@ -154,6 +154,15 @@ def test_what_changed_is_against_the_last_run_of_the_architecture(start):
     assert describe_change(runs[4], runs) == "after second: no changes"
 
 
+def test_what_the_program_filled_in_itself_is_no_change(start):
+    start("first", 12, optimizer="sgd", optimizer_arguments={"nesterov": True}, known_augmentation="")
+    start("second", 13, optimizer="adamw", optimizer_arguments={"beta_1": 0.9}, known_augmentation="zoom")
+    third = start("third", 14, optimizer="adamw", optimizer_arguments={"beta_1": 0.8}, known_augmentation="zoom")
+    runs, _ = find_runs(storage.parent(third.uri))
+    assert describe_change(runs[1], runs) == "after first: optimizer: sgd -> adamw"
+    assert describe_change(runs[2], runs).startswith("after second: optimizer_arguments: ")
+
+
 def test_no_checksum_stands_in_what_changed_with_all_its_digits(start):
     start("first", 12, dataset=f"/cache/{'ab' * 32}/mnist")
     start("second", 13, dataset=f"/cache/{'cd' * 32}/mnist")
