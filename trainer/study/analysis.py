@@ -259,6 +259,21 @@ def check_points(study: Study, trials: Sequence[Trial], chance: float) -> str:
     )
 
 
+def check_points_of_each(study: Study, trials: Sequence[Trial], chance: float) -> list[str]:
+    """Return `check_points` of the trials of each scientific value, which all need enough for a fair comparison.
+
+    Of all trials together where nothing is scientific, or nothing can be concluded from them.
+    """
+    names = [one.name for one in study.parameters if one.role == "scientific"]
+    groups: dict[str, list[Trial]] = {}
+    for one in trials:
+        values = (f"{name} {format_value(one.values[name])}" for name in names if name in one.values)
+        groups.setdefault(", ".join(values), []).append(one)
+    if len(groups) < 2 or find_no_difference(study, trials, chance):
+        return [check_points(study, trials, chance)]
+    return [f"{values}: {check_points(study, of_values, chance)}" for values, of_values in groups.items()]
+
+
 def check_infeasible(study: Study, trials: Sequence[Trial]) -> list[str]:
     """Return how many trials have no result, and whether the best learning rate is next to those that diverged."""
     ended = [one for one in trials if one.kind == "search" and one.ended]

@@ -7,6 +7,7 @@ from trainer.study.analysis import (
     check_boundaries,
     check_infeasible,
     check_points,
+    check_points_of_each,
     check_steps,
     decide_adoption,
     find_best,
@@ -125,6 +126,19 @@ def test_one_lucky_trial_is_not_enough():
         ": enough"
     )
     assert check_points(STUDY, [trial(0, status="failed")], 0.1) == "no trial has completed"
+
+
+def test_each_scientific_value_needs_enough_trials_of_its_own():
+    """Nine trials are as good as the best, but only one with sgd, which has the even numbers."""
+    trials = [trial(index, 90 if index % 2 or not index else 30) for index in range(16)]
+    assert check_points(STUDY, trials, 0.1).endswith(": enough")
+    of_sgd, of_adamw = check_points_of_each(STUDY, trials, 0.1)
+    assert of_sgd.startswith("optimizer sgd: 1 of 8 completed trials")
+    assert "too few" in of_sgd
+    # All eight are tied.
+    assert of_adamw.startswith("optimizer adamw: all 8 completed trials are as good as the best")
+    nuisance = STUDY.model_copy(update={"scientific": {}})
+    assert check_points_of_each(nuisance, trials, 0.1) == [check_points(nuisance, trials, 0.1)]
 
 
 # 90 of 100: the 95% interval begins at 0.826; 18 of 100: at 0.117, and 17 of 100 at 0.109.
