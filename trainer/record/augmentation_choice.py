@@ -44,15 +44,15 @@ def _uri(storage_uri: str, config: TrainConfig) -> str:
 def describe_trials(history: Sequence[Metrics]) -> str:
     """Return what was tried in a run and the last validation loss of each, longest tried and best first.
 
-    It is empty if nothing was tried.
+    Losses after different numbers of epochs do not compare. It is empty if nothing was tried.
     """
     last = {row["augmentation"]: row for row in history if row.get("stage") == "trial"}
-    epochs = {
-        name: sum(before.get("stage") == "trial" for before in main_path(history[: row["epoch"]]))
-        for name, row in last.items()
-    }
-    best_first = sorted(last, key=lambda name: (-epochs[name], last[name]["val_loss"]))
-    return ", ".join(
-        f"{name} {format_loss(last[name]['val_loss'], 3)} after {format_count(epochs[name], 'epoch')}"
-        for name in best_first
+    by_epochs: dict[int, list[Metrics]] = {}
+    for row in sorted(last.values(), key=lambda row: float(row["val_loss"])):
+        epochs = sum(before.get("stage") == "trial" for before in main_path(history[: row["epoch"]]))
+        by_epochs.setdefault(epochs, []).append(row)
+    return "; ".join(
+        ", ".join(f"{row['augmentation']} {format_loss(row['val_loss'], 3)}" for row in by_epochs[epochs])
+        + f" after {format_count(epochs, 'epoch')}"
+        for epochs in sorted(by_epochs, reverse=True)
     )

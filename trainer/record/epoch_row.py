@@ -75,12 +75,12 @@ def main_path(history: Sequence[Metrics]) -> list[Metrics]:
 
 
 def find_curve(history: Sequence[Metrics], best_epoch: int | None = None) -> list[Metrics]:
-    """Return the epochs that a curve shows: those that led to the last weights, and the best one.
+    """Return the epochs that a curve shows: all but those of candidates that lost, unless one of these is the best.
 
-    In one line with candidates that lost, which start from other weights, a curve would jump where no training did.
+    They start from the same weights: in one line, the curve would jump where no training did.
     """
     shown = {row["epoch"] for row in main_path(history)} | {best_epoch}
-    return [row for row in history if row["epoch"] in shown]
+    return [row for row in history if row.get("stage") != "trial" or row["epoch"] in shown]
 
 
 def complete_row(metrics: Metrics) -> Metrics:

@@ -51,7 +51,6 @@ def test_trials_are_reported_with_their_last_losses_the_longest_tried_first():
     history = [{"epoch": number, **dict(zip(names, row, strict=True))} for number, row in enumerate(rows, 1)]
     # The epoch with a flip went on from the one without.
     assert describe_trials(history) == (
-        "rotation+flip 0.250 after 2 epochs, none 0.300 after 2 epochs, flip 0.200 after 1 epoch, "
-        "rotation 0.400 after 1 epoch"
+        "rotation+flip 0.250, none 0.300 after 2 epochs; flip 0.200, rotation 0.400 after 1 epoch"
     )
     assert describe_trials(history[:1]) == ""

@@ -60,11 +60,12 @@ def test_a_run_that_an_earlier_version_began_gets_the_newer_columns(tmp_path):
     assert (first["loss"], first["stage"]) == (2.0, None)
 
 
-def test_a_curve_shows_what_led_to_the_last_weights_and_the_best_epoch():
-    # Epoch 3 lost, 4 and 5 started from 2 and 4.
-    history = [{"epoch": epoch, "started_from": start} for epoch, start in ((1, 0), (2, 1), (3, 2), (4, 2), (5, 4))]
-    assert [row["epoch"] for row in find_curve(history)] == [1, 2, 4, 5]
-    assert [row["epoch"] for row in find_curve(history, best_epoch=3)] == [1, 2, 3, 4, 5]
+def test_a_curve_leaves_out_candidates_that_lost_unless_one_of_them_is_the_best_epoch():
+    # The candidate of epoch 2 lost to that of 3. The decay of epoch 6 started from 4, before training went on too long.
+    rows = [("plain", 0), ("trial", 1), ("trial", 1), ("train", 3), ("train", 4), ("decay", 4)]
+    history = [{"epoch": epoch, "stage": stage, "started_from": start} for epoch, (stage, start) in enumerate(rows, 1)]
+    assert [row["epoch"] for row in find_curve(history)] == [1, 3, 4, 5, 6]
+    assert [row["epoch"] for row in find_curve(history, best_epoch=2)] == [1, 2, 3, 4, 5, 6]
     # Of an earlier version.
     assert len(find_curve([{"epoch": 1}, {"epoch": 2}])) == 2
     assert find_curve([]) == []
