@@ -547,17 +547,19 @@ def _load_ending() -> None:
         importlib.import_module(name)
 
 
-def _learn_about_batch(run: RunFolder, manifest: Manifest, history: History, noise_scale: float | None) -> list[str]:
+def _learn_about_batch(
+    run: RunFolder, manifest: Manifest, history: History, noise_scale: float | None
+) -> tuple[str, ...]:
     """Return what a finished run shows about the choice of its batch, and delete a table that it contradicts."""
     record = run.read_record()
     if record is None or record.batch is None:
-        return []
+        return ()
     contradiction = find_contradiction(record.batch, history)
     if contradiction:
         forget_table(record.batch.table_name, storage.parent(run.uri))
     rows = manifest.splits["train"].rows
     surprise = find_noise_surprise(record.batch, noise_scale, rows)
-    return [line for line in (contradiction, surprise) if line]
+    return tuple(line for line in (contradiction, surprise) if line)
 
 
 def _find_augmentation(path: History) -> str:
@@ -609,10 +611,8 @@ def _close_run(job: WorkerJob, worker_result: WorkerResult, remember: bool, on_e
         augmentation=describe_trials(last.history),
         augmentation_used=_find_augmentation(path),
         augmentation_of_best=_find_augmentation(main_path(last.history[: best.epoch])),
-        findings=[
-            *find_symptoms(last.history, val, config, worker_result.reason),
-            *_learn_about_batch(run, manifest, last.history, noise_scale),
-        ],
+        findings=find_symptoms(last.history, val, config, worker_result.reason),
+        batch_remarks=_learn_about_batch(run, manifest, last.history, noise_scale),
         noise_scale=noise_scale,
         weights_crc32=worker_result.weights_crc32,
         train_seconds=sum(row["epoch_seconds"] for row in last.history),

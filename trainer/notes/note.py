@@ -260,7 +260,8 @@ def _format_finished(run: RunFolder, record: RunRecord, result: RunResult) -> li
         *(f"\n{incident}" for incident in result.listed_incidents),
         *(f"\n{finding}" for finding in result.findings),
     ]
-    return [*lines, *_format_classes(result.val), *_format_batch(record)]
+    remarks = [line for remark in result.batch_remarks for line in ("", remark)]
+    return [*lines, *_format_classes(result.val), *_format_batch(record), *remarks]
 
 
 def describe_choices(config: TrainConfig, result: RunResult) -> list[str]:

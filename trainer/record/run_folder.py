@@ -203,6 +203,8 @@ class RunResult(Record):
     """The network's layers, as code."""
     findings: list[str]
     """What `trainer.notes.diagnostics` found, one line each."""
+    batch_remarks: tuple[str, ...] = ()
+    """What training showed about the choice of the batch, which the next run uses; nothing is wrong with this one."""
     weights_crc32: tuple[int, ...]
     """Checksum of the final weights of each worker: all equal."""
     train_seconds: float
@@ -234,6 +236,7 @@ class RunResult(Record):
             *([f"compared    {self.comparison}"] if self.comparison else []),
             *(f"incident    {incident}" for incident in self.listed_incidents),
             *(f"finding     {finding}" for finding in self.findings),
+            *(f"batch       {remark}" for remark in self.batch_remarks),
         ]
 
 

@@ -95,6 +95,13 @@ overfitting: try less
     )
 
 
+def test_what_training_showed_about_the_batch_stands_with_the_batch(start, make_result):
+    result = make_result(findings=["overfitting: try less"], batch_remarks=("batch table: measured again",))
+    note = note_of(start("first"), result)
+    assert note.index("batch table: measured again") > note.index("| class |") > note.index("overfitting")
+    assert "batch       batch table: measured again" in result.summary
+
+
 def test_the_note_of_many_classes_has_the_worst_of_them(start, make_result):
     labels = np.arange(1000).repeat(3)
     predicted = labels.copy()

@@ -123,6 +123,14 @@ def test_a_page_says_what_the_run_chose(write_run, make_result):
     assert "gradient noise scale: 9 images" in page
 
 
+def test_what_training_showed_about_the_batch_is_no_finding(write_run, make_result):
+    run = write_run("first")
+    run.write_ending(make_result(findings=["overfitting: try less"], batch_remarks=("batch table: measured again",)))
+    page = page_of(run)
+    assert re.findall('<p class="finding">(.*?)</p>', page) == ["overfitting: try less"]
+    assert "<p>batch table: measured again</p>" in page
+
+
 def test_a_page_is_written_again_only_where_something_has_changed(write_run, tmp_path, make_result):
     run, folder = write_run("first"), str(tmp_path / "pages")
 
