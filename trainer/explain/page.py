@@ -18,7 +18,7 @@ from trainer.runtime import storage
 from trainer.runtime.cluster import Resources
 from trainer.runtime.errors import InputError
 from trainer.runtime.events import OnEvent, StageProgressed, ignore_event
-from trainer.runtime.html import Section, link, render_sections
+from trainer.runtime.html import Section, find_links, render_sections
 from trainer.runtime.pages import check_place
 from trainer.training.dataset import open_split
 from trainer.workers.groups import call_in_worker
@@ -93,7 +93,7 @@ def explain_run(
     resources: Resources,
     *,
     tested_images: int = 64,
-    output: str = "",
+    output: str,
     on_event: OnEvent = ignore_event,
 ) -> Explanation:
     """Compute maps of some images and test each method; `save_explanation` writes the result.
@@ -104,7 +104,7 @@ def explain_run(
         methods: some of METHOD_NAMES; empty for all.
         resources: resources of the connected cluster.
         tested_images: number of validation images, drawn with a fixed seed, that the methods are tested on.
-        output: URI of the folder that the page is for, from which its links lead; RUN/explanations if empty.
+        output: URI of the folder that the page is for, from which its links lead, as `check_output` returns it.
         on_event: called with the progress.
 
     Raises:
@@ -114,8 +114,7 @@ def explain_run(
     if unknown := [name for name in methods if name not in METHOD_NAMES]:
         raise InputError(f"--method {unknown[0]!r} is unknown; choose from {', '.join(METHOD_NAMES)}")
     # A worker has a current folder of its own.
-    folder = output or storage.join(storage.resolve_uri(uri), "explanations")
-    arguments = (storage.resolve_uri(uri), images, methods or METHOD_NAMES, tested_images, folder)
+    arguments = (storage.resolve_uri(uri), images, methods or METHOD_NAMES, tested_images, output)
     found: Explanation = call_in_worker(_explain, *arguments, resources=resources, on_event=on_event)
     return found
 
@@ -195,7 +194,7 @@ def _explain(
         pictures[name] = to_png(figure)
         sections.append(Section(name.capitalize(), [], picture=name))
     places = {"note": run.path("note.md"), "all runs": storage.join(storage.parent(run.uri), OVERVIEW_NAME)}
-    links = [(name, link(folder, place)) for name, place in places.items() if storage.exists(place)]
+    links = find_links(folder, places)
     page = render_sections(f"What {run.name} looks at", f"{config.arch}, {run.uri}", sections, pictures, links=links)
     return Explanation(tests, page, pictures)
 

@@ -20,7 +20,7 @@ from trainer.record.predictions import find_suspects
 from trainer.record.run_folder import RunFolder, RunInterruption, RunRecord, RunResult, StartedRun
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError
-from trainer.runtime.html import link, render_page, to_script_json
+from trainer.runtime.html import find_links, link, render_page, to_script_json
 from trainer.runtime.markdown import MOST_CLASSES, shorten_digest
 
 # The folder of the pages beside the report. A run cannot have this name.
@@ -189,15 +189,8 @@ def _find_links(view: RunView, folder: str, overview: tuple[str, str]) -> list[t
         "model": run.path("model.keras"),
         "dataset card": storage.join(view.record.config.dataset, "README.md"),
     }
-    places = {name: uri for name, uri in places.items() if _exists(uri)}
-    return [(name, link(folder, uri)) for name, uri in (overview, *places.items())]
-
-
-def _exists(uri: str) -> bool:
-    try:
-        return storage.exists(uri)
-    except InputError:
-        return False  # a dataset may be in a bucket that is gone
+    name, uri = overview
+    return [(name, link(folder, uri)), *find_links(folder, places)]
 
 
 def thin_out(values: Sequence[float] | npt.NDArray[Any], most: int) -> list[float | None]:

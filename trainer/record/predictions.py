@@ -58,7 +58,7 @@ def find_suspects(predictions: pa.Table) -> npt.NDArray[np.int64]:
     if "mean_loss" not in predictions.column_names:
         return np.empty(0, np.int64)
     wrong = find_mistakes(predictions, most=None)
-    _, counts = np.unique(np.asarray(predictions["label"]), return_counts=True)
+    counts = predictions["label"].value_counts().field("counts").to_numpy()
     if len(predictions) - len(wrong) <= counts.max(initial=0):
         return wrong[:0]
     losses = predictions["mean_loss"].to_numpy()[wrong]

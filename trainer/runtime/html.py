@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from trainer.runtime import storage
+from trainer.runtime.errors import InputError
 from trainer.runtime.markdown import format_loss, shorten_name
 
 if TYPE_CHECKING:
@@ -103,6 +104,23 @@ def link(folder: str, uri: str) -> str:
     if (start.scheme, start.netloc) != (end.scheme, end.netloc):
         return uri
     return urllib.parse.quote(posixpath.relpath(end.path, start.path))
+
+
+def find_links(folder: str, places: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the names and addresses of those files that exist, for a page in a folder.
+
+    Args:
+        folder: URI of the folder of the page.
+        places: URIs of the files by name.
+    """
+    return [(name, link(folder, uri)) for name, uri in places.items() if _exists(uri)]
+
+
+def _exists(uri: str) -> bool:
+    try:
+        return storage.exists(uri)
+    except InputError:
+        return False  # a dataset may be in a bucket that is gone
 
 
 def render_sections(

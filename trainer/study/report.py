@@ -16,7 +16,7 @@ from trainer.runtime import storage
 from trainer.runtime.errors import DamagedError, InputError
 from trainer.runtime.events import GlyphsMissing
 from trainer.runtime.fonts import fonts_for
-from trainer.runtime.html import Section, Table, link, render_sections
+from trainer.runtime.html import Section, Table, find_links, link, render_sections
 from trainer.runtime.markdown import format_count, format_table
 from trainer.study.analysis import (
     BestOf,
@@ -61,7 +61,7 @@ def write_study_report(folder: StudyFolder, study: Study, trials: Sequence[Trial
     of_all = f"{ended} of {format_count(study.trials, 'trial')}"
     subtitle = f"{of_all}, {study.algorithm}, seed {study.seed}; objective: {study.objective}"
     overview = storage.join(storage.parent(storage.parent(folder.uri)), REPORT_NAME)
-    links = [("all runs", link(folder.uri, overview))] if storage.exists(overview) else []
+    links = find_links(folder.uri, {"all runs": overview})
     page = render_sections(study.goal, subtitle, sections, {}, drawings, links)
     markdown = _format_markdown(study.goal, subtitle, sections)
     for name, text in (("study.md", markdown), ("study.html", page)):

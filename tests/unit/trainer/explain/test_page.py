@@ -35,7 +35,7 @@ def test_a_run_without_its_predictions_is_refused_with_what_to_do(trained_run):
 
 def test_an_unknown_method_is_refused_before_anything_is_started(trained_run):
     with pytest.raises(InputError, match="--method 'lime' is unknown; choose from grad_cam, integrated_gradients"):
-        explain_run(trained_run.uri, [], ["grad_cam", "lime"], RESOURCES)
+        explain_run(trained_run.uri, [], ["grad_cam", "lime"], RESOURCES, output="")
 
 
 def test_the_page_has_a_verdict_for_each_method_and_a_picture_for_each_image(trained_run, tmp_path):
