@@ -151,6 +151,8 @@ def _main(folder: str, connection: Connection) -> None:
     log = os.open(Path(folder, _LOG_NAME), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+    # As a line is printed, it is in the log, however the process ends; stderr is so by itself.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.update(WORKER_ENVIRONMENT, TMPDIR=folder)
     lock = threading.Lock()
 
