@@ -116,6 +116,10 @@ class Settings(BaseModel):
     """Maximum zoom of training images as a fraction of their size, in or out."""
     augment_contrast: float = Field(0.0, ge=0, lt=1)
     """Maximum change of the contrast of training images, as a fraction, up or down."""
+    augment_mixup: float = Field(0.0, ge=0)
+    """MixUp: alpha of the Beta distribution of how much of another training image is blended into an image."""
+    augment_cutmix: float = Field(0.0, ge=0)
+    """CutMix: alpha of the Beta distribution of how much of an image is replaced by a box of another training image."""
     input_scaling: Literal["image", "standardize", "unit", "imagenet", "symmetric"] = "standardize"
     """Scaling of the pixels: image (zero mean and unit standard deviation within each image, so that its brightness and
     contrast do not matter), standardize (zero mean and unit standard deviation over the train split), unit (0 to 1),
@@ -204,6 +208,8 @@ class TrainConfig(Settings):
 
 AUGMENT_STRENGTHS = tuple(name for name in TrainConfig.model_fields if name.startswith("augment_"))
 """The options that say how far training images are varied, which is also what can be tried."""
+MIXES = ("mixup", "cutmix")
+"""The parts of an augmentation that mix images; others vary each image by itself."""
 
 
 def check_shares(global_batch_size: int, num_workers: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config.config import AUGMENT_STRENGTHS, TrainConfig
+from trainer.config.config import AUGMENT_STRENGTHS, MIXES, TrainConfig
 from trainer.config.recipes import RECIPES, recipe_epochs
 from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import ClassResult, EvaluationResult
@@ -314,8 +314,9 @@ def _augmentation_costs(run: _Run) -> str:
     """Fewer of the varied training images are correct than of the unvaried validation images, and those are few."""
     rows, val = run.alike, run.val
     name, accuracy = rows[-1].get("augmentation", "none"), float(rows[-1]["accuracy"])
-    # What `auto` uses has been compared with no augmentation.
-    if name == "none" or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
+    # What `auto` uses has been compared with no augmentation. A mixture shows two things, of which one is correct.
+    is_mixed = not set(MIXES).isdisjoint(name.split("+"))
+    if name == "none" or is_mixed or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
         return ""
     if accuracy >= val.accuracy_interval[0]:
         return ""

@@ -117,6 +117,8 @@ class RunRecord(Record):
         "config.augment_translation": 0.0,
         "config.augment_zoom": 0.0,
         "config.augment_contrast": 0.0,
+        "config.augment_mixup": 0.0,
+        "config.augment_cutmix": 0.0,
         # No dataset was larger than this in practice; each epoch was one permutation of all its images.
         "config.shuffle_window_gib": 64.0,
         "config.cache_gib": 0.0,

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.config.config import TrainConfig
+from trainer.config.config import MIXES, TrainConfig
 from trainer.training.random_rows import draw_rows
 
 # What can be varied, in the order of the strengths.
-PARTS = ("rotation", "translation", "zoom", "flip", "contrast")
+PARTS = ("rotation", "translation", "zoom", "flip", "contrast", *MIXES)
 
 
 def find_strengths(augmentation: str, config: TrainConfig) -> npt.NDArray[np.float32]:
-    """Return how much of each of PARTS is varied: the config's value where it is named, else 0; float32 ``[5]``.
+    """Return how much of each of PARTS is varied: the config's value where it is named, else 0; float32 ``[7]``.
 
     Args:
         augmentation: names joined by "+", or none, as in `trainer.training.stages`.
@@ -39,7 +39,7 @@ def augment(images: Any, step: Any, strengths: Any, config: TrainConfig) -> Any:
     Args:
         images: float32 ``[per_replica_batch_size, size, size, channels]``.
         step: int64 scalar, the optimizer step.
-        strengths: float32 ``[5]``, of `find_strengths`; one graph serves all of them.
+        strengths: float32 ``[7]``, of `find_strengths`; one graph serves all of them.
         config: the seed and the batch sizes.
     """
     share = config.per_replica_batch_size
@@ -48,7 +48,7 @@ def augment(images: Any, step: Any, strengths: Any, config: TrainConfig) -> Any:
     # One column per quantity, whatever is turned on: turning one off leaves the others unchanged.
     drawn = draw_rows(seed, first, share, [6]) * 2 - 1
     turn, grow, shift_x, shift_y, mirror, brighten = tf.unstack(drawn, axis=1)
-    rotation, translation, zoom, flip, contrast = tf.unstack(strengths)
+    rotation, translation, zoom, flip, contrast = tf.unstack(strengths)[: -len(MIXES)]
 
     def move() -> Any:
         angle = turn * (rotation * math.pi / 180)

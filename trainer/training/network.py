@@ -35,7 +35,7 @@ class Network:
     schedule: Any = None
     """The learning rate schedule of the optimizer."""
     strengths: Any = None
-    """float32 ``[5]``, a variable: how much the training images are varied (`trainer.training.augment`)."""
+    """float32 ``[7]``, a variable: how much the training images are varied (`trainer.training.augment`)."""
 
     def start_epoch(self, plan: EpochPlan, config: TrainConfig, first_step: int, num_steps: int) -> None:
         """Train the next epoch as planned.

@@ -11,10 +11,9 @@ import tensorflow as tf
 
 from data_prep.manifest import Manifest
 from trainer.config.config import TrainConfig, replace_values
-from trainer.training.augment import augment
 from trainer.training.dropout import draw_masks
 from trainer.training.network import Network
-from trainer.training.step import STEP_GRAD_NOISE, build_gradients
+from trainer.training.step import STEP_GRAD_NOISE, build_gradients, vary_batch
 
 # One measurement takes about as long as one step without its update, so this is less than 1% of the time. It depends on
 # the number of the step alone, so that a resumed run measures at the same steps.
@@ -60,10 +59,10 @@ def compile_noise(network: Network, manifest: Manifest, config: TrainConfig) -> 
     gradients_of = build_gradients(network, manifest, replace_values(config, global_batch_size=half))
 
     def half_gradients(images: Any, labels: Any, first: Any) -> Any:
-        augmented = augment(tf.cast(images, tf.float32), optimizer.iterations, network.strengths, config)
+        varied, targets = vary_batch(images, labels, network, manifest, config, first, half)
         averages = [tf.identity(variable) for variable in model.non_trainable_variables]
         masks = draw_masks(model, config, optimizer.iterations, first, half)
-        gradients, _ = gradients_of(augmented[first : first + half], labels[first : first + half], masks)
+        gradients, _ = gradients_of(varied, targets, masks)
         for variable, average in zip(model.non_trainable_variables, averages, strict=True):
             variable.assign(average)
         return gradients

@@ -4,7 +4,8 @@ With ``schedule=plateau`` a run goes through stages, each of which ends when its
 
     plain   no augmentation, until validation stops improving                       (with augment=auto only)
     trial   each candidate for the augmentation by itself, all from the best plain weights; then none and the best of
-            the others once more, this one with a flip where that helped, too       (with augment=auto only)
+            the others once more, this one with a flip, or with MixUp and CutMix, where that helped, too
+                                                                                    (with augment=auto only)
     train   with the augmentation that won, from its weights, until validation stops improving
     decay   from the best weights of `train`, while the learning rate falls to zero
     clean   a last epoch without augmentation, at a low rate                        (where there is an augmentation)
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from statistics import mean
 
-from trainer.config.config import TrainConfig
+from trainer.config.config import MIXES, TrainConfig
 from trainer.record.checkpoint import rank_epoch
 from trainer.record.epoch_row import Metrics
 
@@ -80,15 +81,17 @@ def plan_epoch(history: Sequence[Metrics], config: TrainConfig, steps_per_epoch:
 def list_candidates(config: TrainConfig) -> list[str]:
     """Return what a run with ``augment=auto`` tries at first, beginning with none.
 
-    A flip is one of them, which no recipe has: it makes other digits of digits.
+    A flip is one of them, which no recipe has: it makes other digits of digits. MixUp and CutMix are where the options
+    of the run ask for them.
     """
     moves, shift = _list_parts(config, "rotation", "zoom", "contrast"), _list_parts(config, "translation")
-    return list(dict.fromkeys("+".join(parts) or NO_AUGMENTATION for parts in ([], moves, [*moves, *shift], [_FLIP])))
+    candidates: list[list[str]] = [[], moves, [*moves, *shift], [_FLIP], _list_parts(config, *MIXES)]
+    return list(dict.fromkeys("+".join(parts) or NO_AUGMENTATION for parts in candidates))
 
 
 def full_augmentation(config: TrainConfig) -> str:
     """Return all that the options of a run vary; none if that is nothing."""
-    names = () if config.augment == "none" else ("rotation", "zoom", "contrast", "translation", _FLIP)
+    names = () if config.augment == "none" else ("rotation", "zoom", "contrast", "translation", _FLIP, *MIXES)
     return "+".join(_list_parts(config, *names)) or NO_AUGMENTATION
 
 
@@ -113,8 +116,10 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
     is_open = config.augment == "auto" and not config.known_augmentation
     if not is_open or len(history) > len(plain) + len(trials):
         return None
-    candidates = list_candidates(config)
-    if (len(candidates) + _FINALISTS) * unit > _TRIAL_SHARE * config.epochs:
+    candidates, most = list_candidates(config), _TRIAL_SHARE * config.epochs / unit - _FINALISTS
+    if len(candidates) > most:
+        candidates = [name for name in candidates if not set(MIXES).issuperset(name.split("+"))]
+    if len(candidates) > most:
         return None
     if not trials and len(plain) < _PLAIN_SHARE * config.epochs and not _has_stalled(plain, _PLAIN_PATIENCE * unit):
         return EpochPlan("plain", NO_AUGMENTATION, len(history))
@@ -138,28 +143,41 @@ def _find_untried(candidates: Sequence[str], trials: Sequence[Metrics], epochs: 
 def _find_finalists(
     candidates: Sequence[str], plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int
 ) -> list[str]:
-    """Return what is tried once more: none and the best of the others, with a flip added where both helped."""
+    """Return what is tried once more: none and the best of the others, with the additions that helped, too."""
     losses = {name: _mean_loss(_trials_of(name, trials)[:unit]) for name in candidates}
+    additions = [name for name in candidates if _is_addition(name)]
     best = min(candidates[1:], key=losses.__getitem__)
-    unflipped = min((name for name in candidates if name != _FLIP), key=losses.__getitem__)
-    if unflipped != NO_AUGMENTATION and losses[_FLIP] < losses[NO_AUGMENTATION] - _find_noise(plain):
-        best = f"{unflipped}+{_FLIP}"
+    moved = min((name for name in candidates if name not in additions), key=losses.__getitem__)
+    most = losses[NO_AUGMENTATION] - _find_noise(plain)
+    helped = [name for name in additions if losses[name] < most]
+    if moved != NO_AUGMENTATION and helped:
+        best = "+".join((moved, *helped))
     return [NO_AUGMENTATION, best]
 
 
+def _is_addition(name: str) -> bool:
+    """Return whether an augmentation moves nothing but left to right: a flip or a mixture, tried alone and on top."""
+    return {_FLIP, *MIXES}.issuperset(name.split("+"))
+
+
+def _without_additions(name: str) -> str:
+    """Return what a flip and mixtures were added to; an addition alone is as it is."""
+    return name if _is_addition(name) else "+".join(part for part in name.split("+") if not _is_addition(part))
+
+
 def _trials_of(name: str, trials: Sequence[Metrics]) -> list[Metrics]:
-    """Return the epochs in which an augmentation was tried, after those of what it adds a flip to."""
-    names = dict.fromkeys((name.removesuffix(f"+{_FLIP}"), name))
+    """Return the epochs in which an augmentation was tried, after those of what it has additions to."""
+    names = dict.fromkeys((_without_additions(name), name))
     return [row for one in names for row in trials if row["augmentation"] == one]
 
 
 def choose_augmentation(plain: Sequence[Metrics], trials: Sequence[Metrics], unit: int) -> str:
     """Return the augmentation that won: that of the last trial, if better than none by more than the noise, else none.
 
-    If it has a flip added, it has to be better than without, too, or the one without takes its place.
+    If it has additions, it has to be better than without, too, or the one without takes its place.
     """
     finalist = str(trials[-1]["augmentation"])
-    names = NO_AUGMENTATION, finalist, finalist.removesuffix(f"+{_FLIP}")
+    names = NO_AUGMENTATION, finalist, _without_additions(finalist)
     losses = {name: _mean_loss(_trials_of(name, trials)[-unit:]) for name in names}
     best = min(losses, key=losses.__getitem__)
     return best if losses[best] < losses[NO_AUGMENTATION] - _find_noise(plain) else NO_AUGMENTATION

@@ -12,11 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from data_prep.manifest import Manifest
-from trainer.config.config import TrainConfig
+from trainer.config.config import MIXES, TrainConfig
 from trainer.runtime.compat import number_functions_alike
 from trainer.training.augment import augment
 from trainer.training.batch_norm import synchronize_batch_norm, without_idle_biases
 from trainer.training.dropout import draw_masks, use_masks
+from trainer.training.mixing import mix
 from trainer.training.network import Network
 from trainer.training.scaling import build_scaling
 
@@ -38,12 +39,12 @@ def _class_weights(manifest: Manifest, config: TrainConfig) -> list[float]:
 
 
 def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -> Callable[[Any, Any, Any], Any]:
-    """Return ``gradients(images, labels, masks)`` for this replica's share of the training objective.
+    """Return ``gradients(images, targets, masks)`` for this replica's share of the training objective.
 
-    It takes float32 images with pixels from 0 to 255, augmented, int32 labels, and what Dropout keeps
-    (`trainer.training.dropout.draw_masks`). It returns a list with the gradient of each trainable variable, and the
-    logits. The gradients are divided by the global batch of the config, so that
-    their sum over the workers is that of its mean loss.
+    It takes float32 images with pixels from 0 to 255 and float32 ``[rows, classes]``, of `vary_batch`, and what Dropout
+    keeps (`trainer.training.dropout.draw_masks`). It returns a list with the gradient of each trainable variable, and
+    the logits. The gradients are divided by the global batch of the config, so that their sum over the workers is that
+    of its mean loss.
     """
     model, optimizer = network.model, network.optimizer
     scale_pixels = build_scaling(manifest, config)
@@ -51,15 +52,18 @@ def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -
     scales_loss = config.precision == "mixed_float16"
     class_weights = tf.constant(_class_weights(manifest, config), tf.float32)
 
-    def gradients_of(images: Any, labels: Any, masks: Any) -> Any:
+    def gradients_of(images: Any, targets: Any, masks: Any) -> Any:
         # While tracing: other computations trace the same layers in another way.
         use_masks(model, masks)
         synchronize_batch_norm(model, config.synchronizes_batch_norm)
         with tf.GradientTape() as tape:
             with without_idle_biases(model):
                 logits = model(scale_pixels(images), training=True)
-            targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
-            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits) * tf.gather(class_weights, labels)
+            # A mixture has the sum of the weighted losses of what it shows.
+            weighted = targets * class_weights
+            weights = tf.reduce_sum(weighted, axis=1)
+            smoothed = tf.math.divide_no_nan(weighted, weights[:, None]) * (1 - smoothing) + smoothing / classes
+            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits) * weights
             objective = tf.reduce_sum(losses) / config.global_batch_size
             if scales_loss:
                 objective = optimizer.get_scaled_loss(objective)
@@ -71,6 +75,37 @@ def build_gradients(network: Network, manifest: Manifest, config: TrainConfig) -
         return gradients, logits
 
     return gradients_of
+
+
+def vary_batch(
+    images: Any,
+    labels: Any,
+    network: Network,
+    manifest: Manifest,
+    config: TrainConfig,
+    first: Any = 0,
+    rows: int | None = None,
+) -> tuple[Any, Any]:
+    """Return this replica's training images, or some of them, augmented, and what they show.
+
+    Args:
+        images: uint8 ``[per_replica_batch_size, height, width, channels]``.
+        labels: int32 ``[per_replica_batch_size]``.
+        network: the step and the strengths.
+        manifest: the manifest of the dataset.
+        config: the config of the run.
+        first: int scalar, the first row to return.
+        rows: how many; None for all.
+
+    Returns:
+        float32 images with pixels from 0 to 255, and float32 ``[rows, classes]``: 1 for the label, or the shares of
+        the images that were mixed (`trainer.training.mixing`).
+    """
+    step, strengths = network.optimizer.iterations, network.strengths
+    chosen = slice(first, None if rows is None else first + rows)
+    augmented = augment(tf.cast(images, tf.float32), step, strengths, config)[chosen]
+    mixup, cutmix = tf.unstack(strengths)[-len(MIXES) :]
+    return mix(augmented, tf.one_hot(labels[chosen], manifest.num_classes), step, mixup, cutmix, config)
 
 
 def sum_over_workers(gradients: list[Any], means: Any, config: TrainConfig) -> tuple[list[Any], Any]:
@@ -186,22 +221,22 @@ class _TrainStep:
     """The parts of a training step on one replica; each takes what the one before returns."""
 
     def __init__(self, network: Network, manifest: Manifest, config: TrainConfig) -> None:
-        self._network, self._config = network, config
+        self._network, self._manifest, self._config = network, manifest, config
         self._gradients_of = build_gradients(network, manifest, config)
 
     def prepare(self, images: Any, labels: Any) -> tuple[Any, Any, Any]:
         """Augment the images and draw what Dropout keeps, which XLA cannot do or does with other random numbers."""
         network, config = self._network, self._config
-        step = network.optimizer.iterations
-        augmented = augment(tf.cast(images, tf.float32), step, network.strengths, config)
-        return augmented, labels, draw_masks(network.model, config, step)
+        varied, targets = vary_batch(images, labels, network, self._manifest, config)
+        return varied, targets, draw_masks(network.model, config, network.optimizer.iterations)
 
-    def compute(self, images: Any, labels: Any, masks: Any) -> tuple[Any, Any]:
+    def compute(self, images: Any, targets: Any, masks: Any) -> tuple[Any, Any]:
         """Return this replica's gradients and its part of the means: cross-entropy, accuracy, its gradient's length."""
         config = self._config
-        gradients, logits = self._gradients_of(images, labels, masks)
-        cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
+        gradients, logits = self._gradients_of(images, targets, masks)
+        cross_entropy = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+        # Of an image that was mixed, the larger part counts.
+        correct = tf.cast(tf.argmax(logits, axis=1) == tf.argmax(targets, axis=1), tf.float32)
         # This worker's gradient is of a part of the batch; its length comes with the exchange that there is anyway.
         own = tf.linalg.global_norm(gradients) * config.num_workers if config.num_workers > 1 else tf.constant(0.0)
         means = tf.stack([tf.reduce_sum(cross_entropy), tf.reduce_sum(correct)]) / config.global_batch_size

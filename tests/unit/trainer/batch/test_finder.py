@@ -171,12 +171,12 @@ def test_another_step_has_a_table_of_its_own(manifest, options):
 
 def test_a_new_option_has_a_table_of_its_own_without_being_named_there(manifest):
     class Wider(Settings):
-        mixup: float = 0.0
+        erasing: float = 0.0
 
     plain = ask().settings.model_dump()
-    with_mixup = place(manifest, Wider(**plain, mixup=0.2))
-    assert with_mixup != place(manifest, Wider(**plain))
-    assert with_mixup == place(manifest, Wider(**plain, mixup=0.4))
+    with_erasing = place(manifest, Wider(**plain, erasing=0.2))
+    assert with_erasing != place(manifest, Wider(**plain))
+    assert with_erasing == place(manifest, Wider(**plain, erasing=0.4))
 
 
 @pytest.mark.parametrize(("batch", "limit"), [("max", "rows"), ("50", "given")])

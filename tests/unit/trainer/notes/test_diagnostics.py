@@ -386,6 +386,8 @@ def test_the_steps_of_what_was_tried_and_lost_do_not_count(find):
         (460, 0.67, "shift", "all", False),
         (460, 0.65, "none", "all", False),
         (460, 0.65, "shift", "auto", False),
+        # A mixture shows two things, and one of them is correct.
+        (460, 0.65, "shift+cutmix", "all", False),
         (593, 0.65, "shift", "all", True),
         (594, 0.65, "shift", "all", False),
     ],

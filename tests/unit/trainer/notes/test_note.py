@@ -260,11 +260,11 @@ def test_what_is_used_in_addition_is_said(start, make_result, values, text):
 
 def test_a_new_option_is_in_the_note_without_being_named_there(make_config):
     class Wider(TrainConfig):
-        mixup: float = 0.0
+        erasing: float = 0.0
 
     config = make_config().model_dump()
     assert describe_training(Wider(**config), 9).endswith("seed 0")
-    assert describe_training(Wider(**config, mixup=0.2), 9).endswith("seed 0; mixup 0.2")
+    assert describe_training(Wider(**config, erasing=0.2), 9).endswith("seed 0; erasing 0.2")
 
 
 def test_the_note_is_written_into_the_run_folder(start, make_result):

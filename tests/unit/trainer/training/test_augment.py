@@ -94,6 +94,6 @@ def test_contrast_keeps_each_images_mean_and_scales_its_differences(images, augm
 
 def test_only_what_is_named_is_varied_and_a_flip_can_be_tried_unasked(make_config):
     config = make_config(augment="auto", augment_rotation=10.0, augment_zoom=0.25)
-    assert find_strengths("none", config).tolist() == [0, 0, 0, 0, 0]
-    assert find_strengths("rotation+zoom", config).tolist() == [10, 0, 0.25, 0, 0]
-    assert find_strengths("zoom+flip", config).tolist() == [0, 0, 0.25, 1, 0]
+    assert find_strengths("none", config).tolist() == [0, 0, 0, 0, 0, 0, 0]
+    assert find_strengths("rotation+zoom", config).tolist() == [10, 0, 0.25, 0, 0, 0, 0]
+    assert find_strengths("zoom+flip", config).tolist() == [0, 0, 0.25, 1, 0, 0, 0]

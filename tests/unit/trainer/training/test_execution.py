@@ -28,7 +28,13 @@ from trainer.training.step import (
 
 ROWS = 6
 SMALL = {"first_filters": 3, "later_filters": [4], "dense_units": 8, "batch_norm": True, "dropout": 0.3}
-EVERYTHING = {"augment_rotation": 10.0, "augment_contrast": 0.2, "clip_norm": 1.0, "ema_momentum": 0.5}
+EVERYTHING = {
+    "augment_rotation": 10.0,
+    "augment_mixup": 0.2,
+    "augment_cutmix": 1.0,
+    "clip_norm": 1.0,
+    "ema_momentum": 0.5,
+}
 
 
 def image_size_of(arch: str) -> int:

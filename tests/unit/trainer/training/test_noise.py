@@ -36,7 +36,9 @@ def test_the_noise_is_that_of_the_gradients_of_single_images(build, dataset):
     gradients_of = tf.function(build_gradients(network, dataset.manifest, alone))
     of_image = []
     for image, label in zip(images, labels, strict=True):
-        gradients, _ = gradients_of(image[None].astype(np.float32), label[None], [])
+        gradients, _ = gradients_of(
+            image[None].astype(np.float32), tf.one_hot(label[None], dataset.manifest.num_classes), []
+        )
         of_image.append(np.concatenate([one.numpy().ravel() for one in gradients]))
     first, second = np.float64(of_image[: BATCH // 2]), np.float64(of_image[BATCH // 2 : BATCH])
     # The difference of two means of BATCH / 2 images has twice the variance of one, which is S / (BATCH / 2).
@@ -53,6 +55,19 @@ def test_both_halves_have_their_own_part_of_augmentation_and_dropout(build, data
     for values in ({"augment_rotation": 20.0}, {"arch_arguments": {**NETWORK, "dropout": 0.3}}):
         config, network = build(**values)
         assert compile_noise(network, dataset.manifest, config)(images, labels) > 1e-6
+
+
+def test_the_halves_mix_no_image_of_the_other(build, dataset):
+    # Halves of three: a pair of the batch would be in both.
+    batch = 6
+    images = np.stack([dataset.images["train"][0]] * 3 + [dataset.images["train"][1]] * 3)
+    labels = np.array([0] * 3 + [1] * 3, np.int32)
+    plain, mixed = (build(global_batch_size=batch, **values) for values in ({}, {"augment_mixup": 1.0}))
+    noises = [
+        compile_noise(network, dataset.manifest, config)(images, labels).numpy() for config, network in (plain, mixed)
+    ]
+    # Within a half, the mixtures of equal images are these images.
+    assert noises[1] == pytest.approx(noises[0], rel=1e-3)
 
 
 def test_measuring_changes_nothing(build, dataset):

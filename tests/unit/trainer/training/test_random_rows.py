@@ -45,7 +45,7 @@ def test_a_step_makes_nothing_as_large_as_the_global_batch(make_config):
 
     @tf.function
     def step(inputs, pictures):
-        augmented = augment(pictures, optimizer.iterations, tf.ones([5]), config)
+        augmented = augment(pictures, optimizer.iterations, tf.ones([7]), config)
         use_masks(model, draw_masks(model, config, optimizer.iterations))
         return model(inputs, training=True), augmented
 

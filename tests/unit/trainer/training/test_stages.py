@@ -120,6 +120,35 @@ def test_what_a_flip_makes_worse_goes_on_without_it(make):
     assert history[first["started_from"] - 1]["augmentation"] == ALL
 
 
+MIXED = {"augment_mixup": 0.2, "augment_cutmix": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flip", "mixes", "finalist"),
+    [(0.4, 0.4, f"{ALL}+flip+mixup+cutmix"), (0.6, 0.4, f"{ALL}+mixup+cutmix"), (0.4, 0.6, f"{ALL}+flip")],
+)
+def test_mixtures_are_added_as_a_flip_is(make, flip, mixes, finalist):
+    losses = {**LOSSES, "flip": flip, "mixup+cutmix": mixes}
+    for loss, winner in ((0.1, finalist), (0.3, ALL)):
+        history = simulate(make(**MIXED), of_best({**losses, finalist: loss}, until=0))
+        trials = [row["augmentation"] for row in history if row["stage"] == "trial"]
+        assert trials == ["none", "rotation+zoom", ALL, "flip", "mixup+cutmix", "none", finalist]
+        assert {row["augmentation"] for row in history if row["stage"] == "train"} == {winner}
+
+
+def test_mixtures_are_left_out_where_a_run_has_too_few_epochs_for_them(make):
+    history = simulate(make(**MIXED, epochs=24), of_best(LOSSES, until=0))
+    trials = [row["augmentation"] for row in history if row["stage"] == "trial"]
+    assert trials == ["none", "rotation+zoom", ALL, "flip", "none", ALL]
+
+
+def test_mixtures_alone_win_where_nothing_else_helps(make):
+    losses = {**dict.fromkeys(LOSSES, 0.5), "none": 0.4, "mixup": 0.2}
+    history = simulate(make(augment_mixup=0.2), of_best(losses, until=0))
+    assert [row["augmentation"] for row in history if row["stage"] == "trial"][5:] == ["none", "mixup"]
+    assert {row["augmentation"] for row in history if row["stage"] == "train"} == {"mixup"}
+
+
 def test_a_trial_is_the_first_steps_of_an_epoch_and_other_epochs_are_whole(make):
     history = simulate(make(), of_best(LOSSES, until=0))
     assert {row["stage"] for row in history if row["most_steps"] is None} == {"plain", "train", "decay", "clean"}
@@ -274,7 +303,9 @@ def test_candidates_are_what_the_config_allows(make_config):
     assert list_candidates(auto) == ["none", "rotation+zoom", ALL, "flip"]
     assert list_candidates(make_config(augment="auto", augment_translation=0.1)) == ["none", "translation", "flip"]
     assert list_candidates(make_config(augment="auto")) == ["none", "flip"]
+    assert list_candidates(make_config(augment="auto", augment_cutmix=1.0)) == ["none", "flip", "cutmix"]
     assert full_augmentation(make_config(augment="all", **PARTS, augment_flip=True)) == f"{ALL}+flip"
     assert full_augmentation(make_config(augment="all", augment_translation=0.1)) == "translation"
+    assert full_augmentation(make_config(augment="all", augment_zoom=0.1, **MIXED)) == "zoom+mixup+cutmix"
     assert full_augmentation(make_config(augment="all")) == "none"
     assert full_augmentation(make_config(augment="none", **PARTS)) == "none"

@@ -8,6 +8,7 @@ import tf_keras as keras
 from trainer.config.config import TrainConfig
 from trainer.record.checkpoint import read_variables
 from trainer.training.evaluation import COLUMNS
+from trainer.training.mixing import mix
 from trainer.training.network import Network, averaged_weights, build_network
 from trainer.training.scaling import build_scaling
 from trainer.training.step import (
@@ -15,6 +16,7 @@ from trainer.training.step import (
     STEP_CLIPPED,
     STEP_GRAD_NORM,
     STEP_LOSS,
+    build_gradients,
     compile_eval_step,
     compile_gather,
     compile_train_step,
@@ -95,6 +97,38 @@ def test_a_step_returns_plain_loss_and_accuracy_before_its_update(start, manifes
     told = started.train(batch)[0]
     assert told[STEP_LOSS] == pytest.approx(-log_softmax(logits)[np.arange(ROWS), batch[1]].mean(), rel=1e-4)
     assert told[STEP_ACCURACY] == pytest.approx((logits.argmax(axis=1) == batch[1]).mean())
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_the_loss_of_mixed_images_is_of_all_that_they_show_and_the_larger_part_is_what_is_correct(
+    start, manifest, batch, kind
+):
+    started = start(**{"augment_" + kind: 1.0})
+    strengths = {"mixup": 0.0, "cutmix": 0.0, kind: 1.0}
+    images, targets = mix(
+        *(tf.constant(batch[0], tf.float32), tf.one_hot(batch[1], 3), tf.constant(0, tf.int64)),
+        *(tf.constant(strengths["mixup"]), tf.constant(strengths["cutmix"]), started.config),
+    )
+    targets = targets.numpy()
+    assert ((targets > 0).sum(axis=1) == 2).any()
+    logits = logits_of(started, manifest, images.numpy())
+    told = started.train(batch)[0]
+    assert told[STEP_LOSS] == pytest.approx(-(targets * log_softmax(logits)).sum(axis=1).mean(), rel=1e-4)
+    assert told[STEP_ACCURACY] == pytest.approx((logits.argmax(axis=1) == targets.argmax(axis=1)).mean())
+
+
+def test_a_mixture_weighs_each_class_by_its_own_rarity(start, manifest, batch):
+    manifest.splits["train"].rows_per_class[:] = [30, 20, 10]
+    started = start(class_weights="balanced", label_smoothing=0.1)
+    gradients_of = build_gradients(started.network, manifest, started.config)
+    images = tf.constant(batch[0], tf.float32)
+
+    def gradients(shown: list[float]) -> np.ndarray:
+        of_variables, _ = tf.function(gradients_of)(images, tf.constant([shown] * ROWS, tf.float32), [])
+        return np.concatenate([one.numpy().ravel() for one in of_variables])
+
+    mixture = gradients([0.25, 0, 0.75])
+    np.testing.assert_allclose(mixture, 0.25 * gradients([1, 0, 0]) + 0.75 * gradients([0, 0, 1]), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
