@@ -1,9 +1,8 @@
 """Whether the scaling rule holds: the best base learning rate at each batch, where all rows see the same images.
 
 A cell is a run of jobs/train.py at a base rate, which the rule (`TrainConfig.peak_learning_rate`) scales to the batch:
-linearly for sgd, by the square root for the others. Where the rule holds, the best base rate is the same at every
-batch, within a factor of 2. Runs that are finished in STORAGE are not trained again. The best epoch counts, by
-validation loss.
+by the square root. Where the rule holds, the best base rate is the same at every batch, within a factor of 2. Runs
+that are finished in STORAGE are not trained again. The best epoch counts, by validation loss.
 
 Run: python -m benchmarks learning_rates DATASET STORAGE --arch cnn_tapered [--optimizer adamw] [--batch 16 --batch 64]
 """
@@ -35,7 +34,7 @@ def main(
     batch: Annotated[list[int], typer.Option(help="Default: doubled from 16 to a tenth of the train split.")] = [],  # noqa: B006
     rate: Annotated[
         list[float],
-        typer.Option(help="Base rates. Default: the recipe's, or 0.08 for sgd and 0.002 for others, x 1/4 to 4."),
+        typer.Option(help="Base rates. Default: the recipe's, or 0.04 for sgd and 0.002 for others, x 1/4 to 4."),
     ] = [],  # noqa: B006
     epochs: Annotated[int, typer.Option(help="Passes over the images, the same at every batch.")] = 20,
     seed: Annotated[list[int], typer.Option()] = [0],  # noqa: B006
@@ -85,7 +84,7 @@ def _base_rate(arch: str, optimizer: str) -> float:
     recipe = RECIPES["modern"].get(arch, {})
     if recipe.get("optimizer") == optimizer:
         return float(recipe["base_learning_rate"])
-    return 0.08 if optimizer == "sgd" else 0.002
+    return 0.04 if optimizer == "sgd" else 0.002
 
 
 if __name__ == "__main__":

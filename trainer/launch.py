@@ -481,7 +481,8 @@ def _check_same_config(run: RunFolder, begun: TrainConfig, config: TrainConfig, 
     if differences := find_differences(begun, replace_values(config, **same)):
         raise InputError(
             f"run {run.name} in {run.uri} was started with another config ({'; '.join(differences)}); choose another "
-            f"--run-name, with --init-from {run.uri} to start from its weights, or the same options to continue it"
+            f"--run-name, with --init-from {run.uri} to start from its weights, or the same options to continue it: "
+            f"--config {run.path('config.json')} has all of them"
         )
 
 

@@ -66,8 +66,8 @@ class Settings(BaseModel):
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
     """Optimizer. Weight decay is decoupled in all of them, so adamw is the same as adam."""
     base_learning_rate: float = Field(gt=0)
-    """Peak learning rate for a global batch of 256 images. It is scaled to the actual batch: linearly for sgd, by the
-    square root for the others."""
+    """Peak learning rate for a global batch of 256 images. It is scaled to the actual batch by the square root of the
+    ratio."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD; other optimizers ignore it."""
     optimizer_arguments: dict[str, bool | float] = Field({}, validate_default=True)
@@ -197,13 +197,13 @@ class TrainConfig(Settings):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The base learning rate scaled to the global batch size.
+        """The base learning rate scaled to the global batch size by the square root.
 
-        Linearly for SGD (Goyal et al. 2017, section 2.1), by the square root for Adam and its kin (Malladi et al. 2022,
-        section 4): rules for small changes, so a starting guess for large ones.
+        It is the rule for Adam and its kin (Malladi et al. 2022, section 4). For SGD the usual one is linear (Goyal et
+        al. 2017, section 2.1), but the square root held where both were measured (docs/LOG.md). A rule for small
+        changes, so a starting guess for large ones.
         """
-        ratio = self.global_batch_size / 256
-        return self.base_learning_rate * (ratio if self.optimizer == "sgd" else math.sqrt(ratio))
+        return self.base_learning_rate * math.sqrt(self.global_batch_size / 256)
 
 
 AUGMENT_STRENGTHS = tuple(name for name in TrainConfig.model_fields if name.startswith("augment_"))

@@ -1,5 +1,6 @@
 """The arguments of each optimizer: their names, types, limits and defaults."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ _ARGUMENTS: Mapping[str, type[BaseModel]] = {
 }
 # Fields of earlier configs that no longer have an effect.
 _NO_OPTIONS_NOW = {"tuned_batch_size"}
+SQUARE_ROOT_FORMAT = 3
+"""The format of ``config.json`` since which the learning rate of SGD is scaled by the square root."""
 _NAMES = {name for model in _ARGUMENTS.values() for name in model.model_fields}
 
 
@@ -60,7 +63,18 @@ def find_former_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in (model.model_fields if model else ()) if name in config}
 
 
-def upgrade_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in a config of any format by their current names."""
+def find_former_rate(config: Mapping[str, Any]) -> float:
+    """Return the base learning rate that gives a config of an earlier format the rate that it had.
+
+    That of SGD was scaled to the batch linearly, not by the square root.
+    """
+    rate: float = config["base_learning_rate"]
+    return rate * math.sqrt(config["global_batch_size"] / 256) if config["optimizer"] == "sgd" else rate
+
+
+def upgrade_options(config: Mapping[str, Any], record_format: int) -> dict[str, Any]:
+    """Return the options in a config of any format by their current names, with their current meaning."""
     kept = {name: value for name, value in config.items() if name not in _NAMES | _NO_OPTIONS_NOW}
+    if record_format < SQUARE_ROOT_FORMAT:
+        kept["base_learning_rate"] = find_former_rate(config)
     return {"optimizer_arguments": find_former_arguments(config), **kept}

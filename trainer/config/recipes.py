@@ -14,16 +14,11 @@ _NOTES_COMMON = {
     "schedule": "constant",
     "warmup_epochs": 0.0,
     "input_scaling": "unit",
+    # 0.001 for a batch of 32; a base rate is for 256 (`TrainConfig.peak_learning_rate`).
+    "base_learning_rate": 0.001 * (256 / 32) ** 0.5,
 }
-# Both at a rate of 0.001 for a batch of 32; a base rate is for 256 (`TrainConfig.peak_learning_rate`).
-_NOTES_ADAM = {**_NOTES_COMMON, "optimizer": "adam", "base_learning_rate": 0.001 * (256 / 32) ** 0.5}
-_NOTES_SGD = {
-    **_NOTES_COMMON,
-    "optimizer": "sgd",
-    "base_learning_rate": 0.001 * 256 / 32,
-    "momentum": 0.0,
-    "optimizer_arguments": {"nesterov": False},
-}
+_NOTES_ADAM = {**_NOTES_COMMON, "optimizer": "adam"}
+_NOTES_SGD = {**_NOTES_COMMON, "optimizer": "sgd", "momentum": 0.0, "optimizer_arguments": {"nesterov": False}}
 
 # Found by ablation: docs/LOG.md has the numbers, failures included. Each run tries which augmentation helps, since it
 # depends on the dataset.
@@ -41,7 +36,7 @@ _MODERN = {
     "epochs": 24,
 }
 _ADAMW = {**_MODERN, "optimizer": "adamw", "weight_decay": 0.01}
-_SGD = {**_MODERN, "optimizer": "sgd", "base_learning_rate": 0.08, "weight_decay": 5e-4}
+_SGD = {**_MODERN, "optimizer": "sgd", "base_learning_rate": 0.04, "weight_decay": 5e-4}
 _HE_NORMAL = {"kernel_initializer": "he_normal"}
 _HE_NORMAL_BATCH_NORM = {**_HE_NORMAL, "batch_norm": True}
 
@@ -117,8 +112,8 @@ def describe_rescaling(config: TrainConfig) -> str:
     tuned_rate = RECIPES[config.recipe].get(config.arch, {}).get("base_learning_rate")
     if config.global_batch_size == tuned_at or config.base_learning_rate != tuned_rate:
         return ""
-    rule = "linearly" if config.optimizer == "sgd" else "by the square root"
     return (
         f"learning rate and regularization were tuned at a batch of {tuned_at}, this run uses "
-        f"{config.global_batch_size}: the rate is scaled {rule} to {config.peak_learning_rate:.3g}, a starting guess"
+        f"{config.global_batch_size}: the rate is scaled by the square root to {config.peak_learning_rate:.3g}, a "
+        "starting guess"
     )

@@ -152,7 +152,11 @@ def read_options(path: str) -> dict[str, Any]:
     uri = storage.resolve_uri(path)
     try:
         text = storage.read_bytes(uri).decode()
-        options = upgrade_options(json.loads(text)["config"]) if uri.endswith(".json") else tomllib.loads(text)
+        if uri.endswith(".json"):
+            record = json.loads(text)
+            options = upgrade_options(record["config"], record.get("format", 1))
+        else:
+            options = tomllib.loads(text)
     except FileNotFoundError as error:
         raise InputError(
             f"--config {path}: there is no such file; give a TOML file or the config.json of a run"

@@ -43,7 +43,7 @@ import pyarrow.csv
 from data_prep.manifest import Manifest
 from trainer.config.batch_table import BatchChoice
 from trainer.config.config import TrainConfig
-from trainer.config.optimizers import find_former_arguments
+from trainer.config.optimizers import SQUARE_ROOT_FORMAT, find_former_arguments, find_former_rate
 from trainer.record import checkpoint as checkpoints
 from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult, LateEpochs
@@ -55,7 +55,7 @@ from trainer.runtime.errors import InputError, LeaseLostError, NewerFormatError,
 from trainer.runtime.events import RecordRepaired
 from trainer.runtime.lease import Lease
 from trainer.runtime.markdown import format_count
-from trainer.runtime.record_format import Record
+from trainer.runtime.record_format import Change, Record
 
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
 
@@ -92,8 +92,8 @@ InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 class RunRecord(Record):
     """What ``config.json`` holds: the config and the circumstances."""
 
-    # 2: the arguments of the optimizer are a table.
-    FORMAT: ClassVar[int] = 2
+    # 2: the arguments of the optimizer are a table. 3: the learning rate of SGD is scaled by the square root.
+    FORMAT: ClassVar[int] = SQUARE_ROOT_FORMAT
     # What a run did before the option existed. A run continues as it began, so this can differ from today's default.
     ADDED: ClassVar[Mapping[str, Any]] = {
         "batch": None,
@@ -125,6 +125,9 @@ class RunRecord(Record):
         "config.checkpoint_every": 0,
         "config.save_probabilities": False,
         "config.export": "keras",
+    }
+    CHANGED: ClassVar[Mapping[str, Change]] = {
+        "config.base_learning_rate": (SQUARE_ROOT_FORMAT, lambda record: find_former_rate(record["config"])),
     }
 
     config: TrainConfig

@@ -1,8 +1,8 @@
 """Base class of every record: a JSON file with a format number that other versions of this program can read."""
 
 import json
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, computed_field, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,9 @@ from trainer.runtime.errors import NewerFormatError, RecordError
 # Type of the pydantic error.
 _NEWER = "newer_format"
 
+Change: TypeAlias = tuple[int, Callable[[dict[str, Any]], Any]]
+"""The first format in which a field means what it does now, and a function of an earlier record that returns the value
+in this meaning."""
 # Wide enough for one line with the result of a class and the classes that it was mistaken for.
 _JSON_WIDTH = 160
 
@@ -34,6 +37,8 @@ class Record(BaseModel):
 
     The keys are field names; ``config.seed`` is a field of a nested model.
     """
+    CHANGED: ClassVar[Mapping[str, Change]] = {}
+    """Fields whose meaning changed, by the same keys."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -89,6 +94,11 @@ class Record(BaseModel):
             within = _find_model(values, models)
             if within is not None and name not in within:
                 within[name] = value(values) if callable(value) else value
+        for path, (first_format, convert) in cls.CHANGED.items():
+            *models, name = path.split(".")
+            within = _find_model(values, models)
+            if within is not None and number < first_format:
+                within[name] = convert(values)
         return values
 
 

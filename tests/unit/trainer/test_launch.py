@@ -217,7 +217,7 @@ def test_the_trials_of_a_study_start_from_what_was_found_outside_of_it(plan, opt
 
 
 def test_a_run_is_continued_whose_optimizer_arguments_were_options_of_their_own(options, tmp_path):
-    options = {**options, "global_batch_size": 50, "precision": "float32"}
+    options = {**options, "global_batch_size": 16, "precision": "float32"}
     given = parse_request({**options, "optimizer": "sgd", "optimizer_arguments": {"nesterov": False}})
     run = RunFolder(str(tmp_path / "runs" / "begun"))
     begun = plan_run(given, run, ONE_MACHINE)
@@ -225,6 +225,8 @@ def test_a_run_is_continued_whose_optimizer_arguments_were_options_of_their_own(
     record = json.loads(storage.read_bytes(run.path("config.json")))
     del record["config"]["optimizer_arguments"]
     record["config"] |= {"nesterov": False, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7, "tuned_batch_size": 64}
+    # It was scaled linearly.
+    record["config"]["base_learning_rate"] *= 256**0.5 / 16**0.5
     storage.write_bytes(run.path("config.json"), json.dumps({**record, "format": 1}).encode())
     assert plan_run(given, run, ONE_MACHINE).config == begun.config
     assert plan_run(parse_request(read_options(run.path("config.json"))), run, ONE_MACHINE).config == begun.config

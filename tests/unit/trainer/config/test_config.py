@@ -75,12 +75,12 @@ def test_a_config_cannot_be_changed():
         validate(TrainConfig, REQUIRED).seed = 1
 
 
-@pytest.mark.parametrize(("optimizer", "peak"), [("sgd", 0.025), ("adam", 0.05), ("adamw", 0.05), ("nadam", 0.05)])
-def test_the_learning_rate_grows_with_the_global_batch(optimizer, peak):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "nadam"])
+def test_the_learning_rate_grows_with_the_square_root_of_the_global_batch(optimizer):
     config = validate(
         TrainConfig, {**REQUIRED, "optimizer": optimizer, "base_learning_rate": 0.1, "global_batch_size": 64}
     )
-    assert config.peak_learning_rate == pytest.approx(peak)
+    assert config.peak_learning_rate == pytest.approx(0.05)
     assert config.per_replica_batch_size == 32
 
 

@@ -79,7 +79,7 @@ def test_a_small_dataset_gets_more_epochs_unless_the_notes_say_how_many(recipe, 
             {"global_batch_size": 256},
             "tuned at .* 64, .* 256: .* by the square root to 0.002",
         ),
-        ("modern", "resnet18", {"global_batch_size": 128}, "at a batch of 64, .* 128: .* scaled linearly to 0.04,"),
+        ("modern", "resnet18", {"global_batch_size": 256}, "at a batch of 64, .* 256: .* by the square root to 0.04,"),
         ("notes", "cnn_tapered", {}, ""),
         ("notes", "cnn_tapered", {"global_batch_size": 64}, "at a batch of 32, this run uses 64: "),
         # Nobody knows where this one was tuned.

@@ -34,7 +34,7 @@ def start(tmp_path, make_config, write_dataset, monkeypatch):
     def start(name: str, day: int = 12, **values) -> RunFolder:
         run = RunFolder(str(tmp_path / "runs" / name))
         run.write_manifest(manifest)
-        options = {"arch": "alexnet", "epochs": 50, "base_learning_rate": 0.4, "num_workers": 2, "seed": 3}
+        options = {"arch": "alexnet", "epochs": 50, "base_learning_rate": 0.2, "num_workers": 2, "seed": 3}
         options |= {"batch_norm": "global", **values}
         record = describe_run(make_config(**options), "1 node")
         run.write_record(record.model_copy(update={"started": datetime(2023, 4, day, tzinfo=UTC)}))

@@ -16,7 +16,7 @@ import pytest
 
 from trainer.record import checkpoint as checkpoints
 from trainer.record import run_folder
-from trainer.record.run_folder import Attempt, RunFolder, SplitRead, describe_run, find_runs
+from trainer.record.run_folder import Attempt, RunFolder, RunRecord, SplitRead, describe_run, find_runs
 from trainer.runtime import storage
 from trainer.runtime.errors import InputError, LeaseLostError, RecordError
 from trainer.runtime.lease import hold_lease
@@ -142,6 +142,12 @@ def test_the_endings_of_earlier_versions_are_distinguished(run, name):
     storage.write_bytes(run.path("result.json"), (PAST / name).read_bytes())
     assert (run.read_result() is None) == ("interruption" in name)
     assert run.read_ending() is not None
+
+
+@pytest.mark.parametrize(("form", "peak"), [("16922c8", 0.1 * 64 / 256), ("f4e7dc3", 0.001)])
+def test_a_run_of_an_earlier_version_has_the_learning_rate_that_it_began_with(form, peak):
+    record = RunRecord.parse((PAST / form / "config.json").read_bytes(), form)
+    assert record.config.peak_learning_rate == pytest.approx(peak, rel=1e-12)
 
 
 def test_attempts_are_counted_from_one_and_described(run):

@@ -8,14 +8,14 @@ def rates(make_config):
     """Return a function that gives the learning rate of every step, and of the one after the last."""
 
     def rates(steps_per_epoch: int = 20, **values) -> list[float]:
-        config = make_config(**{"epochs": 10, "base_learning_rate": 2.0, "global_batch_size": 128, **values})
+        config = make_config(**{"epochs": 10, "base_learning_rate": 2.0, "global_batch_size": 64, **values})
         schedule = build_schedule(config, steps_per_epoch)
         return [float(schedule(step)) for step in range(config.epochs * steps_per_epoch + 1)]
 
     return rates
 
 
-PEAK = 1.0  # 2.0 for a batch of 256, so half of it for 128
+PEAK = 1.0  # 2.0 for a batch of 256, so half of it for 64
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -57,7 +57,7 @@ def test_a_run_of_few_steps_starts_at_its_peak(rates, schedule):
 
 def test_a_plateau_stays_at_its_peak_until_an_epoch_says_otherwise(rates, make_config):
     assert rates(schedule="plateau", warmup_epochs=1) == rates(schedule="constant", warmup_epochs=1)
-    config = make_config(schedule="plateau", epochs=10, base_learning_rate=2.0, global_batch_size=128)
+    config = make_config(schedule="plateau", epochs=10, base_learning_rate=2.0, global_batch_size=64)
     schedule = build_schedule(config, steps_per_epoch=20)
     schedule.start_epoch(first_step=40, num_steps=20, first_factor=0.5, last_factor=0.1)
     assert [float(schedule(step)) for step in (40, 50, 60)] == pytest.approx([0.5 * PEAK, 0.3 * PEAK, 0.1 * PEAK])

@@ -27,9 +27,9 @@ SIZE, ROWS = 22, 6
 NETWORK = {"first_filters": 3, "later_filters": [4], "dense_units": 8}
 
 
-def base_rate(peak: float, optimizer: str = "sgd") -> float:
+def base_rate(peak: float) -> float:
     """The base learning rate that is scaled to a peak at a batch of ROWS."""
-    return peak * (256 / ROWS) ** (1 if optimizer == "sgd" else 0.5)
+    return peak * (256 / ROWS) ** 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +72,7 @@ def start(make_config, manifest):
 
     def start(**values) -> Started:
         base = {"global_batch_size": ROWS, "schedule": "constant", "warmup_epochs": 0, "arch_arguments": NETWORK}
-        rate = base_rate(0.01, values.get("optimizer", "sgd"))
-        config = make_config(**{**base, "base_learning_rate": rate, **values})
+        config = make_config(**{**base, "base_learning_rate": base_rate(0.01), **values})
         network = build_network(manifest, config, steps_per_epoch=10)
         return Started(config, network, compile_train_step(network, manifest, config))
 
