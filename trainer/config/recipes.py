@@ -36,11 +36,11 @@ _MODERN = {
     "epochs": 24,
 }
 _ADAMW = {**_MODERN, "optimizer": "adamw", "weight_decay": 0.01}
-_SGD = {**_MODERN, "optimizer": "sgd", "base_learning_rate": 0.04, "weight_decay": 5e-4}
+_SGD = {**_MODERN, "optimizer": "sgd", "base_learning_rate": 0.16, "weight_decay": 5e-4}
 _HE_NORMAL = {"kernel_initializer": "he_normal"}
 _HE_NORMAL_BATCH_NORM = {**_HE_NORMAL, "batch_norm": True}
 
-_MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.002, "epochs": 40}
+_MODERN_CNN = {**_ADAMW, "clip_norm": 0.0, "base_learning_rate": 0.004, "epochs": 40}
 # With Glorot's initialization, as in the notes, the loss of sixteen layers of ReLU does not move.
 _MODERN_VGG = {**_ADAMW, "base_learning_rate": 0.0002, "arch_arguments": _HE_NORMAL}
 _MODERN_RESNET = {**_SGD, "arch_arguments": _HE_NORMAL}
