@@ -42,13 +42,15 @@ WITH_BATCH_NORM = {
         "dropout": 0.3,
     },
     "optimizer": "sgd",
-    "base_learning_rate": 0.02,
+    "base_learning_rate": 0.0035,
     "weight_decay": 5e-4,
     "ema_momentum": 0.5,
     "augment_rotation": 10.0,
     "augment_translation": 0.0,
     "augment_zoom": 0.0,
     "augment_flip": True,
+    "augment_mixup": 0.4,
+    "augment_cutmix": 1.0,
 }
 # So that the weights are still finite after the first step, and no longer after the second one.
 DIVERGING = {
