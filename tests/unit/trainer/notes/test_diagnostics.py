@@ -115,7 +115,7 @@ def test_chance_is_reported_with_its_numbers_and_a_rate_to_try(find):
 def test_chance_at_a_rate_far_from_the_recipe_s_asks_for_that(find):
     config = {"optimizer": "adamw", "base_learning_rate": 1e-6}
     (line,) = find(history([2.3] * 12, loss=[2.3] * 12), judge(66, 2.3), **config)
-    assert line.endswith("; the base learning rate is 1e-06, the recipe's 0.002; try --base-learning-rate 0.002")
+    assert line.endswith("; the base learning rate is 1e-06, the recipe's 0.004; try --base-learning-rate 0.004")
 
 
 def test_always_naming_the_most_frequent_class_is_chance(find):
@@ -350,14 +350,14 @@ def test_fewer_than_300_steps_are_few_if_the_images_are_not_fitted(names, epochs
 @pytest.mark.parametrize(
     ("rate", "accuracy", "config", "is_told"),
     [
-        (0.021, 0.94, {}, True),
-        (0.019, 0.94, {}, False),
-        (0.00019, 0.94, {}, True),
-        (0.00021, 0.94, {}, False),
-        (0.021, 0.95, {}, False),
-        (0.021, 0.94, {"init_from": "runs/other"}, False),
+        (0.041, 0.94, {}, True),
+        (0.039, 0.94, {}, False),
+        (0.00039, 0.94, {}, True),
+        (0.00041, 0.94, {}, False),
+        (0.041, 0.95, {}, False),
+        (0.041, 0.94, {"init_from": "runs/other"}, False),
         # The recipe has no rate for it.
-        (0.021, 0.94, {"optimizer": "sgd"}, False),
+        (0.041, 0.94, {"optimizer": "sgd"}, False),
     ],
 )
 def test_a_rate_ten_times_the_recipe_s_or_a_tenth_is_unusual_if_the_images_are_not_fitted(
