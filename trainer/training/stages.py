@@ -2,7 +2,7 @@
 
 With ``schedule=plateau`` a run goes through stages, each of which ends when its epochs say so:
 
-    plain   no augmentation, until validation stops improving                       (with augment=auto only)
+    plain   no augmentation, until the validation loss stops falling                (with augment=auto only)
     trial   each candidate for the augmentation by itself, all from the best plain weights; then none and the best of
             the others once more, this one with a flip, or with MixUp and CutMix, where that helped, too
                                                                                     (with augment=auto only)
@@ -121,7 +121,9 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
         candidates = [name for name in candidates if not set(MIXES).issuperset(name.split("+"))]
     if len(candidates) > most:
         return None
-    if not trials and len(plain) < _PLAIN_SHARE * config.epochs and not _has_stalled(plain, _PLAIN_PATIENCE * unit):
+    # By the loss alone, as in the trials: with few images the accuracy may still improve while the loss rises.
+    is_falling = _epochs_since_best([-float(row["val_loss"]) for row in plain]) < _PLAIN_PATIENCE * unit
+    if not trials and len(plain) < _PLAIN_SHARE * config.epochs and is_falling:
         return EpochPlan("plain", NO_AUGMENTATION, len(history))
     if (name := _find_untried(candidates, trials, unit)) is None:
         name = _find_untried(_find_finalists(candidates, plain, trials, unit), trials, 2 * unit)
@@ -244,8 +246,13 @@ def _best(rows: Sequence[Metrics]) -> int:
 
 def _has_stalled(rows: Sequence[Metrics], patience: int) -> bool:
     """Return whether neither loss nor accuracy of validation improved in the last epochs; never if patience is 0."""
-    if not patience or not rows:
-        return False
-    losses, accuracies = ([float(row[name]) for row in rows] for name in ("val_loss", "val_accuracy"))
-    best = max(losses.index(min(losses)), accuracies.index(max(accuracies)))
-    return len(rows) - 1 - best >= patience
+    since_best = min(
+        _epochs_since_best([-float(row["val_loss"]) for row in rows]),
+        _epochs_since_best([float(row["val_accuracy"]) for row in rows]),
+    )
+    return bool(patience) and since_best >= patience
+
+
+def _epochs_since_best(scores: Sequence[float]) -> int:
+    """Return how many epochs came after the first of the highest score; 0 without epochs."""
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0

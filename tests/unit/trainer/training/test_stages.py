@@ -189,6 +189,14 @@ def test_plain_training_lasts_while_validation_improves_up_to_a_limit(make):
     assert stages(simulate(make(epochs=60), of_best(LOSSES, until=4)))[0] == ("plain", 7)
 
 
+def test_plain_training_ends_by_the_loss_even_if_the_accuracy_improves(make):
+    rising = [
+        {"epoch": epoch, "stage": "plain", "augmentation": "none", "val_loss": loss, "val_accuracy": 0.1 * epoch}
+        for epoch, loss in enumerate([1.0, 0.5, 0.6, 0.7], start=1)
+    ]
+    assert [plan_epoch(rising[:epochs], make(), STEPS).stage for epochs in (3, 4)] == ["plain", "trial"]
+
+
 def test_training_ends_when_neither_loss_nor_accuracy_improves(make):
     config = make(augment="none")
     history = simulate(config, lambda plan, rows: 1.0 - 0.1 * min(len(rows), 6))
