@@ -87,8 +87,11 @@ def test_a_network_without_averages_to_learn_has_no_estimate(build, manifest):
     assert compile_estimate(network, manifest, config) is None
 
 
-@pytest.mark.parametrize(("rows", "batch", "steps"), [(2747, 32, 16), (100, 32, 3), (60_000, 8192, 1), (30, 32, 0)])
-def test_an_estimate_takes_some_hundred_images_or_all(rows, batch, steps):
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"),
+    [(2747, 32, 16), (1442, 32, 12), (800, 64, 4), (200, 64, 2), (100, 32, 3), (60_000, 8192, 1), (30, 32, 0)],
+)
+def test_an_estimate_takes_a_quarter_of_the_images_from_128_to_512_or_all(rows, batch, steps):
     assert count_estimate_steps(rows, batch) == steps
 
 
