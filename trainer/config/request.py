@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from trainer.architectures import ARCHITECTURES, family_arguments
 from trainer.config.config import BatchRequest, Settings, TrainConfig, validate
-from trainer.config.optimizers import drop_foreign_arguments, upgrade_options
+from trainer.config.former import CONFIG_FORMAT, upgrade_config
+from trainer.config.optimizers import drop_foreign_arguments
 from trainer.config.pretrained import check_arch_of_published, find_published, resolve_init_from
 from trainer.config.recipes import RECIPES, recipe_epochs, recipe_patience
 from trainer.runtime import storage
@@ -152,20 +153,23 @@ def read_options(path: str) -> dict[str, Any]:
     uri = storage.resolve_uri(path)
     try:
         text = storage.read_bytes(uri).decode()
-        if uri.endswith(".json"):
-            record = json.loads(text)
-            options = upgrade_options(record["config"], record.get("format", 1))
-        else:
-            options = tomllib.loads(text)
+        options = _read_record(text) if uri.endswith(".json") else tomllib.loads(text)
     except FileNotFoundError as error:
         raise InputError(
             f"--config {path}: there is no such file; give a TOML file or the config.json of a run"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"--config {path} is neither TOML nor the config.json of a run ({error}); write one NAME = VALUE per line"
         ) from error
     return {name: value for name, value in options.items() if name not in _NO_OPTIONS}
+
+
+def _read_record(text: str) -> dict[str, Any]:
+    record = json.loads(text)
+    if (number := record.get("format", 1)) > CONFIG_FORMAT:
+        raise ValueError(f"it is of format {number}: update this program to read it")
+    return upgrade_config(record["config"], number)
 
 
 def merge_file(path: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ import pyarrow.csv
 from data_prep.manifest import Manifest
 from trainer.config.batch_table import BatchChoice
 from trainer.config.config import TrainConfig
-from trainer.config.optimizers import SQUARE_ROOT_FORMAT, find_former_arguments, find_former_rate
+from trainer.config.former import CONFIG_FORMAT, FORMER_VALUES, find_former_arguments, find_former_rate
 from trainer.record import checkpoint as checkpoints
 from trainer.record.epoch_row import Metrics
 from trainer.record.evaluation_result import EvaluationResult, LateEpochs
@@ -55,7 +55,7 @@ from trainer.runtime.errors import InputError, LeaseLostError, NewerFormatError,
 from trainer.runtime.events import RecordRepaired
 from trainer.runtime.lease import Lease
 from trainer.runtime.markdown import format_count
-from trainer.runtime.record_format import Change, Record
+from trainer.runtime.record_format import Record
 
 _RECORDED_PACKAGES = ("ray", "tensorflow", "tf_keras", "numpy", "pyarrow", "s3fs", "pillow")
 
@@ -92,42 +92,15 @@ InterruptionStatus = Literal["interrupted", "diverged", "refused", "failed"]
 class RunRecord(Record):
     """What ``config.json`` holds: the config and the circumstances."""
 
-    # 2: the arguments of the optimizer are a table. 3: the learning rate of SGD is scaled by the square root.
-    FORMAT: ClassVar[int] = SQUARE_ROOT_FORMAT
-    # What a run did before the option existed. A run continues as it began, so this can differ from today's default.
+    FORMAT: ClassVar[int] = CONFIG_FORMAT
     ADDED: ClassVar[Mapping[str, Any]] = {
         "batch": None,
         "previous": None,
-        "config.arch_arguments": {},
-        "config.init_from": "",
-        "config.freeze_trunk": False,
         "config.optimizer_arguments": lambda record: find_former_arguments(record["config"]),
-        "config.class_weights": "none",
-        "config.ema_momentum": 0.0,
-        "config.batch_norm": "global",
-        "config.all_reduce": "auto",
-        "config.gradient_exchange": "float32",
-        "config.xla": "auto",
-        "config.steps_per_execution": 0,
-        "config.augment": "all",
-        "config.known_augmentation": "",
-        "config.patience": 0,
-        "config.augment_flip": False,
-        "config.augment_rotation": 0.0,
-        "config.augment_translation": 0.0,
-        "config.augment_zoom": 0.0,
-        "config.augment_contrast": 0.0,
-        "config.augment_mixup": 0.0,
-        "config.augment_cutmix": 0.0,
-        # No dataset was larger than this in practice; each epoch was one permutation of all its images.
-        "config.shuffle_window_gib": 64.0,
-        "config.cache_gib": 0.0,
-        "config.checkpoint_every": 0,
-        "config.save_probabilities": False,
-        "config.export": "keras",
+        **{f"config.{name}": value for name, value in FORMER_VALUES.items()},
     }
-    CHANGED: ClassVar[Mapping[str, Change]] = {
-        "config.base_learning_rate": (SQUARE_ROOT_FORMAT, lambda record: find_former_rate(record["config"])),
+    CHANGED: ClassVar[Mapping[str, Callable[[dict[str, Any]], Any]]] = {
+        "config.base_learning_rate": lambda record: find_former_rate(record["config"], record.get("format", 1)),
     }
 
     config: TrainConfig

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, computed_field, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,9 +12,6 @@ from trainer.runtime.errors import NewerFormatError, RecordError
 # Type of the pydantic error.
 _NEWER = "newer_format"
 
-Change: TypeAlias = tuple[int, Callable[[dict[str, Any]], Any]]
-"""The first format in which a field means what it does now, and a function of an earlier record that returns the value
-in this meaning."""
 # Wide enough for one line with the result of a class and the classes that it was mistaken for.
 _JSON_WIDTH = 160
 
@@ -37,8 +34,9 @@ class Record(BaseModel):
 
     The keys are field names; ``config.seed`` is a field of a nested model.
     """
-    CHANGED: ClassVar[Mapping[str, Change]] = {}
-    """Fields whose meaning changed, by the same keys."""
+    CHANGED: ClassVar[Mapping[str, Callable[[dict[str, Any]], Any]]] = {}
+    """For fields whose meaning changed, by the same keys: a function of a record of any format, with all of today's
+    fields, that returns the value with its meaning of today."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -69,7 +67,7 @@ class Record(BaseModel):
                 f"{source} cannot be read: {field}{first['msg']} (this program reads format {cls.FORMAT} and older "
                 "ones)"
             ) from error
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             # A migration found something that it does not expect.
             raise RecordError(f"{source} cannot be read: it is damaged ({error!r})") from error
 
@@ -94,10 +92,10 @@ class Record(BaseModel):
             within = _find_model(values, models)
             if within is not None and name not in within:
                 within[name] = value(values) if callable(value) else value
-        for path, (first_format, convert) in cls.CHANGED.items():
+        for path, convert in cls.CHANGED.items():
             *models, name = path.split(".")
             within = _find_model(values, models)
-            if within is not None and number < first_format:
+            if within is not None:
                 within[name] = convert(values)
         return values
 

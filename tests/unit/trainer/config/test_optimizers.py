@@ -6,8 +6,6 @@ from trainer.config.config import Settings
 from trainer.config.optimizers import (
     complete_arguments,
     drop_foreign_arguments,
-    find_former_arguments,
-    upgrade_options,
 )
 
 ADAM = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7}
@@ -42,19 +40,3 @@ def test_only_arguments_of_other_optimizers_are_dropped():
     assert drop_foreign_arguments("sgd", arguments) == {"nesterov": True, "epsylon": 1}
     # The optimizer itself is refused elsewhere.
     assert drop_foreign_arguments("lion", arguments) == arguments
-
-
-def test_a_config_of_format_1_has_the_arguments_that_its_optimizer_used():
-    former = {"optimizer": "adam", "nesterov": True, **ADAM, "beta_1": 0.5, "seed": 3, "tuned_batch_size": 64}
-    former |= (rest := {"base_learning_rate": 0.1, "global_batch_size": 64})
-    assert find_former_arguments(former) == {**ADAM, "beta_1": 0.5}
-    upgraded = {"optimizer": "adam", "seed": 3, "optimizer_arguments": {**ADAM, "beta_1": 0.5}}
-    assert upgrade_options(former, 1) == upgraded | rest
-    assert upgrade_options(upgraded, 3) == upgraded
-
-
-def test_sgd_keeps_the_rate_that_was_scaled_linearly():
-    former = {"optimizer": "sgd", "base_learning_rate": 0.1, "global_batch_size": 64}
-    assert upgrade_options(former, 2)["base_learning_rate"] == 0.05
-    assert upgrade_options(former, 3)["base_learning_rate"] == 0.1
-    assert upgrade_options({**former, "optimizer": "nadam"}, 2)["base_learning_rate"] == 0.1
