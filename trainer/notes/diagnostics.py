@@ -80,6 +80,17 @@ class _Run:
         trained = [row for row in self.history if row.get("stage") != "clean"] or self.history
         return [row for row in trained if row.get("augmentation") == trained[-1].get("augmentation")]
 
+    @property
+    def has_fitted(self) -> bool:
+        """Whether the training images are learned, or it is not known: a mixture of two is hardly ever predicted."""
+        last = self.history[-1]
+        return last["accuracy"] >= _FITTED_ACCURACY or is_mixed(last)
+
+
+def is_mixed(row: Metrics) -> bool:
+    """Return whether an epoch trained on mixtures of two images, of which only the larger part counts as correct."""
+    return not set(MIXES).isdisjoint(str(row.get("augmentation", "")).split("+"))
+
 
 def find_symptoms(history: History, val: EvaluationResult, config: TrainConfig, reason: str = "") -> list[str]:
     """Return one line for each symptom of a run; none if it trained as it should.
@@ -226,10 +237,9 @@ def _saturated_early(run: _Run) -> str:
 
 def _too_few_steps(run: _Run) -> str:
     """The run took few optimizer steps, did not end by itself, and has not fitted the training images."""
-    last = run.history[-1]
-    if last["accuracy"] >= _FITTED_ACCURACY or run.config.init_from or not (advice := _advise_steps(run)):
+    if run.has_fitted or run.config.init_from or not (advice := _advise_steps(run)):
         return ""
-    return f"too few steps: only {last['accuracy']:.2f} of the training images are correct; {advice}"
+    return f"too few steps: only {run.history[-1]['accuracy']:.2f} of the training images are correct; {advice}"
 
 
 def _advise_steps(run: _Run) -> str:
@@ -246,10 +256,9 @@ def _advise_steps(run: _Run) -> str:
 
 def _unusual_rate(run: _Run) -> str:
     """The base learning rate is far from the recipe's, and the run has not fitted the training images."""
-    last = run.history[-1]
-    if last["accuracy"] >= _FITTED_ACCURACY or run.config.init_from or not (advice := _advise_rate(run.config)):
+    if run.has_fitted or run.config.init_from or not (advice := _advise_rate(run.config)):
         return ""
-    return f"unusual rate: only {last['accuracy']:.2f} of the training images are correct; {advice}"
+    return f"unusual rate: only {run.history[-1]['accuracy']:.2f} of the training images are correct; {advice}"
 
 
 def _advise_rate(config: TrainConfig) -> str:
@@ -314,9 +323,8 @@ def _augmentation_costs(run: _Run) -> str:
     """Fewer of the varied training images are correct than of the unvaried validation images, and those are few."""
     rows, val = run.alike, run.val
     name, accuracy = rows[-1].get("augmentation", "none"), float(rows[-1]["accuracy"])
-    # What `auto` uses has been compared with no augmentation. A mixture shows two things, of which one is correct.
-    is_mixed = not set(MIXES).isdisjoint(name.split("+"))
-    if name == "none" or is_mixed or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
+    # What `auto` uses has been compared with no augmentation.
+    if name == "none" or is_mixed(rows[-1]) or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
         return ""
     if accuracy >= val.accuracy_interval[0]:
         return ""

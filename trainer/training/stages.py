@@ -117,8 +117,11 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
     if not is_open or len(history) > len(plain) + len(trials):
         return None
     candidates, most = list_candidates(config), _TRIAL_SHARE * config.epochs / unit - _FINALISTS
-    if len(candidates) > most:
-        candidates = [name for name in candidates if not set(MIXES).issuperset(name.split("+"))]
+    # A run that has more epochs now does not try what it left out before.
+    has_finalists = any(len(_trials_of(str(row["augmentation"]), trials)) > unit for row in trials)
+    if len(candidates) > most or has_finalists:
+        names = {row["augmentation"] for row in trials}
+        candidates = [name for name in candidates if name in names or not set(MIXES).issuperset(name.split("+"))]
     if len(candidates) > most:
         return None
     # By the loss alone, as in the trials: with few images the accuracy may still improve while the loss rises.
@@ -158,7 +161,7 @@ def _find_finalists(
 
 
 def _is_addition(name: str) -> bool:
-    """Return whether an augmentation moves nothing but left to right: a flip or a mixture, tried alone and on top."""
+    """Return whether an augmentation is a flip or mixtures only, which are tried alone and added to others."""
     return {_FLIP, *MIXES}.issuperset(name.split("+"))
 
 

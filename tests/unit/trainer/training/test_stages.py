@@ -142,6 +142,16 @@ def test_mixtures_are_left_out_where_a_run_has_too_few_epochs_for_them(make):
     assert trials == ["none", "rotation+zoom", ALL, "flip", "none", ALL]
 
 
+def test_a_run_with_more_epochs_tries_no_mixtures_after_its_trials_were_judged(make):
+    values = {**MIXED, "patience": 0}
+    for trials in (5, 6):
+        short = simulate(make(epochs=24, **values), of_best(LOSSES, until=0))[: 3 + trials]
+        assert [row["stage"] for row in short].count("trial") == trials
+        longer = simulate(make(epochs=40, **values), of_best(LOSSES, until=0), history=short)
+        assert [row["augmentation"] for row in longer if row["stage"] == "trial"][4:] == ["none", ALL]
+        assert {row["augmentation"] for row in longer if row["stage"] == "train"} == {ALL}
+
+
 def test_mixtures_alone_win_where_nothing_else_helps(make):
     losses = {**dict.fromkeys(LOSSES, 0.5), "none": 0.4, "mixup": 0.2}
     history = simulate(make(augment_mixup=0.2), of_best(losses, until=0))
