@@ -80,7 +80,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         # As the others it hardly moves in 300 steps: its gradients have a norm of 100.
         "resnet50": {
             **_ADAMW,
-            "base_learning_rate": 0.002,
+            "base_learning_rate": 0.008,
             "arch_arguments": {**_HE_NORMAL, "zero_init_residual": True},
         },
         "inception_v3": {**_ADAMW, "base_learning_rate": 0.002, "arch_arguments": _HE_NORMAL},
