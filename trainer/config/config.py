@@ -212,6 +212,11 @@ MIXES = ("mixup", "cutmix")
 """The parts of an augmentation that mix images; others vary each image by itself."""
 
 
+def has_mixture(augmentation: str) -> bool:
+    """Return whether an augmentation, the names of its parts joined by "+", mixes images."""
+    return not set(MIXES).isdisjoint(augmentation.split("+"))
+
+
 def check_shares(global_batch_size: int, num_workers: int) -> None:
     """Raise InputError if the workers cannot share the global batch evenly; the message names batches that they can."""
     if global_batch_size % num_workers:

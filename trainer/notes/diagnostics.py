@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config.config import AUGMENT_STRENGTHS, MIXES, TrainConfig
+from trainer.config.config import AUGMENT_STRENGTHS, TrainConfig, has_mixture
 from trainer.config.recipes import RECIPES, recipe_epochs
 from trainer.record.epoch_row import Metrics, main_path
 from trainer.record.evaluation_result import ClassResult, EvaluationResult
@@ -84,12 +84,7 @@ class _Run:
     def has_fitted(self) -> bool:
         """Whether the training images are learned, or it is not known: a mixture of two is hardly ever predicted."""
         last = self.history[-1]
-        return last["accuracy"] >= _FITTED_ACCURACY or is_mixed(last)
-
-
-def is_mixed(row: Metrics) -> bool:
-    """Return whether an epoch trained on mixtures of two images, of which only the larger part counts as correct."""
-    return not set(MIXES).isdisjoint(str(row.get("augmentation", "")).split("+"))
+        return last["accuracy"] >= _FITTED_ACCURACY or has_mixture(str(last.get("augmentation", "")))
 
 
 def find_symptoms(history: History, val: EvaluationResult, config: TrainConfig, reason: str = "") -> list[str]:
@@ -323,8 +318,8 @@ def _augmentation_costs(run: _Run) -> str:
     """Fewer of the varied training images are correct than of the unvaried validation images, and those are few."""
     rows, val = run.alike, run.val
     name, accuracy = rows[-1].get("augmentation", "none"), float(rows[-1]["accuracy"])
-    # What `auto` uses has been compared with no augmentation.
-    if name == "none" or is_mixed(rows[-1]) or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
+    # What `auto` uses has been compared with no augmentation. Of a mixture only the larger part counts as correct.
+    if name == "none" or has_mixture(name) or run.config.augment == "auto" or val.accuracy >= _LOW_ACCURACY:
         return ""
     if accuracy >= val.accuracy_interval[0]:
         return ""

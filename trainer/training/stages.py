@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from statistics import mean
 
-from trainer.config.config import MIXES, TrainConfig
+from trainer.config.config import MIXES, TrainConfig, has_mixture
 from trainer.record.checkpoint import rank_epoch
 from trainer.record.epoch_row import Metrics
 
@@ -121,7 +121,7 @@ def _plan_search(history: Sequence[Metrics], config: TrainConfig, unit: int) -> 
     has_finalists = any(len(_trials_of(str(row["augmentation"]), trials)) > unit for row in trials)
     if len(candidates) > most or has_finalists:
         names = {row["augmentation"] for row in trials}
-        candidates = [name for name in candidates if name in names or not set(MIXES).issuperset(name.split("+"))]
+        candidates = [name for name in candidates if name in names or not has_mixture(name)]
     if len(candidates) > most:
         return None
     # By the loss alone, as in the trials: with few images the accuracy may still improve while the loss rises.
